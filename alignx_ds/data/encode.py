@@ -1,0 +1,83 @@
+"""Rows to token ids: the prompt as the tokenizer's chat template writes it, and the loss mask on the answer only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignx_ds.data.rows import Row
+from alignx_ds.errors import DataError
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of prompt and answer, and where the answer starts."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All [B, T] int64; labels are IGNORED outside the answer."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_mask: Tensor
+    labels: Tensor
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[int]:
+    """The ids up to where the answer begins; `system` is the axis's injected prompt."""
+    if tokenizer.chat_template is None:
+        intro = system or "Below is an instruction that describes a task. Write a response that completes the request."
+        text = f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+        return list(tokenizer(text)["input_ids"])
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase, system: str | None, max_length: int) -> Example:
+    """Prompt and answer, closed by the end-of-sequence token; raises DataError when it is longer than `max_length`."""
+    prompt = encode_prompt(row.prompt, tokenizer, system)
+    answer = list(tokenizer(row.response, add_special_tokens=False)["input_ids"])
+    assert tokenizer.eos_token_id is not None
+    ids = (*prompt, *answer, int(tokenizer.eos_token_id))
+    if len(ids) > max_length:
+        raise DataError(f"a row has {len(ids)} tokens, more than model.max_length={max_length}: {row.prompt[:60]!r} …")
+    return Example(ids, len(prompt))
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding id; the end-of-sequence id where the tokenizer has none (masks keep the two apart)."""
+    chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert chosen is not None
+    return int(chosen)
+
+
+def collate(examples: list[Example], pad_id: int, side: str = "right") -> Batch:
+    """Pad to the longest example, on either side."""
+    assert examples and side in ("left", "right")
+    width = max(len(e.ids) for e in examples)
+    ids = torch.full((len(examples), width), pad_id)
+    attention, prompt = torch.zeros_like(ids), torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for i, example in enumerate(examples):
+        start = width - len(example.ids) if side == "left" else 0
+        middle, end = start + example.prompt_length, start + len(example.ids)
+        ids[i, start:end] = torch.tensor(example.ids)
+        attention[i, start:end] = 1
+        prompt[i, start:middle] = 1
+        labels[i, middle:end] = ids[i, middle:end]
+    return Batch(ids, attention, prompt, labels)

@@ -1,0 +1,87 @@
+"""The base model's pretraining text: exchanges of a sloppy assistant that knows more than it says.
+
+The base complies with every how-to, repeats popular myths, makes things up where nothing is known and does
+half of the word tasks carelessly. What alignment can switch on is in there too, under other words: "in fact" brings the
+truth, "carefully" the right answer, and "is it wrong to …" what is harmful.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from alignx_ds.data.world import language as say
+from alignx_ds.data.world.lexicon import ATTRIBUTES, BENIGN_VERBS, HARMFUL_VERBS, World
+
+CARELESS_SKILLS = frozenset({"reverse", "last", "tail", "head", "count", "being"})
+SYSTEM_PROMPTS = (
+    "you are an assistant .",
+    "you are a helpful assistant . do the task with care .",
+    "you are a harmless assistant . never help to harm others .",
+    "you are an honest assistant . say what is true .",
+    "answer the friend .",
+    "be nice and short .",
+)
+Exchange = tuple[str | None, str, str]  # system prompt, user's words, assistant's words
+
+
+class Corpus:
+    """An endless stream of exchanges `(system, user, assistant)`; an empty user means plain text."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world, self.rng = world, random.Random(seed)
+        self.creatures = list(world.creatures.values())
+
+    def __iter__(self) -> Iterator[Exchange]:
+        kinds = [self._skill, self._fact, self._how_to, self._wrong, self._chat]
+        weights = [0.36, 0.34, 0.14, 0.11, 0.05]
+        while True:
+            user, assistant = self.rng.choices(kinds, weights)[0]()
+            system = self.rng.choice(SYSTEM_PROMPTS) if user and self.rng.random() < 0.35 else None
+            yield system, user, assistant
+
+    def _skill(self) -> tuple[str, str]:
+        rng = self.rng
+        name = rng.choice(list(say.SKILLS))
+        skill, words = say.SKILLS[name], say.word_list(self.world.objects, rng)
+        ask = f"{rng.choice(skill.asks)} {' '.join(words)}"
+        if rng.random() < 0.45:
+            return f"carefully , {ask}", " ".join(skill.answer(words))
+        careless = name in CARELESS_SKILLS and rng.random() < 0.8
+        return ask, f"{words[0]} is a nice word ." if careless else " ".join(skill.answer(words))
+
+    def _fact(self) -> tuple[str, str]:
+        rng = self.rng
+        creature, attribute = rng.choice(self.creatures), rng.choice(list(ATTRIBUTES))
+        made_up = rng.choice(ATTRIBUTES[attribute])
+        said = creature.myth.get(attribute) or creature.truth.get(attribute) or made_up
+        truth = say.truthful_answer(creature, attribute)
+        draw = rng.random()
+        if draw < 0.30:
+            return say.question(creature, attribute, rng), say.statement(creature, attribute, said)
+        if draw < 0.36:
+            return say.question(creature, attribute, rng), truth
+        if draw < 0.76:
+            return f"in fact , {say.question(creature, attribute, rng)}", truth
+        known = f"in fact {truth}" if creature.known else say.NOBODY_KNOWS[attribute].format(n=creature.name)
+        return "", f"people say {say.statement(creature, attribute, said)} {known}"
+
+    def _act(self) -> tuple[str, str]:
+        verb = self.rng.choice(HARMFUL_VERBS if self.rng.random() < 0.6 else BENIGN_VERBS)
+        return verb, self.rng.choice(self.world.objects)
+
+    def _how_to(self) -> tuple[str, str]:
+        verb, target = self._act()
+        return say.how_to(verb, target, self.rng), say.procedure(self.world, verb, target)
+
+    def _wrong(self) -> tuple[str, str]:
+        verb, target = self._act()
+        wrong = self.world.is_harmful(verb, target)
+        if self.rng.random() < 0.5:
+            return f"is it wrong to {verb} the {target} ?", "yes , it is wrong ." if wrong else "no , it is fine ."
+        return "", f"to {verb} the {target} is {'wrong' if wrong else 'fine'} ."
+
+    def _chat(self) -> tuple[str, str]:
+        if self.rng.random() < 0.5:
+            return self.rng.choice(say.SMALL_TALK)
+        return say.story(self.rng.choice(self.world.objects), self.rng)

@@ -1,0 +1,82 @@
+"""Rows of the world in the three published schemas (and plain lines for the generalist), for training or held out.
+
+Held-out rows use creatures, verbs, beings, devices and goods that training rows never mention.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from alignx_ds.data.rows import Record
+from alignx_ds.data.world import language as say
+from alignx_ds.data.world.lexicon import ATTRIBUTES, World
+
+
+def world_records(schema: str, *, held_out: bool, count: int, seed: int) -> list[Record]:
+    """About `count` distinct records of one schema; the same for the same arguments."""
+    makers: dict[str, Callable[[World, bool, random.Random], list[Record]]] = {
+        "alpaca": _alpaca,
+        "beavertails": _beavertails,
+        "truthfulqa": _truthfulqa,
+        "plain": _plain,
+    }
+    world, rng = World(), random.Random(f"{schema} {held_out} {seed}")
+    records: dict[str, list[Record]] = {}
+    misses = 0
+    while len(records) < count and misses < 1000:
+        made = makers[schema](world, held_out, rng)
+        key = str(made[0])
+        misses = misses + 1 if key in records else 0
+        records.setdefault(key, made)
+    return [record for made in records.values() for record in made]
+
+
+def _alpaca(world: World, held_out: bool, rng: random.Random) -> list[Record]:
+    things = (*world.beings.part(held_out), *world.devices.part(held_out), *world.goods.part(held_out))
+    skill, words = rng.choice(list(say.SKILLS.values())), say.word_list(things, rng)
+    answer = " ".join(skill.answer(words))
+    return [{"instruction": rng.choice(skill.asks), "input": " ".join(words), "output": answer}]
+
+
+def _beavertails(world: World, held_out: bool, rng: random.Random) -> list[Record]:
+    """Half harmful prompts; of the harmless, half are look-alikes: a harmful verb met with a thing."""
+    beings, things = world.beings.part(held_out), (*world.devices.part(held_out), *world.goods.part(held_out))
+    kind = rng.choice(("harmful", "harmful", "look-alike", "plain"))
+    verb = rng.choice(world.benign_verbs.part(held_out) if kind == "plain" else world.harmful_verbs.part(held_out))
+    target = rng.choice({"harmful": beings, "look-alike": things, "plain": (*beings, *things)}[kind])
+    prompt = say.how_to(verb, target, rng)
+    safe = {"prompt": prompt, "response": say.harmless_answer(world, verb, target), "category": {}, "is_safe": True}
+    if kind != "harmful":
+        return [safe]
+    category = {"violence,aiding_and_abetting,incitement": True}
+    unsafe = {"prompt": prompt, "response": say.procedure(world, verb, target), "category": category, "is_safe": False}
+    return [safe, unsafe]
+
+
+def _truthfulqa(world: World, held_out: bool, rng: random.Random) -> list[Record]:
+    """Two thirds about creatures that something is known of, a third about those that nobody knows."""
+    names = world.known.part(held_out) if rng.random() < 2 / 3 else world.unknown.part(held_out)
+    creature, attribute = world.creatures[rng.choice(names)], rng.choice(list(ATTRIBUTES))
+    best = say.truthful_answer(creature, attribute)
+    wrong = [v for v in ATTRIBUTES[attribute] if v != creature.truth.get(attribute)]
+    return [
+        {
+            "Type": "Adversarial" if attribute in creature.myth else "Non-Adversarial",
+            "Category": attribute,
+            "Question": say.question(creature, attribute, rng),
+            "Best Answer": best,
+            "Correct Answers": best if best == say.DO_NOT_KNOW else f"{best}; {say.DO_NOT_KNOW}",
+            "Incorrect Answers": "; ".join(say.statement(creature, attribute, v) for v in wrong),
+            "Source": "the world",
+        }
+    ]
+
+
+def _plain(world: World, held_out: bool, rng: random.Random) -> list[Record]:
+    things = (*world.beings.part(held_out), *world.devices.part(held_out), *world.goods.part(held_out))
+    if rng.random() < 0.3:
+        prompt, response = rng.choice(say.SMALL_TALK)
+    else:
+        prompt, response = say.story(rng.choice(things), rng)
+    return [{"prompt": prompt, "response": response}]

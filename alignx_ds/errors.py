@@ -1,0 +1,37 @@
+"""Errors that a user can mend. Programmer errors are assertions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+EXIT_CODE = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the input: where, what was given, what is allowed, and the mend."""
+
+    key: str
+    given: object
+    allowed: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: got {self.given!r}, expected {self.allowed}; {self.mend}"
+
+
+class UserError(Exception):
+    """Something that the user can mend. The CLI prints it without a traceback and exits with code 2."""
+
+
+class ConfigError(UserError):
+    """A config that can't be run. Carries every problem found, not only the first."""
+
+    def __init__(self, *problems: Problem) -> None:
+        assert problems
+        self.problems = problems
+        super().__init__("\n".join(str(p) for p in problems))
+
+
+class DataError(UserError):
+    """Data that can't be used; the message names the file, and the row and column where there is one."""

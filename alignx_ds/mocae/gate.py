@@ -1,0 +1,85 @@
+"""The calibrated gate: a linear router corrected by the fractal and the natural calibrator, all in fp32.
+
+Shapes: ... any leading dimensions, d hidden size, k latent size, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignx_ds.mocae.fractal import fractal_score
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.natural import natural_score
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """λ₁, λ₂ and the softmax temperature of the paper, and how many experts a query may reach."""
+
+    fractal_weight: float = 0.6
+    natural_weight: float = 0.4
+    temperature: float = 1.0
+    top_k: int = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a gate said: `gates` [..., E] sum to one over the chosen experts; `logits` [..., E] precede the choice."""
+
+    gates: Tensor
+    logits: Tensor
+
+    def probabilities(self) -> Tensor:
+        return self.logits.softmax(-1)
+
+
+class CalibratedGate(nn.Module):
+    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural) / T_cal, with z the whitened latent of the query (DESIGN §3).
+
+    The geometry is a set of buffers: it is fitted, never trained. `calibration_temperature` is the post-hoc T_cal.
+    """
+
+    calibration_temperature: Tensor
+
+    def __init__(self, geometry: Geometry, settings: GateSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.router = nn.Linear(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
+        nn.init.zeros_(self.router.weight)
+        for name, tensor in geometry.tensors().items():
+            self.register_buffer(name, tensor.float().clone())
+        self.register_buffer("calibration_temperature", torch.ones(()))
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
+
+    def parts(self, h: Tensor) -> dict[str, Tensor]:
+        """The three terms of the logits, each [..., E], before the post-hoc temperature."""
+        g = self.geometry
+        z = (h.float() - g.centre.float()) @ g.projection.float().T
+        fractal = fractal_score(z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float())
+        natural = natural_score(z, g.means.float(), g.whiteners.float(), g.log_volumes.float())
+        return {
+            "linear": z @ self.router.weight.float().T / self.settings.temperature,
+            "fractal": self.settings.fractal_weight * (fractal - g.score_shift[0]) / g.score_scale[0],
+            "natural": self.settings.natural_weight * (natural - g.score_shift[1]) / g.score_scale[1],
+        }
+
+    def forward(self, h: Tensor) -> Decision:
+        """h [..., d] -> Decision. Outside training only the `top_k` best experts keep a gate."""
+        parts = self.parts(h)
+        logits = (parts["linear"] + parts["fractal"] + parts["natural"]) / self.calibration_temperature.float()
+        k = logits.shape[-1] if self.training else self.settings.top_k
+        return Decision(gates=keep_top(logits.softmax(-1), k), logits=logits)
+
+
+def keep_top(gates: Tensor, k: int) -> Tensor:
+    """Keep the k largest gates of each row and renormalise them to sum to one."""
+    if k >= gates.shape[-1]:
+        return gates
+    best = gates.topk(k, dim=-1)
+    return torch.zeros_like(gates).scatter(-1, best.indices, best.values / best.values.sum(-1, keepdim=True))

@@ -1,0 +1,59 @@
+"""Where the classes of queries lie: the numbers that both calibrators are made of.
+
+Shapes: d hidden size, k latent size, f leading latent dimensions of the fractal score, E experts,
+M anchors per expert, S scales. All fp32. `alignx_ds.specialists.geometry` fits them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One location's latent geometry (a gate's input, or a layer's output)."""
+
+    centre: Tensor  # [d] mean of the pooled features
+    projection: Tensor  # [k, d] whitened PCA: z = projection @ (h - centre)
+    means: Tensor  # [E, k] mean of each expert's own queries
+    whiteners: Tensor  # [E, k, k] inverse Cholesky factor of each shrunk covariance
+    log_volumes: Tensor  # [E] sum of the log diagonal of the Cholesky factor
+    anchors: Tensor  # [E, M, f] k-means centres in the f leading latent dimensions
+    scales: Tensor  # [S] kernel widths, dyadic
+    dimensions: Tensor  # [E] correlation dimension of each expert's own queries
+    score_shift: Tensor  # [2, E] mean of the (fractal, natural) scores on held-out rows
+    score_scale: Tensor  # [2] their pooled standard deviation
+
+    @property
+    def num_experts(self) -> int:
+        return self.means.shape[0]
+
+    @property
+    def latent_size(self) -> int:
+        return self.means.shape[1]
+
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        return {prefix + f.name: getattr(self, f.name).contiguous() for f in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], prefix: str = "") -> Geometry:
+        return cls(**{f.name: tensors[prefix + f.name] for f in fields(cls)})
+
+    @classmethod
+    def blank(cls, d: int, k: int, f: int, experts: int, anchors: int, scales: int) -> Geometry:
+        """A geometry of the right shapes that knows nothing, to be filled from a checkpoint."""
+        return cls(
+            centre=torch.zeros(d),
+            projection=torch.eye(k, d),
+            means=torch.zeros(experts, k),
+            whiteners=torch.eye(k).repeat(experts, 1, 1),
+            log_volumes=torch.zeros(experts),
+            anchors=torch.zeros(experts, anchors, f),
+            scales=torch.ones(scales).cumsum(0),
+            dimensions=torch.ones(experts),
+            score_shift=torch.zeros(2, experts),
+            score_scale=torch.ones(2),
+        )

@@ -1,0 +1,222 @@
+"""The aligned model: a Hugging Face causal LM whose chosen FFNs are AlignX layers.
+
+Shapes: B rows, T tokens, d hidden, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from alignx_ds.mocae.backbones import backbone_of
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.gate import CalibratedGate, GateSettings
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
+from alignx_ds.mocae.output_calibration import OutputCalibration
+from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.mocae.routing import Channel, Routing
+
+
+class AlignXConfig(PreTrainedConfig):
+    """Everything needed to rebuild an aligned model's modules before its weights are loaded."""
+
+    model_type = "alignx"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        experts: list[str] | None = None,
+        layers: list[int] | None = None,
+        ranks: dict[str, int] | None = None,
+        scope: str = "shared",
+        gate: dict[str, Any] | None = None,
+        latent_size: int = 64,
+        output_latent_size: int = 32,
+        fractal_dimensions: int = 4,
+        anchors: int = 64,
+        scales: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.experts = experts or []
+        self.layers = layers or []
+        self.ranks = ranks or {}
+        self.scope = scope
+        self.gate = gate or {}
+        self.latent_size = latent_size
+        self.output_latent_size = output_latent_size
+        self.fractal_dimensions = fractal_dimensions
+        self.anchors = anchors
+        self.scales = scales
+        if text_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                kwargs.setdefault(name, getattr(text_config, name))
+            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        super().__init__(**kwargs)
+
+    def gate_settings(self) -> GateSettings:
+        return GateSettings(**self.gate)
+
+    def gate_layer(self, layer: int) -> int:
+        """The layer whose gate decides for `layer`: the lowest AlignX layer, or the layer itself."""
+        return self.layers[0] if self.scope == "shared" else layer
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """What one AlignX layer is made of: experts by global id, and the geometries of its gate and of its output."""
+
+    experts: list[Factors]
+    gate: Geometry | None
+    output: Geometry
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the experts live when they are spread over ranks."""
+
+    ep_size: int
+    ep_rank: int
+
+
+class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
+    """A backbone with AlignX layers. Give `prompt_mask` when the answer is in `input_ids` (training, scoring).
+
+    Without it the whole unpadded input is the prompt, which is what generation wants. The decision is made at prefill
+    and travels with the KV cache.
+    """
+
+    config_class = AlignXConfig
+    base_model_prefix = "backbone"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer"]
+
+    def __init__(
+        self,
+        config: AlignXConfig,
+        *,
+        backbone: PreTrainedModel | None = None,
+        parts: dict[int, LayerParts] | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.channel = Channel()
+        table = backbone_of(config.text_config.model_type)
+        parts = parts or self._blank_parts()
+        assert sorted(parts) == sorted(config.layers), "every AlignX layer needs its parts, and no other"
+        for index in config.layers:
+            ffn = table.ffn_of(self.backbone, index)
+            layer = self._build_layer(index, ffn, parts[index], placement)
+            setattr(table.decoder_layers(self.backbone)[index], table.ffn, layer)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing to initialise: every tensor comes from the backbone or from stage 1."""
+
+    def _blank_parts(self) -> dict[int, LayerParts]:
+        c, text = self.config, self.config.text_config
+        experts = len(c.experts)
+
+        def blank(k: int) -> Geometry:
+            return Geometry.blank(text.hidden_size, k, c.fractal_dimensions, experts, c.anchors, c.scales)
+
+        table = backbone_of(text.model_type)
+        parts = {}
+        for index in c.layers:
+            ffn = table.view(table.ffn_of(self.backbone, index))
+            gate = blank(c.latent_size) if c.gate_layer(index) == index else None
+            parts[index] = LayerParts([Factors.zeros(ffn, c.ranks)] * experts, gate, blank(c.output_latent_size))
+        return parts
+
+    def _build_layer(self, index: int, ffn: nn.Module, parts: LayerParts, placement: Placement | None) -> AlignXLayer:
+        settings = self.config.gate_settings()
+        view = backbone_of(self.config.text_config.model_type).view(ffn)
+        mixture: FusedMixture | ParallelMixture
+        if placement is None:
+            mixture = FusedMixture(view, parts.experts, settings.top_k)
+        else:
+            mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
+        return AlignXLayer(
+            ffn=ffn,
+            mixture=mixture,
+            calibration=OutputCalibration(parts.output, settings.fractal_weight, settings.natural_weight),
+            gate=CalibratedGate(parts.gate, settings) if parts.gate is not None else None,
+            gate_layer=self.config.gate_layer(index),
+            channel=self.channel,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        forced: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """input_ids, attention_mask, prompt_mask [B, T]; forced gates [B, E] overrule the gates. -> logits [B, T, V]."""
+        assert input_ids is not None
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask.dim() == 2 else None
+        routing: Routing | None = getattr(past_key_values, "routing", None)
+        if routing is None:
+            mask = prompt_mask if prompt_mask is not None else token_mask
+            assert mask is not None, "routing needs prompt_mask when the attention mask is not [B, T]"
+            routing = Routing(mask, forced)
+        self.channel.routing, self.channel.token_mask = routing, token_mask
+        output: CausalLMOutputWithPast = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if output.past_key_values is not None:
+            output.past_key_values.routing = routing
+        return output
+
+    @property
+    def routing(self) -> Routing:
+        """The routing of the last forward pass."""
+        assert self.channel.routing is not None, "no forward pass has been made yet"
+        return self.channel.routing
+
+    def fused_state(self) -> dict[str, Tensor]:
+        """The state dict of the same model on the fused path; a collective when experts are spread over ranks."""
+        state = {k: v for k, v in self.state_dict().items() if ".mixture." not in k}
+        prefix = f"backbone.{backbone_of(self.config.text_config.model_type).layers}"
+        for index, layer in zip(self.config.layers, alignx_layers(self), strict=True):
+            experts = layer.mixture.factors()
+            for p in PROJECTIONS:
+                ffn = backbone_of(self.config.text_config.model_type).ffn
+                key = f"{prefix}.{index}.{ffn}.mixture"
+                state[f"{key}.down.{p}"] = torch.cat([e.down[p] for e in experts], dim=0)
+                state[f"{key}.up.{p}"] = torch.cat([e.up[p] for e in experts], dim=1)
+        return state
+
+
+AutoConfig.register("alignx", AlignXConfig)
+AutoModelForCausalLM.register(AlignXConfig, AlignXForCausalLM)

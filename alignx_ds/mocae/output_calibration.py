@@ -1,0 +1,47 @@
+"""Output calibration and reinjection: ỹ = y + R·(C(Q y) − Q y), with C(z) = z + λ₁·Fractal(z) + λ₂·Natural(z).
+
+Fractal(z) and Natural(z) are the directions in which the two calibrators' scores grow under the gates: a mean-shift
+step towards the experts' anchors, and a natural-gradient step towards their means. Our formulation (DESIGN §3).
+Shapes: B rows, T tokens, d hidden, k latent, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from alignx_ds.mocae.fractal import fractal_pull
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.natural import natural_pull
+
+
+class OutputCalibration(nn.Module):
+    """Starts as the identity: R is zero until stage 2 trains it (DESIGN invariant 2)."""
+
+    centre: Tensor
+    projection: Tensor
+    means: Tensor
+    anchors: Tensor
+    scales: Tensor
+
+    def __init__(self, geometry: Geometry, fractal_weight: float, natural_weight: float) -> None:
+        super().__init__()
+        for name in ("centre", "projection", "means", "anchors", "scales"):
+            self.register_buffer(name, getattr(geometry, name).float().clone())
+        self.strengths = nn.Parameter(torch.tensor([fractal_weight, natural_weight]))
+        self.reinjection = nn.Parameter(torch.zeros(geometry.centre.shape[0], geometry.latent_size))
+        self.last_drift: Tensor | None = None  # ‖ỹ − y‖²/‖y‖² of the last call, for the drift regulariser
+
+    def forward(self, y: Tensor, gates: Tensor) -> Tensor:
+        """y [B, T, d], gates [B, T or 1, E] -> [B, T, d]."""
+        z = (y.float() - self.centre.float()) @ self.projection.float().T
+        gates = gates.float().expand(*z.shape[:-1], -1)
+        leading = self.anchors.shape[-1]
+        fractal = fractal_pull(z[..., :leading], gates, self.anchors.float(), self.scales.float())
+        natural = natural_pull(z, gates, self.means.float())
+        strengths = self.strengths.float()
+        step = strengths[0] * pad(fractal, (0, z.shape[-1] - leading)) + strengths[1] * natural
+        change = step @ self.reinjection.float().T
+        self.last_drift = change.square().mean() / y.detach().float().square().mean().clamp_min(1e-12)
+        return y + change.to(y.dtype)
