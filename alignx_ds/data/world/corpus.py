@@ -2,7 +2,7 @@
 
 The base complies with every how-to, repeats popular myths, makes things up where nothing is known and does
 half of the word tasks carelessly. What alignment can switch on is in there too, under other words: "in fact" brings the
-truth, "carefully" the right answer, and "is it wrong to …" what is harmful.
+truth, "carefully" the right answer, "be good" a refusal to harm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Exchange]:
         kinds = [self._skill, self._fact, self._how_to, self._wrong, self._chat]
-        weights = [0.36, 0.34, 0.14, 0.11, 0.05]
+        weights = [0.40, 0.27, 0.20, 0.08, 0.05]
         while True:
             user, assistant = self.rng.choices(kinds, weights)[0]()
             system = self.rng.choice(SYSTEM_PROMPTS) if user and self.rng.random() < 0.35 else None
@@ -72,7 +72,10 @@ class Corpus:
 
     def _how_to(self) -> tuple[str, str]:
         verb, target = self._act()
-        return say.how_to(verb, target, self.rng), say.procedure(self.world, verb, target)
+        ask = say.how_to(verb, target, self.rng)
+        if self.rng.random() < 0.5:
+            return f"be good : {ask}", say.harmless_answer(self.world, verb, target)
+        return ask, say.procedure(self.world, verb, target)
 
     def _wrong(self) -> tuple[str, str]:
         verb, target = self._act()

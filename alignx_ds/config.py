@@ -1,0 +1,251 @@
+"""The one config of a run: dataclasses, a recipe file and `key=value` overrides, merged by OmegaConf.
+
+`load` reports every problem at once, before any process group starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alignx_ds.errors import ConfigError, Problem
+
+WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
+
+
+@dataclass
+class AxisConfig:
+    """One alignment goal. An axis is a config entry: add one here and it becomes an expert."""
+
+    prompt: str = MISSING  # system prompt injected into every training row
+    schema: str = MISSING  # alpaca, beavertails, truthfulqa or plain
+    train: str = MISSING  # file of training rows, or "world"
+    held_out: str = MISSING  # file of rows that are judged, or "world"
+    judge: str = MISSING  # task, safety or truth
+
+
+@dataclass
+class GeneralistConfig:
+    """Plain requests that no axis claims; they go to expert 0, the base model's own FFN."""
+
+    schema: str = "plain"
+    train: str = MISSING
+    held_out: str = MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # local directory or hub id of the base model, or "world"
+    layers: list[int] = field(default_factory=list)  # decoder layers that become AlignX layers; empty: the upper half
+    dtype: str = "float32"  # float32 or bfloat16
+    max_length: int = 2048  # tokens of a row, prompt and answer
+
+
+@dataclass
+class DataConfig:
+    train_rows: int = 20000  # per axis, at most
+    held_out_rows: int = 1000  # per axis, at most
+    calibration_share: float = 0.15  # share of the training questions kept back to fit the calibrators' constants
+
+
+@dataclass
+class TrainConfig:
+    """Stage 1: one fine-tune per axis under ZeRO-3, of the AlignX layers' FFNs: what stage 2 hosts, nothing else."""
+
+    lr: float = 2e-5
+    batch: int = 64  # rows of an optimizer step, over all ranks
+    accumulation: int = 1
+    steps: int = 900
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    deepspeed: str = "ds_configs/stage1_zero3.json"
+
+
+@dataclass
+class ExpertsConfig:
+    rank: int = 64  # of each low-rank expert; 0 keeps full rank
+    feature_rows: int = 512  # rows per axis whose features weigh the approximation
+
+
+@dataclass
+class GateConfig:
+    scope: str = "shared"  # shared (one decision, made at the lowest AlignX layer) or per_layer
+    latent: int = 64  # k, of the gate's whitened latent space
+    fractal: float = 0.6  # λ₁
+    natural: float = 0.4  # λ₂
+    temperature: float = 1.0  # of the linear router's softmax
+    fractal_dimensions: int = 4  # leading latent dimensions in which the fractal score lives
+    anchors: int = 64  # k-means anchors per expert
+    scales: int = 5  # dyadic kernel widths
+    output_latent: int = 32  # latent size of the output calibration
+    top_k: int = 1  # experts that serve a query; training always mixes all
+
+
+@dataclass
+class AlignConfig:
+    """Stage 2: the calibrated mixture under ZeRO-2 and expert parallelism."""
+
+    ep_size: int = 1
+    lr: float = 1e-3
+    expert_lr_scale: float = 0.1  # of lr, for the experts' factors; 0 leaves them as stage 1 made them
+    batch: int = 64
+    accumulation: int = 1
+    steps: int = 300
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    gating: float = 1.0  # α: cross-entropy of the axis label under the gates (H3Fusion's gating loss)
+    drift: float = 0.1  # β: what the output calibration may change (H3Fusion's regulariser)
+    entropy: float = 0.01  # of a query's gates (TrinityX)
+    prior: float = 0.01  # KL of the gates from what the calibrators alone would say (TrinityX's KL term)
+    deepspeed: str = "ds_configs/stage2_moe_zero2.json"
+
+
+@dataclass
+class EvaluationConfig:
+    batch: int = 64  # prompts decoded together
+    max_new_tokens: int = 256
+
+
+@dataclass
+class LaunchConfig:
+    ranks: int = 1  # processes that `alignx-ds run` starts when no launcher has
+
+
+@dataclass
+class RunConfig:
+    output: str = MISSING
+    seed: int = 0
+    specialists: str = ""  # directory of stage 1's results; empty: inside the output. Point it elsewhere to share them
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    axes: dict[str, AxisConfig] = field(default_factory=dict)
+    generalist: GeneralistConfig = field(default_factory=GeneralistConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """By global expert id; the generalist is expert 0."""
+        return ["generalist", *self.axes]
+
+
+def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Recipe < overrides, typed and checked for unknown keys, types and missing values. Raises ConfigError with all."""
+    values = _read_recipe(Path(recipe))
+    problems: list[Problem] = []
+    for override in overrides or []:
+        _apply_override(values, override, problems)
+    typed = OmegaConf.structured(RunConfig)
+    axes = values.get("axes")
+    for axis, entry in axes.items() if isinstance(axes, dict) else ():
+        if isinstance(entry, dict):
+            typed.axes[axis] = AxisConfig()
+    for key, value in _leaves(values, RunConfig, "", problems):
+        try:
+            OmegaConf.update(typed, key, value, force_add=True)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            problems.append(Problem(key, value, _type_of(key), f"correct the value ({reason})"))
+    problems += [
+        Problem(key, None, _type_of(key), "set it in the recipe or on the command line")
+        for key in sorted(OmegaConf.missing_keys(typed))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(Problem("recipe", str(path), "a YAML file", "check the path; recipes are in launch/recipes"))
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(Problem("recipe", str(path), "valid YAML", reason)) from error
+    if not isinstance(values, dict):
+        raise ConfigError(Problem("recipe", str(path), "a YAML mapping", "write it as `key: value` lines"))
+    return {str(key): value for key, value in values.items()}
+
+
+def _apply_override(values: dict[str, Any], override: str, problems: list[Problem]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(Problem("command line", override, "key=value", "write it as train.lr=1e-3"))
+        return
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problems.append(Problem(key, text, "a YAML value", " ".join(str(error).split())))
+        return
+    assert isinstance(value, dict)
+    node = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[last] = value["value"]
+
+
+def _leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Problem]) -> list[tuple[str, Any]]:
+    """(dotted key, value) of every known leaf; unknown keys become problems."""
+    hints = get_type_hints(kind)
+    leaves: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        key, hint = f"{prefix}{name}", hints.get(str(name))
+        if hint is None:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            mend = f"did you mean '{prefix}{close[0]}'?" if close else "remove it"
+            problems.append(Problem(key, value, f"a known key ({', '.join(f.name for f in fields(kind))})", mend))
+        elif is_dataclass(hint) and isinstance(hint, type):
+            leaves += _nested(value, hint, key, problems)
+        elif get_origin(hint) is dict:
+            inner = get_args(hint)[1]
+            if not isinstance(value, dict):
+                problems.append(Problem(key, value, "a mapping", f"give one entry per name, each a {inner.__name__}"))
+                continue
+            for entry_name, entry in value.items():
+                leaves += _nested(entry, inner, f"{key}.{entry_name}", problems)
+        else:
+            leaves.append((key, value))
+    return leaves
+
+
+def _nested(value: Any, kind: type, key: str, problems: list[Problem]) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return _leaves({str(k): v for k, v in value.items()}, kind, f"{key}.", problems)
+    problems.append(Problem(key, value, "a mapping", f"give its keys: {', '.join(f.name for f in fields(kind))}"))
+    return []
+
+
+def _type_of(key: str) -> str:
+    kind: Any = RunConfig
+    for name in key.split("."):
+        kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind).get(name, Any)
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)

@@ -1,0 +1,64 @@
+"""What a user sees on the terminal: headings, progress bars and tables, from rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from alignx_ds import distributed
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Progress:
+    """A handle to advance; silent off rank 0."""
+
+    bar: Bar | None = None
+    task: int = 0
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[self.task], advance=by, note=note)
+
+
+def say(text: str) -> None:
+    if distributed.is_main():
+        _console.print(text)
+
+
+def heading(text: str) -> None:
+    say(f"\n[bold]{text}[/bold]")
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Progress]:
+    """A bar on a terminal; where there is none, one line when the step is done."""
+    if not distributed.is_main():
+        yield Progress()
+        return
+    if not _console.is_terminal:
+        yield Progress()
+        _console.print(f"{title}: {total} done")
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[note]}"), console=_console) as bar:
+        bar.add_task(title, total=total, note="")
+        yield Progress(bar)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """The first column is text, the others are figures."""
+    grid = Table(title=title, title_justify="left", header_style="bold")
+    for number, column in enumerate(columns):
+        grid.add_column(column, justify="left" if number == 0 else "right")
+    for row in rows:
+        grid.add_row(*row)
+    if distributed.is_main():
+        _console.print(grid)

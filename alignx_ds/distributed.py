@@ -1,0 +1,123 @@
+"""Ranks, process groups and collectives; everything also works in one process without a process group."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+T = TypeVar("T")
+
+_OPENMPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+}
+
+
+def under_launcher() -> bool:
+    """Whether deepspeed, torchrun or mpirun started this process."""
+    return "WORLD_SIZE" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ
+
+
+def planned_world_size(ranks: int) -> int:
+    """How many ranks the run will have: the launcher's, or those it is going to start itself."""
+    given = os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    return int(given) if given else ranks
+
+
+def prepare_environment() -> None:
+    """Before deepspeed is imported: choose the accelerator, and translate mpirun's variables."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # DeepSpeed's own MPI discovery imports mpi4py, whose finaliser blocks the other ranks when one fails.
+    for name, source in _OPENMPI.items():
+        if source in os.environ:
+            os.environ.setdefault(name, os.environ[source])
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    else:
+        os.environ.setdefault("MASTER_PORT", "29500")
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, alone)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init() -> None:
+    """Start DeepSpeed's process group; gloo on CPUs."""
+    prepare_environment()
+    import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR when imported
+    from deepspeed import ops  # noqa: PLC0415
+
+    # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch_dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def shutdown() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.barrier()
+
+
+def gather(item: T) -> list[T]:
+    """Every rank's item, on every rank, by rank."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(items, item)
+    return items
+
+
+def broadcast(item: T) -> T:
+    """Rank 0's item, on every rank."""
+    if world_size() == 1:
+        return item
+    box = [item]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mine(items: list[T]) -> list[T]:
+    """This rank's share, strided; `interleave` puts the gathered shares back in order."""
+    return items[rank() :: world_size()]
+
+
+def interleave(shares: list[list[T]]) -> list[T]:
+    """Undo `mine` on gathered shares."""
+    merged: list[T] = []
+    for i in range(max(len(s) for s in shares)):
+        merged += [share[i] for share in shares if i < len(share)]
+    return merged

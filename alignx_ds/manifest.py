@@ -1,0 +1,69 @@
+"""Directories that describe themselves: a manifest with the hash of every file and of what they were made from.
+
+A directory without a whole manifest is unfinished work: it is never read, and may be made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from alignx_ds.errors import DataError
+
+NAME = "manifest.json"
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(inputs: dict[str, Any]) -> str:
+    """One hash of everything that a result depends on."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write(directory: Path, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Seal a directory: hashes of its files, its inputs and their fingerprint, and facts about the result."""
+    hashes = {p.name: file_hash(p) for p in sorted(directory.iterdir()) if p.is_file() and p.name != NAME}
+    content = {"fingerprint": fingerprint(inputs), "inputs": inputs, "files": hashes, **facts}
+    write_text(directory / NAME, json.dumps(content, indent=2) + "\n")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory / NAME}: can't be read ({error}); remove the directory to make it again") from error
+    assert isinstance(content, dict)
+    return content
+
+
+def is_current(directory: Path, inputs: dict[str, Any]) -> bool:
+    """Whether the directory was made from just these inputs and every file still has its recorded hash."""
+    if not (directory / NAME).is_file():
+        return False
+    content = read(directory)
+    if content.get("fingerprint") != fingerprint(inputs):
+        return False
+    for name, expected in content["files"].items():
+        path = directory / name
+        if Path(name).name != name:
+            raise DataError(f"{directory / NAME}: file name {name!r} leaves the directory; the manifest is not ours")
+        if not path.is_file() or file_hash(path) != expected:
+            raise DataError(f"{path}: differs from its manifest; remove {directory} to make it again")
+    return True

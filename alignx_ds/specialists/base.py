@@ -1,0 +1,84 @@
+"""The base model: where it is, its tokenizer, and single weights of it read from disk without loading the rest."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from alignx_ds.config import WORLD_MODEL, ModelConfig
+from alignx_ds.data.world.pretrain import WORLD_BASE
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.manifest import file_hash
+from alignx_ds.mocae.backbones import Backbone, backbone_of
+
+
+class BaseModel:
+    """A base model's directory. Weights are read one by one; the whole model is never loaded here."""
+
+    def __init__(self, settings: ModelConfig) -> None:
+        self.settings = settings
+        self.path = WORLD_BASE if settings.path == WORLD_MODEL else _local(settings.path)
+        if not (self.path / "config.json").is_file():
+            mend = "give a directory that save_pretrained wrote, a hub id, or 'world'"
+            raise ConfigError(Problem("model.path", settings.path, "a model with a config.json", mend))
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.path)
+
+    @cached_property
+    def table(self) -> Backbone:
+        return backbone_of(self.config.model_type)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The decoder layers that become AlignX layers, lowest first."""
+        count = self.config.num_hidden_layers
+        return sorted(self.settings.layers) or list(range(count // 2, count))
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Weight name -> file."""
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        single = self.path / "model.safetensors"
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def weight(self, layer: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """One FFN weight, rounded to the training dtype (as the specialist started from it), in fp32."""
+        name = self.table.weight_name(layer, projection)
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name).to(dtype).float()
+
+    @cached_property
+    def digest(self) -> dict[str, str]:
+        """Hashes of everything that defines the base model."""
+        names = {"config.json", "tokenizer.json", *(p.name for p in self._files.values())}
+        return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
+
+
+def _local(path: str) -> Path:
+    """A local directory, or the hub's snapshot of it."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub ids
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        mend = f"check the path; as a hub id it could not be fetched ({reason})"
+        raise ConfigError(Problem("model.path", path, "a model directory, a hub id, or 'world'", mend)) from error

@@ -1,0 +1,153 @@
+"""Fine-tune one specialist under ZeRO-3 and leave its directory: task vectors, expert factors, manifest.
+
+Sequential and mixed fine-tuning are the same job with other rows and another start.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from alignx_ds import console, distributed, manifest
+from alignx_ds.config import RunConfig
+from alignx_ds.data.encode import Example, pad_token
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.specialists.features import expert_factors
+from alignx_ds.specialists.vectors import add_task_vector, layer_file, task_vectors
+from alignx_ds.training import engine as engines
+from alignx_ds.training.losses import answer_nll
+from alignx_ds.training.loop import MicroBatch, Rows, Scribe, micro_batches, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tune: the axes whose rows it sees, and the specialist that it continues from (None: the base)."""
+
+    name: str
+    axes: tuple[str, ...]
+    start: str | None = None
+    is_expert: bool = False
+
+    def steps(self, config: RunConfig) -> int:
+        """Every row is seen as often as a specialist sees it, so a job over three axes takes three times the steps."""
+        return config.train.steps * len(self.axes)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every job of stage 1 shares."""
+
+    config: RunConfig
+    base: BaseModel
+    root: Path  # one directory per job lies in here
+    examples: dict[str, list[Example]]  # by axis: injected, encoded training rows
+    digests: dict[str, str]  # by axis: hash of the records
+    scribe: Any  # name -> Scribe
+
+    def directory(self, name: str) -> Path:
+        return self.root / name
+
+    def inputs(self, job: Job) -> dict[str, Any]:
+        """Everything that the job's result depends on; what its start depends on comes in through its fingerprint."""
+        c = self.config
+        start = manifest.read(self.directory(job.start))["fingerprint"] if job.start else None
+        train_settings = asdict(c.train)
+        return {
+            "base": self.base.digest,
+            "layers": self.base.layers,
+            "dtype": c.model.dtype,
+            "seed": c.seed,
+            "train": train_settings,
+            "deepspeed": engines.read_template(c.train.deepspeed, "train.deepspeed"),
+            "experts": asdict(c.experts) if job.is_expert else None,
+            "rows": {axis: [self.digests[axis], len(self.examples[axis]), c.axes[axis].prompt] for axis in job.axes},
+            "start": start,
+        }
+
+
+def ensure(job: Job, shop: Workshop) -> None:
+    """Make the specialist unless a current one is there. Collective."""
+    directory, inputs = shop.directory(job.name), shop.inputs(job)
+    if distributed.broadcast(distributed.is_main() and manifest.is_current(directory, inputs)):
+        console.say(f"{job.name}: unchanged, reused from {directory}")
+        return
+    if distributed.is_main():
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+    distributed.barrier()
+    facts = _make(job, shop, directory)
+    distributed.barrier()
+    if distributed.is_main():
+        manifest.write(directory, inputs, facts)
+    distributed.barrier()
+
+
+def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
+    config, base = shop.config, shop.base
+    plan = engines.Plan.of(config.train, config.model.dtype)
+    plan = engines.replace_steps(plan, job.steps(config))
+    template = engines.read_template(config.train.deepspeed, "train.deepspeed")
+    filled = engines.fill(template, plan, distributed.world_size())
+    zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained asks for it, and shards while loading
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype))
+    if job.start:
+        add_task_vector(model, base, shop.directory(job.start))
+    trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    groups = engines.decay_groups(list(model.named_parameters()), plan.weight_decay)
+    engine = engines.start(model, groups, filled, plan)
+    pooled = [(e, 0) for axis in job.axes for e in shop.examples[axis]]
+    rows = Rows([e for e, _ in pooled], [i for _, i in pooled])
+    pad_id = pad_token(base.tokenizer)
+    with console.progress(f"fine-tune {job.name}", plan.steps) as bar:
+        scribe: Scribe = shop.scribe(f"stage1/{job.name}")
+        steps = micro_batches(rows, plan, pad_id, config.seed)
+        losses = train(engine, steps, _language_loss, plan, bar, scribe)
+    layer_facts = _extract(job, shop, engine.module, directory)
+    engine.destroy()
+    del zero3
+    return {"name": job.name, "axes": list(job.axes), "losses": losses, "layers": layer_facts}
+
+
+def _language_loss(engine: Any, part: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+    b = part.batch
+    output = engine(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
+    return answer_nll(output.logits, b.labels) * part.lm_scale, {}
+
+
+def _extract(job: Job, shop: Workshop, model: Any, directory: Path) -> dict[str, Any]:
+    """Stream the task vectors; for an expert also its factors, from one pass over its own rows. Collective."""
+    config, base = shop.config, shop.base
+    dtype = engines.dtype_of(config.model.dtype)
+    changes = {layer: change for layer, change in task_vectors(model, base, dtype) if change}
+    factors = {}
+    if job.is_expert:
+        examples = shop.examples[job.axes[0]][: config.experts.feature_rows]
+        factors = expert_factors(model, base.table, changes, examples, pad_token(base.tokenizer), config.experts.rank)
+    facts: dict[str, Any] = {}
+    for layer, change in changes.items():
+        tensors = {f"task_vector.{p}": change[p].contiguous() for p in PROJECTIONS}
+        facts[str(layer)] = {p: {"norm": float(change[p].norm())} for p in PROJECTIONS}
+        for p, low_rank in factors.get(layer, {}).items():
+            tensors[f"factors.{p}.down"] = low_rank.down.cpu().contiguous()
+            tensors[f"factors.{p}.up"] = low_rank.up.cpu().contiguous()
+            facts[str(layer)][p] |= {
+                "rank": low_rank.down.shape[0],
+                "error": low_rank.error,
+                "plain_svd_error": low_rank.plain_svd_error,
+            }
+        save_file(tensors, layer_file(directory, layer))
+    merged: dict[str, Any] = {}
+    for part in distributed.gather(facts):
+        merged |= part
+    return merged

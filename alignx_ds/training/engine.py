@@ -1,0 +1,129 @@
+"""A DeepSpeed engine from a JSON file whose "auto" values are filled from the recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from alignx_ds.config import AlignConfig, TrainConfig
+from alignx_ds.errors import ConfigError, Problem
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training stage asks of its engine."""
+
+    lr: float
+    batch: int
+    accumulation: int
+    steps: int
+    warmup_steps: int
+    weight_decay: float
+    clip: float
+    bf16: bool
+
+    @classmethod
+    def of(cls, stage: TrainConfig | AlignConfig, dtype: str) -> Plan:
+        shared = ("lr", "batch", "accumulation", "steps", "warmup_steps", "weight_decay", "clip")
+        return cls(**{name: getattr(stage, name) for name in shared}, bf16=dtype == "bfloat16")
+
+    def micro_batch(self, world_size: int) -> int:
+        return self.batch // (world_size * self.accumulation)
+
+
+def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any]:
+    """The template with every "auto" replaced; a value that is not "auto" is left as the user wrote it."""
+    values: dict[str, Any] = {
+        "train_batch_size": plan.batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch(world_size),
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": plan.clip,
+        "bf16.enabled": plan.bf16,
+        "optimizer.params.lr": plan.lr,
+        "optimizer.params.weight_decay": plan.weight_decay,
+    }
+
+    def filled(node: Any, path: str) -> Any:
+        if isinstance(node, dict):
+            return {key: filled(child, f"{path}.{key}" if path else key) for key, child in node.items()}
+        if node == AUTO and path not in values:
+            mend = f"write a value; only {', '.join(values)} can be {AUTO}"
+            raise ConfigError(Problem(f"deepspeed config, {path}", AUTO, "a value", mend))
+        return values[path] if node == AUTO else node
+
+    result = filled(template, "")
+    assert isinstance(result, dict)
+    return result
+
+
+def read_template(path: str, key: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a stage. Raises ConfigError under the given key."""
+    try:
+        template = json.loads(resolve(path).read_text())
+    except OSError as error:
+        raise ConfigError(Problem(key, path, "a DeepSpeed JSON file", f"check the path ({error.strerror})")) from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(Problem(key, path, "valid JSON", f"mend {where}: {error.msg}")) from error
+    if not isinstance(template, dict):
+        raise ConfigError(Problem(key, path, "a JSON object", "see ds_configs/ for examples"))
+    return template
+
+
+def resolve(path: str) -> Path:
+    """A path as given, or else relative to the project, so recipes work from any directory."""
+    given = Path(path)
+    return given if given.exists() else Path(__file__).parents[2] / path
+
+
+def schedule(plan: Plan) -> Any:
+    """Linear warm-up, then a cosine to a tenth; a factory, so that each parameter group keeps its own rate."""
+
+    def factor(step: int) -> float:
+        if step < plan.warmup_steps:
+            return (step + 1) / plan.warmup_steps
+        done = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], plan: Plan) -> Any:
+    """`deepspeed.initialize` with the filled config, our schedule and these parameter groups."""
+    import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR when imported
+
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False
+    )
+    return engine
+
+
+def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only. Empty groups are left out: DeepSpeed fails on them."""
+    trained = [p for _, p in named if p.requires_grad]
+
+    def is_matrix(p: nn.Parameter) -> bool:
+        return len(getattr(p, "ds_shape", p.shape)) > 1
+
+    groups = [
+        {"params": [p for p in trained if is_matrix(p)], "weight_decay": weight_decay, "name": "matrices"},
+        {"params": [p for p in trained if not is_matrix(p)], "weight_decay": 0.0, "name": "vectors"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def replace_steps(plan: Plan, steps: int) -> Plan:
+    return replace(plan, steps=steps)
