@@ -83,7 +83,8 @@ class GateConfig:
     temperature: float = 1.0  # of the linear router's softmax
     fractal_dimensions: int = 4  # leading latent dimensions in which the fractal score lives
     anchors: int = 64  # k-means anchors per expert
-    scales: int = 5  # dyadic kernel widths
+    granularity: float = 0.05  # ε, the unit of the kernel widths: ε·2, ε·4, …
+    scales: int = 5  # how many of them
     output_latent: int = 32  # latent size of the output calibration
     top_k: int = 1  # experts that serve a query; training always mixes all
 

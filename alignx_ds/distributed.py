@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from typing import Any, TypeVar
 
 import torch
@@ -60,8 +61,17 @@ def init() -> None:
 
     # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    quiet()
     if not torch_dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def quiet() -> None:
+    """Leave the terminal to our own headings and progress bars."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def shutdown() -> None:

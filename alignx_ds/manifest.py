@@ -48,7 +48,9 @@ def read(directory: Path) -> dict[str, Any]:
     try:
         content = json.loads((directory / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{directory / NAME}: can't be read ({error}); remove the directory to make it again") from error
+        raise DataError(
+            f"{directory / NAME}: can't be read ({error}); remove the directory to make it again"
+        ) from error
     assert isinstance(content, dict)
     return content
 

@@ -83,7 +83,9 @@ SCHEMAS: dict[str, Schema] = {
         {"prompt": str, "response": str, "category": dict, "is_safe": bool}, _beavertails, _beavertails_held_out
     ),
     "truthfulqa": Schema(
-        {"Question": str, "Best Answer": str, "Correct Answers": str, "Incorrect Answers": str}, _truthfulqa, _truthfulqa
+        {"Question": str, "Best Answer": str, "Correct Answers": str, "Incorrect Answers": str},
+        _truthfulqa,
+        _truthfulqa,
     ),
     "plain": Schema({"prompt": str, "response": str}, _plain, _plain),
 }

@@ -61,7 +61,9 @@ class CalibratedGate(nn.Module):
         """The three terms of the logits, each [..., E], before the post-hoc temperature."""
         g = self.geometry
         z = (h.float() - g.centre.float()) @ g.projection.float().T
-        fractal = fractal_score(z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float())
+        fractal = fractal_score(
+            z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float()
+        )
         natural = natural_score(z, g.means.float(), g.whiteners.float(), g.log_volumes.float())
         return {
             "linear": z @ self.router.weight.float().T / self.settings.temperature,

@@ -24,8 +24,8 @@ class Geometry:
     anchors: Tensor  # [E, M, f] k-means centres in the f leading latent dimensions
     scales: Tensor  # [S] kernel widths, dyadic
     dimensions: Tensor  # [E] correlation dimension of each expert's own queries
-    score_shift: Tensor  # [2, E] mean of the (fractal, natural) scores on held-out rows
-    score_scale: Tensor  # [2] their pooled standard deviation
+    score_shift: Tensor  # [2] mean of the (fractal, natural) scores on rows kept back from the fit
+    score_scale: Tensor  # [2] their standard deviation
 
     @property
     def num_experts(self) -> int:
@@ -54,6 +54,6 @@ class Geometry:
             anchors=torch.zeros(experts, anchors, f),
             scales=torch.ones(scales).cumsum(0),
             dimensions=torch.ones(experts),
-            score_shift=torch.zeros(2, experts),
+            score_shift=torch.zeros(2),
             score_scale=torch.ones(2),
         )

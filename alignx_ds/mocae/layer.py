@@ -69,3 +69,6 @@ def alignx_layers(model: nn.Module) -> list[AlignXLayer]:
     return [m for m in model.modules() if isinstance(m, AlignXLayer)]
 
 
+def gates_of(model: nn.Module) -> dict[int, CalibratedGate]:
+    """The gates of a model, by the layer that owns each, lowest first."""
+    return {layer.gate_layer: layer.gate for layer in alignx_layers(model) if layer.gate is not None}

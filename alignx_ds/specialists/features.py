@@ -33,7 +33,9 @@ def expert_factors(
     """By owned layer and projection. `changes` holds the owned layers' task vectors; features are those of all tokens
     of the row, prompt and answer, because an expert serves both. Collective under ZeRO-3."""
     device = distributed.device()
-    collected = {layer: {p: TaskFeatures(c.to(device)) for p, c in by_name.items()} for layer, by_name in changes.items()}
+    collected = {
+        layer: {p: TaskFeatures(c.to(device)) for p, c in by_name.items()} for layer, by_name in changes.items()
+    }
     seen: dict[str, Tensor] = {}
     hooks: list[RemovableHandle] = []
     for layer, by_projection in collected.items():

@@ -6,6 +6,7 @@ Sequential and mixed fine-tuning are the same job with other rows and another st
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from alignx_ds import console, distributed, manifest
 from alignx_ds.config import RunConfig
 from alignx_ds.data.encode import Example, pad_token
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.features import expert_factors
@@ -50,7 +52,8 @@ class Workshop:
     root: Path  # one directory per job lies in here
     examples: dict[str, list[Example]]  # by axis: injected, encoded training rows
     digests: dict[str, str]  # by axis: hash of the records
-    scribe: Any  # name -> Scribe
+    scribe: Callable[[str], Scribe]  # by name of the curve
+    shared: bool = False  # whether other runs' specialists may lie in root: then nothing is made over
 
     def directory(self, name: str) -> Path:
         return self.root / name
@@ -79,8 +82,13 @@ def ensure(job: Job, shop: Workshop) -> None:
     if distributed.broadcast(distributed.is_main() and manifest.is_current(directory, inputs)):
         console.say(f"{job.name}: unchanged, reused from {directory}")
         return
+    if (directory / manifest.NAME).is_file() and shop.shared:
+        mend = f"{job.name} there was made from other inputs; choose another directory, or match its config"
+        raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", mend))
+    distributed.barrier()
     if distributed.is_main():
         if directory.exists():
+            console.say(f"{job.name}: its inputs have changed, or it is unfinished: made again")
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
     distributed.barrier()
@@ -110,7 +118,7 @@ def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
     rows = Rows([e for e, _ in pooled], [i for _, i in pooled])
     pad_id = pad_token(base.tokenizer)
     with console.progress(f"fine-tune {job.name}", plan.steps) as bar:
-        scribe: Scribe = shop.scribe(f"stage1/{job.name}")
+        scribe = shop.scribe(f"stage1/{job.name}")
         steps = micro_batches(rows, plan, pad_id, config.seed)
         losses = train(engine, steps, _language_loss, plan, bar, scribe)
     layer_facts = _extract(job, shop, engine.module, directory)

@@ -57,7 +57,8 @@ def read_task_vector(directory: Path, layer: int) -> Changes:
 def read_factors(directory: Path, layer: int) -> Factors:
     tensors = load_file(layer_file(directory, layer))
     return Factors(
-        down={p: tensors[f"factors.{p}.down"] for p in PROJECTIONS}, up={p: tensors[f"factors.{p}.up"] for p in PROJECTIONS}
+        down={p: tensors[f"factors.{p}.down"] for p in PROJECTIONS},
+        up={p: tensors[f"factors.{p}.up"] for p in PROJECTIONS},
     )
 
 

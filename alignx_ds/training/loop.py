@@ -53,7 +53,9 @@ def micro_batches(rows: Rows, plan: Plan, pad_id: int, seed: int) -> Iterator[li
         for start in range(0, len(own), size):
             part = own[start : start + size]
             batch = collate([rows.examples[i] for i in part], pad_id)
-            moved = Batch(*(t.to(device) for t in (batch.input_ids, batch.attention_mask, batch.prompt_mask, batch.labels)))
+            moved = Batch(
+                *(t.to(device) for t in (batch.input_ids, batch.attention_mask, batch.prompt_mask, batch.labels))
+            )
             step.append(MicroBatch(moved, torch.tensor([rows.experts[i] for i in part], device=device), scale))
         yield step
 

@@ -48,7 +48,9 @@ class AlignTerms:
         return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
 
 
-def gating_terms(gate: CalibratedGate, query: Tensor, decision: Decision, experts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gating_terms(
+    gate: CalibratedGate, query: Tensor, decision: Decision, experts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, means over rows.
 
     query [B, d], experts [B] int64 (the expert that each row belongs to).
@@ -62,7 +64,9 @@ def gating_terms(gate: CalibratedGate, query: Tensor, decision: Decision, expert
     return functional.nll_loss(log_gates, experts), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 
 
-def align_terms(model: AlignXForCausalLM, logits: Tensor, labels: Tensor, experts: Tensor, lm_scale: float) -> AlignTerms:
+def align_terms(
+    model: AlignXForCausalLM, logits: Tensor, labels: Tensor, experts: Tensor, lm_scale: float
+) -> AlignTerms:
     """Stage 2's terms after a forward pass. `lm_scale` turns the summed NLL into the global mean over tokens."""
     layers, routing = alignx_layers(model), model.routing
     per_gate = [

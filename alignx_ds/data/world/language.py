@@ -63,13 +63,18 @@ SKILLS: dict[str, Skill] = {
     "reverse": Skill(
         ("reverse the words .", "write the list backwards .", "turn the order of the list around ."), lambda w: w[::-1]
     ),
-    "first": Skill(("give the first word .", "which word comes first ?", "what does the list start with ?"), lambda w: w[:1]),
-    "last": Skill(("give the last word .", "which word comes last ?", "what does the list end with ?"), lambda w: w[-1:]),
+    "first": Skill(
+        ("give the first word .", "which word comes first ?", "what does the list start with ?"), lambda w: w[:1]
+    ),
+    "last": Skill(
+        ("give the last word .", "which word comes last ?", "what does the list end with ?"), lambda w: w[-1:]
+    ),
     "tail": Skill(("drop the first word .", "write the list without the first word ."), lambda w: w[1:]),
     "head": Skill(("drop the last word .", "write the list without the last word ."), lambda w: w[:-1]),
     "count": Skill(("how many words are in the list ?", "count the words ."), lambda w: [NUMBERS[len(w)]]),
     "being": Skill(
-        ("which words are alive ?", "find what lives in the list ."), lambda w: [x for x in w if x in BEINGS] or ["none"]
+        ("which words are alive ?", "find what lives in the list ."),
+        lambda w: [x for x in w if x in BEINGS] or ["none"],
     ),
     "device": Skill(
         ("which words are things that work or play ?", "find the devices in the list ."),

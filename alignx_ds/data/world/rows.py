@@ -15,17 +15,11 @@ from alignx_ds.data.world.lexicon import ATTRIBUTES, World
 
 def world_records(schema: str, *, held_out: bool, count: int, seed: int) -> list[Record]:
     """About `count` distinct records of one schema; the same for the same arguments."""
-    makers: dict[str, Callable[[World, bool, random.Random], list[Record]]] = {
-        "alpaca": _alpaca,
-        "beavertails": _beavertails,
-        "truthfulqa": _truthfulqa,
-        "plain": _plain,
-    }
     world, rng = World(), random.Random(f"{schema} {held_out} {seed}")
     records: dict[str, list[Record]] = {}
     misses = 0
     while len(records) < count and misses < 1000:
-        made = makers[schema](world, held_out, rng)
+        made = _MAKERS[schema](world, held_out, rng)
         key = str(made[0])
         misses = misses + 1 if key in records else 0
         records.setdefault(key, made)
@@ -80,3 +74,12 @@ def _plain(world: World, held_out: bool, rng: random.Random) -> list[Record]:
     else:
         prompt, response = say.story(rng.choice(things), rng)
     return [{"prompt": prompt, "response": response}]
+
+
+_MAKERS: dict[str, Callable[[World, bool, random.Random], list[Record]]] = {
+    "alpaca": _alpaca,
+    "beavertails": _beavertails,
+    "truthfulqa": _truthfulqa,
+    "plain": _plain,
+}
+SCHEMAS_OF_THE_WORLD = frozenset(_MAKERS)

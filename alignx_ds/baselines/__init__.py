@@ -1,0 +1,1 @@
+"""What AlignX is compared with: the same parts with other settings."""

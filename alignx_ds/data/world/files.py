@@ -1,0 +1,42 @@
+"""Write the world's rows as the files that they imitate: Alpaca JSON, BeaverTails JSON lines, TruthfulQA CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+from alignx_ds.data.rows import Record
+from alignx_ds.data.world.rows import world_records
+from alignx_ds.errors import DataError
+
+FILES = {"alpaca": "json", "beavertails": "jsonl", "truthfulqa": "csv", "plain": "jsonl"}
+
+
+def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
+    """A train and a held-out file per schema; existing files are not overwritten (DataError)."""
+    targets = {
+        (schema, part): directory / f"{schema}_{part}.{suffix}"
+        for schema, suffix in FILES.items()
+        for part in ("train", "held_out")
+    }
+    taken = [str(path) for path in targets.values() if path.exists()]
+    if taken:
+        raise DataError(f"{', '.join(taken)}: exists already; choose an empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    for (schema, part), path in targets.items():
+        records = world_records(schema, held_out=part == "held_out", count=rows, seed=seed)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            _write(records, path.suffix, file)
+    return list(targets.values())
+
+
+def _write(records: list[Record], suffix: str, file) -> None:  # type: ignore[no-untyped-def]
+    if suffix == ".json":
+        json.dump(records, file, indent=1)
+    elif suffix == ".jsonl":
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    else:
+        writer = csv.DictWriter(file, fieldnames=list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)

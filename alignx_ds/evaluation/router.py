@@ -1,0 +1,56 @@
+"""What the router does on held-out prompts, and what each of its terms is worth (the ablation of the calibrators)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from alignx_ds.config import RunConfig
+from alignx_ds.data.encode import pad_token
+from alignx_ds.evaluation.calibration import confusion, fit_temperature, router_figures
+from alignx_ds.inputs import Inputs
+from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.training.gates import gate_terms, sum_of
+
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "linear": ("linear",),
+    "fractal": ("fractal",),
+    "natural": ("natural",),
+    "fractal + natural": ("fractal", "natural"),
+    "linear + fractal + natural": ("linear", "fractal", "natural"),
+}
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """Figures of the lowest gate (the one that decides, in the shared scope), on held-out prompts."""
+
+    figures: dict[str, float]
+    uncalibrated: dict[str, float]  # before the post-hoc temperature
+    temperature: float
+    confusion: list[list[int]]  # rows: the expert that the prompt belongs to
+    ablations: dict[str, dict[str, float]]
+
+
+def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, config: RunConfig) -> RouterReport:
+    """Temperatures are fitted on the rows kept back from training, figures are of the held-out ones. Collective."""
+    pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
+    lowest, gate = next(iter(gates_of(model).items()))
+    fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.kept_back, data.routed))
+    known, labels = torch.tensor(data.kept_back.experts), torch.tensor(data.routed.experts)
+    temperature = float(gate.calibration_temperature)
+    ablations = {}
+    for name, terms in ABLATIONS.items():
+        t = fit_temperature(sum_of(fitted, *terms), known)
+        ablations[name] = router_figures(sum_of(tested, *terms) / t, labels)
+    logits = sum_of(tested)
+    return RouterReport(
+        figures=router_figures(logits / temperature, labels),
+        uncalibrated=router_figures(logits, labels),
+        temperature=temperature,
+        confusion=confusion(logits, labels),
+        ablations=ablations,
+    )

@@ -1,0 +1,25 @@
+"""Answers from an aligned model on disk, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from alignx_ds import distributed
+from alignx_ds.errors import DataError
+
+
+def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """One greedy answer per prompt. Raises DataError when the directory holds no aligned model."""
+    distributed.prepare_environment()
+    from alignx_ds.evaluation.generate import answers  # noqa: PLC0415 - imports deepspeed
+    from alignx_ds.mocae.modeling import AlignXForCausalLM  # noqa: PLC0415
+
+    if not (Path(directory) / "config.json").is_file():
+        raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
+    logging.disable_progress_bar()
+    model = AlignXForCausalLM.from_pretrained(directory).to(distributed.device())
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return answers(model, tokenizer, prompts, batch=16, max_new_tokens=max_new_tokens)

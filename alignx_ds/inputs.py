@@ -1,0 +1,66 @@
+"""Read, check and encode everything that a run trains on and is judged by, before any process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alignx_ds.config import RunConfig
+from alignx_ds.data.encode import Example, encode, encode_prompt
+from alignx_ds.data.rows import Row, split
+from alignx_ds.data.sources import Dataset, load
+from alignx_ds.errors import DataError
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.training.loop import Rows
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """By axis, and for the generalist under "generalist"."""
+
+    injected: dict[str, list[Example]]  # axis's training rows under its own system prompt: stage 1
+    train: Rows  # training rows of all experts without any system prompt: stage 2
+    kept_back: Rows  # the same of questions that are kept back to fit constants
+    held_out: dict[str, list[Row]]  # judged, never trained on
+    routed: Rows  # held-out prompts with the expert they belong to
+    digests: dict[str, str]
+
+
+def read(config: RunConfig, base: BaseModel) -> Inputs:
+    """Raises DataError naming file, row and column."""
+    sources = {**config.axes, "generalist": config.generalist}
+    train: dict[str, Dataset] = {}
+    held_out: dict[str, Dataset] = {}
+    for name, s in sources.items():
+        train[name] = load(s.train, s.schema, held_out=False, limit=config.data.train_rows, seed=config.seed)
+        held_out[name] = load(s.held_out, s.schema, held_out=True, limit=config.data.held_out_rows, seed=config.seed)
+        overlap = {r.prompt for r in train[name].rows} & {r.prompt for r in held_out[name].rows}
+        if overlap and name != "generalist":
+            example = sorted(overlap)[0][:60]
+            raise DataError(
+                f"{s.held_out}: {len(overlap)} questions are in {s.train} too, e.g. {example!r}; remove them"
+            )
+    limit = config.model.max_length
+
+    def encoded(rows: list[Row], prompt: str | None = None) -> list[Example]:
+        return [encode(row, base.tokenizer, prompt, limit) for row in rows]
+
+    kept, back = Rows([], []), Rows([], [])
+    for expert, name in enumerate(config.expert_names):
+        for target, rows in zip((kept, back), split(train[name].rows, config.data.calibration_share), strict=True):
+            target.examples.extend(encoded(rows))
+            target.experts.extend([expert] * len(rows))
+        if expert not in back.experts:
+            raise DataError(f"{sources[name].train}: no row is left to calibrate on; give more rows")
+    routed = Rows([], [])
+    for expert, name in enumerate(config.expert_names):
+        prompts = [tuple(encode_prompt(row.prompt, base.tokenizer)) for row in held_out[name].rows]
+        routed.examples.extend(Example(ids, len(ids)) for ids in prompts)
+        routed.experts.extend([expert] * len(prompts))
+    return Inputs(
+        injected={name: encoded(train[name].rows, axis.prompt) for name, axis in config.axes.items()},
+        train=kept,
+        kept_back=back,
+        held_out={name: held_out[name].rows for name in config.axes},
+        routed=routed,
+        digests={name: dataset.digest for name, dataset in train.items()},
+    )

@@ -1,0 +1,81 @@
+"""The output directory of a run: what lies where, and that it belongs to this run and no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignx_ds import manifest
+from alignx_ds.config import RunConfig, to_yaml
+from alignx_ds.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Outputs:
+    root: Path
+    specialists: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Outputs:
+        root = Path(config.output)
+        return cls(root, Path(config.specialists) if config.specialists else root / "specialists")
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def answers(self) -> Path:
+        return self.root / "answers"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+
+def check_owner(config: RunConfig) -> None:
+    """Raises ConfigError when the directory holds another run, or something that is no run. Writes nothing."""
+    outputs = Outputs.of(config)
+    if outputs.root.exists() and not outputs.root.is_dir():
+        raise ConfigError(Problem("output", config.output, "a directory", "a file has that name; choose another"))
+    if not outputs.config.is_file():
+        if outputs.root.is_dir() and any(outputs.root.iterdir()):
+            mend = "choose another output; nothing in it was touched"
+            raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", mend))
+        return
+    try:
+        there = yaml.safe_load(outputs.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mend = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend)) from error
+    different = sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
+    if different:
+        mend = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+
+
+def claim(config: RunConfig) -> Outputs:
+    """Make the directory and write the resolved config into it; on rank 0, after `check_owner`."""
+    outputs = Outputs.of(config)
+    try:
+        outputs.root.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(outputs.config, to_yaml(config))
+    except OSError as error:
+        mend = f"can't be written ({error.strerror}); choose another output"
+        raise ConfigError(Problem("output", config.output, "a writable directory", mend)) from error
+    return outputs
+
+
+def _differences(a: Any, b: Any, path: str) -> list[str]:
+    """Dotted keys under which two configs differ; where the output lies and how many ranks make it are no difference."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b} - ({"output", "launch"} if not path else set()))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if a == b else [path]

@@ -1,0 +1,143 @@
+"""Fit the geometry of each gate and of each AlignX layer's output, from the assembled model's own features.
+
+One pass over un-injected rows with the true expert forced, so a gate above other experts sees in training what it
+will see in use. PCA, shrinkage and k-means are scikit-learn's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from alignx_ds import distributed
+from alignx_ds.config import GateConfig
+from alignx_ds.data.encode import collate
+from alignx_ds.errors import DataError
+from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.mocae.natural import natural_score
+from alignx_ds.training.loop import Rows
+
+TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one location saw: `by_expert[e]` [N_e, d] fp32."""
+
+    by_expert: list[Tensor]
+
+
+@torch.no_grad()
+def collect(
+    model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int
+) -> tuple[dict[int, Features], dict[int, Features]]:
+    """(queries of each gate, outputs of each layer's mixture), by layer, from all ranks' shares. Collective."""
+    device, experts = distributed.device(), len(model.config.experts)
+    queries: dict[int, list[list[Tensor]]] = {i: [[] for _ in range(experts)] for i in model.config.layers}
+    outputs: dict[int, list[list[Tensor]]] = {i: [[] for _ in range(experts)] for i in model.config.layers}
+    latest: dict[int, Tensor] = {}
+    hooks = [
+        layer.mixture.register_forward_hook(_remember(latest, index))
+        for index, layer in zip(model.config.layers, alignx_layers(model), strict=True)
+    ]
+    model.eval()
+    own = distributed.mine(list(range(len(rows.examples))))
+    for start in range(0, len(own), batch):
+        chosen = own[start : start + batch]
+        part = collate([rows.examples[i] for i in chosen], pad_id)
+        labels = torch.tensor([rows.experts[i] for i in chosen])
+        forced = nn.functional.one_hot(labels, experts).float().to(device)
+        mask = part.attention_mask.to(device)
+        model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
+        for e in labels.unique().tolist():
+            for index, query in model.routing.queries.items():
+                queries[index][e].append(query[labels == e].cpu())
+            for index, y in latest.items():
+                outputs[index][e].append(_sample(y[labels == e][mask[labels == e].bool()], batch))
+    for hook in hooks:
+        hook.remove()
+    gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
+    return {i: _pool(queries[i]) for i in gates}, {i: _pool(outputs[i]) for i in model.config.layers}
+
+
+def _remember(latest: dict[int, Tensor], index: int):  # type: ignore[no-untyped-def]
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+        latest[index] = output
+
+    return hook
+
+
+def _sample(tokens: Tensor, batch: int) -> Tensor:
+    """A strided sample, so that no batch fills the quota alone."""
+    stride = max(1, len(tokens) * 4 // TOKENS_PER_EXPERT)
+    return tokens[::stride].float().cpu()
+
+
+def _pool(parts: list[list[Tensor]]) -> Features:
+    """Every rank's rows, by expert, on every rank."""
+    shares = distributed.gather([torch.cat(p) if p else torch.zeros(0, 0) for p in parts])
+    by_expert = [[share[e] for share in shares if share[e].numel()] for e in range(len(parts))]
+    return Features([torch.cat(p)[:TOKENS_PER_EXPERT] if p else torch.zeros(0, 0) for p in by_expert])
+
+
+def fit(
+    features: Features, kept_back: Features, latent: int, settings: GateConfig, names: list[str], seed: int
+) -> Geometry:
+    """The geometry of one location. `kept_back` rows only set the standardisation of the two scores."""
+    for name, rows in zip(names, features.by_expert, strict=True):
+        if len(rows) < 2 or len(rows) < settings.anchors:
+            needed = max(2, settings.anchors)
+            raise DataError(
+                f"{name}: {len(rows)} rows are too few to fit its geometry; give {needed}, or lower gate.anchors"
+            )
+    pooled = torch.cat(features.by_expert).double()
+    pca = PCA(n_components=latent, svd_solver="full", random_state=seed).fit(pooled.numpy())
+    spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12 * pca.explained_variance_[0]))
+    projection = torch.from_numpy(pca.components_ / spread[:, None])
+    centre = torch.from_numpy(pca.mean_)
+    latents = [((rows.double() - centre) @ projection.T).numpy() for rows in features.by_expert]
+    factors = [np.linalg.cholesky(LedoitWolf().fit(z).covariance_) for z in latents]
+    scales = settings.granularity * 2.0 ** torch.arange(1, settings.scales + 1)
+    f = min(settings.fractal_dimensions, latent)
+    anchors = torch.stack([_anchors(z[:, :f], settings.anchors, seed) for z in latents])
+    own = [
+        local_dimension(log_mass(torch.from_numpy(z[:, :f]).float(), anchors, scales)[:, e], scales).mean()
+        for e, z in enumerate(latents)
+    ]
+    raw = Geometry(
+        centre=centre.float(),
+        projection=projection.float(),
+        means=torch.stack([torch.from_numpy(z.mean(0)) for z in latents]).float(),
+        whiteners=torch.stack([torch.from_numpy(np.linalg.inv(c)) for c in factors]).float(),
+        log_volumes=torch.tensor([float(np.log(np.diag(c)).sum()) for c in factors]),
+        anchors=anchors,
+        scales=scales,
+        dimensions=torch.stack(own),
+        score_shift=torch.zeros(2),
+        score_scale=torch.ones(2),
+    )
+    return _standardised(raw, torch.cat(kept_back.by_expert))
+
+
+def _anchors(z: NDArray[np.float64], count: int, seed: int) -> Tensor:
+    centres = KMeans(count, n_init=1, random_state=seed).fit(z).cluster_centers_
+    return torch.from_numpy(centres).float()
+
+
+def _standardised(raw: Geometry, rows: Tensor) -> Geometry:
+    z = (rows - raw.centre) @ raw.projection.T
+    fractal = fractal_score(z[:, : raw.anchors.shape[-1]], raw.anchors, raw.scales, raw.dimensions)
+    natural = natural_score(z, raw.means, raw.whiteners, raw.log_volumes)
+    shift = torch.stack([fractal.mean(), natural.mean()])
+    scale = torch.stack([fractal.std(), natural.std()]).clamp_min(1e-6)
+    return replace(raw, score_shift=shift, score_scale=scale)

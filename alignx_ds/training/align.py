@@ -1,0 +1,171 @@
+"""Stage 2: assemble the mixture from the specialists, train gate, calibrations and experts under ZeRO-2, calibrate.
+
+Rows are un-injected: the aligned model must find the axis by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from alignx_ds import console, distributed
+from alignx_ds.config import RunConfig
+from alignx_ds.data.encode import pad_token
+from alignx_ds.evaluation.calibration import fit_temperature
+from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
+from alignx_ds.mocae.gate import GateSettings
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import freeze_trunk, gates_of
+from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.specialists.geometry import collect, fit
+from alignx_ds.training import engine as engines
+from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.training.losses import align_terms
+from alignx_ds.training.loop import MicroBatch, Rows, Scribe, micro_batches, train
+
+
+@dataclass(frozen=True)
+class AlignJob:
+    """What stage 2 works on: the experts' factors by layer (by global id, without the generalist) and the rows."""
+
+    config: RunConfig
+    base: BaseModel
+    factors: dict[int, list[Factors]]
+    rows: Rows  # un-injected training rows of all axes and the generalist
+    kept_back: Rows  # rows of other questions: they set the calibrators' constants and the temperature
+
+
+def model_config(job: AlignJob) -> AlignXConfig:
+    c = job.config
+    ranks = {p: max(f.rank(p) for fs in job.factors.values() for f in fs) for p in PROJECTIONS}
+    return AlignXConfig(
+        text_config=job.base.config,
+        experts=c.expert_names,
+        layers=job.base.layers,
+        ranks=ranks,
+        scope=c.gate.scope,
+        gate=asdict(GateSettings(c.gate.fractal, c.gate.natural, c.gate.temperature, c.gate.top_k)),
+        latent_size=c.gate.latent,
+        output_latent_size=c.gate.output_latent,
+        fractal_dimensions=c.gate.fractal_dimensions,
+        anchors=c.gate.anchors,
+        scales=c.gate.scales,
+    )
+
+
+def load_backbone(job: AlignJob) -> Any:
+    return AutoModelForCausalLM.from_pretrained(job.base.path, dtype=engines.dtype_of(job.config.model.dtype))
+
+
+def assemble(
+    job: AlignJob, geometries: tuple[dict[int, Geometry], dict[int, Geometry]] | None, placement: Placement | None
+) -> AlignXForCausalLM:
+    """The aligned model: fused, or with its experts placed over ranks; without geometries its gates know nothing."""
+    config, backbone = model_config(job), load_backbone(job)
+    parts = {}
+    for layer in job.base.layers:
+        ffn = job.base.table.view(job.base.table.ffn_of(backbone, layer))
+        experts = align_ranks([Factors.zeros(ffn, config.ranks), *job.factors[layer]])
+        gate_here = config.gate_layer(layer) == layer
+        if geometries is None:
+            gate, output = _blank(config, config.latent_size), _blank(config, config.output_latent_size)
+        else:
+            gate, output = geometries[0][config.gate_layer(layer)], geometries[1][layer]
+        parts[layer] = LayerParts(experts, gate if gate_here else None, output)
+    return AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
+
+
+def _blank(c: AlignXConfig, latent: int) -> Geometry:
+    d = c.text_config.hidden_size
+    return Geometry.blank(d, latent, c.fractal_dimensions, len(c.experts), c.anchors, c.scales)
+
+
+def fit_geometries(job: AlignJob) -> tuple[dict[int, Geometry], dict[int, Geometry]]:
+    """(gates', outputs') by layer; fitted once on rank 0 and shared. Collective."""
+    model = assemble(job, None, None).to(distributed.device())
+    c, pad_id = job.config, pad_token(job.base.tokenizer)
+    seen = collect(model, job.rows, pad_id, c.evaluation.batch)
+    unseen = collect(model, job.kept_back, pad_id, c.evaluation.batch)
+    fitted: tuple[dict[int, Geometry], dict[int, Geometry]] = ({}, {})
+    if distributed.is_main():
+        for kind, latent in enumerate((c.gate.latent, c.gate.output_latent)):
+            for layer, features in seen[kind].items():
+                fitted[kind][layer] = fit(features, unseen[kind][layer], latent, c.gate, c.expert_names, c.seed)
+    return distributed.broadcast(fitted)
+
+
+def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]]:
+    """Stage 2 from start to end: the trained, calibrated model on the fused path, and its losses. Collective."""
+    c = job.config
+    geometries = fit_geometries(job)
+    placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
+    model = assemble(job, geometries, placement).to(distributed.device())
+    freeze_trunk(model)
+    plan = engines.Plan.of(c.align, c.model.dtype)
+    template = engines.read_template(c.align.deepspeed, "align.deepspeed")
+    filled = engines.fill(template, plan, distributed.world_size())
+    make_expert_groups(c.align.ep_size)
+    engine = engines.start(model, parameter_groups(model, c), filled, plan)
+    pad_id = pad_token(job.base.tokenizer)
+    with console.progress("align", plan.steps) as bar:
+        losses = train(engine, micro_batches(job.rows, plan, pad_id, c.seed), _step_loss(c), plan, bar, scribe)
+    trained = {name: t.detach().cpu() for name, t in engine.module.fused_state().items()}
+    engine.destroy()
+    fused = assemble(job, geometries, None)
+    parameters = dict(fused.named_parameters())
+    fused.load_state_dict({k: v for k, v in trained.items() if k in parameters}, strict=False)
+    fused.to(distributed.device()).eval()
+    calibrate(fused, job.kept_back, pad_id, c.evaluation.batch)
+    return fused, losses
+
+
+def make_expert_groups(ep_size: int) -> None:
+    """DeepSpeed makes missing groups itself, but announces it from every rank."""
+    from deepspeed.utils import groups  # noqa: PLC0415
+
+    if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+
+
+def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Experts apart, because DeepSpeed reduces them over their own group, and at their own learning rate."""
+    from deepspeed.moe.utils import (  # noqa: PLC0415
+        is_moe_param,
+        split_params_into_different_moe_groups_for_optimizer,
+    )
+
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    dense = engines.decay_groups([(n, p) for n, p in named if not is_moe_param(p)], config.align.weight_decay)
+    expert = {
+        "params": [p for _, p in named if is_moe_param(p)],
+        "lr": config.align.lr * config.align.expert_lr_scale,
+        "weight_decay": 0.0,
+        "name": "experts",
+    }
+    groups: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer([*dense, expert])
+    return [group for group in groups if group["params"]]
+
+
+def _step_loss(config: RunConfig):  # type: ignore[no-untyped-def]
+    def step_loss(engine: Any, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+        b = part.batch
+        output = engine(
+            input_ids=b.input_ids, attention_mask=b.attention_mask, prompt_mask=b.prompt_mask, use_cache=False
+        )
+        terms = align_terms(engine.module, output.logits, b.labels, part.experts, part.lm_scale)
+        return terms.total(config.align), terms.scalars()
+
+    return step_loss
+
+
+def calibrate(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) -> None:
+    """Fit each gate's post-hoc temperature on rows kept back from training. Collective."""
+    labels = torch.tensor(rows.experts)
+    terms = gate_terms(model, rows, pad_id, batch)
+    for index, gate in gates_of(model).items():
+        gate.calibration_temperature.fill_(fit_temperature(sum_of(terms[index]), labels))
