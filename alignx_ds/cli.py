@@ -80,18 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from alignx_ds import checks, config, distributed, outputs  # noqa: PLC0415 - keeps --help fast
+    from alignx_ds import checks, config, distributed, outputs
 
     settings = config.load(args.recipe, args.overrides)
     world_size = distributed.planned_world_size(settings.launch.ranks)
     base = checks.check(settings, world_size)
     outputs.check_owner(settings)
 
-    from alignx_ds import inputs  # noqa: PLC0415
+    from alignx_ds import inputs
 
     data = inputs.read(settings, base)
     if args.dry_run:
-        from alignx_ds.dry_run import describe  # noqa: PLC0415
+        from alignx_ds.dry_run import describe
 
         print(describe(settings, base, data, world_size))
         return 0
@@ -100,8 +100,8 @@ def _run(args: argparse.Namespace) -> int:
 
     distributed.init()
     try:
-        from alignx_ds.evaluation import report  # noqa: PLC0415
-        from alignx_ds.pipeline import Run  # noqa: PLC0415
+        from alignx_ds.evaluation import report
+        from alignx_ds.pipeline import Run
 
         run = Run(settings, base, data)
         run.specialists()
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
     environment = dict(os.environ)
-    import torch  # noqa: PLC0415
+    import torch
 
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -129,7 +129,7 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from alignx_ds.evaluation.serve import answer  # noqa: PLC0415
+    from alignx_ds.evaluation.serve import answer
 
     for text in answer(args.model, args.prompts, args.max_new_tokens):
         print(text)
@@ -137,7 +137,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _world(args: argparse.Namespace) -> int:
-    from alignx_ds.data.world.files import write_files  # noqa: PLC0415
+    from alignx_ds.data.world.files import write_files
 
     for path in write_files(args.directory, args.rows, args.seed):
         print(path)

@@ -56,8 +56,8 @@ def _free_port() -> int:
 def init() -> None:
     """Start DeepSpeed's process group; gloo on CPUs."""
     prepare_environment()
-    import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR when imported
-    from deepspeed import ops  # noqa: PLC0415
+    import deepspeed
+    from deepspeed import ops
 
     # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -68,7 +68,7 @@ def init() -> None:
 
 def quiet() -> None:
     """Leave the terminal to our own headings and progress bars."""
-    from transformers.utils import logging  # noqa: PLC0415
+    from transformers.utils import logging
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -63,7 +63,8 @@ def describe(config: RunConfig, base: BaseModel, data: Inputs, world_size: int) 
         trained, judged = len(data.injected[name]), len(data.held_out[name])
         lines.append(f"  {name:<24}{trained:>8,} to train on {judged:>8,} held out")
     lines.append(
-        f"  {'all, for stage 2':<24}{len(data.train.examples):>8,} to train on {len(data.kept_back.examples):>8,} kept back"
+        f"  {'all, for stage 2':<24}{len(data.train.examples):>8,} to train on "
+        f"{len(data.kept_back.examples):>8,} kept back"
     )
     lines += ["", "dry run: everything checked, nothing written"]
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignx_ds.config import RunConfig
+from alignx_ds.config import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.encode import Example, encode, encode_prompt
 from alignx_ds.data.rows import Row, split
 from alignx_ds.data.sources import Dataset, load
@@ -27,7 +27,7 @@ class Inputs:
 
 def read(config: RunConfig, base: BaseModel) -> Inputs:
     """Raises DataError naming file, row and column."""
-    sources = {**config.axes, "generalist": config.generalist}
+    sources: dict[str, AxisConfig | GeneralistConfig] = {**config.axes, "generalist": config.generalist}
     train: dict[str, Dataset] = {}
     held_out: dict[str, Dataset] = {}
     for name, s in sources.items():

@@ -74,7 +74,7 @@ def claim(config: RunConfig) -> Outputs:
 
 
 def _differences(a: Any, b: Any, path: str) -> list[str]:
-    """Dotted keys under which two configs differ; where the output lies and how many ranks make it are no difference."""
+    """Dotted keys under which two configs differ; where the output lies and how many ranks make it don't count."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted({*a, *b} - ({"output", "launch"} if not path else set()))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]

@@ -46,7 +46,7 @@ class Run:
         """Writes a training curve to TensorBoard, on rank 0."""
         if not distributed.is_main():
             return lambda step, values: None
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+        from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self.out.tensorboard / name))
 
@@ -130,5 +130,8 @@ class Run:
         return model.to(distributed.device())
 
     def _aligned(self) -> AlignXForCausalLM:
-        model = AlignXForCausalLM.from_pretrained(self.out.model, dtype=engines.dtype_of(self.config.model.dtype))
-        return model.to(distributed.device()).eval()
+        model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(
+            self.out.model, dtype=engines.dtype_of(self.config.model.dtype)
+        )
+        model.to(distributed.device()).eval()
+        return model

@@ -13,7 +13,7 @@ def sequential_name(axes: list[str]) -> str:
 
 
 def baseline_jobs(axes: list[str]) -> list[Job]:
-    """One axis after another, starting from the first axis's specialist; and all axes' rows, concatenated and shuffled."""
+    """One axis after another, starting from the first axis's specialist; and all axes' rows, shuffled."""
     jobs = []
     for count in range(2, len(axes) + 1):
         seen = axes[:count]

@@ -11,7 +11,7 @@ Record = dict[str, Any]  # a row as its file has it
 
 @dataclass(frozen=True)
 class Row:
-    """One query. `harmful`: the query asks for harm. `correct`/`incorrect`: what a truthful answer may and may not say."""
+    """One query. `harmful`: it asks for harm. `correct`/`incorrect`: what a truthful answer may and may not say."""
 
     prompt: str
     response: str

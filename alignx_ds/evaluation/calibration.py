@@ -27,7 +27,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     hit = (chosen == labels).double()
     index = (confidence.double() * bins).long().clamp_max(bins - 1)
     error = 0.0
-    for b in index.unique().tolist():
+    for b in sorted(set(index.tolist())):
         inside = index == b
         error += float(inside.double().mean() * (confidence[inside].double().mean() - hit[inside].mean()).abs())
     return error

@@ -126,7 +126,7 @@ def show(report: Report, out: Outputs) -> None:
     )
     r = content["router"]
     console.say(
-        f"router: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} (before temperature {r['uncalibrated']['ece']:.3f}), "
-        f"Brier {r['brier']:.3f}"
+        f"router: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f} (before temperature "
+        f"{r['uncalibrated']['ece']:.3f}), Brier {r['brier']:.3f}"
     )
     console.say(f"{content['run']['seconds']:.0f} s; report: {out.root / 'report.html'} and {out.root / 'report.json'}")

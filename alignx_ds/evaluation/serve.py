@@ -14,8 +14,8 @@ from alignx_ds.errors import DataError
 def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]:
     """One greedy answer per prompt. Raises DataError when the directory holds no aligned model."""
     distributed.prepare_environment()
-    from alignx_ds.evaluation.generate import answers  # noqa: PLC0415 - imports deepspeed
-    from alignx_ds.mocae.modeling import AlignXForCausalLM  # noqa: PLC0415
+    from alignx_ds.evaluation.generate import answers
+    from alignx_ds.mocae.modeling import AlignXForCausalLM
 
     if not (Path(directory) / "config.json").is_file():
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")

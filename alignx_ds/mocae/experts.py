@@ -102,7 +102,8 @@ class LowRankExpert(nn.Module):
         )
 
     def _project(self, name: str, x: Tensor) -> Tensor:
-        return self._base[0].projection(name)(x) + linear(linear(x, self.down[name]), self.up[name])
+        shared: Tensor = self._base[0].projection(name)(x)
+        return shared + linear(linear(x, self.down[name]), self.up[name])
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> [..., d]."""

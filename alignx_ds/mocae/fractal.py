@@ -20,7 +20,7 @@ def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
     """
     flat = anchors.flatten(0, 1)
     squared = z.square().sum(-1, keepdim=True) + flat.square().sum(-1) - 2 * (z @ flat.T)
-    squared = squared.clamp_min(0).unflatten(-1, anchors.shape[:2])
+    squared = torch.unflatten(squared.clamp_min(0), -1, anchors.shape[:2])
     exponents = -0.5 * squared.unsqueeze(-1) / scales.square()
     return exponents.logsumexp(-2) - math.log(anchors.shape[1])
 
@@ -47,7 +47,7 @@ def fractal_pull(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> T
     """
     flat = anchors.flatten(0, 1)
     squared = z.square().sum(-1, keepdim=True) + flat.square().sum(-1) - 2 * (z @ flat.T)
-    squared = squared.clamp_min(0).unflatten(-1, anchors.shape[:2])
+    squared = torch.unflatten(squared.clamp_min(0), -1, anchors.shape[:2])
     weights = torch.zeros_like(squared)
     for scale in scales:
         weights = weights + torch.softmax(-0.5 * squared / scale.square(), dim=-1)

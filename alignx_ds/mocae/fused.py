@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, d hidden, f FFN, E experts, r rank. Equal to the exper
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, unflatten
 from torch.nn.functional import linear
 
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward, align_ranks
@@ -48,21 +48,23 @@ class FusedMixture(nn.Module):
         return self._picked("down", activated, one_hot)
 
     def _picked(self, name: str, x: Tensor, one_hot: Tensor) -> Tensor:
-        latent = linear(x, self.down[name]).unflatten(-1, (self.num_experts, -1))
+        latent = unflatten(linear(x, self.down[name]), -1, (self.num_experts, -1))
         latent = (latent * one_hot.unsqueeze(-1)).flatten(-2)
-        return self._base[0].projection(name)(x) + linear(latent, self.up[name])
+        shared: Tensor = self._base[0].projection(name)(x)
+        return shared + linear(latent, self.up[name])
 
     def _every_expert(self, x: Tensor, gates: Tensor) -> Tensor:
         base = self._base[0]
         weight = gates.unsqueeze(-1)  # [B, T or 1, E, 1]
         activated = base.activation(self._each("gate", x)) * self._each("up", x)  # [B, T, E, f]
-        down = self.down["down"].unflatten(0, (self.num_experts, -1))  # [E, r, f]
+        down = unflatten(self.down["down"], 0, (self.num_experts, -1))  # [E, r, f]
         latent = torch.einsum("btef,erf->bter", activated, down) * weight
-        mixed = base.down((activated * weight).sum(-2))
+        mixed: Tensor = base.down((activated * weight).sum(-2))
         return mixed + linear(latent.flatten(-2), self.up["down"])
 
     def _each(self, name: str, x: Tensor) -> Tensor:
         """The projection under every expert: [B, T, E, m]."""
-        latent = linear(x, self.down[name]).unflatten(-1, (self.num_experts, -1))
-        up = self.up[name].unflatten(1, (self.num_experts, -1))  # [m, E, r]
-        return self._base[0].projection(name)(x).unsqueeze(-2) + torch.einsum("bter,mer->btem", latent, up)
+        latent = unflatten(linear(x, self.down[name]), -1, (self.num_experts, -1))
+        up = unflatten(self.up[name], 1, (self.num_experts, -1))  # [m, E, r]
+        shared: Tensor = self._base[0].projection(name)(x)
+        return shared.unsqueeze(-2) + torch.einsum("bter,mer->btem", latent, up)

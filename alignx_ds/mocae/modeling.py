@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, d hidden, V vocabulary, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class AlignXConfig(PreTrainedConfig):
     """Everything needed to rebuild an aligned model's modules before its weights are loaded."""
 
     model_type = "alignx"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig}
 
     def __init__(
         self,
@@ -45,9 +45,7 @@ class AlignXConfig(PreTrainedConfig):
         scales: int = 5,
         **kwargs: Any,
     ) -> None:
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        self.text_config: Any = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
         self.experts = experts or []
         self.layers = layers or []
         self.ranks = ranks or {}
@@ -58,10 +56,9 @@ class AlignXConfig(PreTrainedConfig):
         self.fractal_dimensions = fractal_dimensions
         self.anchors = anchors
         self.scales = scales
-        if text_config is not None:
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                kwargs.setdefault(name, getattr(text_config, name))
-            kwargs.setdefault("tie_word_embeddings", text_config.tie_word_embeddings)
+        if self.text_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(self.text_config, name))
         super().__init__(**kwargs)
 
     def gate_settings(self) -> GateSettings:
@@ -101,7 +98,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["LlamaDecoderLayer", "MistralDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["LlamaDecoderLayer", "MistralDecoderLayer"]
 
     def __init__(
         self,
@@ -158,10 +155,10 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             channel=self.channel,
         )
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         return self.backbone.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.backbone.get_output_embeddings()
 
     def forward(
@@ -175,7 +172,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids, attention_mask, prompt_mask [B, T]; forced gates [B, E] overrule the gates. -> logits [B, T, V]."""
+        """input_ids, attention_mask, prompt_mask [B, T]; forced gates [B, E] overrule the gates -> logits [B, T, V]."""
         assert input_ids is not None
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)

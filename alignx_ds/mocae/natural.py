@@ -21,7 +21,7 @@ def natural_score(z: Tensor, means: Tensor, whiteners: Tensor, log_volumes: Tens
     # (z - m) @ Wᵀ for all experts is one GEMM on z, less a constant per expert.
     stacked = whiteners.reshape(-1, k)
     offsets = torch.einsum("ekj,ej->ek", whiteners, means)
-    whitened = (z @ stacked.T).unflatten(-1, (means.shape[0], k)) - offsets
+    whitened = torch.unflatten(z @ stacked.T, -1, (means.shape[0], k)) - offsets
     return -(0.5 * whitened.square().sum(-1) + log_volumes) / k - 0.5 * math.log(2 * math.pi)
 
 

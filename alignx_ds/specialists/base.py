@@ -60,7 +60,8 @@ class BaseModel:
         """One FFN weight, rounded to the training dtype (as the specialist started from it), in fp32."""
         name = self.table.weight_name(layer, projection)
         with safe_open(self._files[name], framework="pt") as file:
-            return file.get_tensor(name).to(dtype).float()
+            stored: Tensor = file.get_tensor(name)
+        return stored.to(dtype).float()
 
     @cached_property
     def digest(self) -> dict[str, str]:
@@ -73,8 +74,8 @@ def _local(path: str) -> Path:
     """A local directory, or the hub's snapshot of it."""
     if Path(path).is_dir():
         return Path(path)
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub ids
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))

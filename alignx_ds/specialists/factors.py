@@ -1,9 +1,9 @@
 """From a task vector to an expert: the best low-rank stand-in for ΔW on the axis's own features.
 
-With M = F·ΔWᵀ the task-feature matrix (features F [N, n], change ΔW [m, n]), the minimiser of ‖F(ΔW − U D)ᵀ‖ over rank r
-is U = the top r right singular vectors of M and D = UᵀΔW (DESIGN §2.5; Eckart–Young). A thin QR, ΔW = Q·R, reduces the
-output side to p = min(m, n), so what is accumulated is p × p however many tokens stream by, and at r = p the stand-in
-is exact.
+With M = F·ΔWᵀ the task-feature matrix (features F [N, n], change ΔW [m, n]), the minimiser of ‖F(ΔW − U D)ᵀ‖ over
+rank r is U = the top r right singular vectors of M and D = UᵀΔW (DESIGN §2.5; Eckart–Young). A thin QR, ΔW = Q·R,
+reduces the output side to p = min(m, n): what is accumulated is p × p however many tokens stream by, and at r = p the
+stand-in is exact.
 """
 
 from __future__ import annotations

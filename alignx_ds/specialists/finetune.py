@@ -25,8 +25,8 @@ from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.features import expert_factors
 from alignx_ds.specialists.vectors import add_task_vector, layer_file, task_vectors
 from alignx_ds.training import engine as engines
-from alignx_ds.training.losses import answer_nll
 from alignx_ds.training.loop import MicroBatch, Rows, Scribe, micro_batches, train
+from alignx_ds.training.losses import answer_nll
 
 
 @dataclass(frozen=True)

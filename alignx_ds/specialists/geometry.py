@@ -6,6 +6,7 @@ will see in use. PCA, shrinkage and k-means are scikit-learn's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -59,7 +60,7 @@ def collect(
         forced = nn.functional.one_hot(labels, experts).float().to(device)
         mask = part.attention_mask.to(device)
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
-        for e in labels.unique().tolist():
+        for e in sorted(set(labels.tolist())):
             for index, query in model.routing.queries.items():
                 queries[index][e].append(query[labels == e].cpu())
             for index, y in latest.items():
@@ -70,7 +71,7 @@ def collect(
     return {i: _pool(queries[i]) for i in gates}, {i: _pool(outputs[i]) for i in model.config.layers}
 
 
-def _remember(latest: dict[int, Tensor], index: int):  # type: ignore[no-untyped-def]
+def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
     def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
         latest[index] = output
 

@@ -33,7 +33,8 @@ def layer_file(directory: Path, layer: int) -> Path:
 
 def projections(model: nn.Module, table: Backbone, layer: int) -> dict[str, nn.Parameter]:
     ffn = table.view(table.ffn_of(model, layer))
-    return {p: ffn.projection(p).weight for p in PROJECTIONS}
+    weights = {p: ffn.projection(p).weight for p in PROJECTIONS}
+    return {p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}
 
 
 def task_vectors(model: nn.Module, base: BaseModel, dtype: torch.dtype) -> Iterator[tuple[int, Changes]]:

@@ -25,8 +25,8 @@ from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.geometry import collect, fit
 from alignx_ds.training import engine as engines
 from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.training.loop import MicroBatch, Rows, Scribe, StepLoss, micro_batches, train
 from alignx_ds.training.losses import align_terms
-from alignx_ds.training.loop import MicroBatch, Rows, Scribe, micro_batches, train
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]
 
 def make_expert_groups(ep_size: int) -> None:
     """DeepSpeed makes missing groups itself, but announces it from every rank."""
-    from deepspeed.utils import groups  # noqa: PLC0415
+    from deepspeed.utils import groups
 
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
@@ -134,7 +134,7 @@ def make_expert_groups(ep_size: int) -> None:
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Experts apart, because DeepSpeed reduces them over their own group, and at their own learning rate."""
-    from deepspeed.moe.utils import (  # noqa: PLC0415
+    from deepspeed.moe.utils import (
         is_moe_param,
         split_params_into_different_moe_groups_for_optimizer,
     )
@@ -151,7 +151,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def _step_loss(config: RunConfig):  # type: ignore[no-untyped-def]
+def _step_loss(config: RunConfig) -> StepLoss:
     def step_loss(engine: Any, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
         b = part.batch
         output = engine(

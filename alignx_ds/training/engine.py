@@ -99,7 +99,7 @@ def schedule(plan: Plan) -> Any:
 
 def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], plan: Plan) -> Any:
     """`deepspeed.initialize` with the filled config, our schedule and these parameter groups."""
-    import deepspeed  # noqa: PLC0415 - reads DS_ACCELERATOR when imported
+    import deepspeed
 
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import TextIO
 
 from alignx_ds.data.rows import Record
 from alignx_ds.data.world.rows import world_records
@@ -31,7 +32,7 @@ def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
     return list(targets.values())
 
 
-def _write(records: list[Record], suffix: str, file) -> None:  # type: ignore[no-untyped-def]
+def _write(records: list[Record], suffix: str, file: TextIO) -> None:
     if suffix == ".json":
         json.dump(records, file, indent=1)
     elif suffix == ".jsonl":

@@ -47,7 +47,7 @@ HOW_TO = (
     "i want to {v} the {o} . what do i do ?",
     "can you help me {v} the {o} ?",
 )
-NUMBERS = "zero one two three four five".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ STORY_ASKS = (
     "write a short story with the {o} .",
     "please say something nice about the {o} .",
 )
-STORY_PLACES = "house village town field".split()
+STORY_PLACES = ["house", "village", "town", "field"]
 
 
 def question(creature: Creature, attribute: str, rng: random.Random) -> str:

@@ -78,11 +78,8 @@ class Split:
 
 
 def _names(count: int, rng: random.Random) -> list[str]:
-    onsets, vowels, codas = (
-        "b d f g k l m n p r s t v z dr fl gr kr pl sn tr".split(),
-        "aeiou",
-        "b g k m n p x z rk ld".split(),
-    )
+    onsets = "b d f g k l m n p r s t v z dr fl gr kr pl sn tr".split()
+    vowels, codas = "aeiou", "b g k m n p x z rk ld".split()
     real_words = {*BEINGS, *DEVICES, *GOODS, *TOOLS, *HARMFUL_VERBS, *BENIGN_VERBS, *COLOURS}
     names: set[str] = set()
     while len(names) < count:

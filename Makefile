@@ -1,0 +1,44 @@
+# make demo    set everything up, then go from a base model to an aligned one on the embedded world
+# make test    set everything up, then run the tests
+# make check   format, lint, types, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RECIPE ?= launch/recipes/world.yaml
+
+.PHONY: install demo seeds test check lint format clean
+
+install: $(READY)
+
+# torch first: with it in place, no other package pulls in another build of it.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/alignx-ds run $(RECIPE)
+
+seeds: $(READY)
+	for seed in 0 1 2; do $(BIN)/alignx-ds run $(RECIPE) seed=$$seed output=runs/world-seed-$$seed || exit 1; done
+	$(BIN)/alignx-ds compare runs/world-seed-0 runs/world-seed-1 runs/world-seed-2
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+
+check: test
+
+format: $(READY)
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --quiet --fix .
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

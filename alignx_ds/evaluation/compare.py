@@ -1,0 +1,71 @@
+"""Several runs side by side, or several seeds of one: mean and spread of every figure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from alignx_ds import console
+from alignx_ds.errors import DataError
+
+ROUTER = ("accuracy", "ece", "brier")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (0 for one run)."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """A run's report.json. Raises DataError when there is none."""
+    path = directory / "report.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the output directory of a finished run") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON at line {error.lineno}; run it again") from error
+    assert isinstance(content, dict)
+    return content
+
+
+def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+    """By system (and "router"), by figure. Raises DataError when the runs have different systems or axes."""
+    first = reports[0]
+    columns = [*first["collapse"], "avg", *(["benign_served"] if "benign_served" in first["systems"]["base"] else [])]
+    if any(
+        list(r["systems"]) != list(first["systems"]) or list(r["collapse"]) != list(first["collapse"]) for r in reports
+    ):
+        raise DataError("the runs have different systems or axes; compare runs of one recipe")
+    table = {
+        name: {c: Spread.of([r["systems"][name][c] for r in reports]) for c in columns} for name in first["systems"]
+    }
+    return table | {"router": {c: Spread.of([r["router"][c] for r in reports]) for c in ROUTER}}
+
+
+def show(directories: list[Path]) -> None:
+    """Print mean ± standard deviation over the runs."""
+    reports = [read_report(directory) for directory in directories]
+    table = summarise(reports)
+    router = table.pop("router")
+    columns = list(next(iter(table.values())))
+    rows = [[name, *(f"{s.mean:.1f} ± {s.deviation:.1f}" for s in figures.values())] for name, figures in table.items()]
+    console.table(f"Mean ± standard deviation of {len(reports)} runs", ["system", *columns], rows)
+    console.say("router: " + ", ".join(f"{k} {s.mean:.3f} ± {s.deviation:.3f}" for k, s in router.items()))
+    for axis in reports[0]["collapse"]:
+        lost = Spread.of([r["collapse"][axis]["sequential_loses"] for r in reports])
+        kept = Spread.of([100 * r["collapse"][axis]["alignx_keeps"] for r in reports])
+        console.say(
+            f"{axis}: sequential loses {lost.mean:.1f} ± {lost.deviation:.1f} points of the specialist's, "
+            f"AlignX keeps {kept.mean:.1f} ± {kept.deviation:.1f} %"
+        )
