@@ -125,6 +125,8 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 f"axes.{name}", name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis"
             )
+        if axis.rows < 0:
+            yield Problem(f"axes.{name}.rows", axis.rows, "0 or more", "0 takes data.train_rows")
         yield from _source(f"axes.{name}.train", axis.train, axis.schema)
         yield from _source(f"axes.{name}.held_out", axis.held_out, axis.schema)
     yield from _source("generalist.train", c.generalist.train, c.generalist.schema)

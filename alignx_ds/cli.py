@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="directory of an aligned model, e.g. runs/world/model")
     generate.add_argument("prompts", nargs="+", help="one answer is printed for each")
     generate.add_argument("--max-new-tokens", type=int, default=64)
+    compare = verbs.add_parser(
+        "compare", help="mean and spread over finished runs", description="Mean and spread over finished runs."
+    )
+    compare.add_argument("runs", nargs="+", type=Path, help="output directories, e.g. of one recipe with several seeds")
     world = verbs.add_parser(
         "world", help="write the embedded world's rows as files, to look at", description="Write rows."
     )
@@ -69,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
-    handlers = {"generate": _generate, "world": _world}
+    handlers = {"generate": _generate, "world": _world, "compare": _compare}
     try:
         return handlers.get(args.verb, _run)(args)
     except UserError as error:
@@ -133,6 +137,13 @@ def _generate(args: argparse.Namespace) -> int:
 
     for text in answer(args.model, args.prompts, args.max_new_tokens):
         print(text)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from alignx_ds.evaluation import compare
+
+    compare.show(args.runs)
     return 0
 
 

@@ -28,6 +28,7 @@ class AxisConfig:
     train: str = MISSING  # file of training rows, or "world"
     held_out: str = MISSING  # file of rows that are judged, or "world"
     judge: str = MISSING  # task, safety or truth
+    rows: int = 0  # training rows, at most; 0: data.train_rows
 
 
 @dataclass

@@ -31,7 +31,8 @@ def read(config: RunConfig, base: BaseModel) -> Inputs:
     train: dict[str, Dataset] = {}
     held_out: dict[str, Dataset] = {}
     for name, s in sources.items():
-        train[name] = load(s.train, s.schema, held_out=False, limit=config.data.train_rows, seed=config.seed)
+        wanted = (s.rows if isinstance(s, AxisConfig) else 0) or config.data.train_rows
+        train[name] = load(s.train, s.schema, held_out=False, limit=wanted, seed=config.seed)
         held_out[name] = load(s.held_out, s.schema, held_out=True, limit=config.data.held_out_rows, seed=config.seed)
         overlap = {r.prompt for r in train[name].rows} & {r.prompt for r in held_out[name].rows}
         if overlap and name != "generalist":
