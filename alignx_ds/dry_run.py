@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from alignx_ds.config import RunConfig, to_yaml
@@ -17,7 +16,7 @@ ADAM_STATES = 2  # first and second moment, fp32
 
 def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
     """Parameters: of the base, of what stage 1 trains, of the experts' factors, and of what else stage 2 trains."""
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config)
     trained = factors = 0
     for layer in base.layers:

@@ -82,7 +82,7 @@ def _circumstances(seconds: float) -> dict[str, Any]:
 
 
 def write(report: Report, out: Outputs) -> None:
-    """report.json and report.html. Model output is escaped: the template renders with autoescape."""
+    """report.json, report.html and the pictures on their own. Model output is escaped: the template renders with autoescape."""
     manifest.write_text(out.root / "report.json", json.dumps(report.content, indent=2) + "\n")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
@@ -94,6 +94,8 @@ def write(report: Report, out: Outputs) -> None:
         "confusion": plots.confusion(content["router"]["confusion"], content["experts"]),
         "losses": plots.losses(report.losses),
     }
+    for name, svg in pictures.items():
+        manifest.write_text(out.root / "plots" / f"{name}.svg", svg)
     page = environment.get_template("report.html.j2").render(
         report=content,
         axes=axes,
