@@ -38,7 +38,7 @@ class AlignXLayer(nn.Module):
         """x [B, T, d] -> [B, T, d]."""
         gates = self._gates(x)
         y = self.mixture(x, gates, self._channel.token_mask)
-        calibrated: Tensor = self.calibration(y, gates)
+        calibrated: Tensor = self.calibration(y, gates, self._channel.token_mask)
         return calibrated
 
     def _gates(self, x: Tensor) -> Tensor:

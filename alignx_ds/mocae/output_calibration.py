@@ -31,10 +31,10 @@ class OutputCalibration(nn.Module):
             self.register_buffer(name, getattr(geometry, name).float().clone())
         self.strengths = nn.Parameter(torch.tensor([fractal_weight, natural_weight]))
         self.reinjection = nn.Parameter(torch.zeros(geometry.centre.shape[0], geometry.latent_size))
-        self.last_drift: Tensor | None = None  # ‖ỹ − y‖²/‖y‖² of the last call, for the drift regulariser
+        self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
 
-    def forward(self, y: Tensor, gates: Tensor) -> Tensor:
-        """y [B, T, d], gates [B, T or 1, E] -> [B, T, d]."""
+    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d]."""
         z = (y.float() - self.centre.float()) @ self.projection.float().T
         gates = gates.float().expand(*z.shape[:-1], -1)
         leading = self.anchors.shape[-1]
@@ -43,5 +43,8 @@ class OutputCalibration(nn.Module):
         strengths = self.strengths.float()
         step = strengths[0] * pad(fractal, (0, z.shape[-1] - leading)) + strengths[1] * natural
         change = step @ self.reinjection.float().T
-        self.last_drift = change.square().mean() / y.detach().float().square().mean().clamp_min(1e-12)
+        if self.training:
+            weight = torch.ones(y.shape[:-1], device=y.device) if token_mask is None else token_mask.float()
+            energy = (y.detach().float().square().sum(-1) * weight).sum(-1)
+            self.last_drift = (change.square().sum(-1) * weight).sum(-1) / energy.clamp_min(1e-12)
         return y + change.to(y.dtype)

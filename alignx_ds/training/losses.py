@@ -76,5 +76,5 @@ def align_terms(
     ]
     gating, entropy, prior = (torch.stack(column).mean() for column in zip(*per_gate, strict=True))
     drifts = [layer.calibration.last_drift for layer in layers]
-    drift = torch.stack([d for d in drifts if d is not None]).mean()
+    drift = torch.stack([d.mean() for d in drifts if d is not None]).mean()
     return AlignTerms(answer_nll(logits, labels) * lm_scale, gating, drift, entropy, prior)
