@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+
+from alignx_ds.errors import UserError
 
 T = TypeVar("T")
 
@@ -118,6 +121,20 @@ def broadcast(item: T) -> T:
     box = [item]
     torch_dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do it on rank 0; every rank gets the result, or raises the same UserError: nobody is left waiting."""
+    outcome: tuple[T | None, UserError | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (work(), None)
+        except UserError as error:
+            outcome = (None, error)
+    result, problem = broadcast(outcome)
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]
 
 
 def mine(items: list[T]) -> list[T]:

@@ -29,9 +29,7 @@ class Run:
         self.config, self.base, self.data = config, base, data
         self.started = time.monotonic()
         self.out = outputs.Outputs.of(config)
-        if distributed.is_main():
-            outputs.claim(config)
-        distributed.barrier()
+        distributed.on_main(lambda: outputs.claim(config))
         self.shop = Workshop(
             config,
             base,
@@ -72,7 +70,7 @@ class Run:
         """Stage 2, unless the model there was made from just these specialists and settings."""
         console.heading("Stage 2: mixture of calibrated experts")
         made_from = self._align_inputs()
-        if distributed.broadcast(distributed.is_main() and manifest.is_current(self.out.model, made_from)):
+        if distributed.on_main(lambda: manifest.is_current(self.out.model, made_from)):
             console.say(f"alignx: unchanged, reused from {self.out.model}")
             return
         factors = {

@@ -79,24 +79,25 @@ class Workshop:
 def ensure(job: Job, shop: Workshop) -> None:
     """Make the specialist unless a current one is there. Collective."""
     directory, inputs = shop.directory(job.name), shop.inputs(job)
-    if distributed.broadcast(distributed.is_main() and manifest.is_current(directory, inputs)):
+    if distributed.on_main(lambda: manifest.is_current(directory, inputs)):
         console.say(f"{job.name}: unchanged, reused from {directory}")
         return
-    if (directory / manifest.NAME).is_file() and shop.shared:
-        mend = f"{job.name} there was made from other inputs; choose another directory, or match its config"
-        raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", mend))
-    distributed.barrier()
-    if distributed.is_main():
-        if directory.exists():
-            console.say(f"{job.name}: its inputs have changed, or it is unfinished: made again")
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-    distributed.barrier()
+    distributed.on_main(lambda: _clear(job, shop))
     facts = _make(job, shop, directory)
     distributed.barrier()
-    if distributed.is_main():
-        manifest.write(directory, inputs, facts)
-    distributed.barrier()
+    distributed.on_main(lambda: manifest.write(directory, inputs, facts))
+
+
+def _clear(job: Job, shop: Workshop) -> None:
+    """An empty directory for the job; what another run may use is never removed."""
+    directory = shop.directory(job.name)
+    if shop.shared and (directory / manifest.NAME).is_file():
+        mend = f"{job.name} there was made from other inputs; choose another directory, or match its config"
+        raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", mend))
+    if directory.exists():
+        console.say(f"{job.name}: its inputs have changed, or it is unfinished: made again")
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
 
 
 def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
