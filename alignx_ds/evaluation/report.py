@@ -82,7 +82,7 @@ def _circumstances(seconds: float) -> dict[str, Any]:
 
 
 def write(report: Report, out: Outputs) -> None:
-    """report.json, report.html and the pictures on their own. Model output is escaped: the template renders with autoescape."""
+    """report.json, report.html and the pictures on their own. Model output is escaped (autoescape)."""
     manifest.write_text(out.root / "report.json", json.dumps(report.content, indent=2) + "\n")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
