@@ -96,7 +96,7 @@ class AlignConfig:
 
     ep_size: int = 1
     lr: float = 1e-3
-    expert_lr_scale: float = 0.1  # of lr, for the experts' factors; 0 leaves them as stage 1 made them
+    expert_lr_scale: float = 0.0  # of lr, for the experts' factors; 0 leaves them as stage 1 made them
     batch: int = 64
     accumulation: int = 1
     steps: int = 300
