@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ def progress(title: str, total: int) -> Iterator[Progress]:
         yield Progress()
         return
     if not _console.is_terminal:
+        started = time.monotonic()
         yield Progress()
-        _console.print(f"{title}: {total} done")
+        _console.print(f"{title}: {total} done in {time.monotonic() - started:.0f} s")
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.fields[note]}"), console=_console) as bar:

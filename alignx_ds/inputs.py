@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignx_ds.config import AxisConfig, GeneralistConfig, RunConfig
-from alignx_ds.data.encode import Example, encode, encode_prompt
+from alignx_ds.data.encode import Example, encode, encode_prompts
 from alignx_ds.data.rows import Row, split
 from alignx_ds.data.sources import Dataset, load
 from alignx_ds.errors import DataError
@@ -43,7 +43,7 @@ def read(config: RunConfig, base: BaseModel) -> Inputs:
     limit = config.model.max_length
 
     def encoded(rows: list[Row], prompt: str | None = None) -> list[Example]:
-        return [encode(row, base.tokenizer, prompt, limit) for row in rows]
+        return encode(rows, base.tokenizer, prompt, limit)
 
     kept, back = Rows([], []), Rows([], [])
     for expert, name in enumerate(config.expert_names):
@@ -54,8 +54,8 @@ def read(config: RunConfig, base: BaseModel) -> Inputs:
             raise DataError(f"{sources[name].train}: no row is left to calibrate on; give more rows")
     routed = Rows([], [])
     for expert, name in enumerate(config.expert_names):
-        prompts = [tuple(encode_prompt(row.prompt, base.tokenizer)) for row in held_out[name].rows]
-        routed.examples.extend(Example(ids, len(ids)) for ids in prompts)
+        prompts = encode_prompts([row.prompt for row in held_out[name].rows], base.tokenizer)
+        routed.examples.extend(Example(tuple(ids), len(ids)) for ids in prompts)
         routed.experts.extend([expert] * len(prompts))
     return Inputs(
         injected={name: encoded(train[name].rows, axis.prompt) for name, axis in config.axes.items()},

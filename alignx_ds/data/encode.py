@@ -36,27 +36,35 @@ class Batch:
     labels: Tensor
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[int]:
-    """The ids up to where the answer begins; `system` is the axis's injected prompt."""
+def encode_prompts(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None
+) -> list[list[int]]:
+    """The ids up to where each answer begins; `system` is the axis's injected prompt."""
     if tokenizer.chat_template is None:
         intro = system or "Below is an instruction that describes a task. Write a response that completes the request."
-        text = f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n"
-        return list(tokenizer(text)["input_ids"])
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        texts = [f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n" for prompt in prompts]
+        return [list(ids) for ids in tokenizer(texts)["input_ids"]]
+    head = [{"role": "system", "content": system}] if system else []
+    chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, system: str | None, max_length: int) -> Example:
-    """Prompt and answer, closed by the end-of-sequence token; raises DataError when it is longer than `max_length`."""
-    prompt = encode_prompt(row.prompt, tokenizer, system)
-    answer = list(tokenizer(row.response, add_special_tokens=False)["input_ids"])
+def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None, max_length: int) -> list[Example]:
+    """Prompts and answers, closed by the end-of-sequence token. Raises DataError on one longer than `max_length`."""
+    if not rows:
+        return []
     assert tokenizer.eos_token_id is not None
-    ids = (*prompt, *answer, int(tokenizer.eos_token_id))
-    if len(ids) > max_length:
-        raise DataError(f"a row has {len(ids)} tokens, more than model.max_length={max_length}: {row.prompt[:60]!r} …")
-    return Example(ids, len(prompt))
+    prompts = encode_prompts([row.prompt for row in rows], tokenizer, system)
+    answers = tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
+    examples = []
+    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
+        ids = (*prompt, *answer, int(tokenizer.eos_token_id))
+        if len(ids) > max_length:
+            what = f"a row has {len(ids)} tokens, more than model.max_length={max_length}"
+            raise DataError(f"{what}; raise it or shorten the row that begins {row.prompt[:60]!r}")
+        examples.append(Example(ids, len(prompt)))
+    return examples
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

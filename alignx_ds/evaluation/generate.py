@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds import distributed
 from alignx_ds.console import Progress
-from alignx_ds.data.encode import encode_prompt, pad_token
+from alignx_ds.data.encode import encode_prompts, pad_token
 
 
 def answers(
@@ -35,7 +35,7 @@ def answers(
 def _decode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[str]:
     model.eval()
     device, pad_id = distributed.device(), pad_token(tokenizer)
-    ids, mask = left_pad([encode_prompt(p, tokenizer) for p in prompts], pad_id)
+    ids, mask = left_pad(encode_prompts(prompts, tokenizer), pad_id)
     settings: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": pad_id}
     made = model.generate(ids.to(device), attention_mask=mask.to(device), **settings)
     texts: list[str] = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
