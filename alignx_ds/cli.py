@@ -121,14 +121,18 @@ def _run(args: argparse.Namespace) -> int:
 
 def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
-    environment = dict(os.environ)
     import torch
+
+    from alignx_ds import distributed
+
+    environment = dict(os.environ)
 
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "-q", "--no_local_rank", "--num_accelerators", str(ranks), "--module", "alignx_ds"]
+    command = [str(launcher), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
     return subprocess.call([*command, args.verb, args.recipe, *args.overrides], env=environment)
 
 
