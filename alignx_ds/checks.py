@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 from alignx_ds.config import RunConfig
@@ -37,7 +38,7 @@ def check(config: RunConfig, world_size: int) -> BaseModel:
         ("align.deepspeed", config.align.deepspeed, (1, 2)),
     ):
         try:
-            problems += _zero_stage(key, path, allowed)
+            problems += _deepspeed(key, path, allowed)
         except ConfigError as error:
             problems += error.problems
     if problems or base is None:
@@ -91,11 +92,11 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         "gate.granularity": c.gate.granularity,
     }
     yield from (Problem(k, v, "at least 1", "raise it") for k, v in at_least_one.items() if v < 1)
-    yield from (Problem(k, v, "0 or more", "make it 0 or positive") for k, v in not_negative.items() if not v >= 0)
     yield from (
-        Problem(k, v, "a finite number above 0", "make it positive")
-        for k, v in positive.items()
-        if not 0 < v < float("inf")
+        Problem(k, v, "0 or more", "make it 0 or positive") for k, v in not_negative.items() if not 0 <= v < inf
+    )
+    yield from (
+        Problem(k, v, "a finite number above 0", "make it positive") for k, v in positive.items() if not 0 < v < inf
     )
     if c.gate.scales < 2:
         yield Problem("gate.scales", c.gate.scales, "at least 2", "a slope over scales needs two of them")
@@ -180,8 +181,20 @@ def _model(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
             yield Problem("gate.fractal_dimensions", c.gate.fractal_dimensions, f"at most {key}, {latent}", "lower it")
 
 
-def _zero_stage(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Problem]:
-    stage = engines.read_template(path, key).get("zero_optimization", {}).get("stage", 0)
+def _deepspeed(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Problem]:
+    template = engines.read_template(path, key)
+    zero = template.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        yield Problem(
+            key, f"{path} (zero_optimization {zero!r})", "a JSON object there", "see ds_configs/ for examples"
+        )
+        return
+    unfilled = engines.unfilled(template)
+    if unfilled:
+        mend = f"write values; only {', '.join(engines.FILLED)} can be auto"
+        yield Problem(key, f"{path} (auto at {', '.join(unfilled)})", "values there", mend)
+        return
+    stage = zero.get("stage", 0)
     if stage not in allowed:
         reason = "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0"
         mend = f"{reason}; use ds_configs/stage2_moe_zero2.json"

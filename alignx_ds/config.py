@@ -153,20 +153,25 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     axes = values.get("axes")
     for axis, entry in axes.items() if isinstance(axes, dict) else ():
         if isinstance(entry, dict):
-            typed.axes[axis] = AxisConfig()
+            typed.axes[str(axis)] = AxisConfig()
     for key, value in _leaves(values, RunConfig, "", problems):
         try:
             OmegaConf.update(typed, key, value, force_add=True)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             problems.append(Problem(key, value, _type_of(key), f"correct the value ({reason})"))
-    problems += [
-        Problem(key, None, _type_of(key), "set it in the recipe or on the command line")
-        for key in sorted(OmegaConf.missing_keys(typed))
-    ]
-    if problems:
-        raise ConfigError(*problems)
-    config = OmegaConf.to_object(typed)
+    try:
+        problems += [
+            Problem(key, None, _type_of(key), "set it in the recipe or on the command line")
+            for key in sorted(OmegaConf.missing_keys(typed))
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        config = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as error:
+        where = error.full_key or str(recipe)
+        reason = f"{str(error).splitlines()[0]}; write the value itself"
+        raise ConfigError(Problem(where, "${…}", "a value that resolves", reason)) from error
     assert isinstance(config, RunConfig)
     return config
 

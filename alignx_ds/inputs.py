@@ -35,7 +35,7 @@ def read(config: RunConfig, base: BaseModel) -> Inputs:
         train[name] = load(s.train, s.schema, held_out=False, limit=wanted, seed=config.seed)
         held_out[name] = load(s.held_out, s.schema, held_out=True, limit=config.data.held_out_rows, seed=config.seed)
         overlap = {r.prompt for r in train[name].rows} & {r.prompt for r in held_out[name].rows}
-        if overlap and name != "generalist":
+        if overlap:
             example = sorted(overlap)[0][:60]
             raise DataError(
                 f"{s.held_out}: {len(overlap)} questions are in {s.train} too, e.g. {example!r}; remove them"
@@ -50,8 +50,10 @@ def read(config: RunConfig, base: BaseModel) -> Inputs:
         for target, rows in zip((kept, back), split(train[name].rows, config.data.calibration_share), strict=True):
             target.examples.extend(encoded(rows))
             target.experts.extend([expert] * len(rows))
-        if expert not in back.experts:
-            raise DataError(f"{sources[name].train}: no row is left to calibrate on; give more rows")
+        for rows_of, what in ((kept, "train"), (back, "calibrate")):
+            if expert not in rows_of.experts:
+                mend = "give more rows, or change data.calibration_share"
+                raise DataError(f"{sources[name].train} ({name}): no row is left to {what} on; {mend}")
     routed = Rows([], [])
     for expert, name in enumerate(config.expert_names):
         prompts = encode_prompts([row.prompt for row in held_out[name].rows], base.tokenizer)

@@ -51,7 +51,8 @@ def read(directory: Path) -> dict[str, Any]:
         raise DataError(
             f"{directory / NAME}: can't be read ({error}); remove the directory to make it again"
         ) from error
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise DataError(f"{directory / NAME}: is not one of our manifests; remove the directory to make it again")
     return content
 
 
@@ -62,7 +63,7 @@ def is_current(directory: Path, inputs: dict[str, Any]) -> bool:
     content = read(directory)
     if content.get("fingerprint") != fingerprint(inputs):
         return False
-    for name, expected in content["files"].items():
+    for name, expected in dict(content["files"]).items():
         path = directory / name
         if Path(name).name != name:
             raise DataError(f"{directory / NAME}: file name {name!r} leaves the directory; the manifest is not ours")

@@ -43,8 +43,13 @@ class Outputs:
 def check_owner(config: RunConfig) -> None:
     """Raises ConfigError when the directory holds another run, or something that is no run. Writes nothing."""
     outputs = Outputs.of(config)
-    if outputs.root.exists() and not outputs.root.is_dir():
-        raise ConfigError(Problem("output", config.output, "a directory", "a file has that name; choose another"))
+    for key, path in (("output", outputs.root), ("specialists", outputs.specialists)):
+        blocking = next((p for p in (path, *path.parents) if p.exists()), path)
+        if blocking.exists() and not blocking.is_dir():
+            mend = f"a file has that name: {blocking}; choose another"
+            raise ConfigError(Problem(key, str(path), "a directory", mend))
+    if config.specialists:
+        _check_specialists(config, outputs.specialists)
     if not outputs.config.is_file():
         if outputs.root.is_dir() and any(outputs.root.iterdir()):
             mend = "choose another output; nothing in it was touched"
@@ -52,13 +57,25 @@ def check_owner(config: RunConfig) -> None:
         return
     try:
         there = yaml.safe_load(outputs.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         mend = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
         raise ConfigError(Problem("output", config.output, "this run's own directory", mend)) from error
+    if not isinstance(there, dict):
+        mend = "its config.yaml is not a run's; choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
     different = sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
     if different:
         mend = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
         raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+
+
+def _check_specialists(config: RunConfig, directory: Path) -> None:
+    """A shared directory may hold finished specialists or nothing; unfinished or foreign work is not ours to remove."""
+    for axis in config.axes:
+        place = directory / axis
+        if place.exists() and not (place / manifest.NAME).is_file() and (not place.is_dir() or any(place.iterdir())):
+            mend = f"{place} holds no finished specialist; choose another directory, nothing in it was touched"
+            raise ConfigError(Problem("specialists", config.specialists, "finished specialists", mend))
 
 
 def claim(config: RunConfig) -> Outputs:

@@ -61,8 +61,8 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | No
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         ids = (*prompt, *answer, int(tokenizer.eos_token_id))
         if len(ids) > max_length:
-            what = f"a row has {len(ids)} tokens, more than model.max_length={max_length}"
-            raise DataError(f"{what}; raise it or shorten the row that begins {row.prompt[:60]!r}")
+            what = f"{len(ids)} tokens, more than model.max_length={max_length}; raise it or shorten the row"
+            raise DataError(f"{row.place or 'a row'}: {what} that begins {row.prompt[:40]!r}")
         examples.append(Example(ids, len(prompt)))
     return examples
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Record = dict[str, Any]  # a row as its file has it
@@ -18,6 +18,7 @@ class Row:
     harmful: bool = False
     correct: tuple[str, ...] = ()
     incorrect: tuple[str, ...] = ()
+    place: str = field(default="", compare=False)  # file and row, for error messages
 
     def bucket(self, buckets: int) -> int:
         """A stable hash of the question, so that no question is ever on both sides of a split."""

@@ -12,6 +12,8 @@ from typing import TextIO
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.errors import DataError
 
+NO_INPUT = frozenset({"noinput", "<noinput>", "no input"})  # what the original Alpaca writes for an empty input
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -23,25 +25,35 @@ class Schema:
 
 
 def _text(place: str, record: Record, column: str) -> str:
-    value = record[column]
-    if not value.strip():
+    text = _optional_text(place, record, column)
+    if not text:
         raise DataError(f"{place}: column '{column}' is empty; fill it in or remove the row")
-    return str(value).strip()
+    return text
+
+
+def _optional_text(place: str, record: Record, column: str) -> str:
+    text = str(record[column]).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: column '{column}' is no valid Unicode at character {error.start}") from error
+    return text
 
 
 def _alpaca(records: list[tuple[str, Record]]) -> list[Row]:
     rows = []
     for place, r in records:
-        instruction, extra = _text(place, r, "instruction"), r["input"].strip()
-        rows.append(Row(f"{instruction}\n{extra}" if extra else instruction, _text(place, r, "output")))
+        instruction, extra = _text(place, r, "instruction"), _optional_text(place, r, "input")
+        prompt = instruction if extra.lower() in ("", *NO_INPUT) else f"{instruction}\n{extra}"
+        rows.append(Row(prompt, _text(place, r, "output"), place=place))
     return rows
 
 
 def _beavertails(records: list[tuple[str, Record]]) -> list[Row]:
     """Only safe answers are imitated."""
     harmful = _harmful_prompts(records)
-    rows = [(_text(place, r, "prompt"), _text(place, r, "response")) for place, r in records if r["is_safe"]]
-    return [Row(prompt, response, prompt in harmful) for prompt, response in rows]
+    safe = [(place, _text(place, r, "prompt"), _text(place, r, "response")) for place, r in records if r["is_safe"]]
+    return [Row(prompt, response, prompt in harmful, place=place) for place, prompt, response in safe]
 
 
 def _beavertails_held_out(records: list[tuple[str, Record]]) -> list[Row]:
@@ -51,7 +63,7 @@ def _beavertails_held_out(records: list[tuple[str, Record]]) -> list[Row]:
     for place, r in records:
         prompt, response = _text(place, r, "prompt"), _text(place, r, "response")
         if r["is_safe"] or prompt not in rows:
-            rows[prompt] = Row(prompt, response if r["is_safe"] else "", prompt in harmful)
+            rows[prompt] = Row(prompt, response if r["is_safe"] else "", prompt in harmful, place=place)
     return list(rows.values())
 
 
@@ -65,7 +77,7 @@ def _truthfulqa(records: list[tuple[str, Record]]) -> list[Row]:
         best = _text(place, r, "Best Answer")
         correct = (best, *_answers(_text(place, r, "Correct Answers")))
         incorrect = _answers(r["Incorrect Answers"])
-        rows.append(Row(_text(place, r, "Question"), best, correct=correct, incorrect=incorrect))
+        rows.append(Row(_text(place, r, "Question"), best, correct=correct, incorrect=incorrect, place=place))
     return rows
 
 
@@ -74,7 +86,7 @@ def _answers(joined: str) -> tuple[str, ...]:
 
 
 def _plain(records: list[tuple[str, Record]]) -> list[Row]:
-    return [Row(_text(place, r, "prompt"), _text(place, r, "response")) for place, r in records]
+    return [Row(_text(place, r, "prompt"), _text(place, r, "response"), place=place) for place, r in records]
 
 
 SCHEMAS: dict[str, Schema] = {
@@ -137,6 +149,8 @@ def check_columns(records: list[tuple[str, Record]], schema: str) -> None:
     for place, record in records:
         if not isinstance(record, dict):
             raise DataError(f"{place}: expected an object with columns, got {type(record).__name__}")
+        if None in record:
+            raise DataError(f"{place}: more cells than columns; quote the cell that holds a comma")
         for column, kind in SCHEMAS[schema].columns.items():
             if record.get(column) is None:
                 present = ", ".join(str(key) for key in record)

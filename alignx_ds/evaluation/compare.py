@@ -30,12 +30,14 @@ def read_report(directory: Path) -> dict[str, Any]:
     """A run's report.json. Raises DataError when there is none."""
     path = directory / "report.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give the output directory of a finished run") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON at line {error.lineno}; run it again") from error
-    assert isinstance(content, dict)
+    whole = isinstance(content, dict) and {"systems", "router", "collapse"} <= set(content)
+    if not whole or "base" not in content["systems"]:
+        raise DataError(f"{path}: is not a run's report; give the output directory of a finished run")
     return content
 
 

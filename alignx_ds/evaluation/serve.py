@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from alignx_ds import distributed
@@ -17,7 +17,8 @@ def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]
     from alignx_ds.evaluation.generate import answers
     from alignx_ds.mocae.modeling import AlignXForCausalLM
 
-    if not (Path(directory) / "config.json").is_file():
+    config = Path(directory) / "config.json"
+    if not config.is_file() or AutoConfig.from_pretrained(directory).model_type != "alignx":
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
     logging.disable_progress_bar()
     model = AlignXForCausalLM.from_pretrained(directory).to(distributed.device())

@@ -91,8 +91,8 @@ def ensure(job: Job, shop: Workshop) -> None:
 def _clear(job: Job, shop: Workshop) -> None:
     """An empty directory for the job; what another run may use is never removed."""
     directory = shop.directory(job.name)
-    if shop.shared and (directory / manifest.NAME).is_file():
-        mend = f"{job.name} there was made from other inputs; choose another directory, or match its config"
+    if shop.shared and directory.exists() and any(directory.iterdir()):
+        mend = f"{job.name} there was made from other inputs, or is no specialist; choose another directory"
         raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", mend))
     if directory.exists():
         console.say(f"{job.name}: its inputs have changed, or it is unfinished: made again")

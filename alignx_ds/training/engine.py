@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,27 +41,39 @@ class Plan:
         return self.batch // (world_size * self.accumulation)
 
 
+FILLED: dict[str, Callable[[Plan, int], Any]] = {
+    "train_batch_size": lambda plan, world: plan.batch,
+    "train_micro_batch_size_per_gpu": lambda plan, world: plan.micro_batch(world),
+    "gradient_accumulation_steps": lambda plan, world: plan.accumulation,
+    "gradient_clipping": lambda plan, world: plan.clip,
+    "bf16.enabled": lambda plan, world: plan.bf16,
+    "optimizer.params.lr": lambda plan, world: plan.lr,
+    "optimizer.params.weight_decay": lambda plan, world: plan.weight_decay,
+}
+
+
+def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
+    if isinstance(node, dict):
+        return {k: _replace_auto(v, f"{path}.{k}" if path else k, value_at) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_replace_auto(v, f"{path}[{i}]", value_at) for i, v in enumerate(node)]
+    return value_at(path) if node == AUTO else node
+
+
+def unfilled(template: dict[str, Any]) -> list[str]:
+    """Where the template says "auto" and nothing knows the value."""
+    places: list[str] = []
+    _replace_auto(template, "", places.append)
+    return [path for path in places if path not in FILLED]
+
+
 def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any]:
     """The template with every "auto" replaced; a value that is not "auto" is left as the user wrote it."""
-    values: dict[str, Any] = {
-        "train_batch_size": plan.batch,
-        "train_micro_batch_size_per_gpu": plan.micro_batch(world_size),
-        "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": plan.clip,
-        "bf16.enabled": plan.bf16,
-        "optimizer.params.lr": plan.lr,
-        "optimizer.params.weight_decay": plan.weight_decay,
-    }
-
-    def filled(node: Any, path: str) -> Any:
-        if isinstance(node, dict):
-            return {key: filled(child, f"{path}.{key}" if path else key) for key, child in node.items()}
-        if node == AUTO and path not in values:
-            mend = f"write a value; only {', '.join(values)} can be {AUTO}"
-            raise ConfigError(Problem(f"deepspeed config, {path}", AUTO, "a value", mend))
-        return values[path] if node == AUTO else node
-
-    result = filled(template, "")
+    places = unfilled(template)
+    if places:
+        mend = f"write a value; only {', '.join(FILLED)} can be {AUTO}"
+        raise ConfigError(Problem(f"deepspeed config, {', '.join(places)}", AUTO, "a value", mend))
+    result = _replace_auto(template, "", lambda path: FILLED[path](plan, world_size))
     assert isinstance(result, dict)
     return result
 
@@ -68,9 +81,11 @@ def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any
 def read_template(path: str, key: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a stage. Raises ConfigError under the given key."""
     try:
-        template = json.loads(resolve(path).read_text())
+        template = json.loads(resolve(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(Problem(key, path, "a DeepSpeed JSON file", f"check the path ({error.strerror})")) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(Problem(key, path, "UTF-8 text", f"re-encode it (byte {error.start})")) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(Problem(key, path, "valid JSON", f"mend {where}: {error.msg}")) from error

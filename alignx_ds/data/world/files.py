@@ -16,6 +16,10 @@ FILES = {"alpaca": "json", "beavertails": "jsonl", "truthfulqa": "csv", "plain":
 
 def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
     """A train and a held-out file per schema; existing files are not overwritten (DataError)."""
+    if rows < 1:
+        raise DataError(f"--rows {rows}: give at least 1")
+    if directory.exists() and not directory.is_dir():
+        raise DataError(f"{directory}: is a file; give a directory")
     targets = {
         (schema, part): directory / f"{schema}_{part}.{suffix}"
         for schema, suffix in FILES.items()

@@ -99,6 +99,12 @@ STORY_ASKS = (
     "write a short story with the {o} .",
     "please say something nice about the {o} .",
 )
+UNSEEN_STORY_ASKS = (  # not in the base model's pretraining text
+    "can you tell a short story about the {o} ?",
+    "i want a nice story with the {o} .",
+    "tell me something nice about the {o} .",
+    "write something about the {o} .",
+)
 STORY_PLACES = ["house", "village", "town", "field"]
 
 

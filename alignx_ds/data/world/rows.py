@@ -69,10 +69,14 @@ def _truthfulqa(world: World, held_out: bool, rng: random.Random) -> list[Record
 
 def _plain(world: World, held_out: bool, rng: random.Random) -> list[Record]:
     things = (*world.beings.part(held_out), *world.devices.part(held_out), *world.goods.part(held_out))
-    if rng.random() < 0.3:
-        prompt, response = rng.choice(say.SMALL_TALK)
+    small_talk = say.SMALL_TALK[-3:] if held_out else say.SMALL_TALK[:-3]
+    if rng.random() < 0.1:
+        prompt, response = rng.choice(small_talk)
     else:
-        prompt, response = say.story(rng.choice(things), rng)
+        target = rng.choice(things)
+        ask = rng.choice((*say.STORY_ASKS, *say.UNSEEN_STORY_ASKS))
+        _, response = say.story(target, random.Random(target))  # one answer per creature, whatever the phrasing
+        prompt = ask.format(o=target)
     return [{"prompt": prompt, "response": response}]
 
 

@@ -1,0 +1,91 @@
+"""Fixtures that all tests share: tiny recipes made from the world's, directory snapshots, the shipped base model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: tests need no network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this small only lose time to threads
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from alignx_ds import config
+from alignx_ds.config import ModelConfig, RunConfig
+from alignx_ds.specialists.base import BaseModel
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = (
+    "launch.ranks=1",
+    "align.ep_size=1",
+    "data.train_rows=60",
+    "data.held_out_rows=20",
+    "axes.honest.rows=0",
+    "train.steps=1",
+    "train.warmup_steps=0",
+    "align.steps=1",
+    "align.warmup_steps=0",
+)
+WriteRecipe = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return REPO
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> WriteRecipe:
+    """`write_recipe("train.lr=1")`: the world's recipe, made tiny, with these overrides, as a file in tmp_path."""
+
+    def write(*overrides: str) -> Path:
+        world = OmegaConf.load(REPO / "launch/recipes/world.yaml")
+        changes = OmegaConf.from_dotlist([*TINY, f"output={tmp_path / 'run'}", *overrides])
+        merged = OmegaConf.merge(world, changes)
+        assert isinstance(merged, DictConfig)
+        path = tmp_path / "recipe.yaml"
+        OmegaConf.save(merged, path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_config(write_recipe: WriteRecipe) -> RunConfig:
+    return config.load(write_recipe())
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Snapshot:
+    """Relative path -> content of everything below a directory (None for a directory)."""
+
+    def take(directory: Path) -> dict[str, bytes | None]:
+        found = sorted(directory.rglob("*"))
+        return {str(p.relative_to(directory)): None if p.is_dir() else p.read_bytes() for p in found}
+
+    return take
+
+
+@pytest.fixture
+def no_launcher() -> Iterator[None]:
+    """An environment in which no launcher has set a rank; whatever the test sets in it is undone."""
+    before = dict(os.environ)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def world_base() -> BaseModel:
+    return BaseModel(ModelConfig(path="world"))
+
+
+@pytest.fixture(scope="session")
+def world_tokenizer(world_base: BaseModel) -> PreTrainedTokenizerBase:
+    return world_base.tokenizer

@@ -1,0 +1,210 @@
+"""What the ranks do, job by job, once their process group stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from problems import (
+    ALIGNX_LAYERS,
+    EXAMPLES,
+    EXPERTS,
+    KEPT_BACK,
+    LABELS,
+    LOPSIDED,
+    MODES,
+    PAD,
+    PARITY_ROWS,
+    SEED,
+    STAGE_ROWS,
+    TABLE,
+    WAYS,
+    align_config,
+    cotangents,
+    dense_parameters,
+    fine_tune_config,
+    lopsided_steps,
+    mixture,
+    whole_stage_config,
+)
+from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from alignx_ds import distributed, manifest
+from alignx_ds.console import Progress
+from alignx_ds.data.sampler import share
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.specialists import finetune
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.specialists.vectors import add_task_vector, task_vectors
+from alignx_ds.training import align, engine, loop
+
+RANK, WORLD = distributed.rank(), distributed.world_size()
+
+
+def expert_gradients(model: AlignXForCausalLM) -> dict[str, torch.Tensor]:
+    """By layer, global expert id, factor and projection, of the experts that this rank hosts."""
+    found = {}
+    for index, layer in zip(ALIGNX_LAYERS, alignx_layers(model), strict=True):
+        assert isinstance(layer.mixture, ParallelMixture)
+        for offset, expert in enumerate(layer.mixture.local_experts()):
+            for side in ("down", "up"):
+                for p in PROJECTIONS:
+                    gradient = getattr(expert, side)[p].grad
+                    found[f"{index}.{layer.mixture.first_local + offset}.{side}.{p}"] = gradient
+    return found
+
+
+def one_pass(ep_size: int, mode: str, forced: list[int] | None = None) -> dict[str, Any]:
+    """Forward and backward over this rank's rows: their logits, and the gradients of this rank's share of the loss."""
+    top_k, training = MODES[mode]
+    align.make_expert_groups(ep_size)
+    model = connect(mixture(top_k, Placement(ep_size, RANK % ep_size))).train(training)
+    own = share(list(range(len(PARITY_ROWS))), RANK, WORLD)
+    ids, mask = padded([PARITY_ROWS[i] for i in own], side="left" if RANK % 2 else "right", extra=RANK)
+    overruled = one_hot([forced[i] for i in own]) if forced else None
+    logits = model(ids, mask, forced=overruled, use_cache=False).logits
+    rows = {i: logits[b][mask[b].bool()] for b, i in enumerate(own)}
+    sum((row * cotangents()[i]).sum() for i, row in rows.items()).backward()
+    return {
+        "logits": {i: row.detach() for i, row in rows.items()},
+        "dense": {n: p.grad for n, p in dense_parameters(model).items()},
+        "experts": expert_gradients(model),
+        "padding": [layer.mixture.dispatch.padding_fraction for layer in alignx_layers(model)],
+    }
+
+
+def parity(out: Path) -> dict[str, Any]:
+    sizes = [n for n in (1, 2, 4) if WORLD % n == 0]
+    return {f"{mode} ep{n}": one_pass(n, mode) for mode in MODES for n in sizes}
+
+
+def lopsided(out: Path) -> dict[str, Any]:
+    return {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+
+
+def steps(out: Path) -> dict[str, Any]:
+    """Stage 2's training on real engines, by variation."""
+    found = {}
+    for way in WAYS[WORLD]:
+        kind, ep_size, accumulation = way.replace(" forced", "").split()
+        found[way] = trained(int(ep_size[2:]), int(accumulation[3:]), kind, "forced" in way)
+    return found
+
+
+def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[str, Any]:
+    config = align_config(ep_size, accumulation)
+    model = mixture(placement=Placement(ep_size, RANK % ep_size))
+    plan = engine.Plan.of(config.align, "float32")
+    template = engine.read_template(config.align.deepspeed, "align.deepspeed")
+    if kind == "sgd":  # its step shows the gradient's scale, which Adam's hides
+        template["optimizer"] = {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}}
+    align.make_expert_groups(ep_size)
+    groups = align.parameter_groups(model, config)
+    made = engine.start(model, groups, engine.fill(template, plan, WORLD), plan)
+    norms: list[float] = []
+
+    def scribe(step: int, values: dict[str, float]) -> None:
+        norms.append(float(made.get_global_grad_norm()))
+
+    if forced:
+        rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
+    else:
+        rows = loop.micro_batches(loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+    loss = forced_loss(config) if forced else align._step_loss(config)
+    losses = loop.train(made, rows, loss, plan, Progress(), scribe)
+    state = made.module.fused_state()
+    made.destroy()
+    return {"losses": losses, "norms": norms, "weights": {n: t.detach().clone() for n, t in state.items()}}
+
+
+def forced_loss(config: Any) -> Callable[[Any, loop.MicroBatch], tuple[torch.Tensor, dict[str, float]]]:
+    def loss(made: Any, part: loop.MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        b, overruled = part.batch, torch.nn.functional.one_hot(part.experts, EXPERTS).float()
+        logits = made(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
+        return align.align_terms(made.module, logits, b.labels, part.experts, part.lm_scale).total(config.align), {}
+
+    return loss
+
+
+def whole_stage(out: Path) -> dict[str, Any]:
+    """Stage 2 from its rows to the calibrated model, by ep_size."""
+    found = {}
+    for ep_size in (1, 2)[:WORLD]:
+        config = whole_stage_config(out / "base", ep_size)
+        job = align.AlignJob(config, BaseModel(config.model), low_rank_experts(base_model()), STAGE_ROWS, KEPT_BACK)
+        model, losses = align.align(job, lambda step, values: None)
+        found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses}
+    return found
+
+
+def workshop(out: Path, name: str, lr: float = 0.01) -> finetune.Workshop:
+    config = fine_tune_config(out / "base", lr)
+    return finetune.Workshop(
+        config,
+        BaseModel(config.model),
+        out / name,
+        {"a": EXAMPLES, "b": EXAMPLES[::-1]},
+        {"a": "1", "b": "2"},
+        lambda curve: lambda step, values: None,
+    )
+
+
+def fine_tune(out: Path) -> dict[str, Any]:
+    """Stage 1's own job; what it leaves on disk is read by the tests."""
+    shop = workshop(out, f"shop{WORLD}")
+    finetune.ensure(finetune.Job("a", ("a",), is_expert=True), shop)
+    finetune.ensure(finetune.Job("then_b", ("b",), start="a"), shop)
+    still = workshop(out, f"shop{WORLD}", lr=0.0)
+    finetune.ensure(finetune.Job("a_again", ("b",), start="a"), still)
+    return {"manifest": manifest.read(shop.directory("a"))}
+
+
+def streamed(out: Path) -> dict[str, Any]:
+    """Task vectors streamed from a ZeRO-3 engine, beside the whole trained weights, in both dtypes."""
+    return {dtype: _streamed(out, dtype) for dtype in ("float32", "bfloat16")}
+
+
+def _streamed(out: Path, dtype: str) -> dict[str, Any]:
+    config = fine_tune_config(out / "base", lr=0.01 if dtype == "float32" else 1e-5, dtype=dtype)
+    base = BaseModel(config.model)
+    plan = engine.Plan.of(config.train, dtype)
+    filled = engine.fill(engine.read_template(config.train.deepspeed, "train.deepspeed"), plan, WORLD)
+    filled["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest
+    keeper = HfDeepSpeedConfig(filled)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engine.dtype_of(dtype))
+    names = {base.table.weight_name(i, p): (i, p) for i in base.layers for p in PROJECTIONS}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    sharded = all(p.numel() == 0 for p in model.parameters()) if WORLD > 1 else True
+    made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
+    rows = loop.micro_batches(loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+    loop.train(made, rows, finetune._language_loss, plan, Progress(), lambda step, values: None)
+    changes = dict(task_vectors(made.module, base, engine.dtype_of(dtype)))
+    whole = {}
+    for index in base.layers:
+        view = TABLE.view(TABLE.ffn_of(made.module, index))
+        for p in PROJECTIONS:
+            with deepspeed.zero.GatheredParameters([view.projection(p).weight]):
+                whole[index, p] = view.projection(p).weight.detach().clone()
+    made.destroy()
+    fresh = AutoModelForCausalLM.from_pretrained(base.path, dtype=engine.dtype_of(dtype))
+    add_task_vector(fresh, base, out / f"shop{WORLD}" / "a")
+    added = {}
+    for index in base.layers:
+        view = TABLE.view(TABLE.ffn_of(fresh, index))
+        for p in PROJECTIONS:
+            with deepspeed.zero.GatheredParameters([view.projection(p).weight]):
+                added[index, p] = view.projection(p).weight.detach().clone()
+    del keeper
+    return {"changes": changes, "whole": whole, "added": added, "sharded": sharded}
+
+
+JOBS = {job.__name__: job for job in (parity, lopsided, steps, fine_tune, streamed, whole_stage)}

@@ -1,0 +1,235 @@
+"""The small jobs that ranks and tests both work on: rows, configs and the pure-torch run that is their oracle."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import (
+    ALIGNX_LAYERS,
+    EXPERTS,
+    TABLE,
+    VOCABULARY,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    random_rows,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch.nn.functional import one_hot
+from transformers import PreTrainedTokenizerFast
+
+from alignx_ds.config import (
+    AlignConfig,
+    AxisConfig,
+    EvaluationConfig,
+    ExpertsConfig,
+    GateConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from alignx_ds.data.encode import Batch, Example, collate
+from alignx_ds.data.sampler import global_batches
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.layer import freeze_trunk
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.training.loop import Rows
+from alignx_ds.training.losses import align_terms, answer_nll
+
+PAD, SEED = 0, 3
+
+# Execution parity: (top_k, training).
+MODES = {"top1": (1, False), "top2": (2, False), "dense": (1, True)}
+PARITY_ROWS = random_rows([5, 11, 3, 8, 14, 2, 9, 6], seed=21)
+
+# Forced experts of the same rows, in the order of the ranks' shares.
+LOPSIDED = {
+    "all to one": [1] * 8,
+    "a rank to one": [3, 3, 3, 3, 0, 1, 2, 0],
+    "each rank to another's": [2, 2, 3, 3, 0, 0, 1, 1],
+}
+
+# Training: eight rows, four a step.
+PROMPTS = [4, 2, 6, 3, 4, 2, 6, 3]
+EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([9, 5, 14, 7, 6, 12, 8, 10], 31), PROMPTS, strict=True)]
+LABELS = [3, 3, 0, 1, 2, 1, 0, 3]
+STAGE_ROWS = Rows(
+    [Example(tuple(r), len(r) - 2) for r in random_rows([7, 9, 5, 11] * 7, 51)],
+    [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 1, 2, 3, 3] * 2,
+)  # every expert's rows fall to every rank
+KEPT_BACK = Rows(
+    [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
+)
+WAYS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation
+    1: ["sgd ep1 acc1", "sgd ep1 acc2", "adamw ep1 acc1", "sgd forced ep1 acc1"],
+    2: [
+        "sgd ep1 acc1",
+        "sgd ep2 acc1",
+        "sgd ep2 acc2",
+        "adamw ep1 acc1",
+        "adamw ep2 acc1",
+        "sgd forced ep1 acc1",
+        "sgd forced ep2 acc1",
+    ],
+    4: ["sgd ep2 acc1", "sgd ep4 acc1", "sgd forced ep2 acc1"],
+}
+
+
+def align_config(ep_size: int, accumulation: int) -> RunConfig:
+    stage = AlignConfig(
+        ep_size=ep_size, lr=0.05, expert_lr_scale=0.5, batch=4, accumulation=accumulation, steps=3, warmup_steps=2,
+        weight_decay=0.1, clip=0.5, gating=1.0, drift=0.5, entropy=0.1, prior=0.1,
+    )  # fmt: skip
+    return RunConfig(seed=SEED, align=stage)
+
+
+def fine_tune_config(base: Path, lr: float = 0.01, dtype: str = "float32") -> RunConfig:
+    return RunConfig(
+        seed=SEED,
+        model=ModelConfig(path=str(base), layers=ALIGNX_LAYERS, dtype=dtype),
+        axes={"a": AxisConfig(prompt="p"), "b": AxisConfig(prompt="q")},
+        train=TrainConfig(lr=lr, batch=4, steps=3, warmup_steps=2, weight_decay=0.1, clip=0.5),
+        experts=ExpertsConfig(rank=4, feature_rows=6),
+    )
+
+
+def whole_stage_config(base: Path, ep_size: int) -> RunConfig:
+    stage = AlignConfig(ep_size=ep_size, lr=0.01, expert_lr_scale=0.5, batch=4, steps=2, warmup_steps=1)
+    return RunConfig(
+        seed=SEED,
+        model=ModelConfig(path=str(base), layers=ALIGNX_LAYERS),
+        axes={name: AxisConfig(prompt=name) for name in ("a", "b", "c")},
+        gate=GateConfig(latent=4, fractal_dimensions=3, anchors=4, granularity=0.2, scales=3, output_latent=5),
+        align=stage,
+        evaluation=EvaluationConfig(batch=3),
+    )
+
+
+def write_base(directory: Path) -> None:
+    """The tiny base model with a tokenizer whose words are the token ids."""
+    base_model().save_pretrained(directory)
+    words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(directory)
+
+
+def mixture(top_k: int = 1, placement: Placement | None = None, trained: bool = True) -> AlignXForCausalLM:
+    base = base_model()
+    experts = low_rank_experts(base)
+    made = aligned(base, experts, scope="per_layer", top_k=top_k, placement=placement, trained=trained)
+    freeze_trunk(made)
+    return made
+
+
+def cotangents() -> list[Tensor]:
+    source = generator(41)
+    return [torch.randn(len(row), VOCABULARY, generator=source) for row in PARITY_ROWS]
+
+
+def dense_parameters(model: AlignXForCausalLM) -> dict[str, Tensor]:
+    """Routers and calibrations, which every rank has."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and ".mixture." not in n}
+
+
+def fused_parameters(model: AlignXForCausalLM) -> dict[str, Tensor]:
+    """Everything that stage 2 trains, of a model on the fused path."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+Step = list[tuple[Batch, Tensor, float]]
+
+
+def lopsided_steps(world: int, rank: int, accumulation: int) -> list[Step]:
+    """Rows in their order: the first share of a step belongs to one expert only. (batch, experts, lm_scale) a part."""
+    steps = []
+    for chosen in (range(4), range(4, 8), range(4)):
+        answers = sum(EXAMPLES[i].answer_length for i in chosen)
+        own = list(chosen)[rank * 4 // world : (rank + 1) * 4 // world]
+        size = len(own) // accumulation
+        parts = [own[i : i + size] for i in range(0, len(own), size)]
+        steps.append([_part(p, world * accumulation / answers) for p in parts])
+    return steps
+
+
+def _part(chosen: list[int], scale: float) -> tuple[Batch, Tensor, float]:
+    return collate([EXAMPLES[i] for i in chosen], PAD), torch.tensor([LABELS[i] for i in chosen]), scale
+
+
+def _clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Any], clip: float, rate: float) -> float:
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial"] * rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def align_in_plain_torch(kind: str, forced: bool) -> dict[str, Any]:
+    """Stage 2 on the fused path with torch's own optimizer: what every placement must give."""
+    c = align_config(1, 1).align
+    model = mixture().train()
+    parameters = fused_parameters(model)
+    shared = [p for n, p in parameters.items() if ".mixture." not in n]
+    groups = [
+        {"params": [p for p in shared if p.dim() > 1], "initial": c.lr, "weight_decay": c.weight_decay},
+        {"params": [p for p in shared if p.dim() <= 1], "initial": c.lr, "weight_decay": 0.0},
+        {
+            "params": [p for n, p in parameters.items() if ".mixture." in n],
+            "initial": c.lr * c.expert_lr_scale,
+            "weight_decay": 0.0,
+        },
+    ]
+    optimizer: torch.optim.Optimizer
+    optimizer = torch.optim.SGD(groups, lr=0.0) if kind == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    steps: list[Step] = lopsided_steps(1, 0, 1)
+    if not forced:
+        steps = [
+            [_part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))]
+            for chosen in global_batches(len(EXAMPLES), c.batch, c.steps, SEED)
+        ]
+    losses, norms = [], []
+    for number, [(b, experts, scale)] in enumerate(steps):
+        overruled = one_hot(experts, EXPERTS).float() if forced else None
+        logits = model(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
+        loss = align_terms(model, logits, b.labels, experts, scale).total(c)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        rate = schedule(number, c.warmup_steps, c.steps)
+        norms.append(_clip_and_step(optimizer, list(parameters.values()), c.clip, rate))
+    weights = {n: p.detach() for n, p in parameters.items()}
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def fine_tune_in_plain_torch() -> dict[str, Any]:
+    """Stage 1 with torch's own AdamW on the AlignX layers' FFNs: losses and task vectors."""
+    c = fine_tune_config(Path()).train
+    model, before = base_model().train(), base_model()
+    views = {i: TABLE.view(TABLE.ffn_of(model, i)) for i in ALIGNX_LAYERS}
+    model.requires_grad_(False)
+    weights = [view.projection(p).weight.requires_grad_() for view in views.values() for p in PROJECTIONS]
+    groups = [{"params": weights, "initial": c.lr, "weight_decay": c.weight_decay}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    losses = []
+    for number, chosen in enumerate(global_batches(len(EXAMPLES), c.batch, c.steps, SEED)):
+        b, _, scale = _part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))
+        loss = answer_nll(model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits, b.labels) * scale
+        loss.backward()
+        losses.append(float(loss.detach()))
+        _clip_and_step(optimizer, weights, c.clip, schedule(number, c.warmup_steps, c.steps))
+    original = {i: TABLE.view(TABLE.ffn_of(before, i)) for i in ALIGNX_LAYERS}
+    vectors = {
+        i: {p: (views[i].projection(p).weight - original[i].projection(p).weight).detach() for p in PROJECTIONS}
+        for i in ALIGNX_LAYERS
+    }
+    return {"losses": losses, "vectors": vectors}

@@ -1,0 +1,111 @@
+"""Stage 1 under real ZeRO-3: task vectors streamed from the shards, and the same specialist at any world size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import ALIGNX_LAYERS, EXAMPLES, fine_tune_config, fine_tune_in_plain_torch
+from tiny_models import TABLE, base_model, specialist
+from torch import Tensor
+from worlds import Runs
+
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.specialists.features import expert_factors
+from alignx_ds.specialists.vectors import layer_file, read_factors, read_task_vector
+
+
+def base_weights() -> dict[tuple[int, str], Tensor]:
+    model = base_model()
+    views = {i: TABLE.view(TABLE.ffn_of(model, i)) for i in ALIGNX_LAYERS}
+    return {(i, p): views[i].projection(p).weight.detach() for i in ALIGNX_LAYERS for p in PROJECTIONS}
+
+
+def shop(runs: Runs, world: int) -> Path:
+    runs.of(world, "fine_tune")
+    return runs.root / f"shop{world}"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_streamed_task_vector_is_trained_minus_base(runs: Runs, world: int) -> None:
+    parts = [part["float32"] for part in runs.of(world, "streamed")]
+    for position, layer in enumerate(ALIGNX_LAYERS):
+        owner = position % world
+        for rank, part in enumerate(parts):
+            assert bool(part["changes"][layer]) == (rank == owner)  # no rank holds what is another's work
+        for p in PROJECTIONS:
+            change = parts[owner]["changes"][layer][p]
+            trained = parts[owner]["whole"][layer, p]
+            assert torch.equal(change, trained - base_weights()[layer, p])
+            assert float(change.abs().max()) > 1e-3
+    assert all(part["sharded"] for part in parts)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_in_bf16_the_task_vector_keeps_what_rounding_would_lose(runs: Runs, world: int) -> None:
+    """Steps far below a weight's last bf16 digit: the rounded weights hardly move, the task vector does."""
+    parts = [part["bfloat16"] for part in runs.of(world, "streamed")]
+    for position, layer in enumerate(ALIGNX_LAYERS):
+        for p in PROJECTIONS:
+            change, whole = parts[position % world]["changes"][layer][p], parts[position % world]["whole"][layer, p]
+            start = base_weights()[layer, p].bfloat16()
+            assert whole.dtype == torch.bfloat16 and change.dtype == torch.float32
+            assert float((whole != start).float().mean()) < 0.1
+            assert float((change != 0).float().mean()) > 0.9
+            assert float(change.abs().max()) < 1e-4
+            assert float((start.float() + change - whole.float()).abs().max()) < 0.004  # half a digit of the largest
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_fine_tune_is_plain_torch_s(runs: Runs, world: int) -> None:
+    expected = fine_tune_in_plain_torch()
+    facts = runs.of(world, "fine_tune")[0]["manifest"]
+    np.testing.assert_allclose(facts["losses"], expected["losses"], rtol=1e-5)
+    for layer in ALIGNX_LAYERS:
+        made = read_task_vector(shop(runs, world) / "a", layer)
+        for p in PROJECTIONS:
+            assert float((made[p] - expected["vectors"][layer][p]).abs().max()) < 5e-5
+            assert float(made[p].abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_its_factors_come_from_the_trained_model_s_own_features(runs: Runs, world: int) -> None:
+    vectors = {layer: read_task_vector(shop(runs, world) / "a", layer) for layer in ALIGNX_LAYERS}
+    settings = fine_tune_config(Path()).experts
+    trained = specialist(base_model(), {layer: [vectors[layer]] for layer in ALIGNX_LAYERS}, 1)
+    expected = expert_factors(trained, TABLE, vectors, EXAMPLES[: settings.feature_rows], 0, settings.rank)
+    for layer in ALIGNX_LAYERS:
+        made = read_factors(shop(runs, world) / "a", layer)
+        for p in PROJECTIONS:
+            assert made.rank(p) == settings.rank
+            difference = made.delta(p) - expected[layer][p].up @ expected[layer][p].down
+            assert float(difference.abs().max()) < 1e-4 * float(vectors[layer][p].abs().max())
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_job_that_starts_from_a_specialist_ends_near_it(runs: Runs, world: int) -> None:
+    for layer in ALIGNX_LAYERS:
+        start, still, moved = (read_task_vector(shop(runs, world) / name, layer) for name in ("a", "a_again", "then_b"))
+        for p in PROJECTIONS:
+            assert float((still[p] - start[p]).abs().max()) < 1e-6  # it trained with a learning rate of zero
+            assert float((moved[p] - start[p]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_task_vector_is_added_to_a_sharded_model(runs: Runs, world: int) -> None:
+    for part in runs.of(world, "streamed"):
+        for layer in ALIGNX_LAYERS:
+            made = read_task_vector(shop(runs, world) / "a", layer)
+            for p in PROJECTIONS:
+                expected = base_weights()[layer, p] + made[p]
+                assert torch.equal(part["float32"]["added"][layer, p], expected)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_layer_has_one_file(runs: Runs, world: int) -> None:
+    """With four ranks, two have no layer of their own."""
+    for layer in ALIGNX_LAYERS:
+        assert layer_file(shop(runs, world) / "a", layer).is_file()
+    assert len(list((shop(runs, world) / "a").glob("*.safetensors"))) == len(ALIGNX_LAYERS)

@@ -1,0 +1,72 @@
+"""DESIGN invariant 8 on real ranks: any world size, ep_size and accumulation trains the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import WAYS, align_config, align_in_plain_torch, mixture
+from worlds import Runs
+
+TOLERANCE = {"sgd": 1e-6, "adamw": 2e-5}  # Adam divides rounding by rounding where a gradient is almost zero
+
+
+@pytest.fixture(scope="module")
+def oracles() -> dict[tuple[str, bool], dict[str, Any]]:
+    kinds = [("sgd", False), ("adamw", False), ("sgd", True)]
+    return {key: align_in_plain_torch(*key) for key in kinds}
+
+
+@pytest.mark.parametrize(("world", "way"), [(world, way) for world, ways in WAYS.items() for way in ways])
+def test_a_few_steps_give_plain_torch_s_weights(
+    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, way: str
+) -> None:
+    expected = oracles[way.split()[0], "forced" in way]
+    for made in (part[way] for part in runs.of(world, "steps")):
+        np.testing.assert_allclose(made["losses"], expected["losses"], rtol=1e-5)
+        np.testing.assert_allclose(made["norms"], expected["norms"], rtol=1e-4)
+        for name, weight in expected["weights"].items():
+            assert float((made["weights"][name] - weight).abs().max()) < TOLERANCE[way.split()[0]], name
+
+
+def test_the_steps_compared_do_train(oracles: dict[tuple[str, bool], dict[str, Any]]) -> None:
+    start = {n: p.detach() for n, p in mixture().named_parameters()}
+    clip = align_config(1, 1).align.clip
+    for made in oracles.values():
+        assert all(norm > clip for norm in made["norms"])  # clipping is at work
+        for name, weight in made["weights"].items():
+            assert float((weight - start[name]).abs().max()) > 100 * TOLERANCE["sgd"], name
+
+
+def test_the_generalist_stays_the_base_model(runs: Runs) -> None:
+    """Its factors start at zero, and zero factors have zero gradients."""
+    for way in ("sgd ep2 acc1", "adamw ep2 acc1"):
+        for name, weight in runs.of(2, "steps")[0][way]["weights"].items():
+            if ".mixture.down." in name:
+                assert not weight.chunk(4, dim=0)[0].any() and weight.chunk(4, dim=0)[1].any()
+            if ".mixture.up." in name:
+                assert not weight.chunk(4, dim=1)[0].any() and weight.chunk(4, dim=1)[1].any()
+
+
+def test_all_ranks_end_with_the_same_model(runs: Runs) -> None:
+    first, second = (part["adamw ep2 acc1"]["weights"] for part in runs.of(2, "steps"))
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_the_whole_stage_gives_one_model_at_any_ep_size(runs: Runs) -> None:
+    for part in runs.of(2, "whole_stage"):
+        assert_same(part["ep2"], part["ep1"])
+
+
+def test_the_whole_stage_gives_one_model_at_any_world_size(runs: Runs) -> None:
+    assert_same(runs.of(2, "whole_stage")[0]["ep1"], runs.of(1, "whole_stage")[0]["ep1"])
+
+
+def assert_same(made: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Geometry, trained weights and temperatures, to rounding."""
+    np.testing.assert_allclose(made["losses"], expected["losses"], rtol=1e-5)
+    assert made["state"].keys() == expected["state"].keys()
+    for name, tensor in expected["state"].items():
+        np.testing.assert_allclose(made["state"][name], tensor, rtol=1e-3, atol=1e-4, err_msg=name)

@@ -1,0 +1,29 @@
+"""What every rank runs: `worker.py OUT JOB…`. Each job leaves OUT/JOB.RANK.WORLD.pt behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def main(directory: Path, names: list[str]) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
+    sys.path.insert(0, str(Path(__file__).parents[1] / "mocae"))
+    from alignx_ds import distributed
+
+    distributed.init()
+    import torch
+    from jobs import JOBS
+
+    rank, world = distributed.rank(), distributed.world_size()
+    for name in names:
+        partial = directory / f"{name}.{rank}.{world}.partial"
+        torch.save(JOBS[name](directory), partial)
+        partial.rename(partial.with_suffix(".pt"))
+    distributed.barrier()
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,107 @@
+"""DESIGN invariant 5: prefill, then decode with the KV cache, is one full forward pass; greedy generation follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows, relative
+
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+
+MODELS = [("fused", "shared", 1), ("fused", "per_layer", 2), ("parallel", "shared", 1), ("parallel", "per_layer", 4)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda m: "-".join(map(str, m)))
+def model(request: pytest.FixtureRequest) -> AlignXForCausalLM:
+    path, scope, top_k = request.param
+    base, placement = base_model(), Placement(1, 0) if path == "parallel" else None
+    return aligned(base, low_rank_experts(base), scope=scope, top_k=top_k, placement=placement)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@torch.no_grad()
+def test_prefill_then_decode_is_one_full_forward(model: AlignXForCausalLM, chunk: int) -> None:
+    prompts, answers = random_rows([5, 9, 2], seed=1), torch.tensor(random_rows([6, 6, 6], seed=2))
+    ids, mask = padded(prompts, "left")
+    full_ids, full_mask = torch.cat([ids, answers], 1), torch.cat([mask, torch.ones_like(answers)], 1)
+    asked = torch.cat([mask, torch.zeros_like(answers)], 1)
+    expected = model(full_ids, full_mask, asked, use_cache=False).logits
+
+    out = model(ids, mask, use_cache=True)
+    decisions, logits = out.past_key_values.routing.decisions, [out.logits]
+    for start in range(0, 6, chunk):
+        seen = full_mask[:, : ids.shape[1] + start + chunk]
+        out = model(answers[:, start : start + chunk], seen, past_key_values=out.past_key_values, use_cache=True)
+        assert out.past_key_values.routing.decisions is decisions  # decided once, at prefill
+        logits.append(out.logits)
+    assert relative(torch.cat(logits, 1)[full_mask.bool()], expected[full_mask.bool()]) < 1e-5
+    rerouted = model(full_ids, full_mask, use_cache=False).logits  # the answer counted as prompt
+    assert relative(rerouted[full_mask.bool()], expected[full_mask.bool()]) > 1e-3
+
+
+@torch.no_grad()
+def test_decoding_needs_no_mask_where_nothing_is_padded(model: AlignXForCausalLM) -> None:
+    ids = torch.tensor(random_rows([9, 9], seed=3))
+    asked = (torch.arange(9) < 6).long().expand(2, -1)
+    expected = model(ids, torch.ones_like(ids), asked, use_cache=False).logits
+    prefill = model(ids[:, :6], use_cache=True)
+    decoded = model(ids[:, 6:], past_key_values=prefill.past_key_values, use_cache=True)
+    assert relative(torch.cat([prefill.logits, decoded.logits], 1), expected) < 1e-5
+
+
+@torch.no_grad()
+def stepwise(model: AlignXForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """The argmax of full forward passes over the row alone."""
+    row = list(prompt)
+    for _ in range(count):
+        ids = torch.tensor([row])
+        asked = (torch.arange(len(row)) < len(prompt)).long().unsqueeze(0)
+        row.append(int(model(ids, torch.ones_like(ids), asked, use_cache=False).logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 2, 7, 1], [6, 6, 6], [5]], ids=["mixed", "equal", "alone"])
+def test_greedy_generation_is_the_stepwise_argmax(model: AlignXForCausalLM, lengths: list[int]) -> None:
+    prompts = random_rows(lengths, seed=4)
+    ids, mask = padded(prompts, "left")
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0)
+    assert made[:, ids.shape[1] :].tolist() == [stepwise(model, p, 7) for p in prompts]
+
+
+def test_a_row_that_ends_early_leaves_the_others_alone(model: AlignXForCausalLM) -> None:
+    prompts = random_rows([5, 9, 2, 7, 1], seed=4)
+    expected = [stepwise(model, p, 7) for p in prompts]
+    end = expected[0][1]
+    ids, mask = padded(prompts, "left")
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=end)
+    for row, full in zip(made[:, ids.shape[1] :].tolist(), expected, strict=True):
+        length = full.index(end) + 1 if end in full else 7
+        assert row[:length] == full[:length]
+        assert all(token == 0 for token in row[length:])
+
+
+def test_two_generations_share_no_decision(model: AlignXForCausalLM) -> None:
+    """A model keeps nothing from one call to the next."""
+    first, second = (padded(random_rows([6, 3], seed=s), "left") for s in (5, 6))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(second[0], attention_mask=second[1], **settings)
+    model.generate(first[0], attention_mask=first[1], **settings)
+    assert torch.equal(model.generate(second[0], attention_mask=second[1], **settings), alone)
+
+
+def test_generation_without_the_cache_is_generation_with_it(model: AlignXForCausalLM) -> None:
+    """What has been generated never counts as prompt."""
+    ids, mask = padded(random_rows([5, 9, 2, 7, 1], seed=4), "left")
+    settings = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+    assert model.generate(ids, use_cache=False, **settings).tolist() == model.generate(ids, **settings).tolist()
+
+
+def test_beams_stay_with_their_row(model: AlignXForCausalLM) -> None:
+    prompts = random_rows([5, 9, 2], seed=4)
+    settings = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    ids, mask = padded(prompts, "left")
+    together = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
+    for row, prompt in zip(together, prompts, strict=True):
+        alone = torch.tensor([prompt])
+        made = model.generate(alone, attention_mask=torch.ones_like(alone), **settings)
+        assert made[0, len(prompt) :].tolist() == row.tolist()

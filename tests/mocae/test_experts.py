@@ -1,0 +1,97 @@
+"""An expert is the base FFN with a low-rank change of each projection, however the factors are stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import TABLE, base_model, generator, one_hot, random_factors, relative
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward, LowRankExpert, align_ranks
+from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.parallel import ParallelMixture
+
+
+@pytest.fixture(scope="module")
+def base() -> FeedForward:
+    return TABLE.view(TABLE.ffn_of(base_model(), 1))
+
+
+def experts_of_ranks(*ranks: int) -> list[Factors]:
+    source, model = generator(5), base_model()
+    return [random_factors(model, 1, r, source) for r in ranks]
+
+
+def dense(base: FeedForward, factors: Factors, x: Tensor) -> Tensor:
+    """The FFN with its weights changed, as a specialist would compute it."""
+    weights = {p: base.projection(p).weight + factors.delta(p) for p in PROJECTIONS}
+    return linear(silu(linear(x, weights["gate"])) * linear(x, weights["up"]), weights["down"])
+
+
+def test_a_hosted_expert_is_the_ffn_with_changed_weights(base: FeedForward) -> None:
+    factors = experts_of_ranks(4)[0]
+    expert = LowRankExpert(factors, torch.float32)
+    expert.attach(base)
+    x = torch.randn(3, 7, 32, generator=generator(0))
+    assert relative(expert(x), dense(base, factors, x)) < 1e-5
+    assert relative(expert(x), dense(base, Factors.zeros(base, dict.fromkeys(PROJECTIONS, 4)), x)) > 0.1
+
+
+def test_a_hosted_expert_registers_its_own_factors_only(base: FeedForward) -> None:
+    expert = LowRankExpert(experts_of_ranks(4)[0], torch.float32)
+    expert.attach(base)
+    assert {n for n, _ in expert.named_parameters()} == {f"{s}.{p}" for s in ("down", "up") for p in PROJECTIONS}
+
+
+def test_aligned_ranks_keep_every_change(base: FeedForward) -> None:
+    experts = [*experts_of_ranks(1, 5, 3), Factors.zeros(base, dict.fromkeys(PROJECTIONS, 2))]
+    padded = align_ranks(experts)
+    for before, after in zip(experts, padded, strict=True):
+        for p in PROJECTIONS:
+            assert after.rank(p) == 5
+            assert torch.equal(before.delta(p), after.delta(p)) or relative(after.delta(p), before.delta(p)) < 1e-6
+
+
+def test_a_rank_is_never_cut_by_padding() -> None:
+    with pytest.raises(AssertionError):
+        experts_of_ranks(5)[0].padded(dict.fromkeys(PROJECTIONS, 4))
+
+
+@pytest.mark.parametrize("kind", ["fused", "parallel"])
+def test_a_mixture_gives_back_the_factors_that_it_was_made_of(base: FeedForward, kind: str) -> None:
+    experts = experts_of_ranks(2, 4, 4, 1)
+    mixture = FusedMixture(base, experts, 1) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    for before, after in zip(experts, mixture.factors(), strict=True):
+        for p in PROJECTIONS:
+            assert relative(after.delta(p), before.delta(p)) < 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["fused", "parallel"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixture_is_the_gated_sum_of_changed_ffns(base: FeedForward, kind: str, top_k: int, training: bool) -> None:
+    experts = experts_of_ranks(2, 4, 4, 1)
+    mixture = FusedMixture(base, experts, top_k) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    mixture.train(training)
+    x = torch.randn(3, 7, 32, generator=generator(1))
+    raw = torch.rand(3, 1, 4, generator=generator(2)) + 0.1
+    kept = raw.scatter(-1, raw.topk(4 - top_k, largest=False).indices, 0.0)
+    gates = kept / kept.sum(-1, keepdim=True)
+    expected = sum(gates[..., i : i + 1] * dense(base, e, x) for i, e in enumerate(experts))
+    assert isinstance(expected, Tensor)
+    assert relative(mixture(x, gates), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["fused", "parallel"])
+@pytest.mark.parametrize("training", [True, False])
+def test_every_token_may_have_its_own_gates(base: FeedForward, kind: str, training: bool) -> None:
+    experts = experts_of_ranks(3, 3, 3, 3)
+    mixture = FusedMixture(base, experts, 1) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    mixture.train(training)
+    x = torch.randn(2, 4, 32, generator=generator(1))
+    choice = [[0, 3, 1, 1], [2, 2, 0, 3]]
+    y = mixture(x, torch.stack([one_hot(row) for row in choice]))
+    for b, row in enumerate(choice):
+        for t, e in enumerate(row):
+            assert relative(y[b, t], dense(base, experts[e], x[b, t])) < 1e-5

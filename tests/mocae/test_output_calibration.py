@@ -1,0 +1,73 @@
+"""Output calibration: the identity until R is trained (DESIGN invariant 2), then the design's formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import (
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    padded,
+    random_geometry,
+    random_rows,
+    relative,
+)
+
+from alignx_ds.mocae.fractal import fractal_pull
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.output_calibration import OutputCalibration
+
+
+def test_the_formula() -> None:
+    g = random_geometry(5, 1)
+    calibration = OutputCalibration(g, 0.6, 0.4).train()
+    with torch.no_grad():
+        calibration.reinjection.copy_(torch.randn(32, 5, generator=generator(1)))
+    y = torch.randn(2, 6, 32, generator=generator(2))
+    gates = torch.rand(2, 1, 4, generator=generator(3)).softmax(-1)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    out = calibration(y, gates, mask)
+    change = torch.zeros_like(y)
+    for b in range(2):
+        for t in range(6):
+            z = g.projection @ (y[b, t] - g.centre)
+            natural = sum(gates[b, 0, e] * (g.means[e] - z) for e in range(4))
+            fractal = torch.cat([fractal_pull(z[:3], gates[b, 0], g.anchors, g.scales), torch.zeros(2)])
+            calibrated = z + 0.6 * fractal + 0.4 * natural
+            change[b, t] = calibration.reinjection.detach() @ (calibrated - z)
+    assert relative(out.detach() - y, change) < 1e-4
+    assert calibration.last_drift is not None
+    for b in range(2):
+        kept = mask[b].bool()
+        expected = float(change[b, kept].square().sum() / y[b, kept].square().sum())
+        assert float(calibration.last_drift[b].detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_untrained_calibration_changes_nothing_and_a_trained_one_does(training: bool) -> None:
+    base = base_model()
+    model = aligned(base, low_rank_experts(base), trained=False).train(training)
+    ids, mask = padded(random_rows([6, 9, 4]))
+    with torch.no_grad():
+        before = model(ids, mask).logits
+        calibrations = [layer.calibration for layer in alignx_layers(model)]
+        assert len(calibrations) == 2
+        for calibration in calibrations:
+            calibration.strengths.zero_()  # C(z) = z: no calibration at all
+        assert torch.equal(model(ids, mask).logits, before)
+        for calibration in calibrations:
+            calibration.strengths.copy_(torch.tensor([0.6, 0.4]))
+            calibration.reinjection.normal_(std=0.1, generator=generator(1))
+        assert relative(model(ids, mask).logits, before) > 0.01
+
+
+@pytest.mark.parametrize("strength", [0, 1])
+def test_either_calibrator_alone_changes_something(strength: int) -> None:
+    calibration = OutputCalibration(random_geometry(5, 1), 0.6, 0.4)
+    y = torch.randn(2, 6, 32, generator=generator(2))
+    with torch.no_grad():
+        calibration.strengths[strength] = 0.0
+        calibration.reinjection.normal_(generator=generator(1))
+    assert relative(calibration(y, torch.full((2, 1, 4), 0.25)), y) > 0.01

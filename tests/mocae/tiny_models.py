@@ -1,0 +1,208 @@
+"""Tiny random models that the tests share: a Llama base, specialists made by changing its FFNs, and aligned models."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import asdict
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read by deepspeed when it is imported
+
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alignx_ds.mocae.backbones import BACKBONES
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.gate import GateSettings
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
+from alignx_ds.mocae.parallel import ParallelMixture
+
+VOCABULARY, HIDDEN, FFN, LAYERS, EXPERTS = 50, 32, 48, 3, 4
+ALIGNX_LAYERS = [1, 2]
+TABLE = BACKBONES["llama"]
+Changes = dict[int, list[dict[str, Tensor]]]  # by AlignX layer, by specialist (expert id - 1), by projection
+
+
+def llama_config(tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,  # large enough for the logits to depend on every part
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=tied,
+    )
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def base_model(seed: int = 0, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(llama_config(tied)).eval()
+
+
+def random_changes(base: LlamaForCausalLM, seed: int = 1, size: float = 0.2) -> Changes:
+    """A full-rank task vector per specialist, as large as the weights that it changes."""
+    source = generator(seed)
+    made: Changes = {}
+    for layer in ALIGNX_LAYERS:
+        view = TABLE.view(TABLE.ffn_of(base, layer))
+        shapes = {p: view.projection(p).weight.shape for p in PROJECTIONS}
+        made[layer] = [
+            {p: size * torch.randn(shape, generator=source) for p, shape in shapes.items()} for _ in range(EXPERTS - 1)
+        ]
+    return made
+
+
+@torch.no_grad()
+def specialist(base: LlamaForCausalLM, changes: Changes, number: int) -> LlamaForCausalLM:
+    """The base model with specialist `number`'s task vector added to its weights; 0 is the base model itself."""
+    model = copy.deepcopy(base)
+    for layer in ALIGNX_LAYERS if number else ():
+        view = TABLE.view(TABLE.ffn_of(model, layer))
+        for p in PROJECTIONS:
+            view.projection(p).weight += changes[layer][number - 1][p]
+    return model
+
+
+def exact_factors(change: dict[str, Tensor]) -> Factors:
+    """Full rank, by the thinner side's identity: no decomposition is involved."""
+    down, up = {}, {}
+    for p, c in change.items():
+        wide = c.shape[0] <= c.shape[1]
+        down[p] = c if wide else torch.eye(c.shape[1])
+        up[p] = torch.eye(c.shape[0]) if wide else c
+    return Factors(down, up)
+
+
+def random_factors(base: LlamaForCausalLM, layer: int, rank: int, source: torch.Generator) -> Factors:
+    view = TABLE.view(TABLE.ffn_of(base, layer))
+    weights = {p: view.projection(p).weight for p in PROJECTIONS}
+    down = {p: 0.3 * torch.randn(rank, w.shape[1], generator=source) for p, w in weights.items()}
+    return Factors(down, {p: 0.3 * torch.randn(w.shape[0], rank, generator=source) for p, w in weights.items()})
+
+
+def random_geometry(latent: int, seed: int, d: int = HIDDEN, experts: int = EXPERTS) -> Geometry:
+    """Valid (the whiteners are those of real covariances), otherwise arbitrary."""
+    source = generator(seed)
+    roots = torch.randn(experts, latent, latent, generator=source, dtype=torch.float64)
+    covariances = roots @ roots.mT / latent + 0.5 * torch.eye(latent, dtype=torch.float64)
+    cholesky = torch.linalg.cholesky(covariances)
+    f, anchors, scales = min(3, latent), 5, 4
+    return Geometry(
+        centre=0.1 * torch.randn(d, generator=source),
+        projection=torch.randn(latent, d, generator=source) / d**0.5,
+        means=torch.randn(experts, latent, generator=source),
+        whiteners=torch.linalg.inv(cholesky).float(),
+        log_volumes=cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1).float(),
+        anchors=torch.randn(experts, anchors, f, generator=source),
+        scales=0.5 * 2.0 ** torch.arange(scales),
+        dimensions=1 + torch.rand(experts, generator=source),
+        score_shift=torch.tensor([-2.0, -1.5]),
+        score_scale=torch.tensor([0.7, 0.4]),
+    )
+
+
+def aligned_config(base: LlamaForCausalLM, ranks: dict[str, int], scope: str, top_k: int) -> AlignXConfig:
+    return AlignXConfig(
+        text_config=copy.deepcopy(base.config),
+        experts=["generalist", "helpful", "harmless", "honest"],
+        layers=ALIGNX_LAYERS,
+        ranks=ranks,
+        scope=scope,
+        gate=asdict(GateSettings(top_k=top_k)),
+        latent_size=6,
+        output_latent_size=5,
+        fractal_dimensions=3,
+        anchors=5,
+        scales=4,
+    )
+
+
+def aligned(
+    base: LlamaForCausalLM,
+    experts: dict[int, list[Factors]],
+    *,
+    scope: str = "shared",
+    top_k: int = 1,
+    placement: Placement | None = None,
+    trained: bool = True,
+) -> AlignXForCausalLM:
+    """An aligned model of these specialists (by layer, without the generalist), with arbitrary geometries.
+
+    `trained` gives routers and reinjections random weights; otherwise they are what stage 2 starts from.
+    """
+    ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in PROJECTIONS}
+    config = aligned_config(base, ranks, scope, top_k)
+    parts = {}
+    for layer in ALIGNX_LAYERS:
+        generalist = Factors.zeros(TABLE.view(TABLE.ffn_of(base, layer)), ranks)
+        gate = random_geometry(config.latent_size, seed=100 + layer) if config.gate_layer(layer) == layer else None
+        output = random_geometry(config.output_latent_size, seed=200 + layer)
+        parts[layer] = LayerParts([generalist, *experts[layer]], gate, output)
+    model = AlignXForCausalLM(config, backbone=copy.deepcopy(base), parts=parts, placement=placement)
+    source = generator(7)
+    with torch.no_grad():
+        for layer in alignx_layers(model) if trained else ():
+            reinjection = layer.calibration.reinjection
+            reinjection.copy_(0.1 * torch.randn(reinjection.shape, generator=source))
+            router = torch.randn(EXPERTS, config.latent_size, generator=source)
+            if layer.gate is not None:
+                layer.gate.router.weight.copy_(router)
+    return model.eval()
+
+
+def low_rank_experts(base: LlamaForCausalLM, rank: int = 3, seed: int = 3) -> dict[int, list[Factors]]:
+    source = generator(seed)
+    return {i: [random_factors(base, i, rank, source) for _ in range(EXPERTS - 1)] for i in ALIGNX_LAYERS}
+
+
+def exact_experts(changes: Changes) -> dict[int, list[Factors]]:
+    return {layer: [exact_factors(c) for c in by_expert] for layer, by_expert in changes.items()}
+
+
+def connect(model: AlignXForCausalLM) -> AlignXForCausalLM:
+    """What an engine does before the first forward pass: tell every MoE layer its process groups."""
+    for layer in alignx_layers(model):
+        assert isinstance(layer.mixture, ParallelMixture)
+        layer.mixture.moe.set_deepspeed_parallelism()
+    return model
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value of b."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+
+
+def random_rows(lengths: list[int], seed: int = 11) -> list[list[int]]:
+    """Token ids, without the padding id."""
+    source = generator(seed)
+    return [torch.randint(1, VOCABULARY, (n,), generator=source).tolist() for n in lengths]
+
+
+def padded(rows: list[list[int]], side: str = "right", extra: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids, attention mask) [B, T], padded to the longest row and `extra` columns beyond."""
+    width = max(map(len, rows)) + extra
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = width - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = 1
+    return ids, mask
+
+
+def one_hot(experts: list[int]) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(experts), EXPERTS).float()

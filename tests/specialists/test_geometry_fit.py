@@ -1,0 +1,122 @@
+"""The fitted geometry against scikit-learn and the data that it was fitted on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+from tiny_models import generator
+from torch import Tensor
+
+from alignx_ds.config import GateConfig
+from alignx_ds.errors import DataError
+from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
+from alignx_ds.mocae.gate import CalibratedGate, GateSettings
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.natural import natural_score
+from alignx_ds.specialists.geometry import Features, fit
+
+D, K, NAMES = 16, 5, ["generalist", "helpful", "harmless"]
+SETTINGS = GateConfig(latent=K, fractal_dimensions=3, anchors=8, granularity=0.2, scales=4)
+
+
+def clusters(seed: int, sizes: tuple[int, ...] = (150, 120, 90)) -> Features:
+    """Three classes whose means and covariances differ, away from the origin."""
+    made = []
+    for e, size in enumerate(sizes):
+        shape = generator(50 + e)
+        mean = 3 + 1.5 * torch.randn(D, generator=shape)
+        root = torch.randn(D, D, generator=shape) * torch.logspace(0, -1, D)
+        made.append(mean + torch.randn(size, D, generator=generator(seed + e)) @ root.T)
+    return Features(made)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Geometry:
+    return fit(clusters(1), clusters(20), K, SETTINGS, NAMES, seed=0)
+
+
+def latents(g: Geometry, features: Features) -> list[Tensor]:
+    return [(rows - g.centre) @ g.projection.T for rows in features.by_expert]
+
+
+def test_the_latent_is_whitened_and_keeps_the_widest_directions(fitted: Geometry) -> None:
+    pooled = torch.cat(clusters(1).by_expert)
+    z = torch.cat(latents(fitted, clusters(1))).double().numpy()
+    np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(z.T), np.eye(K), atol=1e-3)
+    variances = np.linalg.eigvalsh(np.cov(pooled.double().numpy().T))[::-1][:K]
+    np.testing.assert_allclose(fitted.projection.norm(dim=1).numpy(), variances**-0.5, rtol=1e-4)
+
+
+def test_means_and_covariances_are_the_classes_own(fitted: Geometry) -> None:
+    for e, z in enumerate(latents(fitted, clusters(1))):
+        np.testing.assert_allclose(fitted.means[e].numpy(), z.mean(0).numpy(), atol=1e-4)
+        sigma = LedoitWolf().fit(z.double().numpy()).covariance_
+        whitener = fitted.whiteners[e].double().numpy()
+        np.testing.assert_allclose(whitener @ sigma @ whitener.T, np.eye(K), atol=1e-3)
+        assert float(fitted.log_volumes[e]) == pytest.approx(0.5 * np.linalg.slogdet(sigma)[1], abs=1e-3)
+
+
+def test_the_natural_score_is_the_shrunk_gaussian_s(fitted: Geometry) -> None:
+    unseen = latents(fitted, clusters(40))
+    for e, z in enumerate(latents(fitted, clusters(1))):
+        law = multivariate_normal(z.double().mean(0).numpy(), LedoitWolf().fit(z.double().numpy()).covariance_)
+        score = natural_score(unseen[0], fitted.means, fitted.whiteners, fitted.log_volumes)[:, e]
+        np.testing.assert_allclose(score.numpy(), law.logpdf(unseen[0].double().numpy()) / K, rtol=1e-3, atol=1e-3)
+
+
+def test_the_anchors_are_the_centres_of_what_is_nearest_to_them(fitted: Geometry) -> None:
+    assert fitted.anchors.shape == (3, 8, 3)
+    for e, z in enumerate(latents(fitted, clusters(1))):
+        leading = z[:, :3]
+        nearest = torch.cdist(leading, fitted.anchors[e]).argmin(1)
+        centres = torch.stack([leading[nearest == a].mean(0) for a in range(8)])
+        assert float((centres - fitted.anchors[e]).abs().max()) < 0.05
+
+
+def test_scales_are_dyadic_and_dimensions_the_classes_own(fitted: Geometry) -> None:
+    np.testing.assert_allclose(fitted.scales.numpy(), [0.4, 0.8, 1.6, 3.2], rtol=1e-6)
+    for e, z in enumerate(latents(fitted, clusters(1))):
+        own = local_dimension(log_mass(z[:, :3], fitted.anchors[e : e + 1], fitted.scales)[:, 0], fitted.scales)
+        assert float(fitted.dimensions[e]) == pytest.approx(float(own.mean()), rel=1e-3)
+
+
+def test_the_scores_are_standardised_on_rows_that_were_kept_back(fitted: Geometry) -> None:
+    z = torch.cat(latents(fitted, clusters(20)))
+    fractal = fractal_score(z[:, :3], fitted.anchors, fitted.scales, fitted.dimensions)
+    natural = natural_score(z, fitted.means, fitted.whiteners, fitted.log_volumes)
+    for i, score in enumerate((fractal, natural)):
+        standardised = (score - fitted.score_shift[i]) / fitted.score_scale[i]
+        assert float(standardised.mean()) == pytest.approx(0, abs=1e-3)
+        assert float(standardised.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_calibrators_route_unseen_rows(fitted: Geometry) -> None:
+    gate = CalibratedGate(fitted, GateSettings())
+    right: dict[str, list[float]] = {"fractal": [], "natural": []}
+    for e, rows in enumerate(clusters(60).by_expert):
+        parts = gate.parts(rows)
+        for name, shares in right.items():
+            shares.append(float((parts[name].argmax(-1) == e).float().mean()))
+    assert np.mean(right["natural"]) > 0.95
+    assert np.mean(right["fractal"]) > 0.7
+
+
+def test_the_same_seed_gives_the_same_geometry(fitted: Geometry) -> None:
+    again = fit(clusters(1), clusters(20), K, SETTINGS, NAMES, seed=0)
+    assert all(torch.equal(t, again.tensors()[name]) for name, t in fitted.tensors().items())
+
+
+@pytest.mark.parametrize(("sizes", "needed"), [((150, 7, 90), "8"), ((150, 1, 90), "8")])
+def test_too_few_rows_are_named(sizes: tuple[int, ...], needed: str) -> None:
+    with pytest.raises(DataError, match=rf"helpful: {sizes[1]} rows .*give {needed}"):
+        fit(clusters(1, sizes), clusters(20), K, SETTINGS, NAMES, seed=0)
+
+
+def test_fewer_rows_than_latent_dimensions_are_named() -> None:
+    rows = Features([torch.randn(10, 64, generator=generator(e)) for e in range(3)])
+    with pytest.raises(DataError, match="rows"):
+        fit(rows, rows, 40, SETTINGS, NAMES, seed=0)

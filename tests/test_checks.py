@@ -1,0 +1,215 @@
+"""What can be known to be wrong before anything starts: each rule, its mend, and all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from alignx_ds import config
+from alignx_ds.checks import check
+from alignx_ds.config import RunConfig
+from alignx_ds.errors import ConfigError
+
+WriteRecipe = Callable[..., Path]
+# The config is only changed in the keys that every example sets.
+same_config = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def problems(settings: RunConfig, world_size: int = 1) -> dict[str, str]:
+    try:
+        check(settings, world_size)
+    except ConfigError as error:
+        return {p.key: str(p) for p in error.problems}
+    return {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_shipped_recipe_passes(repo_root: Path, ranks: int) -> None:
+    for recipe in sorted((repo_root / "launch/recipes").glob("world*.yaml")):
+        settings = config.load(recipe, ["align.ep_size=1"])
+        assert problems(settings, ranks) == {}
+
+
+def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
+    base = check(tiny_config, 1)
+    assert base.config.num_hidden_layers == 5
+    assert base.layers == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "launch.ranks=0",
+        "data.train_rows=0",
+        "data.held_out_rows=-1",
+        "train.steps=0",
+        "train.accumulation=0",
+        "align.steps=0",
+        "align.ep_size=0",
+        "experts.rank=-1",
+        "experts.feature_rows=0",
+        "gate.anchors=0",
+        "gate.scales=1",
+        "gate.top_k=0",
+        "evaluation.batch=0",
+        "seed=-1",
+        "train.warmup_steps=-1",
+        "align.drift=-0.1",
+        "align.entropy=nan",
+        "align.prior=inf",
+        "gate.fractal=inf",
+        "train.weight_decay=inf",
+        "train.lr=0",
+        "train.lr=nan",
+        "align.lr=inf",
+        "gate.temperature=0",
+        "gate.granularity=-0.05",
+        "data.calibration_share=0",
+        "data.calibration_share=1",
+        "model.dtype=float16",
+        "gate.scope=global",
+        "generalist.schema=chat",
+        "axes.honest.schema=honeset",
+        "axes.honest.judge=gpt",
+        "axes.honest.rows=-1",
+        "axes.honest.train=nowhere.csv",
+        "generalist.held_out=nowhere.jsonl",
+        "model.layers=[5]",
+        "model.layers=[-1]",
+        "model.layers=[2,2]",
+        "model.path=./no/such/model",
+        "gate.latent=129",
+        "gate.output_latent=129",
+        "gate.top_k=5",
+        "train.deepspeed=nowhere.json",
+    ],
+)
+def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteRecipe, override: str) -> None:
+    key, value = override.split("=")
+    found = problems(config.load(write_recipe(override)))
+    assert list(found) == [key]
+    assert value.strip("[]").split(",")[0] in found[key]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "experts.rank=0",
+        "align.expert_lr_scale=0",
+        "gate.fractal=0",
+        "train.weight_decay=0",
+        "model.layers=[]",
+        "model.layers=[4,0]",
+        "gate.latent=128",
+        "gate.top_k=4",
+        "train.deepspeed=ds_configs/stage2_moe_zero2.json",
+        "model.dtype=bfloat16",
+    ],
+)
+def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -> None:
+    assert problems(config.load(write_recipe(override))) == {}
+
+
+def test_the_fractal_subspace_fits_into_both_latent_spaces(tiny_config: RunConfig) -> None:
+    tiny_config.gate.fractal_dimensions = tiny_config.gate.output_latent + 1
+    assert list(problems(tiny_config)) == ["gate.fractal_dimensions"]
+
+
+@pytest.mark.parametrize("name", ["base", "generalist", "sequential", "mixed", "alignx", "two words", "../up", ""])
+def test_an_axis_may_not_take_a_name_that_files_or_systems_have(tiny_config: RunConfig, name: str) -> None:
+    tiny_config.axes[name] = tiny_config.axes.pop("honest")
+    assert list(problems(tiny_config)) == [f"axes.{name}"]
+
+
+def test_without_an_axis_there_is_nothing_to_align(tiny_config: RunConfig) -> None:
+    tiny_config.axes = {}
+    assert list(problems(tiny_config)) == ["axes"]
+
+
+@same_config
+@given(ep_size=st.integers(1, 9), world_size=st.integers(1, 9), axes=st.integers(1, 5))
+def test_ep_size_divides_the_experts_and_the_ranks(
+    tiny_config: RunConfig, ep_size: int, world_size: int, axes: int
+) -> None:
+    entry = next(iter(tiny_config.axes.values()))
+    tiny_config.axes = {f"axis{n}": entry for n in range(axes)}
+    tiny_config.align.ep_size = ep_size
+    tiny_config.train.batch = tiny_config.align.batch = world_size
+    fits = (axes + 1) % ep_size == 0 and world_size % ep_size == 0
+    assert set(problems(tiny_config, world_size)) == (set() if fits else {"align.ep_size"})
+
+
+@same_config
+@given(batch=st.integers(1, 200), accumulation=st.integers(1, 6), world_size=st.integers(1, 8))
+def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
+    tiny_config: RunConfig, batch: int, accumulation: int, world_size: int
+) -> None:
+    for stage in (tiny_config.train, tiny_config.align):
+        stage.batch, stage.accumulation = batch, accumulation
+    found = problems(tiny_config, world_size)
+    assert set(found) == (set() if batch % (world_size * accumulation) == 0 else {"train.batch", "align.batch"})
+    if found:
+        proposed = int(found["train.batch"].split("choose ")[1].split(",")[0])
+        tiny_config.train.batch = tiny_config.align.batch = proposed
+        assert problems(tiny_config, world_size) == {}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stage_two_refuses_the_zero_stages_that_moe_cannot_use(
+    write_recipe: WriteRecipe, tmp_path: Path, stage: int
+) -> None:
+    (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
+    found = problems(config.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
+    assert list(found) == ["align.deepspeed"]
+    assert f"ZeRO stage {stage}" in found["align.deepspeed"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{",
+        b"\xff",
+        b'{"zero_optimization": 3}',
+        b'{"zero_optimization": {"stage": "auto"}}',
+        b'{"zero_optimization": {"stage": 2}, "communication_data_type": "auto"}',
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_used_is_named(
+    write_recipe: WriteRecipe, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "ds.json").write_bytes(content)
+    found = problems(config.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
+    assert len(found) == 1
+    assert "ds.json" in next(iter(found.values()))
+
+
+def test_a_model_without_a_config_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert list(problems(config.load(write_recipe(f"model.path={tmp_path / 'model'}")))) == ["model.path"]
+
+
+def test_an_unknown_architecture_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    found = problems(config.load(write_recipe(f"model.path={tmp_path}")))
+    assert list(found) == ["model.path"]
+    assert "gpt2" in found["model.path"]
+
+
+def test_all_problems_are_found_at_once(write_recipe: WriteRecipe) -> None:
+    wrong = {
+        "align.ep_size": "3",
+        "align.deepspeed": "ds_configs/stage1_zero3.json",
+        "axes.helpful.train": "nowhere.json",
+        "axes.honest.judge": "gpt",
+        "model.path": "./no/such/model",
+        "train.batch": "33",
+        "gate.top_k": "9",
+        "seed": "-1",
+    }
+    found = problems(config.load(write_recipe(*(f"{k}={v}" for k, v in wrong.items()))), world_size=2)
+    assert set(found) == set(wrong)

@@ -1,0 +1,100 @@
+"""The command as a user starts it, in a process of its own; few, because each takes seconds to import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+WriteRecipe = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+pytestmark = pytest.mark.usefixtures("no_launcher")
+PREFIX = "alignx-ds: error: "
+
+
+@pytest.fixture
+def command(tmp_path: Path, repo_root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "alignx_ds", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(repo_root)}
+        return subprocess.run(
+            line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    return run
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def problems(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The problems of a refused command; anything else on its error stream, as a traceback, fails."""
+    assert done.returncode == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines
+    assert [line for line in lines if not line.startswith(PREFIX)] == []
+    return [line.removeprefix(PREFIX) for line in lines]
+
+
+def test_unknown_keys_are_refused_with_what_was_meant(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    recipe = write_recipe()
+    before = snapshot(tmp_path)
+    found = problems(command("run", recipe, "train.stps=3", "seed=many"))
+    assert len(found) == 2
+    assert any("train.stps" in line and "did you mean 'train.steps'?" in line for line in found)
+    assert any("seed: got 'many'" in line for line in found)
+    assert snapshot(tmp_path) == before
+
+
+def test_settings_that_do_not_fit_are_all_refused(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    """Two ranks: refused by the command itself, before it starts them."""
+    wrong = ("align.ep_size=3", "align.deepspeed=ds_configs/stage1_zero3.json", "axes.honest.train=nowhere.csv")
+    recipe = write_recipe("launch.ranks=2", *wrong)
+    before = snapshot(tmp_path)
+    found = problems(command("run", recipe))
+    for key in ("align.ep_size", "align.deepspeed", "axes.honest.train"):
+        assert any(line.startswith(f"{key}:") for line in found)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_row_without_a_response_is_named(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    good = {"prompt": "how do i rob the bank ?", "response": "no .", "category": {}, "is_safe": True}
+    lines = [json.dumps(good), json.dumps({key: good[key] for key in good if key != "response"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    recipe = write_recipe("axes.harmless.train=rows.jsonl")
+    before = snapshot(tmp_path)
+    (line,) = problems(command("run", recipe))
+    assert line.startswith("rows.jsonl, row 2: no column 'response'")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    recipe = write_recipe("launch.ranks=2", "align.ep_size=2")
+    before = snapshot(tmp_path)
+    done = command("run", recipe, "--dry-run")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for part in ("base model", "memory per rank, 2 ranks", "to train on", "ep_size: 2"):
+        assert part in done.stdout
+    assert snapshot(tmp_path) == before
+
+
+def test_help_lists_the_verbs(command: Command) -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for verb in ("run", "specialists", "align", "generate", "world"):
+        assert verb in [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]

@@ -1,0 +1,123 @@
+"""A run's directory belongs to that run: what it accepts, what it refuses, and that a refusal touches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignx_ds import config, outputs
+from alignx_ds.config import RunConfig
+from alignx_ds.errors import ConfigError
+
+WriteRecipe = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+
+
+def refusal(settings: RunConfig) -> str:
+    with pytest.raises(ConfigError) as error:
+        outputs.check_owner(settings)
+    (problem,) = error.value.problems
+    assert problem.key in ("output", "specialists")
+    return str(problem)
+
+
+def test_a_new_directory_is_accepted_and_not_made(tiny_config: RunConfig) -> None:
+    outputs.check_owner(tiny_config)
+    assert not Path(tiny_config.output).exists()
+    Path(tiny_config.output).mkdir()
+    outputs.check_owner(tiny_config)
+    assert list(Path(tiny_config.output).iterdir()) == []
+
+
+def test_a_claimed_directory_describes_its_run(tiny_config: RunConfig) -> None:
+    out = outputs.claim(tiny_config)
+    assert config.load(out.config) == tiny_config
+    outputs.check_owner(tiny_config)
+    (out.root / "report.html").write_text("done")
+    outputs.check_owner(tiny_config)
+
+
+@pytest.mark.parametrize("override", ["train.lr=0.5", "seed=9", "axes.honest.prompt=lie .", "gate.scope=per_layer"])
+def test_another_runs_directory_is_refused_with_what_differs(write_recipe: WriteRecipe, override: str) -> None:
+    outputs.claim(config.load(write_recipe()))
+    other = config.load(write_recipe(override))
+    message = refusal(other)
+    assert f"another {override.split('=')[0]};" in message
+    assert str(other.output) in message
+
+
+def test_an_axis_more_is_another_run(tiny_config: RunConfig) -> None:
+    outputs.claim(tiny_config)
+    tiny_config.axes["kind"] = tiny_config.axes["honest"]
+    assert "axes.kind" in refusal(tiny_config)
+
+
+def test_where_it_lies_and_how_many_ranks_make_it_is_no_other_run(tiny_config: RunConfig) -> None:
+    out = outputs.claim(tiny_config)
+    moved = out.root.with_name("moved")
+    out.root.rename(moved)
+    tiny_config.output, tiny_config.launch.ranks = str(moved), 2
+    outputs.check_owner(tiny_config)
+
+
+def test_a_refusal_touches_nothing(write_recipe: WriteRecipe, snapshot: Snapshot) -> None:
+    out = outputs.claim(config.load(write_recipe()))
+    before, made = snapshot(out.root), out.config.stat().st_mtime_ns
+    refusal(config.load(write_recipe("seed=9")))
+    assert snapshot(out.root) == before
+    assert out.config.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hidden", "model", "config.yaml.bak"])
+def test_a_directory_with_foreign_files_is_refused(tiny_config: RunConfig, name: str) -> None:
+    root = Path(tiny_config.output)
+    root.mkdir()
+    (root / name).write_text("mine")
+    assert "nothing in it was touched" in refusal(tiny_config)
+    assert (root / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- a list", b"", b"just words", b"colour: blue"])
+def test_a_directory_with_somebody_elses_config_is_refused(tiny_config: RunConfig, content: bytes) -> None:
+    root = Path(tiny_config.output)
+    root.mkdir()
+    (root / "config.yaml").write_bytes(content)
+    message = refusal(tiny_config)
+    assert "another ;" not in message, "the message says what is wrong"
+
+
+def test_a_file_in_the_way_is_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    tiny_config.output = str(tmp_path / "file")
+    assert "a file has that name" in refusal(tiny_config)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_below_a_file_is_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Before anything starts, not when the ranks are up."""
+    (tmp_path / "file").write_text("mine")
+    tiny_config.output = str(tmp_path / "file" / "run")
+    refusal(tiny_config)
+
+
+def test_claiming_a_directory_that_cannot_be_made_says_so(tiny_config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    tiny_config.output = str(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="can't be written"):
+        outputs.claim(tiny_config)
+
+
+def test_specialists_lie_inside_the_output_or_where_the_config_says(tiny_config: RunConfig, tmp_path: Path) -> None:
+    assert outputs.Outputs.of(tiny_config).specialists == Path(tiny_config.output) / "specialists"
+    tiny_config.specialists = str(tmp_path / "shared")
+    assert outputs.Outputs.of(tiny_config).specialists == tmp_path / "shared"
+
+
+def test_a_specialists_directory_with_foreign_files_is_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """A directory that is named as an axis, but is none of ours, would be removed as unfinished work."""
+    (tmp_path / "mine" / "helpful").mkdir(parents=True)
+    (tmp_path / "mine" / "helpful" / "thesis.tex").write_text("years of work")
+    tiny_config.specialists = str(tmp_path / "mine")
+    assert "helpful" in refusal(tiny_config)

@@ -1,0 +1,187 @@
+"""The DeepSpeed JSON after "auto" is filled: golden, accepted by DeepSpeed, and strict about what it does not know."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import nn
+
+from alignx_ds.config import AlignConfig, TrainConfig
+from alignx_ds.errors import ConfigError
+from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, replace_steps, schedule
+
+STAGES = {"stage1_zero3": TrainConfig(), "stage2_moe_zero2": AlignConfig()}
+GOLDEN: dict[str, dict[str, Any]] = {
+    "stage1_zero3": {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": 10000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True},
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1000000000,
+        "wall_clock_breakdown": False,
+    },
+    "stage2_moe_zero2": {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True},
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1000000000,
+        "wall_clock_breakdown": False,
+    },
+}
+
+
+def plan_of(stage: TrainConfig | AlignConfig, dtype: str = "bfloat16") -> Plan:
+    stage = copy.copy(stage)
+    stage.lr, stage.batch, stage.accumulation, stage.clip, stage.weight_decay = 0.003, 64, 2, 0.5, 0.07
+    return Plan.of(stage, dtype)
+
+
+def template(name: str) -> dict[str, Any]:
+    return read_template(f"ds_configs/{name}.json", "train.deepspeed")
+
+
+def autos(node: Any) -> int:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return (node == "auto") + sum(map(autos, children))
+
+
+def test_every_shipped_file_is_in_the_golden_table(repo_root: Path) -> None:
+    assert {path.stem for path in (repo_root / "ds_configs").glob("*.json")} == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_filled_file_is_golden(name: str) -> None:
+    empty = template(name)
+    before = copy.deepcopy(empty)
+    assert autos(empty) > 0
+    filled = fill(empty, plan_of(STAGES[name]), world_size=2)
+    assert filled == GOLDEN[name]
+    assert autos(filled) == 0
+    assert empty == before, "the template itself is not changed"
+    assert json.loads(json.dumps(filled)) == filled
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_batch_sizes_multiply_at_any_world_size(name: str, world_size: int) -> None:
+    filled = fill(template(name), plan_of(STAGES[name]), world_size)
+    micro, accumulation = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
+    assert micro * accumulation * world_size == filled["train_batch_size"] == 64
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
+def test_deepspeed_reads_it_as_it_is_meant(name: str, dtype: str, bf16: bool) -> None:
+    read = DeepSpeedConfig(fill(template(name), plan_of(STAGES[name], dtype), world_size=1))
+    assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (64, 32, 2)
+    assert read.zero_optimization_stage == GOLDEN[name]["zero_optimization"]["stage"]
+    assert read.gradient_clipping == 0.5
+    assert read.bfloat16_config.enabled is bf16
+    assert read.optimizer_params["lr"] == 0.003
+
+
+def test_a_value_that_the_user_wrote_stays() -> None:
+    own = template("stage1_zero3") | {"gradient_clipping": 9.0, "optimizer": {"type": "Adam", "params": {"lr": 1.0}}}
+    filled = fill(own, plan_of(TrainConfig()), world_size=1)
+    assert filled["gradient_clipping"] == 9.0
+    assert filled["optimizer"] == {"type": "Adam", "params": {"lr": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("extra", "path"),
+    [
+        ({"communication_data_type": "auto"}, "communication_data_type"),
+        ({"fp16": {"enabled": "auto"}}, "fp16.enabled"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.95]}}}, "optimizer.params.betas"),
+    ],
+)
+def test_an_auto_that_nobody_can_fill_is_refused_with_its_path(extra: dict[str, Any], path: str) -> None:
+    with pytest.raises(ConfigError, match=path):
+        fill(template("stage1_zero3") | extra, plan_of(TrainConfig()), world_size=1)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])
+def test_a_file_that_is_no_json_object_is_refused_under_its_key(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        read_template(str(path), "align.deepspeed")
+    assert [(p.key, p.given) for p in error.value.problems] == [("align.deepspeed", str(path))]
+
+
+def test_shipped_files_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = template("stage1_zero3")
+    monkeypatch.chdir(tmp_path)
+    assert template("stage1_zero3") == here
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs/stage1_zero3.json").write_text('{"mine": 1}')
+    assert template("stage1_zero3") == {"mine": 1}  # a path as given comes first
+    with pytest.raises(ConfigError, match=r"train\.deepspeed"):
+        read_template("ds_configs/nowhere.json", "train.deepspeed")
+
+
+def test_a_plan_takes_its_numbers_from_its_stage() -> None:
+    stage = AlignConfig(lr=0.1, batch=24, accumulation=3, steps=7, warmup_steps=2, weight_decay=0.2, clip=0.3)
+    plan = Plan.of(stage, "float32")
+    assert plan == Plan(0.1, 24, 3, 7, 2, 0.2, 0.3, bf16=False)
+    assert plan.micro_batch(world_size=4) == 2
+    assert replace_steps(plan, 21) == Plan(0.1, 24, 3, 21, 2, 0.2, 0.3, bf16=False)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 4), (10, 0), (10, 10), (3, 8)])
+def test_the_rate_warms_up_and_falls_to_a_tenth(steps: int, warmup: int) -> None:
+    plan = Plan(1.0, 1, 1, steps, warmup, 0.0, 1.0, bf16=False)
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)]
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = schedule(plan)(optimizer)
+    for step in range(steps + 1):
+        done = (step - warmup) / max(1, steps - warmup)
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * min(1, done))) / 2
+        expected = (step + 1) / warmup if step < warmup else cosine
+        assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([expected, 0.1 * expected])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    matrices, vectors = decay_groups(list(model.named_parameters()), 0.1)
+    assert [p.shape for p in matrices["params"]] == [(3, 3)]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    assert len(vectors["params"]) == 3
+    model[0].weight.requires_grad_(False)
+    assert [g["name"] for g in decay_groups(list(model.named_parameters()), 0.1)] == ["vectors"]

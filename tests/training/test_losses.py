@@ -1,0 +1,139 @@
+"""The losses against numpy, and their independence of how a global batch is cut into micro batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from scipy.stats import entropy
+from tiny_models import (
+    ALIGNX_LAYERS,
+    VOCABULARY,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    random_rows,
+    relative,
+)
+from torch import Tensor
+
+from alignx_ds.config import AlignConfig
+from alignx_ds.data.encode import IGNORED, Batch, Example, collate
+from alignx_ds.mocae.layer import freeze_trunk, gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.training.losses import AlignTerms, align_terms, answer_nll, gating_terms
+
+TERMS = ("lm", "gating", "drift", "entropy", "prior")
+PATHS = {"fused": None, "parallel": Placement(1, 0)}
+EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9]), [2, 6, 3, 8], strict=True)]
+LABELS = torch.tensor([1, 3, 0, 1])
+ANSWER_TOKENS = sum(e.answer_length for e in EXAMPLES)
+
+
+def make(path: str = "fused", scope: str = "per_layer") -> AlignXForCausalLM:
+    base = base_model()
+    model = aligned(base, low_rank_experts(base), scope=scope, placement=PATHS[path])
+    freeze_trunk(model)
+    return model.train()
+
+
+def terms_of(model: AlignXForCausalLM, b: Batch, experts: Tensor, lm_scale: float) -> AlignTerms:
+    logits = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
+    return align_terms(model, logits, b.labels, experts, lm_scale)
+
+
+def test_answer_nll_sums_over_the_answers_tokens_only() -> None:
+    batch = collate(EXAMPLES, pad_id=0)
+    logits = 3 * torch.randn(*batch.labels.shape, VOCABULARY, generator=generator(1))
+    log_p = log_softmax(logits.double().numpy(), axis=-1)
+    expected = 0.0
+    for i, example in enumerate(EXAMPLES):
+        for t in range(example.prompt_length, len(example.ids)):
+            expected -= log_p[i, t - 1, example.ids[t]]
+    assert float(answer_nll(logits, batch.labels)) == pytest.approx(expected, rel=1e-5)
+    assert float(answer_nll(logits.bfloat16(), batch.labels)) == pytest.approx(expected, rel=2e-2)
+    assert float(answer_nll(logits, torch.full_like(batch.labels, IGNORED))) == 0.0
+
+
+def test_the_gating_terms() -> None:
+    model = make(scope="shared")
+    gate = gates_of(model)[ALIGNX_LAYERS[0]]
+    query = torch.randn(4, 32, generator=generator(2))
+    decision = gate(query)
+    cross_entropy, uncertainty, prior = gating_terms(gate, query, decision, LABELS)
+    log_p = log_softmax(decision.logits.detach().double().numpy(), axis=-1)
+    parts = {name: t.detach().double().numpy() for name, t in gate.parts(query).items()}
+    log_q = log_softmax(parts["fractal"] + parts["natural"], axis=-1)
+    assert float(cross_entropy) == pytest.approx(-np.mean([log_p[i, e] for i, e in enumerate(LABELS)]), rel=1e-4)
+    assert float(uncertainty) == pytest.approx(entropy(np.exp(log_p), axis=-1).mean(), rel=1e-4)
+    assert float(prior) == pytest.approx(entropy(np.exp(log_p), np.exp(log_q), axis=-1).mean(), rel=1e-3)
+    for term in (cross_entropy, uncertainty, prior):
+        (gradient,) = torch.autograd.grad(term, gate.router.weight, retain_graph=True)
+        assert gradient.any()
+
+
+def test_the_prior_is_zero_where_the_router_adds_nothing() -> None:
+    gate = gates_of(make(scope="shared"))[ALIGNX_LAYERS[0]]
+    with torch.no_grad():
+        gate.router.weight.zero_()
+    query = torch.randn(4, 32, generator=generator(2))
+    assert float(gating_terms(gate, query, gate(query), LABELS)[2].detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_align_terms_average_over_gates_and_layers() -> None:
+    model = make()
+    terms = terms_of(model, collate(EXAMPLES, 0), LABELS, lm_scale=0.25)
+    routing = model.routing
+    per_gate = [
+        [float(t.detach()) for t in gating_terms(gate, routing.queries[i], routing.decisions[i], LABELS)]
+        for i, gate in gates_of(model).items()
+    ]
+    assert len(per_gate) == 2
+    found = [float(t.detach()) for t in (terms.gating, terms.entropy, terms.prior)]
+    np.testing.assert_allclose(found, np.mean(per_gate, axis=0), rtol=1e-5)
+
+
+def test_the_total_weighs_every_term() -> None:
+    values = {name: torch.tensor(float(10**i)) for i, name in enumerate(TERMS)}
+    weights = AlignConfig(gating=2.0, drift=3.0, entropy=4.0, prior=5.0)
+    terms = AlignTerms(**values)
+    assert float(terms.total(weights)) == 1 + 2 * 10 + 3 * 100 + 4 * 1000 + 5 * 10000
+    assert terms.scalars() == {name: float(v) for name, v in values.items()}
+
+
+def gradient(model: AlignXForCausalLM, loss: Tensor) -> Tensor:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return torch.cat([g.flatten() for g in filled])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("term", TERMS)
+def test_the_mean_over_micro_batches_is_the_term_of_the_global_batch(term: str, path: str) -> None:
+    """As DeepSpeed averages over ranks and accumulation steps; the parts are padded to different lengths."""
+    model = make(path)
+    whole = getattr(terms_of(model, collate(EXAMPLES, 0), LABELS, 1 / ANSWER_TOKENS), term)
+    expected = gradient(model, whole)
+    parts, gradients = [], []
+    for part in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)):
+        terms = terms_of(model, collate(EXAMPLES[part], 0), LABELS[part], 4 / ANSWER_TOKENS)
+        parts.append(float(getattr(terms, term).detach()))
+        gradients.append(gradient(model, getattr(terms, term)))
+    assert float(whole.detach()) != 0.0
+    assert np.mean(parts) == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert relative(torch.stack(gradients).mean(0), expected) < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_term_sees_the_padding(path: str, side: str) -> None:
+    model = make(path)
+    plain = terms_of(model, collate(EXAMPLES[:1], 0), LABELS[:1], 1.0)
+    wide = collate([EXAMPLES[0], EXAMPLES[1]], 0, side)
+    one_row = Batch(wide.input_ids[:1], wide.attention_mask[:1], wide.prompt_mask[:1], wide.labels[:1])
+    padded = terms_of(model, one_row, LABELS[:1], 1.0)
+    for name, value in plain.scalars().items():
+        assert padded.scalars()[name] == pytest.approx(value, rel=1e-4), name
