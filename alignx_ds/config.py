@@ -169,9 +169,12 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
             raise ConfigError(*problems)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        where = error.full_key or str(recipe)
+        where = error.full_key or ""
+        given: Any = values
+        for name in where.split("."):
+            given = given.get(name) if isinstance(given, dict) else given
         reason = f"{str(error).splitlines()[0]}; write the value itself"
-        raise ConfigError(Problem(where, "${…}", "a value that resolves", reason)) from error
+        raise ConfigError(Problem(where, given, "a value that resolves", reason)) from error
     assert isinstance(config, RunConfig)
     return config
 
