@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return handlers.get(args.verb, _run)(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
             for line in str(error).splitlines():
                 print(f"alignx-ds: error: {line}", file=sys.stderr)
         return EXIT_CODE
