@@ -34,10 +34,10 @@ class FusedMixture(nn.Module):
             for i in range(self.num_experts)
         ]
 
-    def forward(self, x: Tensor, gates: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """x [B, T, d], gates [B, T or 1, E] fp32 summing to one -> [B, T, d]."""
+    def forward(self, x: Tensor, gates: Tensor, token_mask: Tensor | None = None, forced: bool = False) -> Tensor:
+        """x [B, T, d], gates [B, T or 1, E] fp32 summing to one -> [B, T, d]. Forced gates may be soft at any top_k."""
         gates = gates.to(x.dtype)
-        if self.top_k == 1 and not self.training:
+        if self.top_k == 1 and not self.training and not forced:
             return self._one_expert_per_token(x, gates)
         return self._every_expert(x, gates)
 

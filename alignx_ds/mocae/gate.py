@@ -51,7 +51,7 @@ class CalibratedGate(nn.Module):
         nn.init.zeros_(self.router.weight)
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
-        self.register_buffer("calibration_temperature", torch.ones(()))
+        self.register_buffer("calibration_temperature", torch.ones((), dtype=torch.float32))
 
     @property
     def geometry(self) -> Geometry:

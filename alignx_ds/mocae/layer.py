@@ -37,7 +37,9 @@ class AlignXLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         gates = self._gates(x)
-        y = self.mixture(x, gates, self._channel.token_mask)
+        routing = self._channel.routing
+        forced = routing is not None and routing.forced is not None
+        y = self.mixture(x, gates, self._channel.token_mask, forced)
         calibrated: Tensor = self.calibration(y, gates, self._channel.token_mask)
         return calibrated
 

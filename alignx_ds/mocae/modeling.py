@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, d hidden, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,9 @@ class AlignXConfig(PreTrainedConfig):
         scales: int = 5,
         **kwargs: Any,
     ) -> None:
-        self.text_config: Any = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config
+        # A copy: transformers resets the attention implementation of a nested config, which a live model may share.
+        given = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else copy.deepcopy(text_config)
+        self.text_config: Any = given
         self.experts = experts or []
         self.layers = layers or []
         self.ranks = ranks or {}
@@ -174,14 +177,14 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """input_ids, attention_mask, prompt_mask [B, T]; forced gates [B, E] overrule the gates -> logits [B, T, V]."""
         assert input_ids is not None
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask.dim() == 2 else None
+        # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
+        flat = attention_mask is not None and attention_mask.dim() == 2
+        token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None and flat else None
         routing: Routing | None = getattr(past_key_values, "routing", None)
         if routing is None:
             mask = prompt_mask if prompt_mask is not None else token_mask
-            assert mask is not None, "routing needs prompt_mask when the attention mask is not [B, T]"
-            routing = Routing(mask, forced)
+            assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
+            routing = Routing(mask if mask is not None else torch.ones_like(input_ids), forced)
         self.channel.routing, self.channel.token_mask = routing, token_mask
         output: CausalLMOutputWithPast = self.backbone(
             input_ids=input_ids,
@@ -194,6 +197,16 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if output.past_key_values is not None:
             output.past_key_values.routing = routing
         return output
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Without a cache every step sees the whole text: say which part of it was the prompt."""
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if not updated.get("use_cache", True):
+            mask = self.routing.prompt_mask
+            updated["prompt_mask"] = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
+        return updated
 
     @property
     def routing(self) -> Routing:

@@ -29,8 +29,10 @@ class OutputCalibration(nn.Module):
         super().__init__()
         for name in ("centre", "projection", "means", "anchors", "scales"):
             self.register_buffer(name, getattr(geometry, name).float().clone())
-        self.strengths = nn.Parameter(torch.tensor([fractal_weight, natural_weight]))
-        self.reinjection = nn.Parameter(torch.zeros(geometry.centre.shape[0], geometry.latent_size))
+        self.strengths = nn.Parameter(torch.tensor([fractal_weight, natural_weight], dtype=torch.float32))
+        self.reinjection = nn.Parameter(
+            torch.zeros(geometry.centre.shape[0], geometry.latent_size, dtype=torch.float32)
+        )
         self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
 
     def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None) -> Tensor:

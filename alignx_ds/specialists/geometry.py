@@ -28,7 +28,8 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.natural import natural_score
 from alignx_ds.training.loop import Rows
 
-TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on
+TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
+Seen = list[tuple[int, Tensor]]  # (row number, features)
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ def collect(
 ) -> tuple[dict[int, Features], dict[int, Features]]:
     """(queries of each gate, outputs of each layer's mixture), by layer, from all ranks' shares. Collective."""
     device, experts = distributed.device(), len(model.config.experts)
-    queries: dict[int, list[list[Tensor]]] = {i: [[] for _ in range(experts)] for i in model.config.layers}
-    outputs: dict[int, list[list[Tensor]]] = {i: [[] for _ in range(experts)] for i in model.config.layers}
+    queries: dict[int, Seen] = {i: [] for i in model.config.layers}
+    outputs: dict[int, Seen] = {i: [] for i in model.config.layers}
+    quota = [max(1, TOKENS_PER_EXPERT // max(1, rows.experts.count(e))) for e in range(experts)]
     latest: dict[int, Tensor] = {}
     hooks = [
         layer.mixture.register_forward_hook(_remember(latest, index))
@@ -60,15 +62,16 @@ def collect(
         forced = nn.functional.one_hot(labels, experts).float().to(device)
         mask = part.attention_mask.to(device)
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
-        for e in sorted(set(labels.tolist())):
+        for place, row in enumerate(chosen):
             for index, query in model.routing.queries.items():
-                queries[index][e].append(query[labels == e].cpu())
+                queries[index].append((row, query[place : place + 1].float().cpu()))
             for index, y in latest.items():
-                outputs[index][e].append(_sample(y[labels == e][mask[labels == e].bool()], batch))
+                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]])))
     for hook in hooks:
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
-    return {i: _pool(queries[i]) for i in gates}, {i: _pool(outputs[i]) for i in model.config.layers}
+    pooled_queries = {i: _pool(queries[i], rows.experts, experts) for i in gates}
+    return pooled_queries, {i: _pool(outputs[i], rows.experts, experts) for i in model.config.layers}
 
 
 def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
@@ -78,17 +81,17 @@ def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tup
     return hook
 
 
-def _sample(tokens: Tensor, batch: int) -> Tensor:
-    """A strided sample, so that no batch fills the quota alone."""
-    stride = max(1, len(tokens) * 4 // TOKENS_PER_EXPERT)
+def _sample(tokens: Tensor, quota: int) -> Tensor:
+    """At most `quota` of a row's tokens, evenly spaced."""
+    stride = -(-len(tokens) // quota)
     return tokens[::stride].float().cpu()
 
 
-def _pool(parts: list[list[Tensor]]) -> Features:
-    """Every rank's rows, by expert, on every rank."""
-    shares = distributed.gather([torch.cat(p) if p else torch.zeros(0, 0) for p in parts])
-    by_expert = [[share[e] for share in shares if share[e].numel()] for e in range(len(parts))]
-    return Features([torch.cat(p)[:TOKENS_PER_EXPERT] if p else torch.zeros(0, 0) for p in by_expert])
+def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:
+    """Every rank's features, by expert, in the rows' order whatever the world size: k-means depends on the order."""
+    whole = sorted((item for share in distributed.gather(seen) for item in share), key=lambda item: item[0])
+    by_expert = [[tensor for row, tensor in whole if expert_of[row] == e] for e in range(experts)]
+    return Features([torch.cat(p) if p else torch.zeros(0, 0) for p in by_expert])
 
 
 def fit(
@@ -102,6 +105,10 @@ def fit(
                 f"{name}: {len(rows)} rows are too few to fit its geometry; give {needed}, or lower gate.anchors"
             )
     pooled = torch.cat(features.by_expert).double()
+    if len(pooled) <= latent:
+        raise DataError(
+            f"{len(pooled)} rows are too few for a latent size of {latent}; give more, or lower gate.latent"
+        )
     pca = PCA(n_components=latent, svd_solver="full", random_state=seed).fit(pooled.numpy())
     spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12 * pca.explained_variance_[0]))
     projection = torch.from_numpy(pca.components_ / spread[:, None])
