@@ -29,6 +29,7 @@ from alignx_ds.mocae.natural import natural_score
 from alignx_ds.training.loop import Rows
 
 TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
+VARIANCE_FLOOR = 1e-3  # of the mean variance, in every direction of an expert's own covariance
 Seen = list[tuple[int, Tensor]]  # (row number, features)
 
 
@@ -114,7 +115,7 @@ def fit(
     projection = torch.from_numpy(pca.components_ / spread[:, None])
     centre = torch.from_numpy(pca.mean_)
     latents = [((rows.double() - centre) @ projection.T).numpy() for rows in features.by_expert]
-    factors = [np.linalg.cholesky(LedoitWolf().fit(z).covariance_) for z in latents]
+    factors = [np.linalg.cholesky(_covariance(z)) for z in latents]
     scales = settings.granularity * 2.0 ** torch.arange(1, settings.scales + 1)
     f = min(settings.fractal_dimensions, latent)
     anchors = torch.stack([_anchors(z[:, :f], settings.anchors, seed) for z in latents])
@@ -135,6 +136,14 @@ def fit(
         score_scale=torch.ones(2),
     )
     return _standardised(raw, torch.cat(kept_back.by_expert))
+
+
+def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ledoit–Wolf's, no direction narrower than a floor: many rows in few dimensions are hardly shrunk at all."""
+    variances, directions = np.linalg.eigh(LedoitWolf().fit(z).covariance_)
+    floor = VARIANCE_FLOOR * max(float(variances.mean()), float(np.finfo(np.float32).tiny))
+    whole: NDArray[np.float64] = (directions * np.maximum(variances, floor)) @ directions.T
+    return whole
 
 
 def _anchors(z: NDArray[np.float64], count: int, seed: int) -> Tensor:

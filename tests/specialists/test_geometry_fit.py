@@ -120,3 +120,14 @@ def test_fewer_rows_than_latent_dimensions_are_named() -> None:
     rows = Features([torch.randn(10, 64, generator=generator(e)) for e in range(3)])
     with pytest.raises(DataError, match="rows"):
         fit(rows, rows, 40, SETTINGS, NAMES, seed=0)
+
+
+def test_a_class_that_fills_few_dimensions_is_no_trouble() -> None:
+    """Its rows are many and lie on a line: the covariance is singular and next to unshrunk."""
+    wide = clusters(0).by_expert
+    along = torch.linspace(-1, 1, 4000).unsqueeze(1) * torch.randn(D, generator=generator(3))
+    narrow = wide[2][:1] + along
+    features = Features([wide[0], wide[1], narrow])
+    whiteners = fit(features, features, K, SETTINGS, NAMES, seed=0).whiteners
+    assert torch.isfinite(whiteners).all()
+    assert float(torch.linalg.matrix_norm(whiteners[2], 2)) < 100 * float(torch.linalg.matrix_norm(whiteners[0], 2))
