@@ -67,7 +67,7 @@ def collect(
             for index, query in model.routing.queries.items():
                 queries[index].append((row, query[place : place + 1].float().cpu()))
             for index, y in latest.items():
-                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]])))
+                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]], row)))
     for hook in hooks:
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
@@ -82,10 +82,10 @@ def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tup
     return hook
 
 
-def _sample(tokens: Tensor, quota: int) -> Tensor:
-    """At most `quota` of a row's tokens, evenly spaced."""
+def _sample(tokens: Tensor, quota: int, row: int) -> Tensor:
+    """At most `quota` of a row's tokens, evenly spaced, from a start that the row's number moves on."""
     stride = -(-len(tokens) // quota)
-    return tokens[::stride].float().cpu()
+    return tokens[row % stride :: stride].float().cpu()
 
 
 def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:

@@ -16,7 +16,7 @@ from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
 from alignx_ds.mocae.gate import CalibratedGate, GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
-from alignx_ds.specialists.geometry import Features, fit
+from alignx_ds.specialists.geometry import Features, _sample, fit
 
 D, K, NAMES = 16, 5, ["generalist", "helpful", "harmless"]
 SETTINGS = GateConfig(latent=K, fractal_dimensions=3, anchors=8, granularity=0.2, scales=4)
@@ -131,3 +131,11 @@ def test_a_class_that_fills_few_dimensions_is_no_trouble() -> None:
     whiteners = fit(features, features, K, SETTINGS, NAMES, seed=0).whiteners
     assert torch.isfinite(whiteners).all()
     assert float(torch.linalg.matrix_norm(whiteners[2], 2)) < 100 * float(torch.linalg.matrix_norm(whiteners[0], 2))
+
+
+def test_rows_that_give_one_token_each_give_every_position() -> None:
+    """Otherwise thousands of rows would all give their first token, which is always the same."""
+    tokens = torch.arange(12.0).unsqueeze(1)
+    taken = torch.cat([_sample(tokens, 1, row) for row in range(24)]).flatten().tolist()
+    assert sorted(taken) == sorted(list(range(12)) * 2)
+    assert len(_sample(tokens, 5, 7)) <= 5 and len(_sample(tokens, 99, 7)) == 12
