@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def _clear(job: Job, shop: Workshop) -> None:
 def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
     config, base = shop.config, shop.base
     plan = engines.Plan.of(config.train, config.model.dtype)
-    plan = engines.replace_steps(plan, job.steps(config))
+    plan = replace(plan, steps=job.steps(config))
     template = engines.read_template(config.train.deepspeed, "train.deepspeed")
     filled = engines.fill(template, plan, distributed.world_size())
     zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained asks for it, and shards while loading

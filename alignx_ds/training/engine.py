@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,3 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
 
 def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def replace_steps(plan: Plan, steps: int) -> Plan:
-    return replace(plan, steps=steps)

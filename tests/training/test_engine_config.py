@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from alignx_ds.config import AlignConfig, TrainConfig
 from alignx_ds.errors import ConfigError
-from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, replace_steps, schedule
+from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule
 
 STAGES = {"stage1_zero3": TrainConfig(), "stage2_moe_zero2": AlignConfig()}
 GOLDEN: dict[str, dict[str, Any]] = {
@@ -159,7 +160,7 @@ def test_a_plan_takes_its_numbers_from_its_stage() -> None:
     plan = Plan.of(stage, "float32")
     assert plan == Plan(0.1, 24, 3, 7, 2, 0.2, 0.3, bf16=False)
     assert plan.micro_batch(world_size=4) == 2
-    assert replace_steps(plan, 21) == Plan(0.1, 24, 3, 21, 2, 0.2, 0.3, bf16=False)
+    assert replace(plan, steps=21) == Plan(0.1, 24, 3, 21, 2, 0.2, 0.3, bf16=False)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(10, 4), (10, 0), (10, 10), (3, 8)])
