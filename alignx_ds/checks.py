@@ -116,6 +116,7 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         "align.prior": c.align.prior,
         "gate.fractal": c.gate.fractal,
         "gate.natural": c.gate.natural,
+        "gate.lexical": c.gate.lexical,
         **{f"evaluation.sets.{name}.rows": s.rows for name, s in c.evaluation.sets.items()},
     }
     positive = {"gate.temperature": c.gate.temperature, "gate.granularity": c.gate.granularity}

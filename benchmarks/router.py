@@ -4,7 +4,7 @@
 
 Takes the run's own base features and splits: geometries are fitted on its training prompts, temperatures on those
 kept back, figures are of the held-out ones. Compares the prompt's mean alone with the full summary, plain PCA with the
-telling directions first, and several latent sizes, beside TF-IDF and logistic regression. Writes
+telling directions first, several latent sizes, and the lexical score, beside TF-IDF and logistic regression. Writes
 benchmarks/results/router.json.
 """
 
@@ -15,18 +15,35 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from alignx_ds import checks, config, console, distributed
 from alignx_ds.data.encode import pad_token
 from alignx_ds.evaluation.calibration import fit_temperature, router_figures
 from alignx_ds.evaluation.router import surface_router
 from alignx_ds.inputs import Material
-from alignx_ds.mocae.gate import CalibratedGate, GateSettings
-from alignx_ds.training.gates import sum_of
+from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
+from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.training.loop import Rows
 
-CALIBRATORS = {"fractal": ("fractal",), "natural": ("natural",), "fractal + natural": ("fractal", "natural")}
+if TYPE_CHECKING:
+    from alignx_ds.mocae.modeling import AlignXForCausalLM
+
+CALIBRATORS = {
+    "fractal": ("fractal",),
+    "natural": ("natural",),
+    "fractal + natural": ("fractal", "natural"),
+    "fractal + natural + lexical": ("fractal", "natural", "lexical"),
+}
+
+
+def _words(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) -> Tensor:
+    """[N, E] the weighted lexical score, by expert as the features are."""
+    terms = next(iter(gate_terms(model, rows, pad_id, batch).values()))
+    return terms["lexical"][torch.tensor(rows.experts).argsort(stable=True)]
 
 
 def main() -> None:
@@ -51,6 +68,7 @@ def main() -> None:
     known, labels = (
         torch.cat([torch.full((len(rows),), e) for e, rows in enumerate(f.by_expert)]) for f in (back, asked)
     )
+    spare_words, asked_words = (_words(model, rows, pad_id, batch) for rows in (data.kept_back, data.routed))
     figures = {"TF-IDF + logistic regression": surface_router(data.rows, settings.expert_names)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
         features, spare, tested = (Features([r[:, :width] for r in f.by_expert]) for f in (seen, back, asked))
@@ -58,9 +76,12 @@ def main() -> None:
             for latent in arguments.latent:
                 space = latent_space(features, latent, settings.seed, telling=telling)
                 geometry = geometry_in(space, features, spare, settings.gate, settings.seed)
-                gate = CalibratedGate(geometry, GateSettings(settings.gate.fractal, settings.gate.natural))
+                gate = CalibratedGate(geometry, GateSettings(settings.gate.fractal, settings.gate.natural, 1.0))
                 with torch.no_grad():
-                    fitted, found = (gate.parts(torch.cat([r for r in f.by_expert if len(r)])) for f in (spare, tested))
+                    fitted, found = (
+                        gate.parts(Query(torch.cat([r for r in f.by_expert if len(r)]), words))
+                        for f, words in ((spare, spare_words), (tested, asked_words))
+                    )
                 for name, terms in CALIBRATORS.items():
                     temperature = fit_temperature(sum_of(fitted, *terms), known)
                     key = f"{summary}; {'telling first' if telling else 'PCA'}; k = {latent}; {name}"

@@ -16,14 +16,16 @@ from alignx_ds.inputs import Inputs, RowSet
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.specialists.base import BaseModel
-from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.training.gates import TERMS, gate_terms, sum_of
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "linear": ("linear",),
     "fractal": ("fractal",),
     "natural": ("natural",),
+    "lexical": ("lexical",),
     "fractal + natural": ("fractal", "natural"),
-    "linear + fractal + natural": ("linear", "fractal", "natural"),
+    "fractal + natural + lexical": ("fractal", "natural", "lexical"),
+    "all": TERMS,
 }
 
 

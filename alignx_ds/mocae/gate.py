@@ -1,4 +1,4 @@
-"""The calibrated gate: a linear router corrected by the fractal and the natural calibrator, all in fp32.
+"""The calibrated gate: a linear router corrected by the fractal, natural and lexical calibrators, all in fp32.
 
 Shapes: ... any leading dimensions, d hidden size, k latent size, E experts.
 """
@@ -19,12 +19,21 @@ NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """λ₁, λ₂ and the softmax temperature of the paper, and how many experts a query may reach."""
+    """λ₁, λ₂ and the softmax temperature of the paper, our λ₃, and how many experts a query may reach."""
 
     fractal_weight: float = 0.6
     natural_weight: float = 0.4
+    lexical_weight: float = 1.0
     temperature: float = 1.0
     top_k: int = 1
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a gate is asked: `features` [..., d] of hidden states, `words` [..., E] as the lexicon scores them."""
+
+    features: Tensor
+    words: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Decision:
 
 
 class CalibratedGate(nn.Module):
-    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural) / T_cal, with z the whitened latent of the query (DESIGN §3).
+    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical) / T_cal, z a query's whitened latent.
 
     The geometry is a set of buffers: it is fitted, never trained. `calibration_temperature` is the post-hoc T_cal.
     """
@@ -59,10 +68,10 @@ class CalibratedGate(nn.Module):
     def geometry(self) -> Geometry:
         return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
 
-    def parts(self, h: Tensor) -> dict[str, Tensor]:
-        """The three terms of the logits, each [..., E], before the post-hoc temperature."""
+    def parts(self, query: Query) -> dict[str, Tensor]:
+        """The four terms of the logits, each [..., E], before the post-hoc temperature."""
         g = self.geometry
-        z = (h.float() - g.centre.float()) @ g.projection.float().T
+        z = (query.features.float() - g.centre.float()) @ g.projection.float().T
         fractal = fractal_score(
             z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float()
         )
@@ -71,13 +80,13 @@ class CalibratedGate(nn.Module):
             "linear": z @ self.router.weight.float().T / self.settings.temperature,
             "fractal": self.settings.fractal_weight * (fractal - g.score_shift[0]) / g.score_scale[0],
             "natural": self.settings.natural_weight * (natural - g.score_shift[1]) / g.score_scale[1],
+            "lexical": self.settings.lexical_weight * query.words.float(),
         }
         return {name: term.masked_fill(g.present == 0, NEVER) for name, term in terms.items()}
 
-    def forward(self, h: Tensor) -> Decision:
-        """h [..., d] -> Decision. Outside training only the `top_k` best experts keep a gate."""
-        parts = self.parts(h)
-        logits = (parts["linear"] + parts["fractal"] + parts["natural"]) / self.calibration_temperature.float()
+    def forward(self, query: Query) -> Decision:
+        """Outside training only the `top_k` best experts keep a gate."""
+        logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
         k = logits.shape[-1] if self.training else self.settings.top_k
         return Decision(gates=keep_top(logits.softmax(-1), k), logits=logits)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from alignx_ds.mocae.fused import FusedMixture
-from alignx_ds.mocae.gate import CalibratedGate
+from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import Channel, prompt_summary
@@ -48,7 +48,7 @@ class AlignXLayer(nn.Module):
         routing = self._channel.routing
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
         if self.gate is not None and self.gate_layer not in routing.decisions:
-            query = prompt_summary(x, routing.prompt_mask)
+            query = Query(prompt_summary(x, routing.prompt_mask), routing.words)
             routing.queries[self.gate_layer] = query
             routing.decisions[self.gate_layer] = self.gate(query)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates

@@ -20,6 +20,7 @@ from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.gate import CalibratedGate, GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
+from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import SUMMARIES, Channel, Routing
@@ -113,6 +114,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.channel = Channel()
+        self.lexicon = Lexicon(len(config.experts))
         table = backbone_of(config.text_config.model_type)
         parts = parts or self._blank_parts()
         assert sorted(parts) == sorted(config.layers), "every AlignX layer needs its parts, and no other"
@@ -184,7 +186,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if routing is None:
             mask = prompt_mask if prompt_mask is not None else token_mask
             assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
-            routing = Routing(mask if mask is not None else torch.ones_like(input_ids), forced)
+            mask = mask if mask is not None else torch.ones_like(input_ids)
+            routing = Routing(mask, self.lexicon(input_ids, mask), forced)
         self.channel.routing, self.channel.token_mask = routing, token_mask
         output: CausalLMOutputWithPast = self.backbone(
             input_ids=input_ids,

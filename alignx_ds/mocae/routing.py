@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from alignx_ds.mocae.gate import Decision
+from alignx_ds.mocae.gate import Decision, Query
 
 SUMMARIES = 4  # hidden sizes that a query's summary takes
 
@@ -20,9 +20,10 @@ class Routing:
     """Per-instance routing: decided once from the prompt, kept with the KV cache, reused while decoding."""
 
     prompt_mask: Tensor  # [B, T] 1 on the prompt's tokens, 0 on padding and on the answer
+    words: Tensor  # [B, E] what the lexicon says of the prompt
     forced: Tensor | None = None  # [B, E] gates that overrule every gate (tests, teacher-forced passes)
     decisions: dict[int, Decision] = field(default_factory=dict)  # by the layer that owns the gate
-    queries: dict[int, Tensor] = field(default_factory=dict)  # [B, 4d] what each gate saw
+    queries: dict[int, Query] = field(default_factory=dict)  # what each gate saw
 
 
 @dataclass

@@ -1,8 +1,7 @@
 """Fit the geometry of each gate and of each AlignX layer's output, from the assembled model's own features.
 
 One pass over un-injected rows with the true expert forced, so a gate above other experts sees in training what it
-will see in use. PCA, discriminants, shrinkage and k-means are
-scikit-learn's.
+will see in use. PCA, shrinkage and k-means are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from alignx_ds import distributed
@@ -69,7 +67,7 @@ def collect(
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
         for place, row in enumerate(chosen):
             for index, query in model.routing.queries.items():
-                queries[index].append((row, query[place : place + 1].float().cpu()))
+                queries[index].append((row, query.features[place : place + 1].float().cpu()))
             for index, y in latest.items():
                 outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]], row)))
     for hook in hooks:
@@ -134,8 +132,8 @@ def _check_rows(features: Features, latent: int, settings: GateConfig, names: li
 def latent_space(features: Features, latent: int, seed: int, *, telling: bool = True) -> LatentSpace:
     """Whitened coordinates: first those that tell the experts apart, then the leading PCA ones.
 
-    The telling directions are Fisher's discriminants, shrunk (Ledoit–Wolf), within the leading PCA space. Without them
-    the few leading dimensions, where the fractal score lives, hold what varies most, such as length, not what matters.
+    The telling directions span the experts' means within the leading PCA space. Without them the few leading
+    dimensions, where the fractal score lives, hold what varies most, such as length, not what matters.
     """
     present = [i for i, rows in enumerate(features.by_expert) if len(rows)]
     pooled = torch.cat([features.by_expert[i] for i in present]).double().numpy()
@@ -145,9 +143,10 @@ def latent_space(features: Features, latent: int, seed: int, *, telling: bool = 
     whiten = pca.components_ / spread[:, None]
     first = np.zeros((size, 0))
     if telling and len(present) > 1:
-        labels = np.repeat(present, [len(features.by_expert[i]) for i in present])
-        discriminants = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
-        first = discriminants.fit((pooled - pca.mean_) @ whiten.T, labels).scalings_[:, : len(present) - 1]
+        means = [(features.by_expert[i].double().numpy().mean(0) - pca.mean_) @ whiten.T for i in present]
+        shares = [len(features.by_expert[i]) / len(pooled) for i in present]
+        weighted = np.sqrt(shares)[:, None] * np.stack(means)
+        first = np.linalg.svd(weighted, full_matrices=False)[2][: len(present) - 1].T
     basis, _ = np.linalg.qr(np.concatenate([first, np.eye(size)], axis=1)[:, :latent])
     return LatentSpace(torch.from_numpy(pca.mean_), torch.from_numpy(basis.T @ whiten))
 

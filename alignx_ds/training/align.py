@@ -25,6 +25,7 @@ from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts
 from alignx_ds.mocae.routing import SUMMARIES
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.geometry import collect, fit
+from alignx_ds.specialists.lexicon import fit_lexicon
 from alignx_ds.training import engine as engines
 from alignx_ds.training.gates import gate_terms, sum_of
 from alignx_ds.training.loop import MicroBatch, Rows, Scribe, StepLoss, micro_batches, train
@@ -42,6 +43,15 @@ class AlignJob:
     kept_back: Rows  # rows of other questions: they set the calibrators' constants and the temperature
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What the rows fix before training: the gates' and the outputs' geometries by layer, and the lexicon's state."""
+
+    gates: dict[int, Geometry]
+    outputs: dict[int, Geometry]
+    words: dict[str, Tensor]
+
+
 def model_config(job: AlignJob) -> AlignXConfig:
     c = job.config
     ranks = {p: max(f.rank(p) for fs in job.factors.values() for f in fs) for p in PROJECTIONS}
@@ -51,7 +61,7 @@ def model_config(job: AlignJob) -> AlignXConfig:
         layers=job.base.layers,
         ranks=ranks,
         scope=c.gate.scope,
-        gate=asdict(GateSettings(c.gate.fractal, c.gate.natural, c.gate.temperature, c.gate.top_k)),
+        gate=asdict(GateSettings(c.gate.fractal, c.gate.natural, c.gate.lexical, c.gate.temperature, c.gate.top_k)),
         latent_size=c.gate.latent,
         output_latent_size=c.gate.output_latent,
         fractal_dimensions=c.gate.fractal_dimensions,
@@ -64,41 +74,49 @@ def load_backbone(job: AlignJob) -> Any:
     return AutoModelForCausalLM.from_pretrained(job.base.path, dtype=engines.dtype_of(job.config.model.dtype))
 
 
-def assemble(
-    job: AlignJob, geometries: tuple[dict[int, Geometry], dict[int, Geometry]] | None, placement: Placement | None
-) -> AlignXForCausalLM:
-    """The aligned model: fused, or with its experts placed over ranks; without geometries its gates know nothing."""
+def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) -> AlignXForCausalLM:
+    """The aligned model: fused, or with its experts placed over ranks; with nothing fitted its gates know nothing."""
     config, backbone = model_config(job), load_backbone(job)
     parts = {}
     for layer in job.base.layers:
         ffn = job.base.table.view(job.base.table.ffn_of(backbone, layer))
         experts = align_ranks([Factors.zeros(ffn, config.ranks), *job.factors[layer]])
         gate_here = config.gate_layer(layer) == layer
-        if geometries is None:
+        if fitted is None:
             hidden = config.text_config.hidden_size
             gate = _blank(config, SUMMARIES * hidden, config.latent_size)
             output = _blank(config, hidden, config.output_latent_size)
         else:
-            gate, output = geometries[0][config.gate_layer(layer)], geometries[1][layer]
+            gate, output = fitted.gates[config.gate_layer(layer)], fitted.outputs[layer]
         parts[layer] = LayerParts(experts, gate if gate_here else None, output)
-    return AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
+    model = AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
+    if fitted is not None:
+        model.lexicon.load_state_dict(fitted.words)
+    return model
 
 
 def _blank(c: AlignXConfig, d: int, latent: int) -> Geometry:
     return Geometry.blank(d, latent, c.fractal_dimensions, len(c.experts), c.anchors, c.scales)
 
 
-def fit_geometries(job: AlignJob) -> tuple[dict[int, Geometry], dict[int, Geometry]]:
-    """(gates', outputs') by layer; fitted once on rank 0 and shared. Collective."""
+def fit_calibrators(job: AlignJob) -> Fitted:
+    """Fitted once on rank 0 and shared. Collective."""
     model = assemble(job, None, None).to(distributed.device())
     c, pad_id = job.config, pad_token(job.base.tokenizer)
-    seen = collect(model, first_of_each(job.rows, c.gate.rows), pad_id, c.evaluation.batch)
+    rows = first_of_each(job.rows, c.gate.rows)
+    seen = collect(model, rows, pad_id, c.evaluation.batch)
     unseen = collect(model, job.kept_back, pad_id, c.evaluation.batch)
-    fitted: tuple[dict[int, Geometry], dict[int, Geometry]] = ({}, {})
+
+    def geometries(kind: int, latent: int) -> dict[int, Geometry]:
+        return {
+            layer: fit(features, unseen[kind][layer], latent, c.gate, c.expert_names, c.seed)
+            for layer, features in seen[kind].items()
+        }
+
+    fitted = Fitted({}, {}, {})
     if distributed.is_main():
-        for kind, latent in enumerate((c.gate.latent, c.gate.output_latent)):
-            for layer, features in seen[kind].items():
-                fitted[kind][layer] = fit(features, unseen[kind][layer], latent, c.gate, c.expert_names, c.seed)
+        words = fit_lexicon(rows, job.kept_back, len(c.expert_names))
+        fitted = Fitted(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), words)
     return distributed.broadcast(fitted)
 
 
@@ -117,9 +135,9 @@ def first_of_each(rows: Rows, count: int) -> Rows:
 def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]]:
     """Stage 2 from start to end: the trained, calibrated model on the fused path, and its losses. Collective."""
     c = job.config
-    geometries = fit_geometries(job)
+    fitted = fit_calibrators(job)
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
-    model = assemble(job, geometries, placement).to(distributed.device())
+    model = assemble(job, fitted, placement).to(distributed.device())
     freeze_trunk(model)
     plan = engines.Plan.of(c.align, c.model.dtype, c.align.steps)
     template = engines.read_template(c.align.deepspeed, "align.deepspeed")
@@ -131,7 +149,7 @@ def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]
         losses = train(engine, micro_batches(job.rows, plan, pad_id, c.seed), _step_loss(c), plan, bar, scribe)
     trained = {name: t.detach().cpu() for name, t in engine.module.fused_state().items()}
     engine.destroy()
-    fused = assemble(job, geometries, None)
+    fused = assemble(job, fitted, None)
     parameters = dict(fused.named_parameters())
     fused.load_state_dict({k: v for k, v in trained.items() if k in parameters}, strict=False)
     fused.to(distributed.device()).eval()

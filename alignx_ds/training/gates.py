@@ -13,7 +13,7 @@ from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.training.loop import Rows
 
-TERMS = ("linear", "fractal", "natural")
+TERMS = ("linear", "fractal", "natural", "lexical")
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def gate_terms(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) ->
         model(part.input_ids.to(device), part.attention_mask.to(device), use_cache=False)
         for index, gate in gates.items():
             terms = gate.parts(model.routing.queries[index])
-            made[index] += list(torch.stack([terms[t] for t in TERMS], dim=1).cpu())  # one [3, E] a row
+            made[index] += list(torch.stack([terms[t] for t in TERMS], dim=1).cpu())  # one [4, E] a row
     shares = distributed.gather(made)
     stacked = {i: torch.stack(distributed.interleave([share[i] for share in shares])) for i in gates}
     return {i: dict(zip(TERMS, s.unbind(1), strict=True)) for i, s in stacked.items()}

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from alignx_ds.config import AlignConfig
 from alignx_ds.data.encode import IGNORED
-from alignx_ds.mocae.gate import CalibratedGate, Decision
+from alignx_ds.mocae.gate import CalibratedGate, Decision, Query
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.training.loop import MicroBatch
@@ -60,17 +60,17 @@ class AlignTerms:
 
 
 def gating_terms(
-    gate: CalibratedGate, query: Tensor, decision: Decision, experts: Tensor
+    gate: CalibratedGate, query: Query, decision: Decision, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, means over rows.
 
-    query [B, d], experts [B] int64 (the expert that each row belongs to).
+    Of B rows; experts [B] int64 (the expert that each row belongs to).
     """
     log_gates = decision.logits.log_softmax(-1)
     gates = log_gates.exp()
     with torch.no_grad():
         parts = gate.parts(query)
-        prior = (parts["fractal"] + parts["natural"]).log_softmax(-1)
+        prior = (parts["fractal"] + parts["natural"] + parts["lexical"]).log_softmax(-1)
     entropy = -(gates * log_gates).sum(-1).mean()
     return functional.nll_loss(log_gates, experts), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 

@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal
 from tiny_models import generator, random_geometry, relative
 
 from alignx_ds.mocae.fractal import fractal_score
-from alignx_ds.mocae.gate import CalibratedGate, Decision, GateSettings, keep_top
+from alignx_ds.mocae.gate import CalibratedGate, Decision, GateSettings, Query, keep_top
 from alignx_ds.training.losses import gating_terms
 
 
@@ -40,18 +40,22 @@ def test_keep_top_keeps_k_even_among_equals() -> None:
 def make(temperature: float = 1.0, top_k: int = 1, absent: tuple[int, ...] = ()) -> CalibratedGate:
     geometry = random_geometry(6, 1)
     geometry.present[list(absent)] = 0
-    gate = CalibratedGate(geometry, GateSettings(0.6, 0.4, temperature, top_k)).eval()
+    gate = CalibratedGate(geometry, GateSettings(0.6, 0.4, 0.8, temperature, top_k)).eval()
     with torch.no_grad():
         gate.router.weight.copy_(torch.randn(4, 6, generator=generator(2)))
     return gate
 
 
+def queries(count: int) -> Query:
+    return Query(torch.randn(count, 32, generator=generator(3)), torch.randn(count, 4, generator=generator(4)))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_logits_are_the_design_s_formula(temperature: float) -> None:
-    gate, h = make(temperature), torch.randn(9, 32, generator=generator(3))
+    gate, query = make(temperature), queries(9)
     gate.calibration_temperature.fill_(1.7)
     g = gate.geometry
-    z = (h - g.centre) @ g.projection.T
+    z = (query.features - g.centre) @ g.projection.T
     expected = z.detach().numpy() @ gate.router.weight.detach().numpy().T / temperature
     fractal = fractal_score(z[:, :3], g.anchors, g.scales, g.dimensions).numpy()
     expected = expected + 0.6 * (fractal - float(g.score_shift[0])) / float(g.score_scale[0])
@@ -59,14 +63,15 @@ def test_the_logits_are_the_design_s_formula(temperature: float) -> None:
         root = np.linalg.inv(g.whiteners[e].double().numpy())
         natural = multivariate_normal(g.means[e].double().numpy(), root @ root.T).logpdf(z.double().numpy()) / 6
         expected[:, e] += 0.4 * (natural - float(g.score_shift[1])) / float(g.score_scale[1])
-    np.testing.assert_allclose(gate(h).logits.detach().numpy(), expected / 1.7, rtol=1e-3, atol=1e-4)
+    expected += 0.8 * query.words.numpy()
+    np.testing.assert_allclose(gate(query).logits.detach().numpy(), expected / 1.7, rtol=1e-3, atol=1e-4)
 
 
 def test_training_mixes_all_experts_and_serving_keeps_top_k() -> None:
-    h = torch.randn(9, 32, generator=generator(3))
+    query = queries(9)
     for k in (1, 2, 4):
         gate = make(top_k=k)
-        served, trained = gate(h), gate.train()(h)
+        served, trained = gate(query), gate.train()(query)
         assert torch.equal(served.logits, trained.logits)
         assert torch.equal(trained.gates, trained.logits.softmax(-1))
         assert torch.equal(served.gates, keep_top(trained.gates, k))
@@ -80,17 +85,19 @@ def test_only_the_router_is_trained() -> None:
 
 
 def test_a_gate_cast_to_bf16_still_computes_in_fp32() -> None:
-    gate, h = make(), torch.randn(64, 32, generator=generator(3))
+    gate, query = make(), queries(64)
+    narrow = Query(query.features.bfloat16(), query.words)
+    widened = Query(narrow.features.float(), query.words)
     rounded = make().to(torch.bfloat16)
     rounded_in_fp32 = make().to(torch.bfloat16).float()
-    decision = rounded(h.bfloat16())
+    decision = rounded(narrow)
     assert decision.logits.dtype == decision.gates.dtype == torch.float32
-    assert torch.equal(decision.logits, rounded_in_fp32(h.bfloat16().float()).logits)
-    assert relative(decision.logits, gate(h).logits) < 0.2
+    assert torch.equal(decision.logits, rounded_in_fp32(widened).logits)
+    assert relative(decision.logits, gate(query).logits) < 0.2
 
 
 ABSENT = [(0,), (2,), (3,), (0, 2)]
-QUERIES = torch.randn(64, 32, generator=generator(3))
+QUERIES = queries(64)
 
 
 def without(gate: CalibratedGate, present: list[int]) -> CalibratedGate:
@@ -102,6 +109,10 @@ def without(gate: CalibratedGate, present: list[int]) -> CalibratedGate:
         smaller.router.weight.copy_(gate.router.weight[present])
         smaller.calibration_temperature.copy_(gate.calibration_temperature)
     return smaller.train(gate.training)
+
+
+def among(present: list[int]) -> Query:
+    return Query(QUERIES.features, QUERIES.words[:, present])
 
 
 @pytest.mark.parametrize("absent", ABSENT)
@@ -117,7 +128,7 @@ def test_an_absent_expert_has_no_gate_at_all(absent: tuple[int, ...], training: 
         assert torch.equal(decision.gates[:, list(absent)], torch.zeros(64, len(absent)))
         assert torch.isfinite(decision.logits).all()
         assert not decision.probabilities()[:, list(absent)].any()
-        expected = without(gate, present)(QUERIES)
+        expected = without(gate, present)(among(present))
         torch.testing.assert_close(decision.gates[:, present], expected.gates)
 
 
@@ -140,11 +151,12 @@ def test_an_absent_expert_leaves_every_loss_and_gradient_as_it_was(absent: tuple
     smaller = without(gate, present)
     labels = torch.arange(64) % len(present)
 
-    def terms_of(asked: CalibratedGate, experts: torch.Tensor) -> list[torch.Tensor]:
-        decision: Decision = asked(QUERIES)
-        return list(gating_terms(asked, QUERIES, decision, experts))
+    def terms_of(asked: CalibratedGate, query: Query, experts: torch.Tensor) -> list[torch.Tensor]:
+        decision: Decision = asked(query)
+        return list(gating_terms(asked, query, decision, experts))
 
-    found, expected = terms_of(gate, torch.tensor(present)[labels]), terms_of(smaller, labels)
+    found = terms_of(gate, QUERIES, torch.tensor(present)[labels])
+    expected = terms_of(smaller, among(present), labels)
     for term, other in zip(found, expected, strict=True):
         torch.testing.assert_close(term, other, rtol=1e-4, atol=1e-6)
         (gradient,) = torch.autograd.grad(term, gate.router.weight, retain_graph=True)

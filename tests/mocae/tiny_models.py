@@ -187,6 +187,10 @@ def aligned(
         parts[layer] = LayerParts([generalist, *experts[layer]], gate, output)
     model = AlignXForCausalLM(config, backbone=copy.deepcopy(base), parts=parts, placement=placement)
     source = generator(7)
+    if trained:
+        for name, buffer in model.lexicon.named_buffers():
+            noise = torch.randn(buffer.shape, generator=source)
+            buffer.copy_(1 + noise.abs() if name == "rarity" else noise)
     with torch.no_grad():
         for layer in alignx_layers(model) if trained else ():
             reinjection = layer.calibration.reinjection

@@ -13,7 +13,7 @@ from torch import Tensor
 from alignx_ds.config import GateConfig
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
-from alignx_ds.mocae.gate import CalibratedGate, GateSettings
+from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
 from alignx_ds.specialists.geometry import Features, _sample, fit
@@ -114,7 +114,7 @@ def test_the_calibrators_route_unseen_rows(fitted: Geometry) -> None:
     gate = CalibratedGate(fitted, GateSettings())
     right: dict[str, list[float]] = {"fractal": [], "natural": []}
     for e, rows in enumerate(clusters(60).by_expert):
-        parts = gate.parts(rows)
+        parts = gate.parts(Query(rows, torch.zeros(len(rows), 3)))
         for name, shares in right.items():
             shares.append(float((parts[name].argmax(-1) == e).float().mean()))
     assert np.mean(right["natural"]) > 0.95
@@ -154,7 +154,7 @@ def test_a_fitted_gate_never_chooses_an_expert_without_rows(place: int) -> None:
     )
     far_away = 100 * torch.randn(200, D, generator=generator(9))
     for rows in (*clusters(60).by_expert, far_away):
-        decision = gate(rows)
+        decision = gate(Query(rows, torch.zeros(len(rows), 4)))
         assert not decision.gates[:, place].any()
         assert torch.isfinite(decision.logits).all()
 

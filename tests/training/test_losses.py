@@ -22,6 +22,7 @@ from torch import Tensor
 
 from alignx_ds.config import AlignConfig
 from alignx_ds.data.encode import IGNORED, Batch, Example, collate, pack
+from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.training.loop import MicroBatch
@@ -73,15 +74,19 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str) -> N
     assert relative(gradients[1], gradients[0]) < 1e-4
 
 
+def some_query() -> Query:
+    return Query(torch.randn(4, 4 * 32, generator=generator(2)), torch.randn(4, 4, generator=generator(3)))
+
+
 def test_the_gating_terms() -> None:
     model = make(scope="shared")
     gate = gates_of(model)[ALIGNX_LAYERS[0]]
-    query = torch.randn(4, 4 * 32, generator=generator(2))
+    query = some_query()
     decision = gate(query)
     cross_entropy, uncertainty, prior = gating_terms(gate, query, decision, LABELS)
     log_p = log_softmax(decision.logits.detach().double().numpy(), axis=-1)
     parts = {name: t.detach().double().numpy() for name, t in gate.parts(query).items()}
-    log_q = log_softmax(parts["fractal"] + parts["natural"], axis=-1)
+    log_q = log_softmax(parts["fractal"] + parts["natural"] + parts["lexical"], axis=-1)
     assert float(cross_entropy) == pytest.approx(-np.mean([log_p[i, e] for i, e in enumerate(LABELS)]), rel=1e-4)
     assert float(uncertainty) == pytest.approx(entropy(np.exp(log_p), axis=-1).mean(), rel=1e-4)
     assert float(prior) == pytest.approx(entropy(np.exp(log_p), np.exp(log_q), axis=-1).mean(), rel=1e-3)
@@ -94,7 +99,7 @@ def test_the_prior_is_zero_where_the_router_adds_nothing() -> None:
     gate = gates_of(make(scope="shared"))[ALIGNX_LAYERS[0]]
     with torch.no_grad():
         gate.router.weight.zero_()
-    query = torch.randn(4, 4 * 32, generator=generator(2))
+    query = some_query()
     assert float(gating_terms(gate, query, gate(query), LABELS)[2].detach()) == pytest.approx(0.0, abs=1e-6)
 
 

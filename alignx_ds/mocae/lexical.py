@@ -1,0 +1,44 @@
+"""The lexical calibrator: a linear score of a query's tokens and token pairs, which no hidden state need remember.
+
+Ours, not the paper's: on real prompts it corrects the gate where a small model's features fall short
+(docs/results.md). Shapes: B rows, T tokens, H buckets, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+BUCKETS = 2**16  # that tokens and pairs are hashed into; an odd factor keeps every token of a smaller vocabulary apart
+FACTOR, SECOND, SHIFT = 2654435761, 2654435769, 97
+
+
+class Lexicon(nn.Module):
+    """Scores [B, E] of prompts, standardised, from buffers that `alignx_ds.specialists.lexicon` fits."""
+
+    rarity: Tensor  # [H] inverse document frequency
+    weights: Tensor  # [E, H]
+    bias: Tensor  # [E]
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer("rarity", torch.zeros(BUCKETS))
+        self.register_buffer("weights", torch.zeros(experts, BUCKETS))
+        self.register_buffer("bias", torch.zeros(experts))
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask [B, T], 1 on the tokens that count -> [B, E] fp32."""
+        counts = bucket_counts(ids, mask.to(ids.device))
+        present = torch.where(counts > 0, 1 + counts.clamp_min(1).log(), 0) * self.rarity.float()
+        scores: Tensor = nn.functional.normalize(present, dim=-1) @ self.weights.float().T + self.bias.float()
+        return scores
+
+
+def bucket_counts(ids: Tensor, mask: Tensor) -> Tensor:
+    """How often each bucket's tokens and pairs of neighbours occur: ids, mask [B, T] -> [B, H] fp32."""
+    inside = mask.bool()
+    pairs = (ids[:, :-1] * FACTOR) ^ (ids[:, 1:] * SECOND + SHIFT)
+    buckets = torch.cat([ids * FACTOR, pairs], dim=1) % BUCKETS
+    weight = torch.cat([inside, inside[:, :-1] & inside[:, 1:]], dim=1).float()
+    return weight.new_zeros(len(ids), BUCKETS).scatter_add_(1, buckets, weight)
