@@ -57,7 +57,7 @@ def systems(args: argparse.Namespace, batch: int, length: int) -> dict[str, Work
         down = {p: torch.randn(args.rank, w.in_features) * 0.01 for p, w in weights.items()}
         up = {p: torch.randn(w.out_features, args.rank) * 0.01 for p, w in weights.items()}
         experts.append(Factors(down, up))
-    fused = {k: FusedMixture(base, experts, k).to(args.device).eval() for k in (1, args.experts)}
+    fused = {k: FusedMixture(base, experts).to(args.device).eval() for k in (1, args.experts)}
     copies = [feed_forward(args.hidden, args.ffn) for _ in range(args.experts)]
     for f in (base, *copies):
         for p in PROJECTIONS:
@@ -68,7 +68,7 @@ def systems(args: argparse.Namespace, batch: int, length: int) -> dict[str, Work
     uniform = torch.full((batch, 1, args.experts), 1 / args.experts, device=args.device)
     return {
         "dense FFN": lambda: dense(base, x),
-        "fused, top-1": lambda: fused[1](x, one_hot),
+        "fused, top-1": lambda: fused[1](x, one_hot, 1),
         "fused, all experts mixed": lambda: fused[args.experts](x, uniform),
         "full FFN per expert, top-1": lambda: full_experts(copies, x, chosen),
     }

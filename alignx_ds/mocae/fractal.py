@@ -43,13 +43,14 @@ def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor
 def fractal_pull(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
     """The gated mean-shift step: the direction in which the experts' log mass grows, averaged over the scales.
 
-    z [..., f], gates [..., E] summing to one, anchors [E, M, f], scales [S] -> [..., f].
+    z [..., f], gates [..., E] summing to one, anchors [E, M, f] (or, of z [B, T, f], every row's own [B, E, M, f]),
+    scales [S] -> [..., f].
     """
-    flat = anchors.flatten(0, 1)
-    squared = z.square().sum(-1, keepdim=True) + flat.square().sum(-1) - 2 * (z @ flat.T)
-    squared = torch.unflatten(squared.clamp_min(0), -1, anchors.shape[:2])
-    weights = torch.zeros_like(squared)
-    for scale in scales:
-        weights = weights + torch.softmax(-0.5 * squared / scale.square(), dim=-1)
+    flat = anchors.flatten(-3, -2)
+    # A softmax over anchors doesn't see what they share, so |z|² need not be computed.
+    norms = flat.square().sum(-1)
+    distances = 0.5 * (norms.unsqueeze(-2) if anchors.dim() > 3 else norms) - z @ flat.mT
+    distances = torch.unflatten(distances, -1, anchors.shape[-3:-1])
+    weights = torch.stack([torch.softmax(-distances / scale.square(), dim=-1) for scale in scales]).sum(0)
     weights = (weights / len(scales) * gates.unsqueeze(-1)).flatten(-2)
     return weights @ flat - z

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.fused import FusedMixture, Pick
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing import Channel, prompt_summary
+from alignx_ds.mocae.routing import Channel, Routing, prompt_summary
 
 
 class AlignXLayer(nn.Module):
@@ -23,6 +23,8 @@ class AlignXLayer(nn.Module):
         mixture: FusedMixture | ParallelMixture,
         calibration: OutputCalibration,
         gate: CalibratedGate | None,
+        index: int,
+        top_k: int,
         gate_layer: int,
         channel: Channel,
     ) -> None:
@@ -31,22 +33,34 @@ class AlignXLayer(nn.Module):
         self.mixture = mixture
         self.calibration = calibration
         self.gate = gate
-        self.gate_layer = gate_layer
+        self.index, self.top_k, self.gate_layer = index, top_k, gate_layer
         self._channel = channel
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
-        gates = self._gates(x)
-        routing = self._channel.routing
-        forced = routing is not None and routing.forced is not None
-        y = self.mixture(x, gates, self._channel.token_mask, forced)
-        calibrated: Tensor = self.calibration(y, gates, self._channel.token_mask)
-        return calibrated
-
-    def _gates(self, x: Tensor) -> Tensor:
-        """[B, 1, E]: from the gate, from what it decided at prefill, or as forced."""
         routing = self._channel.routing
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
+        gates = self._gates(x, routing)
+        mask = self._channel.token_mask
+        count = routing.forced_count or (None if self.training else self.top_k)
+        if isinstance(self.mixture, ParallelMixture):
+            y = self.mixture(x, gates, mask)
+        else:
+            y = self.mixture(x, gates, count, self._picks(gates, count, routing))
+        calibrated: Tensor = self.calibration(y, gates, mask, count)
+        return calibrated
+
+    def _picks(self, gates: Tensor, count: int | None, routing: Routing) -> list[Pick] | None:
+        """The rows' own factors: gathered at prefill, kept with the KV cache, where they are fewer than all."""
+        assert isinstance(self.mixture, FusedMixture)
+        if self.training or count is None or not self.mixture.few_rows(len(gates), count):
+            return None
+        if self.index not in routing.picks:
+            routing.picks[self.index] = self.mixture.pick(gates, count)
+        return routing.picks[self.index]
+
+    def _gates(self, x: Tensor, routing: Routing) -> Tensor:
+        """[B, 1, E]: from the gate, from what it decided at prefill, or as forced."""
         if self.gate is not None and self.gate_layer not in routing.decisions:
             query = Query(prompt_summary(x, routing.prompt_mask), routing.words)
             routing.queries[self.gate_layer] = query

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alignx_ds.mocae.backbones import backbone_of
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
-from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.experts import Factors
+from alignx_ds.mocae.fused import FusedMixture, stack
 from alignx_ds.mocae.gate import CalibratedGate, GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
@@ -148,7 +148,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         view = backbone_of(self.config.text_config.model_type).view(ffn)
         mixture: FusedMixture | ParallelMixture
         if placement is None:
-            mixture = FusedMixture(view, parts.experts, settings.top_k)
+            mixture = FusedMixture(view, parts.experts)
         else:
             mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
         return AlignXLayer(
@@ -156,6 +156,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             mixture=mixture,
             calibration=OutputCalibration(parts.output, settings.fractal_weight, settings.natural_weight),
             gate=CalibratedGate(parts.gate, settings) if parts.gate is not None else None,
+            index=index,
+            top_k=settings.top_k,
             gate_layer=self.config.gate_layer(index),
             channel=self.channel,
         )
@@ -222,12 +224,9 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         state = {k: v for k, v in self.state_dict().items() if ".mixture." not in k}
         prefix = f"backbone.{backbone_of(self.config.text_config.model_type).layers}"
         for index, layer in zip(self.config.layers, alignx_layers(self), strict=True):
-            experts = layer.mixture.factors()
-            for p in PROJECTIONS:
-                ffn = backbone_of(self.config.text_config.model_type).ffn
-                key = f"{prefix}.{index}.{ffn}.mixture"
-                state[f"{key}.down.{p}"] = torch.cat([e.down[p] for e in experts], dim=0)
-                state[f"{key}.up.{p}"] = torch.cat([e.up[p] for e in experts], dim=1)
+            ffn = backbone_of(self.config.text_config.model_type).ffn
+            for name, tensor in stack(layer.mixture.factors()[1:]).items():
+                state[f"{prefix}.{index}.{ffn}.mixture.{name}"] = tensor
         return state
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 from alignx_ds.mocae.fractal import fractal_pull
 from alignx_ds.mocae.geometry import Geometry
@@ -35,13 +35,20 @@ class OutputCalibration(nn.Module):
         )
         self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
 
-    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d]."""
-        z = (y.float() - self.centre.float()) @ self.projection.float().T
-        gates = gates.float().expand(*z.shape[:-1], -1)
-        leading = self.anchors.shape[-1]
-        fractal = fractal_pull(z[..., :leading], gates, self.anchors.float(), self.scales.float())
+    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None, count: int | None = None) -> Tensor:
+        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d].
+
+        `count` of one says that the gates are one-hot, so that the other experts' anchors need not be looked at.
+        """
+        projection, gates = self.projection.float(), gates.float()
+        z = linear(y.float(), projection, -(projection * self.centre.float()).sum(-1))
         natural = natural_pull(z, gates, self.means.float())
+        anchors = self.anchors.float()
+        if count == 1 and gates.shape[1] == 1:
+            anchors = anchors.index_select(0, gates.squeeze(1).argmax(-1)).unsqueeze(1)  # [B, 1, M, f]
+            gates = torch.ones_like(gates[..., :1])
+        leading = anchors.shape[-1]
+        fractal = fractal_pull(z[..., :leading], gates, anchors, self.scales.float())
         strengths = self.strengths.float()
         step = strengths[0] * pad(fractal, (0, z.shape[-1] - leading)) + strengths[1] * natural
         change = step @ self.reinjection.float().T

@@ -83,7 +83,7 @@ class ParallelMixture(nn.Module):
         torch.distributed.all_gather_object(gathered, local, group=group)
         return [factors for part in gathered for factors in part]
 
-    def forward(self, x: Tensor, gates: Tensor, token_mask: Tensor | None = None, forced: bool = False) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """x [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 for pads, which are not dispatched) -> [B, T, d]."""
         token_gates = gates.float().expand(*x.shape[:2], -1)
         if token_mask is not None:

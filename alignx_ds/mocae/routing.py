@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alignx_ds.mocae.fused import Pick
 from alignx_ds.mocae.gate import Decision, Query
 
 SUMMARIES = 4  # hidden sizes that a query's summary takes
@@ -24,6 +25,11 @@ class Routing:
     forced: Tensor | None = None  # [B, E] gates that overrule every gate (tests, teacher-forced passes)
     decisions: dict[int, Decision] = field(default_factory=dict)  # by the layer that owns the gate
     queries: dict[int, Query] = field(default_factory=dict)  # what each gate saw
+    picks: dict[int, list[Pick]] = field(default_factory=dict)  # by layer: the rows' own factors, where they are few
+
+    def __post_init__(self) -> None:
+        """`forced_count`: how many experts have a gate in a row of forced gates. Asked of the device once."""
+        self.forced_count = None if self.forced is None else int((self.forced > 0).sum(-1).max())
 
 
 @dataclass

@@ -122,8 +122,11 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
     loss = forced_loss(config) if forced else align._step_loss(config)
     losses = loop.train(made, rows, loss, plan, Progress(), scribe)
     state = made.module.fused_state()
+    generalists = [layer.mixture.factors()[0] for layer in alignx_layers(made.module)]
+    sides = [t for g in generalists for t in (*g.down.values(), *g.up.values())]
     made.destroy()
-    return {"losses": losses, "norms": norms, "weights": {n: t.detach().clone() for n, t in state.items()}}
+    weights = {n: t.detach().clone() for n, t in state.items()}
+    return {"losses": losses, "norms": norms, "weights": weights, "generalist": [bool(t.any()) for t in sides]}
 
 
 def forced_loss(config: Any) -> Callable[[Any, loop.MicroBatch], tuple[torch.Tensor, dict[str, float]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from problems import ALIGNX_LAYERS, EXPERTS, LOPSIDED, MODES, PARITY_ROWS, cotangents, dense_parameters, mixture
-from tiny_models import one_hot, padded, relative
+from tiny_models import factor_gradients, one_hot, padded, relative
 from torch import Tensor
 from worlds import Runs
 
@@ -25,11 +25,9 @@ def fused(mode: str, forced: list[int] | None = None) -> tuple[dict[int, Tensor]
     torch.stack([(row * cotangents()[i]).sum() for i, row in rows.items()]).sum().backward()
     experts = {}
     for index, layer in zip(ALIGNX_LAYERS, alignx_layers(model), strict=True):
+        made = factor_gradients(layer.mixture)
         for p in PROJECTIONS:
-            sides = {
-                "down": layer.mixture.down[p].grad.chunk(EXPERTS, dim=0),
-                "up": layer.mixture.up[p].grad.chunk(EXPERTS, dim=1),
-            }
+            sides = {"down": made[f"down.{p}"].chunk(EXPERTS, dim=0), "up": made[f"up.{p}"].chunk(EXPERTS, dim=1)}
             experts |= {f"{index}.{e}.{s}.{p}": g for s, parts in sides.items() for e, g in enumerate(parts)}
     shared = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in dense_parameters(model).items()}
     return {i: row.detach() for i, row in rows.items()}, shared, experts
@@ -72,7 +70,7 @@ def test_the_gradients_compared_are_not_all_zero() -> None:
         _, shared, experts = fused(mode)
         assert all(g.any() for n, g in shared.items() if "reinjection" in n or "strengths" in n)
         assert all(g.abs().max() > 1e-3 for n, g in shared.items() if "router" in n) == (mode != "top1")
-        assert sum(bool(g.any()) for g in experts.values()) > len(experts) / 2
+        assert sum(bool(g.any()) for g in experts.values()) >= len(experts) / 2  # two of three specialists
 
 
 @pytest.mark.parametrize("mode", ["top1", "dense"])

@@ -10,7 +10,7 @@ import torch
 from problems import WAYS, align_config, align_in_plain_torch, mixture
 from worlds import Runs
 
-TOLERANCE = {"sgd": 1e-6, "adamw": 2e-5}  # Adam divides rounding by rounding where a gradient is almost zero
+TOLERANCE = {"sgd": 1e-6, "adamw": 5e-5}  # Adam divides rounding by rounding where a gradient is almost zero
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,8 @@ def test_the_steps_compared_do_train(oracles: dict[tuple[str, bool], dict[str, A
 def test_the_generalist_stays_the_base_model(runs: Runs) -> None:
     """Its factors start at zero, and zero factors have zero gradients."""
     for way in ("sgd ep2 acc1", "adamw ep2 acc1"):
-        for name, weight in runs.of(2, "steps")[0][way]["weights"].items():
-            if ".mixture.down." in name:
-                assert not weight.chunk(4, dim=0)[0].any() and weight.chunk(4, dim=0)[1].any()
-            if ".mixture.up." in name:
-                assert not weight.chunk(4, dim=1)[0].any() and weight.chunk(4, dim=1)[1].any()
+        changed = runs.of(2, "steps")[0][way]["generalist"]
+        assert len(changed) == 2 * 6 and not any(changed)
 
 
 def test_all_ranks_end_with_the_same_model(runs: Runs) -> None:

@@ -23,6 +23,10 @@ def experts_of_ranks(*ranks: int) -> list[Factors]:
     return [random_factors(model, 1, r, source) for r in ranks]
 
 
+def with_generalist(base: FeedForward, *ranks: int) -> list[Factors]:
+    return [Factors.zeros(base, dict.fromkeys(PROJECTIONS, 1)), *experts_of_ranks(*ranks)]
+
+
 def dense(base: FeedForward, factors: Factors, x: Tensor) -> Tensor:
     """The FFN with its weights changed, as a specialist would compute it."""
     weights = {p: base.projection(p).weight + factors.delta(p) for p in PROJECTIONS}
@@ -60,19 +64,19 @@ def test_a_rank_is_never_cut_by_padding() -> None:
 
 @pytest.mark.parametrize("kind", ["fused", "parallel"])
 def test_a_mixture_gives_back_the_factors_that_it_was_made_of(base: FeedForward, kind: str) -> None:
-    experts = experts_of_ranks(2, 4, 4, 1)
-    mixture = FusedMixture(base, experts, 1) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    experts = with_generalist(base, 2, 4, 1)
+    mixture = FusedMixture(base, experts) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
     for before, after in zip(experts, mixture.factors(), strict=True):
         for p in PROJECTIONS:
-            assert relative(after.delta(p), before.delta(p)) < 1e-6
+            assert torch.allclose(after.delta(p), before.delta(p), atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["fused", "parallel"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_mixture_is_the_gated_sum_of_changed_ffns(base: FeedForward, kind: str, top_k: int, training: bool) -> None:
-    experts = experts_of_ranks(2, 4, 4, 1)
-    mixture = FusedMixture(base, experts, top_k) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    experts = with_generalist(base, 4, 4, 1)
+    mixture = FusedMixture(base, experts) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
     mixture.train(training)
     x = torch.randn(3, 7, 32, generator=generator(1))
     raw = torch.rand(3, 1, 4, generator=generator(2)) + 0.1
@@ -86,8 +90,8 @@ def test_a_mixture_is_the_gated_sum_of_changed_ffns(base: FeedForward, kind: str
 @pytest.mark.parametrize("kind", ["fused", "parallel"])
 @pytest.mark.parametrize("training", [True, False])
 def test_every_token_may_have_its_own_gates(base: FeedForward, kind: str, training: bool) -> None:
-    experts = experts_of_ranks(3, 3, 3, 3)
-    mixture = FusedMixture(base, experts, 1) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
+    experts = with_generalist(base, 3, 3, 3)
+    mixture = FusedMixture(base, experts) if kind == "fused" else ParallelMixture(base, experts, 1, 0)
     mixture.train(training)
     x = torch.randn(2, 4, 32, generator=generator(1))
     choice = [[0, 3, 1, 1], [2, 2, 0, 3]]
@@ -95,3 +99,27 @@ def test_every_token_may_have_its_own_gates(base: FeedForward, kind: str, traini
     for b, row in enumerate(choice):
         for t, e in enumerate(row):
             assert relative(y[b, t], dense(base, experts[e], x[b, t])) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 5), (2, 1), (5, 1), (5, 4)])
+def test_every_way_of_mixing_is_the_same_function(base: FeedForward, rows: int, length: int, count: int) -> None:
+    """Gathered factors, stacked ones, or every expert: which is taken depends on the shapes alone."""
+    experts = with_generalist(base, 4, 2, 4)
+    mixture = FusedMixture(base, experts)
+    x = torch.randn(rows, length, 32, generator=generator(1))
+    gates = torch.zeros(rows, 1, 4)
+    for row in range(rows):  # the generalist is chosen too
+        for j in range(count):
+            gates[row, 0, (row + j) % 4] = (1 + j) / sum(range(1, count + 1))
+    expected = sum(gates[..., i : i + 1] * dense(base, e, x) for i, e in enumerate(experts))
+    assert isinstance(expected, Tensor)
+    assert relative(mixture(x, gates), expected) < 1e-5
+    assert relative(mixture(x, gates, count), expected) < 1e-5
+    assert relative(mixture(x, gates, count, mixture.pick(gates, count)), expected) < 1e-5
+
+
+def test_a_prompt_s_own_factors_are_gathered_only_where_they_are_fewer(base: FeedForward) -> None:
+    mixture = FusedMixture(base, with_generalist(base, 4, 4, 4))
+    assert [mixture.few_rows(rows, 1) for rows in (1, 2, 3, 8)] == [True, True, False, False]
+    assert [mixture.few_rows(1, count) for count in (2, 3, 4)] == [True, False, False]

@@ -13,6 +13,7 @@ from tiny_models import (
     aligned,
     base_model,
     exact_experts,
+    factor_gradients,
     generator,
     low_rank_experts,
     one_hot,
@@ -26,8 +27,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.specialists.factors import TaskFeatures
 
 PATHS = {"fused": None, "parallel": Placement(1, 0)}
@@ -94,14 +97,13 @@ def gradients(model: AlignXForCausalLM) -> dict[str, Tensor]:
             named[f"{index}.router"] = layer.gate.router.weight
         for name, parameter in named.items():
             found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for p in PROJECTIONS:
-            if hasattr(layer.mixture, "local_experts"):
-                experts = layer.mixture.local_experts()
+        if isinstance(layer.mixture, ParallelMixture):
+            experts = layer.mixture.local_experts()
+            for p in PROJECTIONS:
                 found[f"{index}.down.{p}"] = torch.cat([e.down[p].grad for e in experts])
                 found[f"{index}.up.{p}"] = torch.cat([e.up[p].grad for e in experts], dim=1)
-            else:
-                found[f"{index}.down.{p}"] = layer.mixture.down[p].grad
-                found[f"{index}.up.{p}"] = layer.mixture.up[p].grad
+        if isinstance(layer.mixture, FusedMixture):
+            found |= {f"{index}.{name}": g for name, g in factor_gradients(layer.mixture).items()}
     return found
 
 

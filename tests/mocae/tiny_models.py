@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.fused import FusedMixture, unstack
 from alignx_ds.mocae.gate import GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
@@ -242,3 +243,19 @@ def padded(rows: list[list[int]], side: str = "right", extra: int = 0) -> tuple[
 
 def one_hot(experts: list[int]) -> Tensor:
     return torch.nn.functional.one_hot(torch.tensor(experts), EXPERTS).float()
+
+
+def factor_gradients(mixture: FusedMixture) -> dict[str, Tensor]:
+    """By side and projection, all experts' along the rank, as the expert-parallel path's concatenate.
+
+    The generalist, which the fused path does not store, has zero factors, and zero factors have zero gradients.
+    """
+    grads = {name: parameter.grad for name, parameter in mixture.named_parameters()}
+    assert all(g is not None for g in grads.values())
+    specialists = unstack({name: g for name, g in grads.items() if g is not None})
+    found = {}
+    for p in PROJECTIONS:
+        down, up = [f.down[p] for f in specialists], [f.up[p] for f in specialists]
+        found[f"down.{p}"] = torch.cat([torch.zeros_like(down[0]), *down])
+        found[f"up.{p}"] = torch.cat([torch.zeros_like(up[0]), *up], dim=1)
+    return found
