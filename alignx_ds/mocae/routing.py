@@ -45,11 +45,11 @@ def prompt_summary(h: Tensor, prompt_mask: Tensor) -> Tensor:
 
     h [B, T, d], prompt_mask [B, T] -> [B, 4d]. The mean alone routes worse (docs/results.md).
     """
-    inside = prompt_mask.to(h.device).bool().unsqueeze(-1)
-    h = h.float()
-    mean = (h * inside).sum(1) / inside.sum(1).clamp_min(1)
-    largest = h.masked_fill(~inside, -torch.inf).amax(1)
-    smallest = h.masked_fill(~inside, torch.inf).amin(1)
-    places = torch.arange(h.shape[1], device=h.device).unsqueeze(-1)
-    last = (places * inside).amax(1, keepdim=True).expand(-1, -1, h.shape[-1])
-    return torch.cat([mean, largest, smallest, h.gather(1, last).squeeze(1)], dim=-1)
+    inside, h = prompt_mask.to(h.device).bool(), h.float()
+    places = torch.arange(h.shape[1], device=h.device)
+    last_place = (places * inside).amax(1)[:, None, None].expand(-1, -1, h.shape[-1])
+    last = h.gather(1, last_place)
+    # What is outside the prompt is filled with a state of the prompt, which changes neither extreme: one pass for both.
+    smallest, largest = torch.aminmax(torch.where(inside.unsqueeze(-1), h, last), dim=1)
+    mean = (inside.unsqueeze(1).float() @ h).squeeze(1) / inside.sum(1, keepdim=True).clamp_min(1)
+    return torch.cat([mean, largest, smallest, last.squeeze(1)], dim=-1)

@@ -1,0 +1,148 @@
+"""What the calibrated gate and the output calibration take of a decoder layer's time at prefill.
+
+    python benchmarks/calibrator.py --shape small --device cpu
+    python benchmarks/calibrator.py --shape llama2-7b --layers 2 --device cuda
+
+The decision is made once a query, at the lowest AlignX layer (gate.scope=shared), the output calibrated in every layer.
+Parts and whole layer run in turn on the layer's own input. FLOPs are counted beside, as the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from suite import record
+from suite.record import Target
+from suite.shapes import config_of
+from suite.systems import ANCHORS, AXES, SCALES, Setting, alignx
+from suite.timing import Times, interleaved
+from torch import Tensor, nn
+
+from alignx_ds import console
+from alignx_ds.mocae.gate import Query
+from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
+from alignx_ds.mocae.routing import SUMMARIES, prompt_summary
+
+LAYER, BASE_LAYER, GATE, OUTPUT = "decoder layer with AlignX", "decoder layer without", "gate", "output calibration"
+
+
+@torch.no_grad()
+def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str, Times]:
+    model: Any = alignx(setting)
+    seen: dict[str, Any] = {}
+    decoder = model.backbone.model.layers[0]
+    layer: AlignXLayer = alignx_layers(model)[0]
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[name] = (args, kwargs)
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(remember(name), with_kwargs=True)
+        for name, module in (("decoder", decoder), ("ffn", layer), ("calibration", layer.calibration))
+    ]
+    ids = torch.randint(3, setting.config.vocab_size, (batch, length), device=setting.device)
+    mask = torch.ones_like(ids)
+    model(ids, mask, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    x: Tensor = seen["ffn"][0][0]
+    routing = model.channel.routing
+
+    def gate() -> None:
+        assert layer.gate is not None
+        layer.gate(Query(prompt_summary(x, mask), model.lexicon(ids, mask)))
+
+    def whole() -> None:
+        routing.picks.clear()  # gathered anew, as for a new prompt
+        decoder(*seen["decoder"][0], **seen["decoder"][1])
+
+    def without() -> None:
+        decoder.mlp = layer.ffn
+        decoder(*seen["decoder"][0], **seen["decoder"][1])
+        decoder.mlp = layer
+
+    def output() -> None:
+        layer.calibration(*seen["calibration"][0], **seen["calibration"][1])
+
+    work = {BASE_LAYER: without, LAYER: whole, GATE: gate, OUTPUT: output}
+    return interleaved(work, repeats, setting.device)
+
+
+def flops(setting: Setting, batch: int, length: int) -> dict[str, float]:
+    """Multiplications and additions, in units of 10⁹, attention's scores left out."""
+    c, tokens, k, q = setting.config, batch * length, setting.latent, setting.output_latent
+    d, f = c.hidden_size, c.intermediate_size
+    gate = 2 * batch * (SUMMARIES * d * k + (AXES + 1) * k * k)
+    output = 2 * tokens * (2 * d * q + 2 * 4 * ANCHORS + ANCHORS * SCALES)
+    base = 2 * tokens * (4 * d * d + 3 * d * f)
+    factors = 2 * tokens * 3 * setting.rank * (d + f)
+    return {
+        n: v / 1e9 for n, v in {BASE_LAYER: base, LAYER: base + factors + output, GATE: gate, OUTPUT: output}.items()
+    }
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=20)
+    args: argparse.Namespace = parser.parse_args()
+    torch.manual_seed(0)
+    setting = Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank)
+    times, counts = measure(setting, args.batch, args.length, args.repeats), flops(setting, args.batch, args.length)
+    layers = setting.config.num_hidden_layers
+    gate, output = times[GATE].over(times[LAYER]), times[OUTPUT].over(times[LAYER])
+    rows = [
+        [
+            n,
+            f"{t.median:.2f}",
+            "{:.2f} – {:.2f}".format(*t.quartiles),
+            f"{t.over(times[LAYER]):.4f}",
+            f"{counts[n]:.3f}",
+        ]
+        for n, t in times.items()
+    ]
+    title = f"prefill, batch {args.batch}, length {args.length}, {setting.dtype}"
+    console.table(title, ["part", "ms", "quartiles", "of the layer", "GFLOP"], rows)
+    met = [
+        Target("gate and calibration, of the layer that decides", gate + output, 0.02),
+        Target("gate and calibration, mean over the layers", gate / layers + output, 0.02),
+    ]
+    record.print_targets(met)
+    content = {
+        "shape": setting.config.to_dict(),
+        "rank": args.rank,
+        "dtype": str(setting.dtype),
+        "prompt": [args.batch, args.length],
+        "milliseconds": {n: t.rounds for n, t in times.items()},
+        "gflop": counts,
+    }
+    path = record.write("calibrator", args, content, met)
+    plot(times, path.with_suffix(".png"))
+    console.say(f"written: {path}")
+
+
+def plot(times: dict[str, Times], path: Any) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 2.2))
+    names = list(times)[::-1]
+    bars = axis.barh(names, [100 * times[n].over(times[LAYER]) for n in names], color="#1b6ca8")
+    axis.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=8)
+    axis.set_xlabel("share of the layer's time, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.margins(x=0.12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

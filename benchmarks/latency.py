@@ -1,0 +1,174 @@
+"""Prefill and decode latency of AlignX, its base model and the prior ways of fusing experts, side by side.
+
+    python benchmarks/latency.py --shape small --device cpu
+    python benchmarks/latency.py --shape llama2-7b --device cuda --batches 1 8 --lengths 512 2048
+
+Whole models with random weights. Prefill is the time to the first token of a batch of prompts, decode the time of
+every further token. All systems run in turn in every round; ratios are medians of the rounds' own ratios. `--compile`
+compiles the decode step of every system whose step can be captured whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from suite import record
+from suite.record import Target
+from suite.shapes import config_of
+from suite.systems import KINDS, Setting, System, systems
+from suite.timing import WARM_UP, Times, interleaved
+
+from alignx_ds import console
+from alignx_ds.evaluation.decode import Decoder
+
+STEPS = 8  # decode steps in one round
+NOT_WHOLE = (
+    "H3Fusion, loop",
+    "H3Fusion, grouped",
+    "DeepSpeed MoE",
+)  # their steps ask the device how many tokens go where
+BASE, OURS, THEIRS = "dense base", "AlignX", ("H3Fusion, loop", "H3Fusion, grouped")
+Grid = dict[tuple[str, int, int], dict[str, Times]]
+
+
+def prefill_work(system: System, batch: int, length: int) -> Callable[[], object]:
+    decoders = [Decoder(model) for model in system.models]
+    ids, mask = _prompts(system, batch, length)
+
+    def work() -> None:
+        system.prepare()
+        for decoder in decoders:
+            decoder.prefill(ids, mask, room=1)
+
+    return work
+
+
+def decode_work(system: System, batch: int, length: int, rounds: int, compiled: bool) -> Callable[[], object]:
+    """`STEPS` tokens a call; the cache has room for all rounds."""
+    system.prepare()
+    decoders = [Decoder(model, compiled=compiled) for model in system.models]
+    ids, mask = _prompts(system, batch, length)
+    room = STEPS * (rounds + 1)
+    started = [decoder.prefill(ids, mask, room) for decoder in decoders]
+    whole = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
+    position = torch.full((batch, 1), length, device=ids.device)
+
+    @torch.no_grad()
+    def work() -> None:
+        system.prepare()
+        for decoder, (cache, token) in zip(decoders, started, strict=True):
+            for _ in range(STEPS):
+                token = decoder.step(token, whole, position, cache).clone()
+
+    return work
+
+
+def _prompts(system: System, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    model = system.models[0]
+    vocabulary = model.config.get_text_config().vocab_size
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (batch, length), generator=source).to(model.device)
+    return ids, torch.ones_like(ids)
+
+
+def measure(made: list[System], args: argparse.Namespace) -> Grid:
+    grid: Grid = {}
+    for batch, length in product(args.batches, args.lengths):
+        work = {s.name: prefill_work(s, batch, length) for s in made}
+        grid["prefill", batch, length] = interleaved(work, args.repeats, args.device)
+        rounds = args.repeats + WARM_UP
+        work = {s.name: decode_work(s, batch, length, rounds, args.compile and s.name not in NOT_WHOLE) for s in made}
+        found = interleaved(work, args.repeats, args.device)
+        grid["decode", batch, length] = {n: Times([t / STEPS for t in times.rounds]) for n, times in found.items()}
+    return grid
+
+
+def targets(grid: Grid, device: str) -> list[Target]:
+    """What was promised, for every cell of the grid that was measured."""
+    limits = {"prefill": 1.15, "decode": 1.10} if device == "cpu" else {"prefill": 1.10, "decode": 1.08}
+    found = []
+    for (phase, batch, length), times in grid.items():
+        if not {BASE, OURS} <= times.keys():
+            continue
+        where = f"{phase}, batch {batch}, length {length}"
+        found.append(Target(f"{where}: AlignX over dense", times[OURS].over(times[BASE]), limits[phase]))
+        for name in (n for n in THEIRS if n in times):
+            theirs, ours = times[name].over(times[BASE]), times[OURS].over(times[BASE])
+            if device == "cpu":
+                what, limit = f"{where}: saved of what {name} costs above dense", 0.85
+                found.append(Target(what, (theirs - ours) / max(theirs - 1, 1e-9), limit, at_least=True))
+            else:
+                limit = 0.5 if phase == "decode" and batch >= 8 else 0.35
+                what = f"{where}: less latency than {name}"
+                found.append(Target(what, 1 - times[OURS].over(times[name]), limit, at_least=True))
+    return found
+
+
+def show(grid: Grid) -> None:
+    for (phase, batch, length), times in grid.items():
+        base = next(iter(times.values()))
+        rows = [
+            [name, f"{t.median:.2f}", "{:.2f} – {:.2f}".format(*t.quartiles), f"{t.over(base):.3f}"]
+            for name, t in times.items()
+        ]
+        unit = "ms" if phase == "prefill" else "ms a token"
+        title = f"{phase}, batch {batch}, length {length}"
+        console.table(title, ["system", unit, "quartiles", f"x {next(iter(times))}"], rows)
+
+
+def plot(grid: Grid, path: Any) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(grid), figsize=(3.4 * len(grid), 3.6), squeeze=False, sharey=True)
+    for axis, ((phase, batch, length), times) in zip(axes[0], grid.items(), strict=True):
+        base = next(iter(times.values()))
+        names = list(times)[::-1]
+        colours = ["#1b6ca8" if n.startswith("AlignX") else "#9aa5b1" for n in names]
+        bars = axis.barh(names, [times[n].over(base) for n in names], color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axis.axvline(1, color="#444", linewidth=0.8)
+        axis.set_title(f"{phase}, batch {batch}, {length} tokens", fontsize=9)
+        axis.set_xlabel(f"time over the {next(iter(times))}'s", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.18)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128])
+    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument(
+        "--systems", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=", ".join(KINDS)
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64
+    setting = Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank)
+    made = systems(setting, args.systems)
+    grid = measure(made, args)
+    met = targets(grid, args.device)
+    show(grid)
+    record.print_targets(met)
+    cells = [
+        {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
+        for (phase, batch, length), times in grid.items()
+    ]
+    content = {"shape": setting.config.to_dict(), "rank": args.rank, "dtype": str(setting.dtype), "cells": cells}
+    path = record.write("latency-compiled" if args.compile else "latency", args, content, met)
+    plot(grid, path.with_suffix(".png"))
+    console.say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Model shapes by name: small ones that a laptop can hold, and the published 7B models'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from alignx_ds import shapes
+
+
+@dataclass(frozen=True)
+class Llama:
+    hidden: int
+    ffn: int
+    heads: int
+    layers: int
+    vocabulary: int = 4096  # small, so that the head does not hide the layers
+
+    def config(self) -> PreTrainedConfig:
+        return AutoConfig.for_model(
+            "llama",
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            num_hidden_layers=self.layers,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=8192,
+            pad_token_id=0,
+        )
+
+
+SMALL = {
+    "tiny": Llama(hidden=256, ffn=704, heads=4, layers=4),
+    "small": Llama(hidden=1024, ffn=2752, heads=16, layers=4),
+    "medium": Llama(hidden=2048, ffn=5504, heads=16, layers=4),
+}
+NAMES = (*SMALL, *shapes.SHAPES)
+
+
+def config_of(name: str, layers: int = 0) -> PreTrainedConfig:
+    """The config; `layers` other than zero cuts or lengthens the stack."""
+    config = SMALL[name].config() if name in SMALL else shapes.shape(name)
+    assert config is not None
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return config

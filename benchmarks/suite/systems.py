@@ -1,0 +1,223 @@
+"""The systems under test, as whole models with random weights: same backbone, every layer's FFN replaced.
+
+Numbers decide how long a GEMM takes as little as they decide how large it is, so random weights suffice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, replace_ffns
+from alignx_ds.mocae.backbones import backbone_of
+from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
+from alignx_ds.mocae.gate import GateSettings
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
+from alignx_ds.mocae.routing import SUMMARIES
+
+AXES = 3
+FRACTAL_DIMENSIONS, ANCHORS, SCALES = 4, 64, 5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all systems of a benchmark share."""
+
+    config: PreTrainedConfig
+    device: str
+    dtype: torch.dtype
+    rank: int = 64
+    latent: int = 256
+    output_latent: int = 32
+
+
+@dataclass(frozen=True)
+class System:
+    """One or more models that serve a query together, and what sets them to this system's way of working."""
+
+    name: str
+    models: list[PreTrainedModel]
+    prepare: Callable[[], None] = field(default=lambda: None)
+
+
+class StockMoE(nn.Module):
+    """DeepSpeed's own MoE layer with its TopKGate, of full FFNs, without dropping."""
+
+    def __init__(self, base: FeedForward) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        self.moe = MoE(base.gate.in_features, _Copy(base), AXES, k=2, drop_tokens=False, min_capacity=0)
+        self.moe.to(base.gate.weight.device)
+        self.moe.deepspeed_moe.gate.wg.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.moe(x)[0]
+        return y
+
+
+class _Copy(nn.Module):
+    """A full FFN as DeepSpeed deep-copies it."""
+
+    def __init__(self, base: FeedForward) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({p: base.projection(p) for p in PROJECTIONS})
+        self.activation = base.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers["down"](self.activation(self.layers["gate"](x)) * self.layers["up"](x))
+        return y
+
+
+@contextmanager
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def dense(s: Setting) -> PreTrainedModel:
+    with torch.device(s.device), _dtype(s.dtype):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(s.config, dtype=s.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def alignx(s: Setting, placement: Placement | None = None) -> PreTrainedModel:
+    """Fused, or with its experts spread over the ranks of DeepSpeed's expert-parallel groups."""
+    backbone, table = dense(s), backbone_of(s.config.model_type)
+    layers = list(range(s.config.num_hidden_layers))
+    config = AlignXConfig(
+        text_config=s.config,
+        experts=["generalist", *(f"axis {i}" for i in range(AXES))],
+        layers=layers,
+        ranks=dict.fromkeys(PROJECTIONS, s.rank),
+        gate=asdict(GateSettings()),
+        latent_size=s.latent,
+        output_latent_size=s.output_latent,
+        fractal_dimensions=FRACTAL_DIMENSIONS,
+        anchors=ANCHORS,
+        scales=SCALES,
+    )
+    d, parts = s.config.hidden_size, {}
+    with torch.device(s.device):
+        for layer in layers:
+            ffn = table.view(table.ffn_of(backbone, layer))
+            experts = [Factors.zeros(ffn, config.ranks), *(_random_factors(ffn, s) for _ in range(AXES))]
+            gate = _random_geometry(SUMMARIES * d, s.latent) if layer == 0 else None
+            parts[layer] = LayerParts(experts, gate, _random_geometry(d, s.output_latent))
+        model = AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
+        for made in alignx_layers(model):
+            nn.init.normal_(made.calibration.reinjection, std=1e-3)
+            if made.gate is not None:
+                nn.init.normal_(made.gate.router.weight, std=0.1)
+    for buffer in model.lexicon.buffers():
+        buffer.normal_().abs_()
+    return model.eval().requires_grad_(False).to(s.device)
+
+
+def _random_factors(ffn: FeedForward, s: Setting) -> Factors:
+    def matrix(rows: int, columns: int) -> Tensor:
+        return 0.01 * torch.randn(rows, columns, dtype=s.dtype)
+
+    weights = {p: ffn.projection(p) for p in PROJECTIONS}
+    return Factors(
+        down={p: matrix(s.rank, w.in_features) for p, w in weights.items()},
+        up={p: matrix(w.out_features, s.rank) for p, w in weights.items()},
+    )
+
+
+def _random_geometry(d: int, latent: int) -> Geometry:
+    blank = Geometry.blank(d, latent, FRACTAL_DIMENSIONS, AXES + 1, ANCHORS, SCALES)
+    moved = {name: torch.randn(getattr(blank, name).shape) for name in ("means", "anchors")}
+    return Geometry.from_tensors({**blank.tensors(), **moved, "projection": torch.randn(latent, d) / d**0.5})
+
+
+def fusion(s: Setting, settings: FusionSettings) -> PreTrainedModel:
+    """H3Fusion or TrinityX: three full FFN copies and a token gate in every layer."""
+    model = dense(s)
+
+    def block(layer: int, ffn: FeedForward) -> FullExperts:
+        return FullExperts([ffn] * AXES, settings)
+
+    with torch.device(s.device):
+        replace_ffns(model, backbone_of(s.config.model_type), list(range(s.config.num_hidden_layers)), block)
+    return model.eval().requires_grad_(False)
+
+
+def stock_moe(s: Setting) -> PreTrainedModel:
+    model = dense(s)
+    layers = list(range(s.config.num_hidden_layers))
+    replace_ffns(model, backbone_of(s.config.model_type), layers, lambda layer, ffn: StockMoE(ffn))
+    return model.eval().requires_grad_(False)
+
+
+def systems(s: Setting, names: list[str]) -> list[System]:
+    """The named systems, in this order; those that differ in settings alone share one model."""
+    built: dict[str, list[PreTrainedModel]] = {}
+
+    def once(key: str, build: Callable[[], list[PreTrainedModel]]) -> list[PreTrainedModel]:
+        if key not in built:
+            built[key] = build()
+        return built[key]
+
+    made = []
+    for name in names:
+        kind, prepare = KINDS[name]
+        models = once(kind, lambda kind=kind: BUILD[kind](s))  # type: ignore[misc]
+        made.append(System(name, models, lambda models=models, prepare=prepare: prepare(models)))  # type: ignore[misc]
+    return made
+
+
+def _top_k(k: int) -> Callable[[list[PreTrainedModel]], None]:
+    def prepare(models: list[PreTrainedModel]) -> None:
+        for layer in alignx_layers(models[0]):
+            layer.top_k = k
+            if layer.gate is not None:
+                layer.gate.settings = GateSettings(top_k=k)
+
+    return prepare
+
+
+def _execution(grouped: bool) -> Callable[[list[PreTrainedModel]], None]:
+    def prepare(models: list[PreTrainedModel]) -> None:
+        for module in models[0].modules():
+            if isinstance(module, FullExperts):
+                module.grouped = grouped
+
+    return prepare
+
+
+def _nothing(models: list[PreTrainedModel]) -> None:
+    pass
+
+
+BUILD: dict[str, Callable[[Setting], list[Any]]] = {
+    "dense": lambda s: [dense(s)],
+    "alignx": lambda s: [alignx(s)],
+    "h3fusion": lambda s: [fusion(s, H3FUSION)],
+    "trinityx": lambda s: [fusion(s, TRINITYX)],
+    "stock": lambda s: [stock_moe(s)],
+    "ensemble": lambda s: [dense(s) for _ in range(AXES)],
+}
+KINDS: dict[str, tuple[str, Callable[[list[PreTrainedModel]], None]]] = {
+    "dense base": ("dense", _nothing),
+    "AlignX": ("alignx", _top_k(1)),
+    "AlignX, 2 experts": ("alignx", _top_k(2)),
+    "AlignX, all experts": ("alignx", _top_k(AXES + 1)),
+    "H3Fusion, loop": ("h3fusion", _execution(False)),
+    "H3Fusion, grouped": ("h3fusion", _execution(True)),
+    "TrinityX": ("trinityx", _execution(True)),
+    "DeepSpeed MoE": ("stock", _nothing),
+    "ensemble of 3": ("ensemble", _nothing),
+}

@@ -1,0 +1,53 @@
+"""Interleaved timing: every round runs all systems in turn, so that a change of the machine's speed hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP = 2  # rounds that are dropped
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of every round."""
+
+    rounds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.rounds, n=4)
+        return low, high
+
+    def over(self, other: Times) -> float:
+        """The median of the rounds' own ratios: what both met in the same round cancels."""
+        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
+
+
+def interleaved(work: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Times]:
+    """Times by name; every round starts with another system, so that no one always follows the same neighbour."""
+    names = list(work)
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(WARM_UP + repeats):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            rounds[name].append(_milliseconds(work[name], device))
+    return {name: Times(values[WARM_UP:]) for name, values in rounds.items()}
+
+
+def _milliseconds(work: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
