@@ -8,9 +8,10 @@ carry no information (measured: accuracy 0.49 with hard counts in 64 dimensions)
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, unflatten
 
 
 def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
@@ -40,17 +41,30 @@ def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor
     return mass.mean(-1) - (local_dimension(mass, scales) - dimensions).abs()
 
 
-def fractal_pull(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
-    """The gated mean-shift step: the direction in which the experts' log mass grows, averaged over the scales.
+class MeanShift(NamedTuple):
+    """The step towards which experts' log mass grows, as two linear maps about a softmax: z -> weights(z)·back − z.
 
-    z [..., f], gates [..., E] summing to one, anchors [E, M, f] (or, of z [B, T, f], every row's own [B, E, M, f]),
-    scales [S] -> [..., f].
+    C = E·S·M kernels, one per expert, scale and anchor; `back` averages over the scales.
     """
-    flat = anchors.flatten(-3, -2)
-    # A softmax over anchors doesn't see what they share, so |z|² need not be computed.
-    norms = flat.square().sum(-1)
-    distances = 0.5 * (norms.unsqueeze(-2) if anchors.dim() > 3 else norms) - z @ flat.mT
-    distances = torch.unflatten(distances, -1, anchors.shape[-3:-1])
-    weights = torch.stack([torch.softmax(-distances / scale.square(), dim=-1) for scale in scales]).sum(0)
-    weights = (weights / len(scales) * gates.unsqueeze(-1)).flatten(-2)
-    return weights @ flat - z
+
+    into: Tensor  # [..., f, C]
+    offset: Tensor  # [..., 1, C]
+    back: Tensor  # [..., C, f]
+    kernels: tuple[int, int]  # (E·S, M)
+
+    @classmethod
+    def of(cls, anchors: Tensor, scales: Tensor) -> MeanShift:
+        """anchors [..., E, M, f], scales [S]. What a softmax over anchors can't see, |z|², is left out."""
+        narrow = scales.square()[:, None, None]
+        spread = anchors.unsqueeze(-3)  # [..., E, 1, M, f]
+        return cls(
+            into=(spread / narrow).flatten(-4, -2).mT,
+            offset=(-0.5 * spread.square().sum(-1) / narrow.squeeze(-1)).flatten(-3).unsqueeze(-2),
+            back=(spread / len(scales)).expand(*spread.shape[:-3], len(scales), -1, -1).flatten(-4, -2),
+            kernels=(anchors.shape[-3] * len(scales), anchors.shape[-2]),
+        )
+
+    def weights(self, z: Tensor) -> Tensor:
+        """z [..., f] -> [..., E·S, M], each expert's and scale's summing to one."""
+        exponents = z @ self.into + (self.offset if self.into.dim() > 2 else self.offset.squeeze(0))
+        return unflatten(exponents, -1, self.kernels).softmax(-1)

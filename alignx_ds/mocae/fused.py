@@ -21,11 +21,10 @@ class Pick(NamedTuple):
     """The factors of one expert per row, gathered: nothing need be read of the experts that a row did not choose."""
 
     weight: Tensor  # [B, 1, 1] the gate
-    kept: Tensor  # [B, 1, 1] 0 where the choice is the generalist, which has no factors
     down_in: Tensor  # [B, 2r, d]
-    up_in: Tensor  # [2, B, r, f]
+    up_in: Tensor  # [2, B, r, f], zero where the choice is the generalist, which has no factors
     down_out: Tensor  # [B, r, f]
-    up_out: Tensor  # [B, r, d]
+    up_out: Tensor  # [B, r, d], likewise
 
 
 class FusedMixture(nn.Module):
@@ -84,15 +83,14 @@ class FusedMixture(nn.Module):
         weights, experts = gates.squeeze(1).topk(count, dim=-1)
         dtype, picks = self.down_in.dtype, []
         for weight, expert in zip(weights.unbind(-1), experts.unbind(-1), strict=True):
-            place = (expert - 1).clamp_min(0)
+            place, kept = (expert - 1).clamp_min(0), (expert > 0).to(dtype)[:, None, None]
             picks.append(
                 Pick(
                     weight=weight.to(dtype)[:, None, None],
-                    kept=(expert > 0).to(dtype)[:, None, None],
                     down_in=self.down_in.index_select(0, place).flatten(1, 2),
-                    up_in=self.up_in.index_select(1, place),
+                    up_in=self.up_in.index_select(1, place) * kept,
                     down_out=self.down_out.index_select(0, place),
-                    up_out=self.up_out.index_select(0, place),
+                    up_out=self.up_out.index_select(0, place) * kept,
                 )
             )
         return picks
@@ -102,17 +100,17 @@ class FusedMixture(nn.Module):
         gate, up = base.gate(x), base.up(x)
         acts = []
         for pick in picks:
-            latent = (x @ pick.down_in.mT) * pick.kept
+            latent = x @ pick.down_in.mT
             to_gate, to_up = latent.chunk(2, dim=-1)
             acts.append(
                 base.activation(torch.baddbmm(gate, to_gate, pick.up_in[0])) * torch.baddbmm(up, to_up, pick.up_in[1])
             )
         if len(picks) == 1:
             (pick,), (act,) = picks, acts
-            return torch.baddbmm(base.down(act), (act @ pick.down_out.mT) * pick.kept, pick.up_out)
+            return torch.baddbmm(base.down(act), act @ pick.down_out.mT, pick.up_out)
         y: Tensor = base.down(torch.stack([a * p.weight for a, p in zip(acts, picks, strict=True)]).sum(0))
         for act, pick in zip(acts, picks, strict=True):
-            y = torch.baddbmm(y, (act @ pick.down_out.mT) * (pick.kept * pick.weight), pick.up_out)
+            y = torch.baddbmm(y, (act @ pick.down_out.mT) * pick.weight, pick.up_out)
         return y
 
     def _one_expert(self, x: Tensor, one_hot: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ Shapes: B rows, T tokens, d hidden, E experts.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from alignx_ds.mocae.fused import FusedMixture, Pick
 from alignx_ds.mocae.gate import CalibratedGate, Query
-from alignx_ds.mocae.output_calibration import OutputCalibration
+from alignx_ds.mocae.output_calibration import OutputCalibration, Pull
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import Channel, Routing, prompt_summary
 
@@ -47,13 +48,21 @@ class AlignXLayer(nn.Module):
             y = self.mixture(x, gates, mask)
         else:
             y = self.mixture(x, gates, count, self._picks(gates, count, routing))
-        calibrated: Tensor = self.calibration(y, gates, mask, count)
+        calibrated: Tensor = self.calibration(y, gates, mask, self._pull(gates, count, routing))
         return calibrated
+
+    def _pull(self, gates: Tensor, count: int | None, routing: Routing) -> Pull:
+        """What the gates fix of the output calibration, kept with the KV cache; not in training: it has gradients."""
+        if torch.is_grad_enabled():
+            return self.calibration.pull(gates.float(), count)
+        if self.index not in routing.pulls:
+            routing.pulls[self.index] = self.calibration.pull(gates.float(), count)
+        return routing.pulls[self.index]
 
     def _picks(self, gates: Tensor, count: int | None, routing: Routing) -> list[Pick] | None:
         """The rows' own factors: gathered at prefill, kept with the KV cache, where they are fewer than all."""
         assert isinstance(self.mixture, FusedMixture)
-        if self.training or count is None or not self.mixture.few_rows(len(gates), count):
+        if torch.is_grad_enabled() or count is None or not self.mixture.few_rows(len(gates), count):
             return None
         if self.index not in routing.picks:
             routing.picks[self.index] = self.mixture.pick(gates, count)

@@ -23,12 +23,3 @@ def natural_score(z: Tensor, means: Tensor, whiteners: Tensor, log_volumes: Tens
     offsets = torch.einsum("ekj,ej->ek", whiteners, means)
     whitened = torch.unflatten(z @ stacked.T, -1, (means.shape[0], k)) - offsets
     return -(0.5 * whitened.square().sum(-1) + log_volumes) / k - 0.5 * math.log(2 * math.pi)
-
-
-def natural_pull(z: Tensor, gates: Tensor, means: Tensor) -> Tensor:
-    """The natural-gradient step up the gated log-density: Σᵢ gᵢ (μᵢ − z).
-
-    The Fisher metric of a Gaussian's mean is Σ⁻¹, so the natural gradient of log N is Σ·Σ⁻¹(μ − z) = μ − z.
-    z [..., k], gates [..., E] summing to one, means [E, k] -> [..., k].
-    """
-    return gates @ means - z

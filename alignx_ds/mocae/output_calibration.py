@@ -7,13 +7,25 @@ Shapes: B rows, T tokens, d hidden, k latent, E experts.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from alignx_ds.mocae.fractal import fractal_pull
+from alignx_ds.mocae.fractal import MeanShift
 from alignx_ds.mocae.geometry import Geometry
-from alignx_ds.mocae.natural import natural_pull
+
+
+class Pull(NamedTuple):
+    """The step's maps under given gates; C kernels (fractal.MeanShift)."""
+
+    bias: Tensor  # [k] of z
+    shift: MeanShift
+    gates: Tensor | None  # [B, T or 1, E·S, 1], absent where one expert alone has a gate
+    back: Tensor  # [C, k] or [B, C, k], weighted by λ₁
+    rest: Tensor  # [B, T or 1, k], weighted by λ₂
+    damping: Tensor  # [k]
 
 
 class OutputCalibration(nn.Module):
@@ -35,23 +47,38 @@ class OutputCalibration(nn.Module):
         )
         self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
 
-    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None, count: int | None = None) -> Tensor:
-        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d].
+    def pull(self, gates: Tensor, count: int | None = None) -> Pull:
+        """Everything of the step that a row's gates fix: gates [B, T or 1, E] fp32. While decoding, made once a prompt.
 
         `count` of one says that the gates are one-hot, so that the other experts' anchors need not be looked at.
         """
-        projection, gates = self.projection.float(), gates.float()
-        z = linear(y.float(), projection, -(projection * self.centre.float()).sum(-1))
-        natural = natural_pull(z, gates, self.means.float())
-        anchors = self.anchors.float()
-        if count == 1 and gates.shape[1] == 1:
+        fractal, natural = self.strengths.float().unbind()
+        anchors, scales, projection = self.anchors.float(), self.scales.float(), self.projection.float()
+        one = count == 1 and gates.shape[1] == 1
+        if one:
             anchors = anchors.index_select(0, gates.squeeze(1).argmax(-1)).unsqueeze(1)  # [B, 1, M, f]
-            gates = torch.ones_like(gates[..., :1])
-        leading = anchors.shape[-1]
-        fractal = fractal_pull(z[..., :leading], gates, anchors, self.scales.float())
-        strengths = self.strengths.float()
-        step = strengths[0] * pad(fractal, (0, z.shape[-1] - leading)) + strengths[1] * natural
-        change = step @ self.reinjection.float().T
+        shift = MeanShift.of(anchors, scales)
+        unused = projection.shape[0] - anchors.shape[-1]
+        leading = pad(projection.new_ones(anchors.shape[-1]), (0, unused))
+        return Pull(
+            bias=-(projection * self.centre.float()).sum(-1),
+            shift=shift,
+            gates=None if one else gates.repeat_interleave(len(scales), dim=-1).unsqueeze(-1),
+            back=pad(fractal * shift.back, (0, unused)),
+            rest=natural * (gates @ self.means.float()),
+            damping=-(natural + fractal * leading),
+        )
+
+    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None, pull: Pull | None = None) -> Tensor:
+        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d]."""
+        p = pull or self.pull(gates.float())
+        z = linear(y.float(), self.projection.float(), p.bias)
+        weights = p.shift.weights(z[..., : p.shift.into.shape[-2]])
+        weights = (weights if p.gates is None else weights * p.gates).flatten(-2)
+        # λ₁·Fractal(z) + λ₂·Natural(z), with what either subtracts of z taken together
+        step = torch.addcmul(p.rest, z, p.damping)
+        step = step + weights @ p.back if p.back.dim() == 2 else torch.baddbmm(step, weights, p.back)
+        change = linear(step, self.reinjection.float())
         if self.training:
             weight = torch.ones(y.shape[:-1], device=y.device) if token_mask is None else token_mask.float()
             energy = (y.detach().float().square().sum(-1) * weight).sum(-1)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import generator, random_geometry, relative
+from torch import Tensor
 
-from alignx_ds.mocae.fractal import fractal_pull, fractal_score, local_dimension, log_mass
+from alignx_ds.mocae.fractal import MeanShift, fractal_score, local_dimension, log_mass
 
 
 @settings(max_examples=20, deadline=None)
@@ -72,6 +73,13 @@ def test_the_score_is_mean_mass_less_the_mismatch_of_dimension() -> None:
         slopes = np.array([np.polyfit(np.log(g.scales.double().numpy()), row, 1)[0] for row in mass])
         expected = mass.mean(-1) - np.abs(slopes - float(g.dimensions[e]))
         np.testing.assert_allclose(score[:, e].numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def fractal_pull(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
+    """The gated step: z [..., f], gates [..., E], anchors [E, M, f]."""
+    shift = MeanShift.of(anchors, scales)
+    gated = shift.weights(z) * gates.repeat_interleave(len(scales), dim=-1).unsqueeze(-1)
+    return gated.flatten(-2) @ shift.back - z
 
 
 def test_the_pull_of_one_scale_is_the_scaled_gradient_of_the_log_mass() -> None:

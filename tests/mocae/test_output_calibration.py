@@ -14,10 +14,21 @@ from tiny_models import (
     random_rows,
     relative,
 )
+from torch import Tensor
 
-from alignx_ds.mocae.fractal import fractal_pull
+from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.output_calibration import OutputCalibration
+
+
+def mean_shift(z: Tensor, gates: Tensor, g: Geometry) -> Tensor:
+    """Kernel by kernel: the anchors' mean, weighted by their Gaussian kernels; averaged over scales and gates."""
+    total = torch.zeros_like(z)
+    for e, gate in enumerate(gates):
+        for scale in g.scales:
+            kernels = (-0.5 * (g.anchors[e] - z).square().sum(-1) / scale**2).softmax(-1)
+            total += gate * (kernels @ g.anchors[e]) / len(g.scales)
+    return total
 
 
 def test_the_formula() -> None:
@@ -34,7 +45,7 @@ def test_the_formula() -> None:
         for t in range(6):
             z = g.projection @ (y[b, t] - g.centre)
             natural = sum(gates[b, 0, e] * (g.means[e] - z) for e in range(4))
-            fractal = torch.cat([fractal_pull(z[:3], gates[b, 0], g.anchors, g.scales), torch.zeros(2)])
+            fractal = torch.cat([mean_shift(z[:3], gates[b, 0], g) - z[:3], torch.zeros(2)])
             calibrated = z + 0.6 * fractal + 0.4 * natural
             change[b, t] = calibration.reinjection.detach() @ (calibrated - z)
     assert relative(out.detach() - y, change) < 1e-4
@@ -71,3 +82,15 @@ def test_either_calibrator_alone_changes_something(strength: int) -> None:
         calibration.strengths[strength] = 0.0
         calibration.reinjection.normal_(generator=generator(1))
     assert relative(calibration(y, torch.full((2, 1, 4), 0.25)), y) > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 6])
+def test_one_hot_gates_need_the_chosen_expert_s_anchors_only(length: int) -> None:
+    calibration = OutputCalibration(random_geometry(5, 1), 0.6, 0.4)
+    calibration.reinjection.normal_(generator=generator(1))
+    y = torch.randn(3, length, 32, generator=generator(2))
+    gates = torch.eye(4)[[2, 0, 3]].unsqueeze(1)
+    chosen = calibration.pull(gates, count=1)
+    assert chosen.gates is None and chosen.back.shape[0] == 3
+    assert relative(calibration(y, gates, pull=chosen) - y, calibration(y, gates) - y) < 1e-4
