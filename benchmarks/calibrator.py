@@ -93,7 +93,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     args: argparse.Namespace = parser.parse_args()
     torch.manual_seed(0)
-    setting = Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank)
+    setting = Setting(
+        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
+    )
     times, counts = measure(setting, args.batch, args.length, args.repeats), flops(setting, args.batch, args.length)
     layers = setting.config.num_hidden_layers
     gate, output = times[GATE].over(times[LAYER]), times[OUTPUT].over(times[LAYER])

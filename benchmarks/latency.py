@@ -154,7 +154,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
-    setting = Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank)
+    setting = Setting(
+        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
+    )
     made = systems(setting, args.systems)
     grid = measure(made, args)
     met = targets(grid, args.device)

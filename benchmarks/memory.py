@@ -80,7 +80,7 @@ def peak(kind: str, args: argparse.Namespace, layers: int) -> float:
 def _serve(kind: str, args: argparse.Namespace, layers: int, queue: Any) -> None:
     from alignx_ds.evaluation.decode import Decoder
 
-    setting = Setting(config_of(args.shape, layers), args.device, record.dtype_of(args), args.rank)
+    setting = Setting(config_of(args.shape, layers, args.vocabulary), args.device, record.dtype_of(args), args.rank)
     before = _resident()
     models = BUILD[kind](setting)
     ids = torch.randint(3, setting.config.vocab_size, (args.batch, args.length), device=args.device)
@@ -115,7 +115,9 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     args = parser.parse_args()
     args.dtype = args.dtype or "bfloat16"
-    setting = Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank)
+    setting = Setting(
+        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
+    )
     depth = setting.config.num_hidden_layers
     cache = kv_cache(setting, args.batch, args.length + DECODED)
     found: dict[str, dict[str, Any]] = {kind: counted(setting, kind) for kind in args.systems}

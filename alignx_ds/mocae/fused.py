@@ -42,7 +42,7 @@ class FusedMixture(nn.Module):
         for name, tensor in stack(experts[1:]).items():
             self.register_parameter(name, nn.Parameter(tensor.to(base.dtype)))
 
-    down_in: Tensor  # [S, 2, r, d]
+    down_in: Tensor  # [2, S, r, d]
     up_in: Tensor  # [2, S, r, f]
     down_out: Tensor  # [S, r, f]
     up_out: Tensor  # [S, r, d]
@@ -87,7 +87,7 @@ class FusedMixture(nn.Module):
             picks.append(
                 Pick(
                     weight=weight.to(dtype)[:, None, None],
-                    down_in=self.down_in.index_select(0, place).flatten(1, 2),
+                    down_in=self.down_in.transpose(0, 1).index_select(0, place).flatten(1, 2),
                     up_in=self.up_in.index_select(1, place) * kept,
                     down_out=self.down_out.index_select(0, place),
                     up_out=self.up_out.index_select(0, place) * kept,
@@ -117,7 +117,7 @@ class FusedMixture(nn.Module):
         """One activation per token: masking the stacked latent with the one-hot gates picks each token's expert."""
         base, own = self._base[0], one_hot[..., 1:, None]  # [B, T or 1, S, 1]
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
-        to_gate, to_up = (latent * own.unsqueeze(-1)).unbind(-2)
+        to_gate, to_up = (latent * own.unsqueeze(-3)).unbind(-3)
         act = base.activation(_plus(base.gate(x), to_gate, self.up_in[0])) * _plus(base.up(x), to_up, self.up_in[1])
         return _plus(base.down(act), self._outward(act) * own, self.up_out)
 
@@ -128,7 +128,7 @@ class FusedMixture(nn.Module):
         weights = gates.unsqueeze(-1).unbind(-2)  # E of [B, T or 1, 1]
         mixed, latents = weights[0] * (base.activation(gate) * up), []
         for s, weight in enumerate(weights[1:]):
-            to_gate, to_up = latent[..., s, :, :].unbind(-2)
+            to_gate, to_up = latent[..., s, :].unbind(-2)
             pre_gate, pre_up = (
                 torch.addmm(shared.flatten(0, -2), own.flatten(0, -2), factor).view_as(shared)
                 for shared, own, factor in ((gate, to_gate, self.up_in[0, s]), (up, to_up, self.up_in[1, s]))
@@ -155,7 +155,7 @@ def stack(specialists: list[Factors]) -> dict[str, Tensor]:
     inward = max(ranks["gate"], ranks["up"])
     padded = [f.padded({**ranks, "gate": inward, "up": inward}) for f in specialists]
     return {
-        "down_in": torch.stack([torch.stack([f.down["gate"], f.down["up"]]) for f in padded]),
+        "down_in": torch.stack([torch.stack([f.down[p] for f in padded]) for p in ("gate", "up")]),
         "up_in": torch.stack([torch.stack([f.up[p].T for f in padded]) for p in ("gate", "up")]),
         "down_out": torch.stack([f.down["down"] for f in padded]),
         "up_out": torch.stack([f.up["down"].T for f in padded]),
@@ -166,10 +166,10 @@ def unstack(stacks: dict[str, Tensor]) -> list[Factors]:
     """The specialists' factors that `stack` was given, padding included."""
     return [
         Factors(
-            down={"gate": inward[0].clone(), "up": inward[1].clone(), "down": outward.clone()},
+            down={"gate": a.clone(), "up": b.clone(), "down": outward.clone()},
             up={"gate": g.T.clone(), "up": u.T.clone(), "down": o.T.clone()},
         )
-        for inward, outward, g, u, o in zip(
-            stacks["down_in"], stacks["down_out"], *stacks["up_in"], stacks["up_out"], strict=True
+        for a, b, outward, g, u, o in zip(
+            *stacks["down_in"], stacks["down_out"], *stacks["up_in"], stacks["up_out"], strict=True
         )
     ]

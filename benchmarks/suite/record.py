@@ -47,6 +47,7 @@ def parser(doc: str | None, shape: str = "small") -> argparse.ArgumentParser:
         "--shape", choices=NAMES, default=shape, help="model shape; random weights (default: %(default)s)"
     )
     made.add_argument("--layers", type=int, default=0, help="decoder layers, where not the shape's own")
+    made.add_argument("--vocabulary", type=int, default=0, help="tokens, where not the shape's own")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     made.add_argument("--rank", type=int, default=64, help="of the experts' factors (default: %(default)s)")

@@ -39,10 +39,12 @@ SMALL = {
 NAMES = (*SMALL, *shapes.SHAPES)
 
 
-def config_of(name: str, layers: int = 0) -> PreTrainedConfig:
-    """The config; `layers` other than zero cuts or lengthens the stack."""
+def config_of(name: str, layers: int = 0, vocabulary: int = 0) -> PreTrainedConfig:
+    """The config; `layers` and `vocabulary` other than zero take the place of the shape's own."""
     config = SMALL[name].config() if name in SMALL else shapes.shape(name)
     assert config is not None
+    if vocabulary:
+        config.vocab_size = vocabulary
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
