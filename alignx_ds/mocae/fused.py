@@ -21,10 +21,10 @@ class Pick(NamedTuple):
     """The factors of one expert per row, gathered: nothing need be read of the experts that a row did not choose."""
 
     weight: Tensor  # [B, 1, 1] the gate
-    down_in: Tensor  # [B, 2r, d]
-    up_in: Tensor  # [2, B, r, f], zero where the choice is the generalist, which has no factors
-    down_out: Tensor  # [B, r, f]
-    up_out: Tensor  # [B, r, d], likewise
+    down_in: Tensor  # [B, 2r, d], zero where the choice is the generalist, which has no factors
+    up_in: Tensor  # [2, B, r, f]
+    down_out: Tensor  # [B, r, f], likewise
+    up_out: Tensor  # [B, r, d]
 
 
 class FusedMixture(nn.Module):
@@ -87,10 +87,10 @@ class FusedMixture(nn.Module):
             picks.append(
                 Pick(
                     weight=weight.to(dtype)[:, None, None],
-                    down_in=self.down_in.transpose(0, 1).index_select(0, place).flatten(1, 2),
-                    up_in=self.up_in.index_select(1, place) * kept,
-                    down_out=self.down_out.index_select(0, place),
-                    up_out=self.up_out.index_select(0, place) * kept,
+                    down_in=self.down_in.transpose(0, 1).index_select(0, place).flatten(1, 2) * kept,
+                    up_in=self.up_in.index_select(1, place),
+                    down_out=self.down_out.index_select(0, place) * kept,
+                    up_out=self.up_out.index_select(0, place),
                 )
             )
         return picks
@@ -98,20 +98,22 @@ class FusedMixture(nn.Module):
     def _picked(self, x: Tensor, picks: list[Pick]) -> Tensor:
         base = self._base[0]
         gate, up = base.gate(x), base.up(x)
-        acts = []
-        for pick in picks:
-            latent = x @ pick.down_in.mT
-            to_gate, to_up = latent.chunk(2, dim=-1)
-            acts.append(
-                base.activation(torch.baddbmm(gate, to_gate, pick.up_in[0])) * torch.baddbmm(up, to_up, pick.up_in[1])
-            )
         if len(picks) == 1:
-            (pick,), (act,) = picks, acts
-            return torch.baddbmm(base.down(act), act @ pick.down_out.mT, pick.up_out)
+            act = self._own_activation(x, gate, up, picks[0], in_place=True)
+            out: Tensor = base.down(act)
+            return out.baddbmm_(act @ picks[0].down_out.mT, picks[0].up_out)
+        acts = [self._own_activation(x, gate, up, pick) for pick in picks]
         y: Tensor = base.down(torch.stack([a * p.weight for a, p in zip(acts, picks, strict=True)]).sum(0))
         for act, pick in zip(acts, picks, strict=True):
-            y = torch.baddbmm(y, (act @ pick.down_out.mT) * pick.weight, pick.up_out)
+            y.baddbmm_((act @ pick.down_out.mT) * pick.weight, pick.up_out)
         return y
+
+    def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, pick: Pick, in_place: bool = False) -> Tensor:
+        """Of the experts that the rows picked; `gate` and `up` are the base's pre-activations, used up if `in_place`."""
+        to_gate, to_up = (x @ pick.down_in.mT).chunk(2, dim=-1)
+        add = Tensor.baddbmm_ if in_place else torch.baddbmm
+        activated: Tensor = self._base[0].activation(add(gate, to_gate, pick.up_in[0]))
+        return activated * add(up, to_up, pick.up_in[1])
 
     def _one_expert(self, x: Tensor, one_hot: Tensor) -> Tensor:
         """One activation per token: masking the stacked latent with the one-hot gates picks each token's expert."""
@@ -144,9 +146,9 @@ class FusedMixture(nn.Module):
 
 
 def _plus(shared: Tensor, latent: Tensor, up: Tensor) -> Tensor:
-    """shared [B, T, m] + Σₛ latentₛ Uₛ, in one GEMM: latent [B, T, S, r], up [S, r, m]."""
-    added = torch.addmm(shared.flatten(0, -2), latent.flatten(-2).flatten(0, -2), up.flatten(0, 1))
-    return added.view_as(shared)
+    """shared [B, T, m], a projection's fresh output, += Σₛ latentₛ Uₛ: latent [B, T, S, r], up [S, r, m]."""
+    shared.view(-1, shared.shape[-1]).addmm_(latent.flatten(-2).flatten(0, -2), up.flatten(0, 1))
+    return shared
 
 
 def stack(specialists: list[Factors]) -> dict[str, Tensor]:

@@ -72,15 +72,17 @@ class OutputCalibration(nn.Module):
     def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None, pull: Pull | None = None) -> Tensor:
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d]."""
         p = pull or self.pull(gates.float())
-        z = linear(y.float(), self.projection.float(), p.bias)
+        wide, reinjection = y.float(), self.reinjection.float()
+        z = linear(wide, self.projection.float(), p.bias)
         weights = p.shift.weights(z[..., : p.shift.into.shape[-2]])
         weights = (weights if p.gates is None else weights * p.gates).flatten(-2)
         # λ₁·Fractal(z) + λ₂·Natural(z), with what either subtracts of z taken together
         step = torch.addcmul(p.rest, z, p.damping)
         step = step + weights @ p.back if p.back.dim() == 2 else torch.baddbmm(step, weights, p.back)
-        change = linear(step, self.reinjection.float())
         if self.training:
+            change = linear(step, reinjection)
             weight = torch.ones(y.shape[:-1], device=y.device) if token_mask is None else token_mask.float()
             energy = (y.detach().float().square().sum(-1) * weight).sum(-1)
             self.last_drift = (change.square().sum(-1) * weight).sum(-1) / energy.clamp_min(1e-12)
-        return y + change.to(y.dtype)
+        calibrated = torch.addmm(wide.flatten(0, 1), step.flatten(0, 1), reinjection.T)
+        return calibrated.view_as(y).to(y.dtype)
