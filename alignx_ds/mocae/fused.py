@@ -109,7 +109,7 @@ class FusedMixture(nn.Module):
         return y
 
     def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, pick: Pick, in_place: bool = False) -> Tensor:
-        """Of the experts that the rows picked; `gate` and `up` are the base's pre-activations, used up if `in_place`."""
+        """Of the rows' own experts; `gate` and `up` are the base's pre-activations, used up if `in_place`."""
         to_gate, to_up = (x @ pick.down_in.mT).chunk(2, dim=-1)
         add = Tensor.baddbmm_ if in_place else torch.baddbmm
         activated: Tensor = self._base[0].activation(add(gate, to_gate, pick.up_in[0]))
@@ -119,8 +119,10 @@ class FusedMixture(nn.Module):
         """One activation per token: masking the stacked latent with the one-hot gates picks each token's expert."""
         base, own = self._base[0], one_hot[..., 1:, None]  # [B, T or 1, S, 1]
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
-        to_gate, to_up = (latent * own.unsqueeze(-3)).unbind(-3)
-        act = base.activation(_plus(base.gate(x), to_gate, self.up_in[0])) * _plus(base.up(x), to_up, self.up_in[1])
+        latent = (latent * own.unsqueeze(-3)).flatten(-2).flatten(0, 1).transpose(0, 1)  # [2, B T, S r]
+        inward = torch.stack([base.gate(x), base.up(x)]).flatten(1, 2)
+        gate, up = inward.baddbmm_(latent, self.up_in.flatten(1, 2))  # a CPU does both at once in 2/3 of the time
+        act = (base.activation(gate) * up).unflatten(0, x.shape[:2])
         return _plus(base.down(act), self._outward(act) * own, self.up_out)
 
     def _every_expert(self, x: Tensor, gates: Tensor) -> Tensor:
