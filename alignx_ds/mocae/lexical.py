@@ -29,16 +29,24 @@ class Lexicon(nn.Module):
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, T], 1 on the tokens that count -> [B, E] fp32."""
-        counts = bucket_counts(ids, mask.to(ids.device))
-        present = torch.where(counts > 0, 1 + counts.clamp_min(1).log(), 0) * self.rarity.float()
-        scores: Tensor = nn.functional.normalize(present, dim=-1) @ self.weights.float().T + self.bias.float()
+        buckets, inside = ngrams(ids, mask.to(ids.device))
+        times = bucket_counts(ids, mask.to(ids.device)).gather(1, buckets).clamp_min(1)  # of each occurrence's bucket
+        worth = (1 + times.log()) * self.rarity.float()[buckets] * inside  # all occurrences of a bucket share it
+        length = (worth.square() / times).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        weights = self.weights.float()[:, buckets]  # [E, B, 2T − 1]
+        scores: Tensor = (weights * (worth / times / length)).sum(-1).T + self.bias.float()
         return scores
 
 
-def bucket_counts(ids: Tensor, mask: Tensor) -> Tensor:
-    """How often each bucket's tokens and pairs of neighbours occur: ids, mask [B, T] -> [B, H] fp32."""
+def ngrams(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(bucket, 1 where it is of the prompt) of every token and every pair of neighbours: ids [B, T] -> [B, 2T − 1]."""
     inside = mask.bool()
     pairs = (ids[:, :-1] * FACTOR) ^ (ids[:, 1:] * SECOND + SHIFT)
     buckets = torch.cat([ids * FACTOR, pairs], dim=1) % BUCKETS
-    weight = torch.cat([inside, inside[:, :-1] & inside[:, 1:]], dim=1).float()
-    return weight.new_zeros(len(ids), BUCKETS).scatter_add_(1, buckets, weight)
+    return buckets, torch.cat([inside, inside[:, :-1] & inside[:, 1:]], dim=1).float()
+
+
+def bucket_counts(ids: Tensor, mask: Tensor) -> Tensor:
+    """How often each bucket occurs in a prompt: ids, mask [B, T] -> [B, H] fp32."""
+    buckets, inside = ngrams(ids, mask)
+    return inside.new_zeros(len(ids), BUCKETS).scatter_add_(1, buckets, inside)
