@@ -51,7 +51,6 @@ def prompt_summary(h: Tensor, prompt_mask: Tensor) -> Tensor:
     places = torch.arange(h.shape[1], device=h.device)
     last_place = (places * inside).amax(1)[:, None, None].expand(-1, -1, h.shape[-1])
     last = h.gather(1, last_place)
-    # What is outside the prompt is filled with a state of the prompt, which changes neither extreme: one pass for both.
-    smallest, largest = torch.aminmax(torch.where(inside.unsqueeze(-1), h, last), dim=1)
+    filled = torch.where(inside.unsqueeze(-1), h, last)  # a state of the prompt changes neither extreme
     mean = (inside.unsqueeze(1).float() @ h).squeeze(1) / inside.sum(1, keepdim=True).clamp_min(1)
-    return torch.cat([mean, largest, smallest, last.squeeze(1)], dim=-1)
+    return torch.cat([mean, filled.amax(1), filled.amin(1), last.squeeze(1)], dim=-1)
