@@ -47,13 +47,12 @@ def gate_terms(logits: Tensor, mask: Tensor, axes: Tensor, temperature: float) -
     it has no expert here, so that it counts as a row without a gating loss.
     """
     log_gates = (logits.float() / temperature).log_softmax(-1)
-    real = mask.unsqueeze(-1).to(log_gates.dtype)
-    tokens = real.sum((1, 2)).clamp(min=1)
-    gates = log_gates.exp()
-    by_row = (gates * real).sum(1) / tokens.unsqueeze(-1)  # [B, E]
-    own = by_row.gather(1, axes.clamp(min=0).unsqueeze(1)).squeeze(1)
-    missed = -own.clamp(min=torch.finfo(own.dtype).tiny).log() * (axes >= 0)
-    entropy = -(gates * log_gates * real).sum((1, 2)) / tokens
+    real = mask.unsqueeze(-1).bool()
+    tokens = real.sum((1, 2))
+    summed = log_gates.masked_fill(~real, -torch.inf).logsumexp(1)  # [B, E], of the gates: no gate is too small for it
+    own = summed.gather(1, axes.clamp(min=0).unsqueeze(1)).squeeze(1)
+    missed = (tokens.log() - own) * (axes >= 0)
+    entropy = -(log_gates.exp() * log_gates * real).sum((1, 2)) / tokens
     return missed.mean(), entropy.mean()
 
 
