@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 
-from alignx_ds.config import SCRATCH_MODEL, AlignConfig, AxisConfig, GeneralistConfig, RunConfig, TrainConfig
+from alignx_ds.config import (
+    FUSIONS,
+    MERGES,
+    SCRATCH_MODEL,
+    AlignConfig,
+    AxisConfig,
+    FusionConfig,
+    GeneralistConfig,
+    RunConfig,
+    TrainConfig,
+)
 from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS
 from alignx_ds.data.sources import WORLD, names_a_source, schema_problem
 from alignx_ds.data.texts import SPECIAL, planned
@@ -21,7 +31,9 @@ from alignx_ds.training import engine as engines
 
 MEASURED = (*JUDGES, *MEASURES)
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
-RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx"})
+RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", *MERGES, *FUSIONS})
+ZERO_STAGES = {"align": (1, 2), "train": (0, 1, 2, 3)}  # by the key of a stage's settings; elsewhere 0, 1 or 2
+Stage = TrainConfig | AlignConfig | FusionConfig
 
 
 def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseModel:
@@ -35,6 +47,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         *_axes(config),
         *_sets(config),
         *_judges(config),
+        *_baselines(config),
         *_batches(config, world_size),
         *_expert_parallel(config, world_size),
     ]
@@ -48,9 +61,8 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
     except ConfigError as error:
         problems += error.problems
     for key, stage in _stages(config).items():
-        allowed = {"align": (1, 2), "train": (0, 1, 2, 3), "scratch.train": (0, 1, 2)}[key]
         try:
-            problems += _deepspeed(f"{key}.deepspeed", stage.deepspeed, allowed)
+            problems += _deepspeed(f"{key}.deepspeed", stage.deepspeed, ZERO_STAGES.get(key, (0, 1, 2)))
         except ConfigError as error:
             problems += error.problems
     if problems or base is None:
@@ -75,10 +87,11 @@ def _unreachable(config: RunConfig) -> list[Problem]:
     return [Problem("model.path", config.model.path, "a model directory, a hub id, 'world' or 'scratch'", mend)]
 
 
-def _stages(c: RunConfig) -> dict[str, TrainConfig | AlignConfig]:
+def _stages(c: RunConfig) -> dict[str, Stage]:
     """The training stages of the run, by the key of their settings."""
-    first: dict[str, TrainConfig | AlignConfig] = {"scratch.train": c.scratch.train} if _from_scratch(c) else {}
-    return {**first, "train": c.train, "align": c.align}
+    first: dict[str, Stage] = {"scratch.train": c.scratch.train} if _from_scratch(c) else {}
+    fusions = {f"baselines.{name}": getattr(c.baselines, name) for name in FUSIONS if name in c.baselines.make}
+    return {**first, "train": c.train, **fusions, "align": c.align}
 
 
 def _from_scratch(c: RunConfig) -> bool:
@@ -120,6 +133,9 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         **{f"evaluation.sets.{name}.rows": s.rows for name, s in c.evaluation.sets.items()},
     }
     positive = {"gate.temperature": c.gate.temperature, "gate.granularity": c.gate.granularity}
+    positive |= {
+        f"baselines.{name}_scale": getattr(c.baselines, f"{name}_scale") for name in ("arithmetic", "ties", "dare")
+    }
     if _from_scratch(c):
         at_least_one |= {f"scratch.{name}": getattr(c.scratch, name) for name in ("hidden", "layers", "ffn")}
     for key, stage in _stages(c).items():
@@ -130,6 +146,10 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
             not_negative[f"{key}.steps"] = stage.steps
             if not stage.steps:
                 positive[f"{key}.epochs"] = stage.epochs
+        if isinstance(stage, FusionConfig):
+            at_least_one[f"{key}.steps"] = stage.steps
+            weights = ("expert_lr_scale", "gating", "drift", "entropy", "uniform")
+            not_negative |= {f"{key}.{name}": getattr(stage, name) for name in weights}
     yield from (Problem(k, v, "at least 1", "raise it") for k, v in at_least_one.items() if v < 1)
     yield from (
         Problem(k, v, "0 or more", "make it 0 or positive") for k, v in not_negative.items() if not 0 <= v < inf
@@ -230,6 +250,16 @@ def _judges(c: RunConfig) -> Iterator[Problem]:
         yield Problem("judges.reference", c.judges.reference, "a file", mend)
 
 
+def _baselines(c: RunConfig) -> Iterator[Problem]:
+    names, known = c.baselines.make, (*MERGES, *FUSIONS)
+    if len(set(names)) != len(names) or not set(names) <= set(known):
+        yield Problem("baselines.make", names, f"distinct names out of {', '.join(known)}", "correct the list")
+    for name in ("ties", "dare"):
+        density = getattr(c.baselines, f"{name}_density")
+        if not 0 < density <= 1:
+            yield Problem(f"baselines.{name}_density", density, "above 0 and at most 1", "1 keeps every entry")
+
+
 def _source(key: str, name: str, source: str, schema: str, columns: dict[str, str]) -> Iterator[Problem]:
     if schema not in SCHEMAS:
         return
@@ -297,5 +327,6 @@ def _deepspeed(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Proble
             "align.deepspeed": "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0; "
             "use ds_configs/stage2_moe_zero2.json",
             "scratch.train.deepspeed": "every rank saves the whole small model; use ds_configs/scratch_zero1.json",
+            **{f"baselines.{name}.deepspeed": "use ds_configs/fusion_zero2.json" for name in FUSIONS},
         }.get(key, "correct the stage")
         yield Problem(key, f"{path} (ZeRO stage {stage})", f"a ZeRO stage of {', '.join(map(str, allowed))}", mend)

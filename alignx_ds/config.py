@@ -19,6 +19,8 @@ from alignx_ds.errors import ConfigError, Problem
 WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
 QUOTED_NOTHING = "''"  # what `key=` stands for
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
+MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
+FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 
 
 @dataclass
@@ -159,6 +161,42 @@ class AlignConfig:
 
 
 @dataclass
+class FusionConfig:
+    """The fine-tune of a token-level mixture of full FFN copies, under plain ZeRO."""
+
+    lr: float = 2e-5  # of the gates (and of TrinityX's γ)
+    expert_lr_scale: float = 1.0  # of lr, for the experts; 0 leaves them as stage 1 made them
+    batch: int = 64
+    accumulation: int = 1
+    steps: int = 300
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    gating: float = 1.0  # α: cross-entropy of the axis label under a row's mean token gates
+    drift: float = 0.0  # how far the experts may move from where they started (H3Fusion)
+    entropy: float = 0.0  # of the token gates (TrinityX)
+    uniform: float = 0.0  # KL of the token gates from uniform ones (TrinityX)
+    deepspeed: str = "ds_configs/fusion_zero2.json"
+
+
+@dataclass
+class BaselinesConfig:
+    """What AlignX is compared with, beside sequential and mixed fine-tuning, which are always made.
+
+    The merges' scales and densities are those that their papers recommend where nothing can be tuned.
+    """
+
+    make: list[str] = field(default_factory=lambda: list(MERGES))  # of task_arithmetic, ties, dare, h3fusion, trinityx
+    arithmetic_scale: float = 0.4  # λ of the summed task vectors
+    ties_scale: float = 1.0
+    ties_density: float = 0.2  # share of a task vector's entries that are kept
+    dare_scale: float = 0.4
+    dare_density: float = 0.1
+    h3fusion: FusionConfig = field(default_factory=lambda: FusionConfig(drift=0.1))
+    trinityx: FusionConfig = field(default_factory=lambda: FusionConfig(entropy=0.1, uniform=0.05))
+
+
+@dataclass
 class SetConfig:
     """Another set of questions that every system answers: XSTest, HoneSet, AlpacaEval, multiple choice …"""
 
@@ -213,6 +251,7 @@ class RunConfig:
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judges: JudgesConfig = field(default_factory=JudgesConfig)
 

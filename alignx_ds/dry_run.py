@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.config import SCRATCH_MODEL, RunConfig, to_yaml
+from alignx_ds.config import FUSIONS, SCRATCH_MODEL, RunConfig, to_yaml
 from alignx_ds.errors import UnreachableError
 from alignx_ds.inputs import Material, RowSet, Side, read_rows
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -29,12 +29,18 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
             factors += rank * (m + n) * len(config.expert_names)
     gates = 1 if config.gate.scope == "shared" else len(base.layers)
     calibrations = len(base.layers) * (base.config.hidden_size * config.gate.output_latent + 2)
+    copies = {"full copies of the FFNs": trained * len(config.axes)} if _fuses(config) else {}
     return {
         "base model": sum(p.numel() for p in model.parameters()),
         "trained in stage 1": trained,
         "experts' factors": factors,
         "gates and calibrations": gates * config.gate.latent * len(config.expert_names) + calibrations,
+        **copies,
     }
+
+
+def _fuses(config: RunConfig) -> bool:
+    return any(name in config.baselines.make for name in FUSIONS)
 
 
 def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, float]:
@@ -50,7 +56,14 @@ def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, flo
     stage2 = (
         n["base model"] * size + placed * (2 * size + states / data_parallel) + dense * (2 * size + states / world_size)
     )
-    return {"stage 1 (ZeRO-3)": stage1 / 2**30, "stage 2 (ZeRO-2)": stage2 / 2**30}
+    total = {"stage 1 (ZeRO-3)": stage1, "stage 2 (ZeRO-2)": stage2}
+    if _fuses(config):
+        copies = n["full copies of the FFNs"]
+        rest = n["base model"] - n["trained in stage 1"]
+        drift = any(getattr(config.baselines, name).drift for name in FUSIONS if name in config.baselines.make)
+        moved = copies * (2 * size + states / world_size) + (copies * size if drift else 0)
+        total["H3Fusion, TrinityX (ZeRO-2)"] = rest * size + moved
+    return {name: size / 2**30 for name, size in total.items()}
 
 
 def describe(config: RunConfig, base: BaseModel, world_size: int) -> str:
@@ -58,7 +71,7 @@ def describe(config: RunConfig, base: BaseModel, world_size: int) -> str:
     lines = [to_yaml(config).rstrip(), "", "parameters"]
     lines += [f"  {name:<24}{count:>16,}" for name, count in counts(config, base).items()]
     lines += ["", f"memory per rank, {world_size} ranks, without activations"]
-    lines += [f"  {name:<24}{gib:>12.3f} GiB" for name, gib in memory(config, base, world_size).items()]
+    lines += [f"  {name:<28}{gib:>12.3f} GiB" for name, gib in memory(config, base, world_size).items()]
     rows, unchecked = _rows(config, base)
     lines += ["", "rows", *rows]
     done = "everything checked" if not unchecked else "checked all but what is named here"

@@ -32,6 +32,10 @@ class Outputs:
         return self.root / "model"
 
     @property
+    def baselines(self) -> Path:
+        return self.root / "baselines"
+
+    @property
     def answers(self) -> Path:
         return self.root / "answers"
 

@@ -9,8 +9,10 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignx_ds import console, distributed, inputs, manifest, outputs
+from alignx_ds.baselines import fusion_training
 from alignx_ds.baselines.finetuned import MIXED, baseline_jobs, sequential_name
-from alignx_ds.config import SCRATCH_MODEL, RunConfig, to_dict
+from alignx_ds.baselines.merged import Merge, add_merged, merge_of
+from alignx_ds.config import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, to_dict
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge
@@ -72,9 +74,22 @@ class Run:
             ensure(Job(axis, (axis,), is_expert=True), self.shop)
 
     def baselines(self) -> None:
-        console.heading("Baselines: sequential and mixed fine-tuning")
+        """The merges have nothing to train: they are made from the specialists when they are asked."""
+        console.heading("Baselines")
         for job in baseline_jobs(list(self.config.axes)):
             ensure(job, self.shop)
+        for name in self._made(FUSIONS):
+            fusion_training.ensure(self._fusion(name), self.scribe(f"baselines/{name}"))
+
+    def _made(self, names: tuple[str, ...]) -> list[str]:
+        """Those of these baselines that the recipe asks for."""
+        return [name for name in names if name in self.config.baselines.make]
+
+    def _fusion(self, name: str) -> fusion_training.FusionJob:
+        directories = [self.shop.directory(axis) for axis in self.config.axes]
+        return fusion_training.FusionJob(
+            name, self.config, self.base, directories, self.data.train, self.data.digests, self.out.baselines / name
+        )
 
     def align(self) -> None:
         """Stage 2, unless the model there was made from just these specialists and settings."""
@@ -135,13 +150,33 @@ class Run:
         for name, directory in [*zip(axes, axes, strict=True), ("sequential", sequential_name(axes)), (MIXED, MIXED)]:
             made = base | {"specialist": manifest.read(self.shop.directory(directory))["fingerprint"]}
             systems.append(System(name, made, partial(self._specialist, directory)))
+        specialists = base | {"specialists": {a: manifest.read(self.shop.directory(a))["fingerprint"] for a in axes}}
+        for name in self._made(MERGES):
+            merge, settings = merge_of(name, self.config.baselines, axes, self.config.seed)
+            systems.append(System(name, specialists | {name: settings}, partial(self._merged, merge)))
+        for name in self._made(FUSIONS):
+            made = base | {name: manifest.read(self.out.baselines / name)["fingerprint"]}
+            systems.append(System(name, made, partial(self._fused, name)))
         aligned = base | {"aligned": manifest.read(self.out.model)["fingerprint"]}
         return [*systems, System("alignx", aligned, self._aligned)]
 
+    def _backbone(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.base.path, dtype=engines.dtype_of(self.config.model.dtype))
+
     def _specialist(self, name: str | None) -> PreTrainedModel:
-        model = AutoModelForCausalLM.from_pretrained(self.base.path, dtype=engines.dtype_of(self.config.model.dtype))
+        model = self._backbone()
         if name:
             add_task_vector(model, self.base, self.shop.directory(name))
+        return model.to(distributed.device())
+
+    def _merged(self, merge: Merge) -> PreTrainedModel:
+        model = self._backbone()
+        add_merged(model, self.base, [self.shop.directory(axis) for axis in self.config.axes], merge)
+        return model.to(distributed.device())
+
+    def _fused(self, name: str) -> PreTrainedModel:
+        dtype = engines.dtype_of(self.config.model.dtype)
+        model = fusion_training.load(name, self.base, dtype, self.out.baselines / name)
         return model.to(distributed.device())
 
     def _aligned(self) -> AlignXForCausalLM:

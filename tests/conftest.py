@@ -28,6 +28,8 @@ TINY = (
     "train.warmup_steps=0",
     "align.steps=1",
     "align.warmup_steps=0",
+    "baselines.h3fusion.steps=1",
+    "baselines.trinityx.steps=1",
 )
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]

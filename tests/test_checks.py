@@ -91,6 +91,21 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "gate.output_latent=129",
         "gate.top_k=5",
         "train.deepspeed=nowhere.json",
+        "baselines.make=[ties,slerp]",
+        "baselines.make=[dare,dare]",
+        "baselines.arithmetic_scale=0",
+        "baselines.ties_scale=-1",
+        "baselines.dare_scale=nan",
+        "baselines.ties_density=0",
+        "baselines.dare_density=1.01",
+        "baselines.h3fusion.steps=0",
+        "baselines.h3fusion.lr=0",
+        "baselines.h3fusion.drift=-0.1",
+        "baselines.trinityx.uniform=inf",
+        "baselines.trinityx.expert_lr_scale=-1",
+        "baselines.trinityx.warmup_steps=-1",
+        "baselines.trinityx.batch=0",
+        "baselines.h3fusion.deepspeed=nowhere.json",
     ],
 )
 def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteRecipe, override: str) -> None:
@@ -118,6 +133,10 @@ def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteReci
         "gate.top_k=4",
         "train.deepspeed=ds_configs/stage2_moe_zero2.json",
         "model.dtype=bfloat16",
+        "baselines.make=[]",
+        "baselines.ties_density=1",
+        "baselines.trinityx.expert_lr_scale=0",
+        "baselines.h3fusion.deepspeed=ds_configs/scratch_zero1.json",
     ],
 )
 def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -> None:
@@ -129,10 +148,25 @@ def test_the_fractal_subspace_fits_into_both_latent_spaces(tiny_config: RunConfi
     assert list(problems(tiny_config)) == ["gate.fractal_dimensions"]
 
 
-@pytest.mark.parametrize("name", ["base", "generalist", "sequential", "mixed", "alignx", "two words", "../up", ""])
+@pytest.mark.parametrize(
+    "name", ["base", "generalist", "sequential", "mixed", "alignx", "ties", "h3fusion", "two words", "../up", ""]
+)
 def test_an_axis_may_not_take_a_name_that_files_or_systems_have(tiny_config: RunConfig, name: str) -> None:
     tiny_config.axes[name] = tiny_config.axes.pop("honest")
     assert list(problems(tiny_config)) == [f"axes.{name}"]
+
+
+def test_a_baseline_that_is_not_made_is_not_looked_at(write_recipe: WriteRecipe) -> None:
+    broken = ("baselines.h3fusion.steps=0", "baselines.h3fusion.batch=7", "baselines.h3fusion.deepspeed=nowhere.json")
+    assert problems(config.load(write_recipe("baselines.make=[ties]", *broken)), 2) == {}
+    found = problems(config.load(write_recipe("baselines.make=[h3fusion]", *broken)), 2)
+    assert list(found) == ["baselines.h3fusion.steps", "baselines.h3fusion.batch", "baselines.h3fusion.deepspeed"]
+
+
+def test_a_fusion_does_not_run_under_zero3(write_recipe: WriteRecipe) -> None:
+    found = problems(config.load(write_recipe("baselines.trinityx.deepspeed=ds_configs/stage1_zero3.json")))
+    assert list(found) == ["baselines.trinityx.deepspeed"]
+    assert "ds_configs/fusion_zero2.json" in found["baselines.trinityx.deepspeed"]
 
 
 def test_without_an_axis_there_is_nothing_to_align(tiny_config: RunConfig) -> None:
@@ -148,6 +182,7 @@ def test_ep_size_divides_the_experts_and_the_ranks(
     entry = next(iter(tiny_config.axes.values()))
     tiny_config.axes = {f"axis{n}": entry for n in range(axes)}
     tiny_config.align.ep_size = ep_size
+    tiny_config.baselines.make = []  # they have batches of their own
     tiny_config.train.batch = tiny_config.align.batch = world_size
     fits = (axes + 1) % ep_size == 0 and world_size % ep_size == 0
     assert set(problems(tiny_config, world_size)) == (set() if fits else {"align.ep_size"})
@@ -158,13 +193,17 @@ def test_ep_size_divides_the_experts_and_the_ranks(
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(
     tiny_config: RunConfig, batch: int, accumulation: int, world_size: int
 ) -> None:
-    for stage in (tiny_config.train, tiny_config.align):
+    fusions = {f"baselines.{name}": getattr(tiny_config.baselines, name) for name in ("h3fusion", "trinityx")}
+    stages = {"train": tiny_config.train, "align": tiny_config.align, **fusions}
+    for stage in stages.values():
         stage.batch, stage.accumulation = batch, accumulation
     found = problems(tiny_config, world_size)
-    assert set(found) == (set() if batch % (world_size * accumulation) == 0 else {"train.batch", "align.batch"})
+    fits = batch % (world_size * accumulation) == 0
+    assert set(found) == (set() if fits else {f"{key}.batch" for key in stages})
     if found:
         proposed = int(found["train.batch"].split("choose ")[1].split(",")[0])
-        tiny_config.train.batch = tiny_config.align.batch = proposed
+        for stage in stages.values():
+            stage.batch = proposed
         assert problems(tiny_config, world_size) == {}
 
 

@@ -209,6 +209,7 @@ def test_a_dry_run_counts_what_the_real_models_have(
     factors = sum(count for name, count in trained.items() if ".mixture." in name)
     assert figure(printed, "experts' factors") == factors * 4 // 3  # stage 2 hosts the generalist's zeros too
     assert figure(printed, "gates and calibrations") == sum(trained.values()) - factors
+    assert figure(printed, "full copies of the FFNs") == 3 * figure(printed, "trained in stage 1")
 
 
 def test_a_dry_run_counts_the_rows(write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,8 +251,15 @@ def test_the_memory_estimate_shrinks_with_the_ranks(
 ) -> None:
     recipe = write_recipe("experts.rank=0")  # full rank, so that there are experts to speak of
     alone, spread = (dry_run(recipe, capsys, *o) for o in ((), ("launch.ranks=4", "align.ep_size=4")))
-    for stage in ("stage 1 (ZeRO-3)", "stage 2 (ZeRO-2)"):
+    for stage in ("stage 1 (ZeRO-3)", "stage 2 (ZeRO-2)", "H3Fusion, TrinityX (ZeRO-2)"):
         assert 0 < figure(spread, stage) < figure(alone, stage)
+
+
+def test_a_fusion_that_is_not_made_takes_no_memory(
+    write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = dry_run(write_recipe("baselines.make=[ties]"), capsys)
+    assert "H3Fusion" not in printed and "full copies" not in printed
 
 
 def test_a_dry_run_writes_nothing(

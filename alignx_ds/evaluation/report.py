@@ -45,7 +45,9 @@ def build(
 ) -> Report:
     axes = list(config.axes)
     stage1 = {p.parent.name: manifest.read(p.parent) for p in sorted(out.specialists.glob(f"*/{manifest.NAME}"))}
-    losses = {name: m["losses"] for name, m in stage1.items()} | {"alignx": manifest.read(out.model)["losses"]}
+    fused = {p.parent.name: manifest.read(p.parent) for p in sorted(out.baselines.glob(f"*/{manifest.NAME}"))}
+    losses = {name: m["losses"] for name, m in (stage1 | fused).items()}
+    losses["alignx"] = manifest.read(out.model)["losses"]
     scored = [axis for axis in axes if config.axes[axis].judge]
     content = {
         "run": _circumstances(seconds, ranks) | {"seed": config.seed, "held_out_rows": config.data.held_out_rows},

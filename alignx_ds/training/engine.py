@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignx_ds.config import AlignConfig, TrainConfig
+from alignx_ds.config import AlignConfig, FusionConfig, TrainConfig
 from alignx_ds.errors import ConfigError, Problem
 
 AUTO = "auto"
@@ -33,7 +33,7 @@ class Plan:
     bf16: bool
 
     @classmethod
-    def of(cls, stage: TrainConfig | AlignConfig, dtype: str, steps: int) -> Plan:
+    def of(cls, stage: TrainConfig | AlignConfig | FusionConfig, dtype: str, steps: int) -> Plan:
         shared = ("lr", "batch", "accumulation", "warmup_steps", "weight_decay", "clip")
         return cls(**{name: getattr(stage, name) for name in shared}, steps=steps, bf16=dtype == "bfloat16")
 

@@ -26,15 +26,18 @@ from problems import (
     cotangents,
     dense_parameters,
     fine_tune_config,
+    fusion_config,
     lopsided_steps,
     mixture,
     whole_stage_config,
 )
+from safetensors.torch import load_file
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds import distributed, manifest
+from alignx_ds.baselines import fusion_training
 from alignx_ds.console import Progress
 from alignx_ds.data.sampler import share
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -211,4 +214,24 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
     return {"changes": changes, "whole": whole, "added": added, "sharded": sharded}
 
 
-JOBS = {job.__name__: job for job in (parity, lopsided, steps, fine_tune, streamed, whole_stage)}
+def fusions(out: Path) -> dict[str, Any]:
+    """Both fusions' own jobs, by name and accumulation: losses, trained mixtures, and whether a second run reuses."""
+    found = {}
+    specialists = [out / f"specialist{n}" for n in range(EXPERTS - 1)]
+    for name in fusion_training.SETTINGS:
+        for accumulation in (1, 2)[: 3 - WORLD]:
+            config = fusion_config(out / "base", accumulation)
+            directory = out / f"{name}{WORLD}{accumulation}"
+            base, rows = BaseModel(config.model), loop.Rows(EXAMPLES, LABELS)
+            job = fusion_training.FusionJob(name, config, base, specialists, rows, {"rows": "1"}, directory)
+            written = []
+            for _ in range(2):
+                fusion_training.ensure(job, lambda step, values: None)
+                written.append((directory / fusion_training.WEIGHTS).stat().st_mtime_ns)
+            facts = manifest.read(directory)
+            tensors = load_file(directory / fusion_training.WEIGHTS)
+            found[f"{name} acc{accumulation}"] = {"losses": facts["losses"], "tensors": tensors, "written": written}
+    return found
+
+
+JOBS = {job.__name__: job for job in (parity, lopsided, steps, fine_tune, streamed, whole_stage, fusions)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tiny_models import (
     ALIGNX_LAYERS,
     EXPERTS,
@@ -16,6 +19,7 @@ from tiny_models import (
     base_model,
     generator,
     low_rank_experts,
+    random_changes,
     random_rows,
 )
 from tokenizers import Tokenizer
@@ -24,11 +28,14 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import PreTrainedTokenizerFast
 
+from alignx_ds import manifest
 from alignx_ds.config import (
     AlignConfig,
     AxisConfig,
+    BaselinesConfig,
     EvaluationConfig,
     ExpertsConfig,
+    FusionConfig,
     GateConfig,
     ModelConfig,
     RunConfig,
@@ -39,6 +46,7 @@ from alignx_ds.data.sampler import global_batches
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.training import engine
 from alignx_ds.training.loop import Rows
 from alignx_ds.training.losses import align_terms, answer_nll
 
@@ -97,6 +105,39 @@ def fine_tune_config(base: Path, lr: float = 0.01, dtype: str = "float32") -> Ru
         train=TrainConfig(lr=lr, batch=4, steps=3, warmup_steps=2, weight_decay=0.1, clip=0.5),
         experts=ExpertsConfig(rank=4, feature_rows=6),
     )
+
+
+def fusion_config(base: Path, accumulation: int) -> RunConfig:
+    """All terms weigh in both fusions; the experts of one learn, those of the other do not."""
+    stage = FusionConfig(
+        lr=0.05, expert_lr_scale=0.5, batch=4, accumulation=accumulation, steps=3, warmup_steps=2,
+        weight_decay=0.1, clip=0.5, gating=1.0, drift=5.0, entropy=0.3, uniform=0.1,
+        deepspeed=str(base.with_name("sgd.json")),
+    )  # fmt: skip
+    return RunConfig(
+        seed=SEED,
+        model=ModelConfig(path=str(base), layers=ALIGNX_LAYERS),
+        baselines=BaselinesConfig(h3fusion=stage, trinityx=replace(stage, expert_lr_scale=0.0)),
+    )
+
+
+def write_specialists(root: Path) -> list[Path]:
+    """Directories of three specialists with random full-rank task vectors, and the fusions' DeepSpeed JSON.
+
+    Its optimizer is SGD, whose step shows the gradient's scale, which Adam's hides.
+    """
+    template = engine.read_template("ds_configs/fusion_zero2.json", "")
+    template["optimizer"] = {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}}
+    (root / "sgd.json").write_text(json.dumps(template))
+    changes = random_changes(base_model())
+    directories = [root / f"specialist{n}" for n in range(EXPERTS - 1)]
+    for number, directory in enumerate(directories):
+        directory.mkdir(exist_ok=True)
+        for layer in ALIGNX_LAYERS:
+            vectors = {f"task_vector.{p}": changes[layer][number][p] for p in PROJECTIONS}
+            save_file(vectors, directory / f"layer_{layer:03d}.safetensors")
+        manifest.write(directory, {"number": number}, {})
+    return directories
 
 
 def whole_stage_config(base: Path, ep_size: int) -> RunConfig:

@@ -14,7 +14,8 @@ import pytest
 
 from alignx_ds.data.world.files import write_files
 
-SYSTEMS = ["base", "helpful", "harmless", "honest", "sequential", "mixed", "alignx"]
+TRAINED = ["base", "helpful", "harmless", "honest", "sequential", "mixed"]
+SYSTEMS = [*TRAINED, "task_arithmetic", "ties", "dare", "h3fusion", "trinityx", "alignx"]
 SMALL = (
     "launch.ranks=2",
     "align.ep_size=2",
@@ -24,6 +25,10 @@ SMALL = (
     "train.batch=8",
     "align.steps=2",
     "align.batch=8",
+    "baselines.h3fusion.steps=2",
+    "baselines.h3fusion.batch=8",
+    "baselines.trinityx.steps=2",
+    "baselines.trinityx.batch=8",
     "gate.latent=8",
     "gate.output_latent=8",
     "gate.anchors=8",
@@ -121,6 +126,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
     output, arguments, _ = made
     before = json.loads((output / "report.json").read_text())
     weights = (output / "model" / "model.safetensors").read_bytes()
+    mixtures = (output / "baselines" / "trinityx" / "mixtures.safetensors").stat().st_mtime_ns
     said = output / "answers" / "alignx.helpful.jsonl"
     answers = said.read_bytes()
     said.write_bytes(answers[: len(answers) // 2])  # as if stopped in the midst of a line
@@ -129,8 +135,9 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
     (output / "likelihoods" / "honest.json").unlink()
     again = start(repo_root, "run", *arguments)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("unchanged, reused from") == 7
+    assert again.stdout.count("unchanged, reused from") == 9
     assert (output / "model" / "model.safetensors").read_bytes() == weights
+    assert (output / "baselines" / "trinityx" / "mixtures.safetensors").stat().st_mtime_ns == mixtures
     assert said.read_bytes() == answers
     assert kept.stat().st_mtime_ns == untouched, "what is whole is not written again"
     after = json.loads((output / "report.json").read_text())

@@ -11,8 +11,8 @@ import torch
 from ranks import RanksError, start
 
 JOBS = {
-    1: ("steps", "fine_tune", "streamed", "whole_stage"),
-    2: ("parity", "lopsided", "steps", "fine_tune", "streamed", "whole_stage"),
+    1: ("steps", "fine_tune", "streamed", "whole_stage", "fusions"),
+    2: ("parity", "lopsided", "steps", "fine_tune", "streamed", "whole_stage", "fusions"),
     4: ("parity", "steps", "fine_tune"),
 }
 

@@ -14,11 +14,16 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
-from alignx_ds.config import AlignConfig, ScratchConfig, TrainConfig
+from alignx_ds.config import AlignConfig, FusionConfig, ScratchConfig, TrainConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, steps_of
 
-STAGES = {"stage1_zero3": TrainConfig(), "stage2_moe_zero2": AlignConfig(), "scratch_zero1": ScratchConfig().train}
+STAGES = {
+    "stage1_zero3": TrainConfig(),
+    "stage2_moe_zero2": AlignConfig(),
+    "scratch_zero1": ScratchConfig().train,
+    "fusion_zero2": FusionConfig(),
+}
 GOLDEN: dict[str, dict[str, Any]] = {
     "stage1_zero3": {
         "train_batch_size": 64,
@@ -78,8 +83,10 @@ GOLDEN: dict[str, dict[str, Any]] = {
     },
 }
 
+GOLDEN["fusion_zero2"] = GOLDEN["stage2_moe_zero2"]
 
-def plan_of(stage: TrainConfig | AlignConfig, dtype: str = "bfloat16") -> Plan:
+
+def plan_of(stage: TrainConfig | AlignConfig | FusionConfig, dtype: str = "bfloat16") -> Plan:
     stage = copy.copy(stage)
     stage.lr, stage.batch, stage.accumulation, stage.clip, stage.weight_decay = 0.003, 64, 2, 0.5, 0.07
     return Plan.of(stage, dtype, 100)

@@ -1,0 +1,83 @@
+"""What H3Fusion and TrinityX minimise beside the language model's loss.
+
+Every term is a mean over all rows of a batch, so that none depends on the world size or on the accumulation steps.
+
+Shapes: B rows, T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignx_ds.baselines.fusion import FullExperts, fusion_layers
+from alignx_ds.config import FusionConfig
+
+
+@dataclass(frozen=True)
+class FusionTerms:
+    """Unweighted. Entropy and the KL from uniform gates add up to log E: only their weights' difference counts."""
+
+    lm: Tensor
+    gating: Tensor
+    drift: Tensor
+    entropy: Tensor
+    uniform: Tensor
+
+    def total(self, weights: FusionConfig) -> Tensor:
+        return (
+            self.lm
+            + weights.gating * self.gating
+            + weights.drift * self.drift
+            + weights.entropy * self.entropy
+            + weights.uniform * self.uniform
+        )
+
+    def scalars(self) -> dict[str, float]:
+        return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
+
+
+def gate_terms(logits: Tensor, mask: Tensor, axes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(cross-entropy of the axis under a row's mean gates, mean entropy) of one layer's token gates [B, T, E].
+
+    `mask` [B, T] tells real tokens from padding. `axes` [B] is each row's own expert, −1 for a row that no axis claims:
+    it has no expert here, so that it counts as a row without a gating loss.
+    """
+    log_gates = (logits.float() / temperature).log_softmax(-1)
+    real = mask.unsqueeze(-1).bool()
+    tokens = real.sum((1, 2))
+    summed = log_gates.masked_fill(~real, -torch.inf).logsumexp(1)  # [B, E], of the gates: no gate is too small for it
+    own = summed.gather(1, axes.clamp(min=0).unsqueeze(1)).squeeze(1)
+    missed = (tokens.log() - own) * (axes >= 0)
+    entropy = -(log_gates.exp() * log_gates * real).sum((1, 2)) / tokens
+    return missed.mean(), entropy.mean()
+
+
+class Drift:
+    """‖θ − θ*‖²/‖θ*‖² of the experts' weights, θ* those that the fine-tune started from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.start = [w.detach().clone() for w in _weights(model)]
+        self.size = sum(float(w.float().square().sum()) for w in self.start)
+
+    def of(self, model: nn.Module) -> Tensor:
+        moved = zip(_weights(model), self.start, strict=True)
+        return torch.stack([(w.float() - start).square().sum() for w, start in moved]).sum() / self.size
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    return [w for layer in fusion_layers(model) for w in layer.weights.parameters()]
+
+
+def fusion_terms(layers: list[FullExperts], lm: Tensor, drift: Tensor, mask: Tensor, axes: Tensor) -> FusionTerms:
+    """The terms after a forward pass of rows with this mask [B, T]: means over the layers."""
+    per_layer = []
+    for layer in layers:
+        assert layer.logits is not None, "the gates' logits are kept in training only"
+        logits = layer.logits.view(*mask.shape, -1)
+        per_layer.append(gate_terms(logits, mask, axes, layer.settings.temperature))
+    gating, entropy = (torch.stack(column).mean() for column in zip(*per_layer, strict=True))
+    return FusionTerms(lm, gating, drift, entropy, math.log(layers[0].num_experts) - entropy)

@@ -1,0 +1,83 @@
+"""Model merging: the specialists' whole task vectors become one change of the base model, and nothing is trained.
+
+Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099), layer by layer.
+Shapes: a task vector of one projection is [m, n] fp32; one per axis.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignx_ds.config import BaselinesConfig
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.specialists.vectors import projections, read_task_vector
+
+Merge = Callable[[list[Tensor], str], Tensor]  # of the axes' vectors of one weight, and that weight's name
+
+
+def task_arithmetic(vectors: list[Tensor], scale: float) -> Tensor:
+    """scale · Σᵢ τᵢ."""
+    return scale * torch.stack(vectors).sum(0)
+
+
+def ties(vectors: list[Tensor], scale: float, density: float) -> Tensor:
+    """Trim each vector to its largest entries, elect each entry's sign by mass, average those that agree with it.
+
+    Trimmed tensor by tensor, so that one layer at a time is in memory; the paper ranks all entries of a vector at once.
+    """
+    trimmed = torch.stack([_largest(v, density) for v in vectors])
+    agrees = trimmed.sign() == trimmed.sum(0).sign()
+    kept = trimmed * agrees
+    return scale * kept.sum(0) / (kept != 0).sum(0).clamp(min=1)
+
+
+def _largest(vector: Tensor, density: float) -> Tensor:
+    """The vector with all but this share of its entries, those of largest magnitude, set to zero."""
+    flat = vector.flatten()
+    kept = flat.abs().topk(max(1, round(density * flat.numel()))).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(vector)
+
+
+def dare(vectors: list[Tensor], scale: float, density: float, seeds: list[int]) -> Tensor:
+    """Drop entries at random, each with probability 1 − density; rescale the rest by 1/density, and add them up."""
+    sparse = []
+    for vector, seed in zip(vectors, seeds, strict=True):
+        drawn = torch.rand(vector.shape, generator=torch.Generator().manual_seed(seed))
+        sparse.append(vector * (drawn < density) / density)
+    return task_arithmetic(sparse, scale)
+
+
+def merge_of(name: str, c: BaselinesConfig, axes: list[str], seed: int) -> tuple[Merge, dict[str, Any]]:
+    """The merge of this name, and the settings that it depends on."""
+
+    def dropped(vectors: list[Tensor], weight: str) -> Tensor:
+        seeds = [zlib.crc32(f"{seed} {axis} {weight}".encode()) for axis in axes]  # no draw depends on another
+        return dare(vectors, c.dare_scale, c.dare_density, seeds)
+
+    merges: dict[str, tuple[Merge, dict[str, Any]]] = {
+        "task_arithmetic": (lambda v, _: task_arithmetic(v, c.arithmetic_scale), {"scale": c.arithmetic_scale}),
+        "ties": (
+            lambda v, _: ties(v, c.ties_scale, c.ties_density),
+            {"scale": c.ties_scale, "density": c.ties_density},
+        ),
+        "dare": (dropped, {"scale": c.dare_scale, "density": c.dare_density, "seed": seed}),
+    }
+    return merges[name]
+
+
+@torch.no_grad()
+def add_merged(model: nn.Module, base: BaseModel, directories: list[Path], merge: Merge) -> None:
+    """θ₀ + the merged change, in place; one directory of task vectors per axis."""
+    for layer in base.layers:
+        vectors = [read_task_vector(directory, layer) for directory in directories]
+        weights = projections(model, base.table, layer)
+        for p in PROJECTIONS:
+            change = merge([v[p] for v in vectors], base.table.weight_name(layer, p))
+            weights[p].add_(change.to(weights[p]))
