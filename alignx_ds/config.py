@@ -211,6 +211,7 @@ class SetConfig:
 class EvaluationConfig:
     batch: int = 64  # prompts decoded together
     max_new_tokens: int = 256
+    compile: bool = False  # the decode step with torch.compile: pays where many batches are decoded
     sets: dict[str, SetConfig] = field(default_factory=dict)
 
 

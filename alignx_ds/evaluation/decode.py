@@ -21,7 +21,7 @@ class Decoder:
     """`compiled` steps pay off over many batches of one shape: each new shape is compiled anew."""
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False) -> None:
-        self.model = model.eval()
+        self.model, self.compiled = model.eval(), compiled
         self.step: Step = self._step
         if compiled:
             mode = "reduce-overhead" if model.device.type == "cuda" else "default"

@@ -89,7 +89,15 @@ class Examination:
                 model = model or system.build()
                 prompts = [row.prompt for row in exam.rows]
                 limit = settings.max_new_tokens
-                answers(model, self.base.tokenizer, prompts, batch=settings.batch, max_new_tokens=limit, keep=kept)
+                answers(
+                    model,
+                    self.base.tokenizer,
+                    prompts,
+                    batch=settings.batch,
+                    max_new_tokens=limit,
+                    compiled=settings.compile,
+                    keep=kept,
+                )
             progress.advance()
         inputs = self._likelihood_inputs(system)
         if not distributed.on_main(lambda: self._measured(system, inputs)):
