@@ -172,7 +172,7 @@ def main() -> None:
     from suite.training import ROWS
 
     notes = ranks.check(args.ranks, args.device)
-    points = [point for world in args.ranks for point in ranks.collect(world, args.device)]
+    points = [point for world in args.ranks for point in ranks.collect([world], args.device)[0]]
     show(points)
     met = targets(points)
     record.print_targets(met)

@@ -1,6 +1,7 @@
 """Ranks of a benchmark: its own script, started anew under DeepSpeed's launcher; rank 0's findings are read back.
 
-A launch costs some 13 s, so one launch measures everything that is wanted of its world size.
+A launch costs some 13 s, so one launch measures everything that is wanted of its world size. Worlds that are to be
+compared are started at once and take turns, so that a change of the machine's speed hits all alike.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 THREADS = 1  # of a CPU's rank, so that more ranks are more cores
 STALE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-HUNG = 1800.0  # seconds after which a world is given up
+HUNG = 1800.0  # seconds after which the worlds are given up
 
 
 def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
@@ -25,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
         "--ranks", type=int, nargs="+", default=default, metavar="N", help="world sizes (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and configurations, for a first look")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # a rank: where to leave its findings
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of a rank: the directory that worlds share
 
 
 def hide_gpus() -> None:
@@ -34,28 +37,39 @@ def hide_gpus() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def collect(ranks: int, device: str) -> Any:
-    """What `work` returned on rank 0 of so many ranks, started with this process's own command line."""
+def collect(worlds: list[int], device: str) -> list[Any]:
+    """What `work` returned on rank 0 of each world; all are started at once, with this process's own command line."""
     from alignx_ds import distributed
 
+    running: dict[int, subprocess.Popen[bytes]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        found = Path(directory) / "found.json"
-        launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_local_rank"]
-        launcher += ["--num_accelerators", str(ranks), "--master_port", str(distributed.free_port())]
-        command = [*launcher, *sys.argv, "--worker", str(found)]
-        process = subprocess.Popen(command, env=_environment(device), start_new_session=True)
         try:
-            code = process.wait(HUNG)
-        except subprocess.TimeoutExpired:
-            code = None
+            for ranks in worlds:
+                launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_local_rank"]
+                launcher += ["--num_accelerators", str(ranks), "--master_port", str(distributed.free_port())]
+                command = [*launcher, *sys.argv, "--worker", directory]
+                running[ranks] = subprocess.Popen(command, env=_environment(device), start_new_session=True)
+            _wait(running)
         finally:
-            if process.poll() is None:
-                process.terminate()  # the launcher ends its ranks
-                process.wait()
-        if code or not found.is_file():
-            why = f"still running after {HUNG:g} s" if code is None else f"exit code {code}"
-            raise SystemExit(f"{ranks} ranks: {why}; see above")
-        return json.loads(found.read_text(encoding="utf-8"))
+            for process in running.values():
+                if process.poll() is None:
+                    process.terminate()  # the launcher ends its ranks
+                    process.wait()
+        return [json.loads(_found(Path(directory), ranks).read_text(encoding="utf-8")) for ranks in worlds]
+
+
+def _wait(running: dict[int, subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + HUNG
+    while any(process.poll() is None for process in running.values()):
+        failed = {ranks: process.poll() for ranks, process in running.items() if process.poll()}
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for ranks, process in running.items():
+        if process.poll():
+            raise SystemExit(f"{ranks} ranks: exit code {process.poll()}; see above")
+    if any(process.poll() is None for process in running.values()):
+        raise SystemExit(f"ranks still running after {HUNG:g} s were ended")
 
 
 def _environment(device: str) -> dict[str, str]:
@@ -65,8 +79,12 @@ def _environment(device: str) -> dict[str, str]:
     return environment
 
 
-def work(path: Path, measure: Callable[[], Any]) -> None:
-    """A rank's whole life; what rank 0 has measured is left at `path`."""
+def _found(directory: Path, ranks: int) -> Path:
+    return directory / f"found.{ranks}.json"
+
+
+def work(directory: Path, measure: Callable[[], Any]) -> None:
+    """A rank's whole life; what rank 0 has measured is left in the directory."""
     from alignx_ds import distributed
 
     distributed.init()
@@ -76,9 +94,47 @@ def work(path: Path, measure: Callable[[], Any]) -> None:
         torch.cuda.set_device(distributed.device())
     found = measure()
     if distributed.is_main():
-        path.write_text(json.dumps(found), encoding="utf-8")
+        _found(directory, distributed.world_size()).write_text(json.dumps(found), encoding="utf-8")
     distributed.barrier()
     distributed.shutdown()
+
+
+class Turns:
+    """Turns of worlds that run at once: turn number t is that of world t mod their count, and no other works in it."""
+
+    def __init__(self, directory: Path, worlds: list[int], own: int) -> None:
+        self.directory, self.worlds, self.own = directory, worlds, own
+        self.number = worlds.index(own)
+
+    def ready(self) -> None:
+        """Wait for all worlds. Collective."""
+        from alignx_ds import distributed
+
+        distributed.barrier()
+        if distributed.is_main():
+            (self.directory / f"ready.{self.own}").touch()
+        for world in self.worlds:
+            _wait_for(self.directory / f"ready.{world}")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """This world's next turn. Collective; every world must take equally many."""
+        from alignx_ds import distributed
+
+        if self.number:
+            _wait_for(self.directory / f"turn.{self.number - 1}")
+        distributed.barrier()
+        yield
+        distributed.barrier()
+        if distributed.is_main():
+            (self.directory / f"turn.{self.number}").touch()
+        self.number += len(self.worlds)
+
+
+def _wait_for(path: Path) -> None:
+    """Asleep, not in a collective: those spin on a GPU that another world is using."""
+    while not path.exists():
+        time.sleep(0.005)
 
 
 def threads(device: str) -> int | None:

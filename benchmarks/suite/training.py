@@ -62,6 +62,10 @@ class Trainee:
         """So many optimizer steps of the project's own loop."""
         return train(self.engine, islice(stream, count), self.step_loss, self.plan, Progress(), lambda step, mean: None)
 
+    def with_batch(self, batch: int) -> Trainee:
+        """The same engine on steps of so many rows; its JSON's sizes are for DeepSpeed's own reports only."""
+        return replace(self, plan=replace(self.plan, batch=batch))
+
     def close(self) -> None:
         self.engine.destroy()
         self.keeper = None
