@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any
 
 THREADS = 1  # of a CPU's rank, so that more ranks are more cores
 STALE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-HUNG = 1800.0  # seconds after which the worlds are given up
+HUNG = 7200.0  # seconds after which the worlds are given up
 
 
 def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
@@ -42,6 +43,7 @@ def collect(worlds: list[int], device: str) -> list[Any]:
     from alignx_ds import distributed
 
     running: dict[int, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no rank outlives us
     with tempfile.TemporaryDirectory() as directory:
         try:
             for ranks in worlds:
@@ -53,7 +55,7 @@ def collect(worlds: list[int], device: str) -> list[Any]:
         finally:
             for process in running.values():
                 if process.poll() is None:
-                    process.terminate()  # the launcher ends its ranks
+                    os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all its ranks
                     process.wait()
         return [json.loads(_found(Path(directory), ranks).read_text(encoding="utf-8")) for ranks in worlds]
 
