@@ -182,7 +182,13 @@ def _with_sums(drawn: Drawn) -> dict[str, float]:
 
 
 def plot(
-    worlds: list[World], fit: Fit, drawn: dict[str, list[Drawn]], given: dict[str, Any], title: str, path: Any
+    worlds: list[World],
+    fit: Fit,
+    drawn: dict[str, list[Drawn]],
+    given: dict[str, Any],
+    notes: list[str],
+    title: str,
+    path: Any,
 ) -> None:
     import matplotlib
 
@@ -221,9 +227,10 @@ def plot(
         axis.title.set_size(10)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-    caption = textwrap.fill(f"Right: a {MODEL}. Assumed: {assumed(given)}", 200)
+    lines = [*(f"Left, middle: {note}." for note in notes), f"Right: a {MODEL}. Assumed: {assumed(given)}"]
+    caption = "\n".join(textwrap.fill(line, 215) for line in lines)
     figure.text(0.01, 0.01, caption, fontsize=7.5, color="#444", va="bottom")
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.tight_layout(rect=(0, 0.15, 1, 1))
     figure.savefig(path, dpi=150)
 
 
@@ -292,7 +299,7 @@ def main() -> None:
         },
     }
     path = record.write("scaling", args, content, met)
-    plot(worlds, fit, drawn, given, f"{args.shape}, {args.device}", path.with_suffix(".png"))
+    plot(worlds, fit, drawn, given, notes, f"{args.shape}, {args.device}", path.with_suffix(".png"))
     console.say(f"written: {path}")
 
 

@@ -11,6 +11,7 @@ their ratio is the median of the rounds' own ratios. Tokens are real ones: neith
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable, Iterator
 from itertools import islice
 from statistics import median
@@ -122,7 +123,7 @@ def figures(point: Point) -> list[str]:
     return [f"{found.median:.0f}", "{:.0f} – {:.0f}".format(*found.quartiles)]
 
 
-def plot(points: list[Point], title: str, path: Any) -> None:
+def plot(points: list[Point], notes: list[str], title: str, path: Any) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,7 +151,8 @@ def plot(points: list[Point], title: str, path: Any) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
-    figure.tight_layout()
+    figure.text(0.02, 0.01, "\n".join(textwrap.fill(note, 120) for note in notes), fontsize=7.5, color="#444")
+    figure.tight_layout(rect=(0, 0.05 if notes else 0, 1, 1))
     figure.savefig(path, dpi=150)
 
 
@@ -189,7 +191,7 @@ def main() -> None:
         "points": points,
     }
     path = record.write("throughput", args, content, met)
-    plot(points, f"{args.shape}, {args.device}, {args.batch} rows a step", path.with_suffix(".png"))
+    plot(points, notes, f"{args.shape}, {args.device}, {args.batch} rows a step", path.with_suffix(".png"))
     console.say(f"written: {path}")
 
 

@@ -145,11 +145,16 @@ def threads(device: str) -> int | None:
 
 
 def check(worlds: list[int], device: str) -> list[str]:
-    """Notes on worlds that the machine is too small for: cores can be shared in turns, GPUs can't be."""
+    """Notes on worlds that the machine is too small or too busy for: cores can be shared in turns, GPUs can't be."""
     import torch
 
     room = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     over = [n for n in worlds if n > room]
     if over and device == "cuda":
         raise SystemExit(f"--ranks {' '.join(map(str, over))}: this machine has {room} GPUs")
-    return [f"{n} ranks on {room} cores: oversubscribed, so no faster than {room} ranks can be" for n in over]
+    notes = [f"{n} ranks on {room} cores: oversubscribed, so no faster than {room} ranks can be" for n in over]
+    load = os.getloadavg()[0]
+    if device == "cpu" and load > 0.25 * room:
+        busy = f"other processes kept the machine busy (load {load:.1f} on {room} cores when this began)"
+        notes.append(f"{busy}: worst for several ranks, which wait for the slowest of them")
+    return notes
