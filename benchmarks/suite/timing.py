@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,23 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
-def interleaved(work: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, Times]:
-    """Times by name; every round starts with another system, so that no one always follows the same neighbour."""
+def interleaved(
+    work: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Times]:
+    """Times by name; every round starts with another system, so that no one always follows the same neighbour.
+
+    A round runs inside `turn()`, which may wait for other processes' rounds.
+    """
     names = list(work)
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARM_UP + repeats):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            rounds[name].append(_milliseconds(work[name], device))
+        first = number % len(names)
+        with turn():
+            for name in names[first:] + names[:first]:
+                rounds[name].append(_milliseconds(work[name], device))
     return {name: Times(values[WARM_UP:]) for name, values in rounds.items()}
 
 

@@ -1,0 +1,123 @@
+"""A cost model of stage 2's step: compute by the token, communication by the call (α) and by the byte (β).
+
+    T = fixed + c·n + Σ over kinds of (α·calls + β·bytes)
+
+n are the slots of one expert that a rank's step dispatches: its tokens, and what pads them to the fullest rank's.
+Fitted to what was measured, and tested on a point that it was not fitted to; `suite.cluster` draws it further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+ALL_TO_ALL, ALL_REDUCE = "all-to-all", "all-reduce"
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message costs: α seconds a call, β seconds a byte."""
+
+    alpha: float
+    beta: float
+
+    def seconds(self, calls: float, size: float) -> float:
+        return self.alpha * calls + self.beta * size
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank hands to the collectives of a kind in one step."""
+
+    calls: float
+    size: float  # bytes, of all calls together
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a step that talks to nobody."""
+
+    fixed: float
+    per_slot: float
+
+    def seconds(self, slots: float) -> float:
+        return self.fixed + self.per_slot * slots
+
+
+def fit_link(sizes: Iterable[float], seconds: Iterable[float]) -> Link:
+    """α and β by least squares of the relative errors: in absolute ones the largest messages alone would decide.
+
+    Neither can be below zero; where one would be, the other is fitted alone.
+    """
+    s, t = np.asarray(list(sizes), float), np.asarray(list(seconds), float)
+    alpha, beta = _non_negative(np.stack([np.ones_like(s), s], axis=1) / t[:, None])
+    return Link(alpha, beta)
+
+
+def fit_compute(slots: Iterable[float], seconds: Iterable[float]) -> Compute:
+    n, t = np.asarray(list(slots), float), np.asarray(list(seconds), float)
+    fixed, per_slot = _non_negative(np.stack([np.ones_like(n), n], axis=1) / t[:, None])
+    return Compute(fixed, per_slot)
+
+
+def _non_negative(columns: np.ndarray) -> tuple[float, float]:
+    """x ≥ 0 with columns·x nearest to one."""
+    from scipy.optimize import nnls
+
+    scale = columns.max(axis=0)  # bytes and calls differ by orders of magnitude
+    found, _ = nnls(columns / scale, np.ones(len(columns)))
+    first, second = found / scale
+    return float(first), float(second)
+
+
+def communication(traffic: dict[str, Traffic], links: dict[str, Link]) -> float:
+    """Seconds of a step's collectives, none of them hidden behind compute."""
+    return sum(links[kind].seconds(t.calls, t.size) for kind, t in traffic.items() if t.calls)
+
+
+def dispatched_bytes(capacity: int, experts: int, hidden: int, element: int, directions: int) -> int:
+    """What one rank hands to the all-to-alls of one layer: to the experts and back, forward and backward."""
+    return capacity * experts * hidden * element * directions
+
+
+World = dict[str, Any]  # ranks, links (the microbenchmark by kind), points
+Point = dict[str, Any]  # rows, tokens, slots, traffic by kind, milliseconds of each round
+
+
+class Fit:
+    """The model of measured worlds, with the largest batch on the most ranks left out of it."""
+
+    def __init__(self, worlds: list[World]) -> None:
+        self.links = {
+            w["ranks"]: {kind: fit_link(*zip(*seen, strict=True)) for kind, seen in w["links"].items()} for w in worlds
+        }
+        most = max(worlds, key=lambda w: int(w["ranks"]))
+        self.left_out = (most["ranks"], max(p["rows"] for p in most["points"]))
+        points = [(w["ranks"], p) for w in worlds for p in w["points"]]
+        kept = [(n, p) for n, p in points if (n, p["rows"]) != self.left_out]
+        alone = [max(fastest(p) - self.talk(n, p), 1e-6) for n, p in kept]
+        self.compute = fit_compute([p["slots"] for _, p in kept], alone)
+
+    def talk(self, ranks: int, point: Point) -> float:
+        """Seconds of the step's collectives."""
+        return communication({k: Traffic(**t) for k, t in point["traffic"].items()}, self.links[ranks])
+
+    def predicted(self, ranks: int, point: Point) -> float:
+        return self.compute.seconds(point["slots"]) + self.talk(ranks, point)
+
+    def error(self, ranks: int, point: Point) -> float:
+        return self.predicted(ranks, point) / fastest(point) - 1
+
+
+def fastest(point: Point) -> float:
+    """Seconds of the round that other processes disturbed least: the model knows nothing of them."""
+    return float(min(point["milliseconds"])) / 1000
+
+
+def rate(point: Point) -> float:
+    """Tokens a second over all ranks, at the median."""
+    return 1000 * float(point["tokens"] / median(point["milliseconds"]))

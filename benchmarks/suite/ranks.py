@@ -1,0 +1,160 @@
+"""Ranks of a benchmark: its own script, started anew under DeepSpeed's launcher; rank 0's findings are read back.
+
+A launch costs some 13 s, so one launch measures everything that is wanted of its world size. Worlds that are to be
+compared are started at once and take turns, so that a change of the machine's speed hits all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+THREADS = 1  # of a CPU's rank, so that more ranks are more cores
+STALE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+HUNG = 7200.0  # seconds after which the worlds are given up
+
+
+def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=default, metavar="N", help="world sizes (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and configurations, for a first look")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of a rank: the directory that worlds share
+
+
+def hide_gpus() -> None:
+    """Before anything asks for a GPU: DeepSpeed's launcher shows them to the ranks of a CPU's world, too."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def collect(worlds: list[int], device: str) -> list[Any]:
+    """What `work` returned on rank 0 of each world; all are started at once, with this process's own command line."""
+    from alignx_ds import distributed
+
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no rank outlives us
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            for ranks in worlds:
+                launcher = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_local_rank"]
+                launcher += ["--num_accelerators", str(ranks), "--master_port", str(distributed.free_port())]
+                command = [*launcher, *sys.argv, "--worker", directory]
+                running[ranks] = subprocess.Popen(command, env=_environment(device), start_new_session=True)
+            _wait(running)
+        finally:
+            for process in running.values():
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all its ranks
+                    process.wait()
+        return [json.loads(_found(Path(directory), ranks).read_text(encoding="utf-8")) for ranks in worlds]
+
+
+def _wait(running: dict[int, subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + HUNG
+    while any(process.poll() is None for process in running.values()):
+        failed = {ranks: process.poll() for ranks, process in running.items() if process.poll()}
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for ranks, process in running.items():
+        if process.poll():
+            raise SystemExit(f"{ranks} ranks: exit code {process.poll()}; see above")
+    if any(process.poll() is None for process in running.values()):
+        raise SystemExit(f"ranks still running after {HUNG:g} s were ended")
+
+
+def _environment(device: str) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name not in STALE}
+    if device == "cpu":
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(THREADS)}
+    return environment
+
+
+def _found(directory: Path, ranks: int) -> Path:
+    return directory / f"found.{ranks}.json"
+
+
+def work(directory: Path, measure: Callable[[], Any]) -> None:
+    """A rank's whole life; what rank 0 has measured is left in the directory."""
+    from alignx_ds import distributed
+
+    distributed.init()
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.device())
+    found = measure()
+    if distributed.is_main():
+        _found(directory, distributed.world_size()).write_text(json.dumps(found), encoding="utf-8")
+    distributed.barrier()
+    distributed.shutdown()
+
+
+class Turns:
+    """Turns of worlds that run at once: turn number t is that of world t mod their count, and no other works in it."""
+
+    def __init__(self, directory: Path, worlds: list[int], own: int) -> None:
+        self.directory, self.worlds, self.own = directory, worlds, own
+        self.number = worlds.index(own)
+
+    def ready(self) -> None:
+        """Wait for all worlds. Collective."""
+        from alignx_ds import distributed
+
+        distributed.barrier()
+        if distributed.is_main():
+            (self.directory / f"ready.{self.own}").touch()
+        for world in self.worlds:
+            _wait_for(self.directory / f"ready.{world}")
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """This world's next turn. Collective; every world must take equally many."""
+        from alignx_ds import distributed
+
+        if self.number:
+            _wait_for(self.directory / f"turn.{self.number - 1}")
+        distributed.barrier()
+        yield
+        distributed.barrier()
+        if distributed.is_main():
+            (self.directory / f"turn.{self.number}").touch()
+        self.number += len(self.worlds)
+
+
+def _wait_for(path: Path) -> None:
+    """Asleep, not in a collective: those spin on a GPU that another world is using."""
+    while not path.exists():
+        time.sleep(0.005)
+
+
+def threads(device: str) -> int | None:
+    """Of each rank; on a GPU machine the environment decides."""
+    return THREADS if device == "cpu" else None
+
+
+def check(worlds: list[int], device: str) -> list[str]:
+    """Notes on worlds that the machine is too small or too busy for: cores can be shared in turns, GPUs can't be."""
+    import torch
+
+    room = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    over = [n for n in worlds if n > room]
+    if over and device == "cuda":
+        raise SystemExit(f"--ranks {' '.join(map(str, over))}: this machine has {room} GPUs")
+    notes = [f"{n} ranks on {room} cores: oversubscribed, so no faster than {room} ranks can be" for n in over]
+    load = os.getloadavg()[0]
+    if device == "cpu" and load > 0.25 * room:
+        busy = f"other processes kept the machine busy (load {load:.1f} on {room} cores when this began)"
+        notes.append(f"{busy}: worst for several ranks, which wait for the slowest of them")
+    return notes

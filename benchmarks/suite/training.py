@@ -1,0 +1,120 @@
+"""Training as the project does it, on random weights and random rows: both stages' engines and their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+from alignx_ds import distributed
+from alignx_ds.config import AlignConfig, RunConfig, TrainConfig
+from alignx_ds.console import Progress
+from alignx_ds.data.encode import Example
+from alignx_ds.mocae.backbones import backbone_of
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.layer import freeze_trunk
+from alignx_ds.mocae.modeling import Placement
+from alignx_ds.training import align
+from alignx_ds.training import engine as engines
+from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
+from suite.systems import Setting, alignx
+
+PAD, SEED, ENDLESS = 0, 0, 100_000  # steps: more than any benchmark takes
+EXPERTS = 4
+ROWS = "random tokens; length uniform on [L/4, L], prompt uniform on [1/4, 3/4] of it, expert uniform"
+
+
+def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> Rows:
+    """As `ROWS` says, of greatest length L."""
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=source))
+
+    examples = []
+    for _ in range(count):
+        size = draw(max(4, length // 4), length)
+        ids = torch.randint(3, vocabulary, (size,), generator=source).tolist()
+        examples.append(Example(tuple(ids), draw(size // 4, 3 * size // 4)))
+    return Rows(examples, [draw(0, EXPERTS - 1) for _ in range(count)])
+
+
+@dataclass
+class Trainee:
+    """An engine, its loss, and its endless stream of this rank's micro batches."""
+
+    engine: Any
+    plan: engines.Plan
+    step_loss: StepLoss
+    rows: Rows
+    packed: bool
+    keeper: Any = None  # what makes transformers shard; forgotten with the engine
+
+    def stream(self) -> Iterator[list[MicroBatch]]:
+        return micro_batches(self.rows, self.plan, PAD, SEED, packed=self.packed)
+
+    def steps(self, stream: Iterator[list[MicroBatch]], count: int) -> list[float]:
+        """So many optimizer steps of the project's own loop."""
+        return train(self.engine, islice(stream, count), self.step_loss, self.plan, Progress(), lambda step, mean: None)
+
+    def with_batch(self, batch: int) -> Trainee:
+        """The same engine on steps of so many rows; its JSON's sizes are for DeepSpeed's own reports only."""
+        return replace(self, plan=replace(self.plan, batch=batch))
+
+    def close(self) -> None:
+        self.engine.destroy()
+        self.keeper = None
+
+
+def tokens(steps: list[list[MicroBatch]]) -> int:
+    """Real tokens of this rank's steps, without padding."""
+    return sum(int(part.batch.attention_mask.sum()) for step in steps for part in step)
+
+
+def here(setting: Setting) -> Setting:
+    """The setting on this rank's own device."""
+    return replace(setting, device=str(distributed.device()))
+
+
+def stage1(setting: Setting, rows: Rows, batch: int, zero: int) -> Trainee:
+    """A specialist's fine-tune: the upper half's FFNs, from stage 1's JSON with this ZeRO stage."""
+    from alignx_ds.training.losses import language_loss
+
+    config = TrainConfig(batch=batch)
+    plan = _plan(config, setting)
+    template = engines.read_template(config.deepspeed, "train.deepspeed")
+    template["zero_optimization"]["stage"] = zero
+    filled = engines.fill(template, plan, distributed.world_size())
+    keeper = HfDeepSpeedConfig(filled)
+    torch.manual_seed(SEED)
+    with torch.device(setting.device):
+        model = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
+    table, layers = backbone_of(setting.config.model_type), setting.config.num_hidden_layers
+    trained = {table.weight_name(layer, p) for layer in range(layers // 2, layers) for p in PROJECTIONS}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    engine = engines.start(model, engines.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
+    return Trainee(engine, plan, language_loss, rows, True, keeper)
+
+
+def stage2(setting: Setting, rows: Rows, batch: int, ep_size: int) -> Trainee:
+    """The calibrated mixture on the expert-parallel path: the project's own groups, losses and JSON."""
+    config = RunConfig(align=AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=0.1))
+    plan = _plan(config.align, setting)
+    template = engines.read_template(config.align.deepspeed, "align.deepspeed")
+    torch.manual_seed(SEED)
+    model = alignx(setting, Placement(ep_size, distributed.rank() % ep_size))
+    freeze_trunk(model)
+    align.make_expert_groups(ep_size)
+    filled = engines.fill(template, plan, distributed.world_size())
+    engine = engines.start(model, align.parameter_groups(model, config), filled, plan)
+    return Trainee(engine, plan, align._step_loss(config), rows, False)
+
+
+def _plan(config: TrainConfig | AlignConfig, setting: Setting) -> engines.Plan:
+    return engines.Plan.of(config, "bfloat16" if setting.dtype == torch.bfloat16 else "float32", ENDLESS)

@@ -1,0 +1,199 @@
+"""Training throughput in tokens a second: stage 1 by ZeRO stage beside a bare DeepSpeed loop, stage 2 by ep_size.
+
+    python benchmarks/throughput.py --shape tiny --device cpu
+    python benchmarks/throughput.py --shape llama2-7b --device cuda --ranks 8 --batch 64 --length 2048 --zero 3
+
+Random weights and rows; each world size is one launch. The bare loop has the same engine and the same packed batches,
+made ahead, and does nothing but forward (with the model's own loss), backward and step; both loops take turns, and
+their ratio is the median of the rounds' own ratios. Tokens are real ones: neither padding nor a row's copy is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Iterator
+from itertools import islice
+from statistics import median
+from typing import Any
+
+from suite import ranks, record
+from suite.record import Target
+from suite.shapes import config_of
+from suite.systems import Setting
+from suite.timing import WARM_UP, Times, interleaved
+
+from alignx_ds import console, distributed
+
+OURS, BARE = "training loop", "bare DeepSpeed loop"
+Point = dict[str, Any]  # stage, ranks, zero, ep_size, tokens of each round, milliseconds of each round by system
+
+
+def measure(args: argparse.Namespace) -> list[Point]:
+    """Everything of this world size. Collective."""
+    from suite.training import EXPERTS, here, random_rows, stage2, tokens
+
+    setting = here(Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank))
+    rows = random_rows(8 * args.batch, setting.config.vocab_size, args.length)
+    points = [against_bare(setting, rows, zero, args) for zero in args.zero]
+    world = distributed.world_size()
+    sizes = [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
+    trainees = {f"ep_size {n}": stage2(setting, rows, args.batch, n) for n in sizes}
+    rounds = (WARM_UP + args.repeats) * args.steps
+    counted = by_round(tokens, list(islice(next(iter(trainees.values())).stream(), rounds)), args)
+    work = {name: runner(t, t.stream(), args.steps) for name, t in trainees.items()}
+    times = interleaved(work, args.repeats, args.device)
+    for size, (name, trainee) in zip(sizes, trainees.items(), strict=True):
+        milliseconds = {OURS: times[name].rounds}
+        points.append({"stage": 2, "zero": 2, "ep_size": size, "tokens": counted, "milliseconds": milliseconds})
+        trainee.close()
+    return [{"ranks": world, **point} for point in points]
+
+
+def against_bare(setting: Setting, rows: Any, zero: int, args: argparse.Namespace) -> Point:
+    from suite.training import stage1, tokens
+
+    trainee = stage1(setting, rows, args.batch, zero)
+    ahead = list(islice(trainee.stream(), (WARM_UP + args.repeats) * args.steps))
+    prepared = iter(ahead)
+
+    def bare() -> None:
+        for step in islice(prepared, args.steps):
+            for part in step:
+                b = part.batch
+                output = trainee.engine(
+                    input_ids=b.input_ids, position_ids=b.position_ids, labels=b.labels, use_cache=False
+                )
+                trainee.engine.backward(output.loss)
+                trainee.engine.step()
+
+    trainee.engine.train()
+    work = {OURS: runner(trainee, trainee.stream(), args.steps), BARE: bare}
+    times = interleaved(work, args.repeats, args.device)
+    trainee.close()
+    counted = by_round(tokens, ahead, args)
+    milliseconds = {name: found.rounds for name, found in times.items()}
+    return {"stage": 1, "zero": zero, "ep_size": 1, "tokens": counted, "milliseconds": milliseconds}
+
+
+def runner(trainee: Any, stream: Iterator[Any], steps: int) -> Callable[[], object]:
+    return lambda: trainee.steps(stream, steps)
+
+
+def by_round(tokens: Callable[[list[Any]], int], steps: list[Any], args: argparse.Namespace) -> list[int]:
+    """Tokens of each timed round over all ranks. Collective."""
+    own = [tokens(steps[i : i + args.steps]) for i in range(0, len(steps), args.steps)][WARM_UP:]
+    return [sum(of_ranks) for of_ranks in zip(*distributed.gather(own), strict=True)]
+
+
+def rate(point: Point, system: str = OURS) -> list[float]:
+    """Tokens a second, by round."""
+    return [1000 * n / t for n, t in zip(point["tokens"], point["milliseconds"][system], strict=True)]
+
+
+def ratio(point: Point) -> float:
+    """Our tokens a second over the bare loop's."""
+    times = {name: Times(rounds) for name, rounds in point["milliseconds"].items()}
+    return times[BARE].over(times[OURS])
+
+
+def targets(points: list[Point]) -> list[Target]:
+    promised = [p for p in points if p["stage"] == 1 and p["zero"] == 3]
+    return [Target(f"{name_of(p)}: tokens/s over the bare loop's", ratio(p), 0.95, at_least=True) for p in promised]
+
+
+def name_of(point: Point) -> str:
+    how = f"ZeRO-{point['zero']}" if point["stage"] == 1 else f"ep_size {point['ep_size']}"
+    return f"{how}, {point['ranks']} rank{'s' * (point['ranks'] > 1)}"
+
+
+def show(points: list[Point]) -> None:
+    rows = []
+    for p in (p for p in points if p["stage"] == 1):
+        bare = Times(rate(p, BARE))
+        rows.append([name_of(p), *figures(p), f"{bare.median:.0f}", f"{ratio(p):.3f}"])
+    columns = ["engine", "tokens/s", "quartiles", f"{BARE}'s", "x bare"]
+    console.table("Stage 1: fine-tuning a specialist, packed rows", columns, rows)
+    rows = [[name_of(p), *figures(p)] for p in points if p["stage"] == 2]
+    console.table("Stage 2: the mixture, expert-parallel, ZeRO-2", columns[:3], rows)
+
+
+def figures(point: Point) -> list[str]:
+    found = Times(rate(point))
+    return [f"{found.median:.0f}", "{:.0f} – {:.0f}".format(*found.quartiles)]
+
+
+def plot(points: list[Point], notes: list[str], title: str, path: Any) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages = [[p for p in points if p["stage"] == stage][::-1] for stage in (1, 2)]
+    figure, axes = plt.subplots(
+        2, 1, figsize=(7, 0.5 * len(points) + 2.2), height_ratios=[2 * len(stages[0]) + 1, len(stages[1]) + 1]
+    )
+    first, second = axes
+    places = range(len(stages[0]))
+    for offset, system, colour in ((0.2, OURS, "#1b6ca8"), (-0.2, BARE, "#9aa5b1")):
+        values = [median(rate(p, system)) for p in stages[0]]
+        bars = first.barh([place + offset for place in places], values, 0.38, color=colour, label=system)
+        labels = [f"{v:,.0f}" + (f"  ({ratio(p):.2f} x bare)" if system == OURS else "") for v, p in
+                  zip(values, stages[0], strict=True)]  # fmt: skip
+        first.bar_label(bars, labels, padding=3, fontsize=8)
+    first.set_yticks(list(places), [name_of(p) for p in stages[0]])
+    first.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    first.set_title("stage 1", fontsize=10, loc="left")
+    bars = second.barh([name_of(p) for p in stages[1]], [median(rate(p)) for p in stages[1]], 0.5, color="#1b6ca8")
+    second.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
+    second.set_title("stage 2, expert-parallel", fontsize=10, loc="left")
+    second.set_xlabel(f"tokens/s, median of the rounds; {title}", fontsize=9)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.25)
+    figure.text(0.02, 0.01, "\n".join(textwrap.fill(note, 120) for note in notes), fontsize=7.5, color="#444")
+    figure.tight_layout(rect=(0, 0.05 if notes else 0, 1, 1))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    ranks.hide_gpus()
+    parser = record.parser(__doc__, shape="tiny")
+    ranks.add_options(parser, default=[1, 2])
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step over all ranks (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="greatest tokens of a row (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=12, help="rounds (default: %(default)s)")
+    parser.add_argument("--zero", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="stage 1's ZeRO")
+    args = parser.parse_args()
+    if args.quick:
+        args.zero, args.repeats = [3], 6
+    if args.worker:
+        ranks.work(args.worker, lambda: measure(args))
+        return
+    from suite.training import ROWS
+
+    notes = ranks.check(args.ranks, args.device)
+    points = [point for world in args.ranks for point in ranks.collect([world], args.device)[0]]
+    show(points)
+    met = targets(points)
+    record.print_targets(met)
+    for note in notes:
+        console.say(note)
+    content = {
+        "shape": config_of(args.shape, args.layers).to_dict(),
+        "rank": args.rank,
+        "dtype": str(record.dtype_of(args)),
+        "threads_per_rank": ranks.threads(args.device),
+        "step": {"rows": args.batch, "longest": args.length, "drawn": ROWS},
+        "steps_per_round": args.steps,
+        "notes": notes,
+        "points": points,
+    }
+    path = record.write("throughput", args, content, met)
+    plot(points, notes, f"{args.shape}, {args.device}, {args.batch} rows a step", path.with_suffix(".png"))
+    console.say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

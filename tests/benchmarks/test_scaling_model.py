@@ -1,0 +1,191 @@
+"""The pure parts of the scaling benchmark: fits, drawings by hand, what a dispatch is counted at."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scaling import efficiencies
+from suite.cluster import Assumptions, Shape, draw, expert_parallel
+from suite.collectives import watching
+from suite.costs import ALL_REDUCE, ALL_TO_ALL, Fit, Link, Traffic, communication, fit_compute, fit_link
+from suite.ranks import Turns
+from tiny_models import EXPERTS, HIDDEN, TABLE, base_model, generator, low_rank_experts
+
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.parallel import ParallelMixture
+
+SIZES = [4.0**k * 1024 for k in range(8)]
+
+
+def test_latency_and_bandwidth_are_recovered_from_points_that_have_them() -> None:
+    found = fit_link(SIZES, [5e-5 + 2e-9 * s for s in SIZES])
+    assert found.alpha == pytest.approx(5e-5, rel=1e-6) and found.beta == pytest.approx(2e-9, rel=1e-6)
+
+
+def test_a_large_message_that_is_off_does_not_spoil_the_latency() -> None:
+    seconds = [5e-5 + 2e-9 * s for s in SIZES]
+    seconds[-1] *= 1.2  # by 6 ms, a hundred times the latency
+    assert fit_link(SIZES, seconds).alpha == pytest.approx(5e-5, rel=0.1)
+
+
+def test_neither_latency_nor_bandwidth_is_negative() -> None:
+    falling = fit_link([1000, 2000, 4000], [4e-4, 3e-4, 2e-4])
+    assert falling.beta == 0.0 and 2e-4 < falling.alpha < 4e-4
+    steep = fit_link([1000, 2000, 4000], [1e-5, 4e-5, 2e-4])
+    assert steep.alpha == 0.0 and steep.beta > 0.0
+
+
+def test_compute_is_recovered_from_points_that_have_it() -> None:
+    found = fit_compute([100, 200, 400], [0.03 + 0.001 * n for n in (100, 200, 400)])
+    assert found.fixed == pytest.approx(0.03) and found.per_slot == pytest.approx(0.001)
+
+
+def test_communication_is_calls_by_latency_and_bytes_by_bandwidth() -> None:
+    traffic = {ALL_TO_ALL: Traffic(3, 1000), ALL_REDUCE: Traffic(2, 50)}
+    links = {ALL_TO_ALL: Link(0.1, 0.01), ALL_REDUCE: Link(0.5, 0.2)}
+    assert communication(traffic, links) == pytest.approx(3 * 0.1 + 1000 * 0.01 + 2 * 0.5 + 50 * 0.2)
+
+
+def synthetic_worlds(left_out_factor: float) -> list[dict[str, Any]]:
+    """One and two ranks that keep to the model exactly, but for the largest batch on two."""
+    links = {ALL_TO_ALL: (2e-4, 1e-9), ALL_REDUCE: (4e-4, 2e-9)}
+    worlds = []
+    for ranks in (1, 2):
+        points = []
+        for rows in (2, 4, 8):
+            slots, calls = 50 * rows, 12 if ranks > 1 else 0
+            traffic = {kind: {"calls": calls, "size": calls * 5000.0 * rows} for kind in links}
+            talk = sum(calls * a + calls * 5000 * rows * b for a, b in links.values())
+            milliseconds = 1000 * (0.02 + 0.001 * slots + talk)
+            if (ranks, rows) == (2, 8):
+                milliseconds *= left_out_factor
+            rounds = [3 * milliseconds, milliseconds, 2 * milliseconds]  # two of them disturbed
+            points.append({"rows": ranks * rows, "slots": slots, "traffic": traffic, "milliseconds": rounds})
+        measured = {kind: [(s, a + b * s) for s in SIZES] for kind, (a, b) in links.items()} if ranks > 1 else {}
+        worlds.append({"ranks": ranks, "links": measured, "points": points})
+    return worlds
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_the_point_left_out_is_predicted_and_not_fitted(factor: float) -> None:
+    worlds = synthetic_worlds(factor)
+    fit = Fit(worlds)
+    assert fit.left_out == (2, 16)
+    assert fit.compute.fixed == pytest.approx(0.02) and fit.compute.per_slot == pytest.approx(0.001)
+    for world in worlds:
+        for point in world["points"]:
+            expected = 1 / factor - 1 if (world["ranks"], point["rows"]) == fit.left_out else 0.0
+            assert fit.error(world["ranks"], point) == pytest.approx(expected, abs=1e-6)
+
+
+def test_efficiency_is_of_the_rounds_that_ran_beside_each_other() -> None:
+    one = {"rows": 4, "tokens": 400, "milliseconds": [100.0, 500.0, 100.0]}  # a slow round hits both worlds
+    half = {"rows": 2, "tokens": 150, "milliseconds": [60.0, 300.0, 60.0]}
+    two = {"rows": 4, "tokens": 400, "milliseconds": [80.0, 400.0, 80.0]}
+    worlds = [{"ranks": 1, "points": [half, one]}, {"ranks": 2, "points": [two]}]
+    strong, weak = efficiencies(worlds, worlds[1], two)
+    assert strong == pytest.approx(100 / 80 / 2)
+    assert weak == pytest.approx((400 / 80) / (150 / 60) / 2)
+    assert efficiencies(worlds[1:], worlds[1], two) == (None, None)
+
+
+SMALL = Shape(layers=2, hidden=10, ffn=20, attention=400, head=1000, experts=4, rank=1, shared_trained=500)
+ROUND = Assumptions(
+    flops=1e6,
+    overhead_ms=7.0,
+    nvlink_latency_us=1000.0,
+    nvlink_gb_s=1e-3,
+    ib_latency_us=2000.0,
+    ib_gb_s=1e-4,
+    gpus_per_node=8,
+    tokens_per_gpu=100,
+    sequence=30,
+    element=2,
+    padding=0.2,
+)
+
+
+def test_the_drawing_is_what_a_hand_computes() -> None:
+    """16 GPUs of two nodes, 150 tokens each: two micro batches, experts over 4 ranks, so 4 ranks share an expert."""
+    found = draw(SMALL, 16, 16 * 150, ROUND)
+    slots = 150 / 0.8
+    factors = 3 * 1 * (10 + 20)
+    flops = 2 * (4 * (400 + 4 * 3 * 10 * 20) + 6 * (30 * 10 + 4 * factors)) + 4 * 1000
+    assert SMALL.flops_per_token(30) == flops
+    assert found.compute == pytest.approx(flops * slots / 1e6)
+    moved = (
+        2 * 4 * slots * 4 * 10 * 2 * 3 / 4
+    )  # layers, directions, slots, experts, hidden, bytes, what leaves the rank
+    assert found.all_to_all == pytest.approx(2 * 4 * 2 * 1e-3 + moved / 1e6)
+    shared = 4 * 2e-3 + 15 / 16 * 500 * 2 / 1e5
+    experts = 2 * 2e-3 + 3 / 4 * (2 * factors * 2) / 1e5
+    assert found.all_reduce == pytest.approx((2 + 1) * (shared + experts))  # reduced twice, gathered once
+    assert found.step == pytest.approx(found.compute + found.all_to_all + found.all_reduce + 7e-3)
+    assert found.tokens_per_second == pytest.approx(2400 / found.step)
+
+
+def test_within_a_node_nothing_passes_the_slow_link_and_one_gpu_talks_to_nobody() -> None:
+    experts = 1 * 1e-3 + 1 / 2 * (2 * 90 * 2) / 1e6
+    shared = 3 * 1e-3 + 7 / 8 * 1000 / 1e6
+    assert draw(SMALL, 8, 800, ROUND).all_reduce == pytest.approx(2 * (shared + experts))
+    alone = draw(SMALL, 1, 100, ROUND)
+    assert alone.all_to_all == alone.all_reduce == 0.0
+
+
+def test_experts_stay_within_a_node() -> None:
+    assert [expert_parallel(SMALL, n, ROUND) for n in (1, 2, 6, 8, 1024)] == [1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize("trained_below", [True, False])
+def test_bytes_are_those_that_the_layer_dispatches(trained_below: bool) -> None:
+    """What reaches the experts and leaves them, and their gradients; the first layer's input has none."""
+    base = base_model()
+    ffn, specialists = TABLE.view(TABLE.ffn_of(base, 1)), low_rank_experts(base)[1]
+    ranks = {p: specialists[0].rank(p) for p in PROJECTIONS}
+    mixture = ParallelMixture(ffn, [Factors.zeros(ffn, ranks), *specialists], ep_size=1, ep_rank=0)
+    passed: list[int] = []
+
+    def size(tensors: tuple[Any, ...]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    experts = mixture.moe.deepspeed_moe.experts
+    experts.register_forward_hook(lambda m, given, made: passed.extend((size(given), size((made,)))))
+    experts.register_full_backward_hook(lambda m, back, came: passed.extend((size(back), size(came))))
+    source = generator(5)
+    x = torch.randn(3, 7, HIDDEN, generator=source, requires_grad=trained_below)
+    gates = torch.rand(3, 1, EXPERTS, generator=source)
+    mask = torch.ones(3, 7)
+    mask[1, 4:] = 0  # three pads: not dispatched
+    with watching(mixture) as seen:
+        mixture(x, gates, mask).sum().backward()
+    assert seen.capacities == [18] and seen.padding == [pytest.approx(0.0)]
+    assert seen.size == sum(passed) == (4 if trained_below else 3) * 18 * EXPERTS * HIDDEN * 4
+
+
+def test_worlds_take_turns(tmp_path: Path) -> None:
+    spans: list[tuple[float, float, int]] = []
+
+    def world(own: int) -> None:
+        turns = Turns(tmp_path, [1, 2, 4], own)
+        time.sleep(0.05 * own)  # some are ready late
+        turns.ready()
+        for _ in range(3):
+            with turns.turn():
+                start = time.monotonic()
+                time.sleep(0.01)
+                spans.append((start, time.monotonic(), own))
+
+    threads = [threading.Thread(target=world, args=(own,)) for own in (4, 1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    spans.sort()
+    assert [own for _, _, own in spans] == [1, 2, 4] * 3
+    assert all(end <= start for (_, end, _), (start, _, _) in pairwise(spans))
