@@ -1,4 +1,5 @@
 # make demo    set everything up, then go from a base model to an aligned one on the embedded world
+# make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
 # make test    set everything up, then run the tests
 # make check   format, lint, types, tests
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds test check lint format clean
+.PHONY: install demo seeds bench test check lint format clean
 
 install: $(READY)
 
@@ -25,6 +26,13 @@ demo: $(READY)
 seeds: $(READY)
 	for seed in 0 1 2; do $(BIN)/alignx-ds run $(RECIPE) seed=$$seed output=runs/world-seed-$$seed || exit 1; done
 	$(BIN)/alignx-ds compare runs/world-seed-0 runs/world-seed-1 runs/world-seed-2
+
+bench: $(READY)
+	$(BIN)/python benchmarks/latency.py --shape tiny --repeats 5 --out runs/bench
+	$(BIN)/python benchmarks/memory.py --shape tiny --measure-layers 4 --out runs/bench
+	$(BIN)/python benchmarks/calibrator.py --shape tiny --repeats 5 --out runs/bench
+	$(BIN)/python benchmarks/throughput.py --shape tiny --quick --out runs/bench
+	$(BIN)/python benchmarks/scaling.py --shape tiny --quick --out runs/bench
 
 test: lint
 	$(BIN)/python -m pytest
