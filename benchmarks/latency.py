@@ -11,7 +11,6 @@ compiles the decode step of every system whose step can be captured whole.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -21,11 +20,10 @@ from suite.record import Target
 from suite.shapes import config_of
 from suite.systems import KINDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
+from suite.work import STEPS, decode_work, prefill_work
 
 from alignx_ds import console
-from alignx_ds.evaluation.decode import Decoder
 
-STEPS = 8  # decode steps in one round
 NOT_WHOLE = (
     "H3Fusion, loop",
     "H3Fusion, grouped",
@@ -33,46 +31,6 @@ NOT_WHOLE = (
 )  # their steps ask the device how many tokens go where
 BASE, OURS, THEIRS = "dense base", "AlignX", ("H3Fusion, loop", "H3Fusion, grouped")
 Grid = dict[tuple[str, int, int], dict[str, Times]]
-
-
-def prefill_work(system: System, batch: int, length: int) -> Callable[[], object]:
-    decoders = [Decoder(model) for model in system.models]
-    ids, mask = _prompts(system, batch, length)
-
-    def work() -> None:
-        system.prepare()
-        for decoder in decoders:
-            decoder.prefill(ids, mask, room=1)
-
-    return work
-
-
-def decode_work(system: System, batch: int, length: int, rounds: int, compiled: bool) -> Callable[[], object]:
-    """`STEPS` tokens a call; the cache has room for all rounds."""
-    system.prepare()
-    decoders = [Decoder(model, compiled=compiled) for model in system.models]
-    ids, mask = _prompts(system, batch, length)
-    room = STEPS * (rounds + 1)
-    started = [decoder.prefill(ids, mask, room) for decoder in decoders]
-    whole = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
-    position = torch.full((batch, 1), length, device=ids.device)
-
-    @torch.no_grad()
-    def work() -> None:
-        system.prepare()
-        for decoder, (cache, token) in zip(decoders, started, strict=True):
-            for _ in range(STEPS):
-                token = decoder.step(token, whole, position, cache).clone()
-
-    return work
-
-
-def _prompts(system: System, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    model = system.models[0]
-    vocabulary = model.config.get_text_config().vocab_size
-    source = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (batch, length), generator=source).to(model.device)
-    return ids, torch.ones_like(ids)
 
 
 def measure(made: list[System], args: argparse.Namespace) -> Grid:

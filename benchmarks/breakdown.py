@@ -1,0 +1,83 @@
+"""Where the time goes: operators of a prefill and of a decode step, the base model's beside AlignX's.
+
+    python benchmarks/breakdown.py --shape small --device cpu
+
+torch.profiler's self time by operator, per pass, the largest first. The profiler itself costs time: shares matter here,
+not sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from suite import record
+from suite.shapes import config_of
+from suite.systems import Setting, System, systems
+from suite.work import STEPS, decode_work, prefill_work
+from torch.profiler import ProfilerActivity, profile
+
+from alignx_ds import console
+
+SYSTEMS = ["dense base", "AlignX"]
+SHOWN = 12  # operators
+Breakdown = dict[str, tuple[float, float]]  # by operator: milliseconds and calls, per pass
+
+
+def breakdown(work: Callable[[], object], passes: int, device: str, steps: int) -> Breakdown:
+    work()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as seen:
+        for _ in range(passes):
+            work()
+    count = passes * steps
+    times = {}
+    for event in seen.key_averages():
+        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        times[event.key] = (own / 1000 / count, event.count / count)
+    return times
+
+
+def show(title: str, found: dict[str, Breakdown]) -> None:
+    largest = sorted(
+        {op for b in found.values() for op in b}, key=lambda op: -max(b.get(op, (0, 0))[0] for b in found.values())
+    )
+    rows = []
+    for op in largest[:SHOWN]:
+        cells = [f"{value:.3f}" for b in found.values() for value in b.get(op, (0.0, 0.0))]
+        rows.append([op, *cells])
+    totals = [f"{sum(value[i] for value in b.values()):.3f}" for b in found.values() for i in (0, 1)]
+    rows.append(["all operators", *totals])
+    console.table(title, ["operator", *(f"{name}, {what}" for name in found for what in ("ms", "calls"))], rows)
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=5)
+    args: argparse.Namespace = parser.parse_args()
+    torch.manual_seed(0)
+    config = config_of(args.shape, args.layers, args.vocabulary)
+    setting = Setting(config, args.device, record.dtype_of(args), args.rank)
+    made: list[System] = systems(setting, SYSTEMS)
+    cells = {}
+    for batch in args.batches:
+        for phase in ("prefill", "decode"):
+            found = {}
+            for system in made:
+                if phase == "prefill":
+                    work, steps = prefill_work(system, batch, args.length), 1
+                else:
+                    work, steps = decode_work(system, batch, args.length, args.passes + 1, compiled=False), STEPS
+                found[system.name] = breakdown(work, args.passes, args.device, steps)
+            title = f"{phase}, batch {batch}, length {args.length}"
+            show(title, found)
+            cells[title] = found
+    content = {"shape": config.to_dict(), "rank": args.rank, "dtype": str(setting.dtype), "operators": cells}
+    console.say(f"written: {record.write('breakdown', args, content, [])}")
+
+
+if __name__ == "__main__":
+    main()
