@@ -65,7 +65,7 @@ def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_
     """Half of the leaves at a time, by each bit of their number: any two are once set apart, either way round."""
     recipe = write_recipe()
     before = dict(leaves(config.to_dict(config.load(recipe))))
-    other = {int: 7, float: 0.75, str: "other"}
+    other = {int: 7, float: 0.75, str: "other", bool: True}
     changes = {k: [other[type(v[0])]] if isinstance(v, list) else other[type(v)] for k, v in before.items()}
     for bit, side in itertools.product(range(len(before).bit_length()), (0, 1)):
         chosen = {key: value for n, (key, value) in enumerate(changes.items()) if n >> bit & 1 == side}
