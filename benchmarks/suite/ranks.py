@@ -154,7 +154,7 @@ def check(worlds: list[int], device: str) -> list[str]:
         raise SystemExit(f"--ranks {' '.join(map(str, over))}: this machine has {room} GPUs")
     notes = [f"{n} ranks on {room} cores: oversubscribed, so no faster than {room} ranks can be" for n in over]
     load = os.getloadavg()[0]
-    if device == "cpu" and load > 0.25 * room:
+    if device == "cpu" and load > 0.5 * room:
         busy = f"other processes kept the machine busy (load {load:.1f} on {room} cores when this began)"
         notes.append(f"{busy}: worst for several ranks, which wait for the slowest of them")
     return notes
