@@ -135,11 +135,14 @@ def plot(times: dict[str, Times], path: Any) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 2.2))
-    names = list(times)[::-1]
-    bars = axis.barh(names, [100 * times[n].over(times[LAYER]) for n in names], color="#1b6ca8")
-    axis.bar_label(bars, fmt="%.1f %%", padding=2, fontsize=8)
-    axis.set_xlabel("share of the layer's time, %")
+    figure, axis = plt.subplots(figsize=(6, 1.8))
+    names = [OUTPUT, GATE, BASE_LAYER]
+    shares = [100 * times[n].over(times[LAYER]) for n in names[:2]]
+    shares.append(100 * (1 - times[BASE_LAYER].over(times[LAYER])))
+    bars = axis.barh([OUTPUT, GATE, "all of AlignX"], shares, color=["#1b6ca8", "#1b6ca8", "#9aa5b1"])
+    axis.bar_label(bars, fmt="%.2f %%", padding=2, fontsize=8)
+    axis.axvline(2, color="#c0392b", linewidth=0.8)
+    axis.set_xlabel("% of the decoder layer's time at prefill (red: promised for gate and calibration)", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
     figure.tight_layout()

@@ -189,7 +189,7 @@ def plot(found: dict[str, dict[str, Any]], path: Any) -> None:
     kinds = list(found)[::-1]
     colours = ["#1b6ca8" if k == "alignx" else "#9aa5b1" for k in kinds]
     bars = axis.barh([NAMES[k] for k in kinds], [found[k]["weights"] for k in kinds], color=colours)
-    axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    axis.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
     for place, kind in enumerate(kinds):
         if "peak" in found[kind]:
             axis.plot([found[kind]["peak"]] * 2, [place - 0.4, place + 0.4], color="#c0392b")
