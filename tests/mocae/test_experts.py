@@ -123,3 +123,17 @@ def test_a_prompt_s_own_factors_are_gathered_only_where_they_are_fewer(base: Fee
     mixture = FusedMixture(base, with_generalist(base, 4, 4, 4))
     assert [mixture.few_rows(rows, 1) for rows in (1, 2, 3, 8)] == [True, True, False, False]
     assert [mixture.few_rows(1, count) for count in (2, 3, 4)] == [True, False, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (5, 1), (3, 6)])
+def test_in_bf16_both_paths_agree_within_its_rounding(rows: int, length: int) -> None:
+    model = base_model()
+    experts = with_generalist(TABLE.view(TABLE.ffn_of(model, 1)), 4, 4, 4)
+    base = TABLE.view(TABLE.ffn_of(model.to(torch.bfloat16), 1))
+    fused, parallel = FusedMixture(base, experts), ParallelMixture(base, experts, 1, 0)
+    x = torch.randn(rows, length, 32, generator=generator(1)).bfloat16()
+    gates = one_hot([row % 4 for row in range(rows)]).unsqueeze(1)
+    y = fused(x, gates, 1)
+    assert y.dtype == torch.bfloat16
+    assert relative(y.float(), parallel(x, gates).float()) < 2 * torch.finfo(torch.bfloat16).eps
