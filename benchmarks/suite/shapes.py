@@ -43,6 +43,7 @@ def config_of(name: str, layers: int = 0, vocabulary: int = 0) -> PreTrainedConf
     """The config; `layers` and `vocabulary` other than zero take the place of the shape's own."""
     config = SMALL[name].config() if name in SMALL else shapes.shape(name)
     assert config is not None
+    config.name_or_path = name  # in place of where the file lies
     if vocabulary:
         config.vocab_size = vocabulary
     if layers:
