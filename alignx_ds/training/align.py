@@ -61,7 +61,15 @@ def model_config(job: AlignJob) -> AlignXConfig:
         layers=job.base.layers,
         ranks=ranks,
         scope=c.gate.scope,
-        gate=asdict(GateSettings(c.gate.fractal, c.gate.natural, c.gate.lexical, c.gate.temperature, c.gate.top_k)),
+        gate=asdict(
+            GateSettings(
+                fractal_weight=c.gate.fractal,
+                natural_weight=c.gate.natural,
+                lexical_weight=c.gate.lexical,
+                temperature=c.gate.temperature,
+                top_k=c.gate.top_k,
+            )
+        ),
         latent_size=c.gate.latent,
         output_latent_size=c.gate.output_latent,
         fractal_dimensions=c.gate.fractal_dimensions,
