@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 from suite import record
-from suite.shapes import config_of
 from suite.systems import Setting, System, systems
 from suite.work import STEPS, decode_work, prefill_work
 from torch.profiler import ProfilerActivity, profile
@@ -59,8 +58,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     args: argparse.Namespace = parser.parse_args()
     torch.manual_seed(0)
-    config = config_of(args.shape, args.layers, args.vocabulary)
-    setting = Setting(config, args.device, record.dtype_of(args), args.rank)
+    setting = Setting.of(args)
     made: list[System] = systems(setting, SYSTEMS)
     cells = {}
     for batch in args.batches:
@@ -75,7 +73,7 @@ def main() -> None:
             title = f"{phase}, batch {batch}, length {args.length}"
             show(title, found)
             cells[title] = found
-    content = {"shape": config.to_dict(), "rank": args.rank, "dtype": str(setting.dtype), "operators": cells}
+    content = {"operators": cells}
     console.say(f"written: {record.write('breakdown', args, content, [])}")
 
 

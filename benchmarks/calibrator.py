@@ -13,9 +13,8 @@ import argparse
 from typing import Any
 
 import torch
-from suite import record
+from suite import plots, record
 from suite.record import Target
-from suite.shapes import config_of
 from suite.systems import ANCHORS, AXES, SCALES, Setting, alignx
 from suite.timing import Times, interleaved
 from torch import Tensor, nn
@@ -93,9 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     args: argparse.Namespace = parser.parse_args()
     torch.manual_seed(0)
-    setting = Setting(
-        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
-    )
+    setting = Setting.of(args)
     times, counts = measure(setting, args.batch, args.length, args.repeats), flops(setting, args.batch, args.length)
     layers = setting.config.num_hidden_layers
     gate, output = times[GATE].over(times[LAYER]), times[OUTPUT].over(times[LAYER])
@@ -117,9 +114,6 @@ def main() -> None:
     ]
     record.print_targets(met)
     content = {
-        "shape": setting.config.to_dict(),
-        "rank": args.rank,
-        "dtype": str(setting.dtype),
         "prompt": [args.batch, args.length],
         "milliseconds": {n: t.rounds for n, t in times.items()},
         "gflop": counts,
@@ -130,23 +124,16 @@ def main() -> None:
 
 
 def plot(times: dict[str, Times], path: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 1.8))
+    figure, axis = plots.subplots(figsize=(6, 1.8))
     names = [OUTPUT, GATE, BASE_LAYER]
     shares = [100 * times[n].over(times[LAYER]) for n in names[:2]]
     shares.append(100 * (1 - times[BASE_LAYER].over(times[LAYER])))
-    bars = axis.barh([OUTPUT, GATE, "all of AlignX"], shares, color=["#1b6ca8", "#1b6ca8", "#9aa5b1"])
+    bars = axis.barh([OUTPUT, GATE, "all of AlignX"], shares, color=[plots.OURS, plots.OURS, plots.THEIRS])
     axis.bar_label(bars, fmt="%.2f %%", padding=2, fontsize=8)
     axis.axvline(2, color="#c0392b", linewidth=0.8)
     axis.set_xlabel("% of the decoder layer's time at prefill (red: promised for gate and calibration)", fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from suite import record
+from suite import plots, record
 from suite.record import Target
-from suite.shapes import config_of
 from suite.systems import KINDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
 from suite.work import STEPS, decode_work, prefill_work
@@ -79,25 +78,18 @@ def show(grid: Grid) -> None:
 
 
 def plot(grid: Grid, path: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(grid), figsize=(3.4 * len(grid), 3.6), squeeze=False, sharey=True)
+    figure, axes = plots.subplots(1, len(grid), figsize=(3.4 * len(grid), 3.6), squeeze=False, sharey=True)
     for axis, ((phase, batch, length), times) in zip(axes[0], grid.items(), strict=True):
         base = next(iter(times.values()))
         names = list(times)[::-1]
-        colours = ["#1b6ca8" if n.startswith("AlignX") else "#9aa5b1" for n in names]
+        colours = [plots.OURS if n.startswith("AlignX") else plots.THEIRS for n in names]
         bars = axis.barh(names, [times[n].over(base) for n in names], color=colours)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
         axis.axvline(1, color="#444", linewidth=0.8)
         axis.set_title(f"{phase}, batch {batch}, {length} tokens", fontsize=9)
         axis.set_xlabel(f"time over the {next(iter(times))}'s", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.18)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 def main() -> None:
@@ -112,9 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
-    setting = Setting(
-        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
-    )
+    setting = Setting.of(args)
     made = systems(setting, args.systems)
     grid = measure(made, args)
     met = targets(grid, args.device)
@@ -124,7 +114,7 @@ def main() -> None:
         {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
         for (phase, batch, length), times in grid.items()
     ]
-    content = {"shape": setting.config.to_dict(), "rank": args.rank, "dtype": str(setting.dtype), "cells": cells}
+    content = {"cells": cells}
     path = record.write("latency-compiled" if args.compile else "latency", args, content, met)
     plot(grid, path.with_suffix(".png"))
     console.say(f"written: {path}")

@@ -18,9 +18,8 @@ import resource
 from typing import Any
 
 import torch
-from suite import record
+from suite import plots, record
 from suite.record import Target
-from suite.shapes import config_of
 from suite.systems import BUILD, Setting
 from torch import nn
 
@@ -80,7 +79,7 @@ def peak(kind: str, args: argparse.Namespace, layers: int) -> float:
 def _serve(kind: str, args: argparse.Namespace, layers: int, queue: Any) -> None:
     from alignx_ds.evaluation.decode import Decoder
 
-    setting = Setting(config_of(args.shape, layers, args.vocabulary), args.device, record.dtype_of(args), args.rank)
+    setting = Setting.of(args, layers)
     before = _resident()
     models = BUILD[kind](setting)
     ids = torch.randint(3, setting.config.vocab_size, (args.batch, args.length), device=args.device)
@@ -115,9 +114,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     args = parser.parse_args()
     args.dtype = args.dtype or "bfloat16"
-    setting = Setting(
-        config_of(args.shape, args.layers, args.vocabulary), args.device, record.dtype_of(args), args.rank
-    )
+    setting = Setting.of(args)
     depth = setting.config.num_hidden_layers
     cache = kv_cache(setting, args.batch, args.length + DECODED)
     found: dict[str, dict[str, Any]] = {kind: counted(setting, kind) for kind in args.systems}
@@ -130,9 +127,6 @@ def main() -> None:
     met = targets(found)
     record.print_targets(met)
     content = {
-        "shape": setting.config.to_dict(),
-        "rank": args.rank,
-        "dtype": str(setting.dtype),
         "kv_cache_gib": cache,
         "systems_gib": found,
         "experts_gib_per_rank": placed(found, setting),
@@ -180,24 +174,17 @@ def show(found: dict[str, dict[str, Any]], setting: Setting, cache: float) -> No
 
 
 def plot(found: dict[str, dict[str, Any]], path: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 0.5 * len(found) + 1.2))
+    figure, axis = plots.subplots(figsize=(6, 0.5 * len(found) + 1.2))
     kinds = list(found)[::-1]
-    colours = ["#1b6ca8" if k == "alignx" else "#9aa5b1" for k in kinds]
+    colours = [plots.OURS if k == "alignx" else plots.THEIRS for k in kinds]
     bars = axis.barh([NAMES[k] for k in kinds], [found[k]["weights"] for k in kinds], color=colours)
     axis.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize=9)
     for place, kind in enumerate(kinds):
         if "peak" in found[kind]:
             axis.plot([found[kind]["peak"]] * 2, [place - 0.4, place + 0.4], color="#c0392b")
     axis.set_xlabel("GiB of weights (red: peak while serving)")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.12)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from suite import ranks, record
+from suite import plots, ranks, record
 from suite.cluster import Assumptions, Drawn, Shape, draw, expert_parallel
 from suite.costs import ALL_TO_ALL, Fit, Point, World, fastest, rate
 from suite.record import Target
@@ -42,11 +42,11 @@ MIB = 2**20
 def measure(args: argparse.Namespace) -> World:
     """Everything of this world size. Collective."""
     from suite.collectives import microbenchmark
-    from suite.training import EXPERTS, here, random_rows, stage2
+    from suite.training import ep_sizes, here, random_rows, stage2
 
     world = distributed.world_size()
-    ep_size = max(n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0)
-    setting = here(Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank))
+    ep_size = max(ep_sizes(world))
+    setting = here(Setting.of(args))
     rows = random_rows(max(args.rows) * max(args.ranks), setting.config.vocab_size, args.length)
     trainee = stage2(setting, rows, world * args.rows[0], ep_size)
     trainees = {str(own): trainee.with_batch(world * own) for own in args.rows}
@@ -220,12 +220,7 @@ def plot(
     title: str,
     path: Any,
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.9))
+    figure, (left, middle, right) = plots.subplots(1, 3, figsize=(13, 4.9))
     for number, own in enumerate(sorted({p["rows"] // w["ranks"] for w in worlds for p in w["points"]})):
         line = [(w["ranks"], rate(p)) for w in worlds for p in w["points"] if p["rows"] == own * w["ranks"]]
         left.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=f"weak: {own} rows a rank")
@@ -256,12 +251,10 @@ def plot(
     for axis in (left, middle, right):
         axis.title.set_size(10)
         axis.legend(fontsize=8, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
     lines = [*(f"Left, middle: {note}." for note in notes), f"Right: a {MODEL}. Assumed: {assumed(given)}"]
     caption = "\n".join(textwrap.fill(line, 215) for line in lines)
     figure.text(0.01, 0.01, caption, fontsize=7.5, color="#444", va="bottom")
-    figure.tight_layout(rect=(0, 0.15, 1, 1))
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path, (0, 0.15, 1, 1))
 
 
 def options() -> argparse.ArgumentParser:
@@ -303,9 +296,6 @@ def main() -> None:
     met = [Target(f"cost model: error on the point left out, {n} ranks x {rows // n} rows", abs(error), 0.1)]
     record.print_targets(met)
     content = {
-        "shape": config_of(args.shape, args.layers).to_dict(),
-        "rank": args.rank,
-        "dtype": str(record.dtype_of(args)),
         "threads_per_rank": ranks.threads(args.device),
         "step": {"longest": args.length, "drawn": ROWS},
         "notes": notes,

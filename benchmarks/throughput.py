@@ -17,9 +17,8 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from suite import ranks, record
+from suite import plots, ranks, record
 from suite.record import Target
-from suite.shapes import config_of
 from suite.systems import Setting
 from suite.timing import WARM_UP, Times, interleaved
 
@@ -31,13 +30,13 @@ Point = dict[str, Any]  # stage, ranks, zero, ep_size, tokens of each round, mil
 
 def measure(args: argparse.Namespace) -> list[Point]:
     """Everything of this world size. Collective."""
-    from suite.training import EXPERTS, here, random_rows, stage2, tokens
+    from suite.training import ep_sizes, here, random_rows, stage2, tokens
 
-    setting = here(Setting(config_of(args.shape, args.layers), args.device, record.dtype_of(args), args.rank))
+    setting = here(Setting.of(args))
     rows = random_rows(8 * args.batch, setting.config.vocab_size, args.length)
     points = [against_bare(setting, rows, zero, args) for zero in args.zero]
     world = distributed.world_size()
-    sizes = [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
+    sizes = ep_sizes(world)
     trainees = {f"ep_size {n}": stage2(setting, rows, args.batch, n) for n in sizes}
     rounds = (WARM_UP + args.repeats) * args.steps
     counted = by_round(tokens, list(islice(next(iter(trainees.values())).stream(), rounds)), args)
@@ -124,18 +123,13 @@ def figures(point: Point) -> list[str]:
 
 
 def plot(points: list[Point], notes: list[str], title: str, path: Any) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     stages = [[p for p in points if p["stage"] == stage][::-1] for stage in (1, 2)]
-    figure, axes = plt.subplots(
+    figure, axes = plots.subplots(
         2, 1, figsize=(7, 0.5 * len(points) + 2.2), height_ratios=[2 * len(stages[0]) + 1, len(stages[1]) + 1]
     )
     first, second = axes
     places = range(len(stages[0]))
-    for offset, system, colour in ((0.2, OURS, "#1b6ca8"), (-0.2, BARE, "#9aa5b1")):
+    for offset, system, colour in ((0.2, OURS, plots.OURS), (-0.2, BARE, plots.THEIRS)):
         values = [median(rate(p, system)) for p in stages[0]]
         bars = first.barh([place + offset for place in places], values, 0.38, color=colour, label=system)
         labels = [f"{v:,.0f}" + (f"  ({ratio(p):.2f} x bare)" if system == OURS else "") for v, p in
@@ -144,16 +138,14 @@ def plot(points: list[Point], notes: list[str], title: str, path: Any) -> None:
     first.set_yticks(list(places), [name_of(p) for p in stages[0]])
     first.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     first.set_title("stage 1", fontsize=10, loc="left")
-    bars = second.barh([name_of(p) for p in stages[1]], [median(rate(p)) for p in stages[1]], 0.5, color="#1b6ca8")
+    bars = second.barh([name_of(p) for p in stages[1]], [median(rate(p)) for p in stages[1]], 0.5, color=plots.OURS)
     second.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     second.set_title("stage 2, expert-parallel", fontsize=10, loc="left")
     second.set_xlabel(f"tokens/s, median of the rounds; {title}", fontsize=9)
     for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
     figure.text(0.02, 0.01, "\n".join(textwrap.fill(note, 120) for note in notes), fontsize=7.5, color="#444")
-    figure.tight_layout(rect=(0, 0.05 if notes else 0, 1, 1))
-    figure.savefig(path, dpi=150)
+    plots.save(figure, path, (0, 0.05 if notes else 0, 1, 1))
 
 
 def main() -> None:
@@ -181,9 +173,6 @@ def main() -> None:
     for note in notes:
         console.say(note)
     content = {
-        "shape": config_of(args.shape, args.layers).to_dict(),
-        "rank": args.rank,
-        "dtype": str(record.dtype_of(args)),
         "threads_per_rank": ranks.threads(args.device),
         "step": {"rows": args.batch, "longest": args.length, "drawn": ROWS},
         "steps_per_round": args.steps,

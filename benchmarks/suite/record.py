@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from suite.shapes import NAMES
+from suite.shapes import NAMES, config_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -90,6 +90,9 @@ def write(name: str, args: argparse.Namespace, content: dict[str, Any], targets:
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "hardware": hardware(args.device),
+        "shape": config_of(args.shape, args.layers, args.vocabulary).to_dict(),
+        "rank": args.rank,
+        "dtype": str(dtype_of(args)),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         **content,
         "targets": [{"what": t.what, "seen": t.seen, "limit": t.limit, "met": t.met} for t in targets],

@@ -5,6 +5,7 @@ Numbers decide how long a GEMM takes as little as they decide how large it is, s
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.routing import SUMMARIES
+from suite.record import dtype_of
+from suite.shapes import config_of
 
 AXES = 3
 FRACTAL_DIMENSIONS, ANCHORS, SCALES = 4, 64, 5
@@ -37,6 +40,12 @@ class Setting:
     rank: int = 64
     latent: int = 256
     output_latent: int = 32
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, layers: int = 0) -> Setting:
+        """As the options of `record.parser` say; `layers`, where given, in place of theirs."""
+        config = config_of(args.shape, layers or args.layers, args.vocabulary)
+        return cls(config, args.device, dtype_of(args), args.rank)
 
 
 @dataclass(frozen=True)

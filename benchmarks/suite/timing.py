@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Times:
 
 
 def interleaved(
-    work: dict[str, Callable[[], object]],
+    work: Mapping[str, Callable[[], object]],
     repeats: int,
     device: str,
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,

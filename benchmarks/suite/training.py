@@ -22,11 +22,16 @@ from alignx_ds.mocae.modeling import Placement
 from alignx_ds.training import align
 from alignx_ds.training import engine as engines
 from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
-from suite.systems import Setting, alignx
+from suite.systems import AXES, Setting, alignx
 
 PAD, SEED, ENDLESS = 0, 0, 100_000  # steps: more than any benchmark takes
-EXPERTS = 4
+EXPERTS = AXES + 1  # and the generalist
 ROWS = "random tokens; length uniform on [L/4, L], prompt uniform on [1/4, 3/4] of it, expert uniform"
+
+
+def ep_sizes(world: int) -> list[int]:
+    """Over how many ranks the experts of so many ranks can be spread."""
+    return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
 def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> Rows:
