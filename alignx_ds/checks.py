@@ -32,7 +32,7 @@ from alignx_ds.training import engine as engines
 MEASURED = (*JUDGES, *MEASURES)
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
 RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", *MERGES, *FUSIONS})
-ZERO_STAGES = {"align": (1, 2), "train": (0, 1, 2, 3)}  # by the key of a stage's settings; elsewhere 0, 1 or 2
+ZERO_STAGES = {"train": (1, 2, 3)}  # by the key of a stage's settings; elsewhere 1 or 2
 Stage = TrainConfig | AlignConfig | FusionConfig
 
 
@@ -62,7 +62,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         problems += error.problems
     for key, stage in _stages(config).items():
         try:
-            problems += _deepspeed(f"{key}.deepspeed", stage.deepspeed, ZERO_STAGES.get(key, (0, 1, 2)))
+            problems += _deepspeed(f"{key}.deepspeed", stage.deepspeed, ZERO_STAGES.get(key, (1, 2)))
         except ConfigError as error:
             problems += error.problems
     if problems or base is None:
@@ -116,10 +116,12 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         "evaluation.batch": c.evaluation.batch,
         "evaluation.max_new_tokens": c.evaluation.max_new_tokens,
         "judges.batch": c.judges.batch,
+        "checkpoints.keep": c.checkpoints.keep,
         "judges.endpoint_parallel": c.judges.endpoint_parallel,
     }
     not_negative = {
         "seed": c.seed,
+        "checkpoints.every": c.checkpoints.every,
         "data.records": c.data.records,
         "experts.rank": c.experts.rank,
         "align.expert_lr_scale": c.align.expert_lr_scale,
@@ -168,6 +170,7 @@ def _choices(c: RunConfig) -> Iterator[Problem]:
     choices: dict[str, tuple[str, tuple[str, ...]]] = {
         "model.dtype": (c.model.dtype, ("float32", "bfloat16")),
         "gate.scope": (c.gate.scope, ("shared", "per_layer")),
+        "nonfinite": (c.nonfinite, ("stop", "skip")),
         "generalist.schema": (c.generalist.schema, tuple(SCHEMAS)),
     }
     for name, axis in c.axes.items():

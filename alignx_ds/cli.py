@@ -1,6 +1,7 @@
 """The command line: `alignx-ds run launch/recipes/world.yaml train.lr=1e-3`.
 
-Exit codes: 0 done, 2 something that the user can mend (said in one line per problem, nothing written).
+Exit codes: 0 done; 2 something that the user can mend, said in one line per problem; 75 stopped by SIGTERM or SIGUSR1
+with everything saved: the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignx_ds.data.schemas import SCHEMAS
-from alignx_ds.errors import EXIT_CODE, UserError
+from alignx_ds.errors import EXIT_CODE, EXIT_STOPPED, Stopped, UserError
 from alignx_ds.evaluation.judges.registry import JUDGES
 
 RUN_HELP = """\
@@ -25,6 +26,9 @@ The steps, each reusing what is finished in the output directory:
 
 Any key of the recipe can be set on the command line, e.g. train.lr=1e-3 align.ep_size=2 output=runs/mine.
 With launch.ranks above 1, and no launcher around it, the command starts that many ranks with `deepspeed`.
+
+Stopped or killed, the same command goes on from the last checkpoint. SIGTERM and SIGUSR1 write one first and exit with
+code 75; a second signal exits at once. How many ranks there are may change from one start to the next.
 """
 
 
@@ -141,10 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for line in str(error).splitlines():
                 print(f"alignx-ds: error: {line}", file=sys.stderr)
         return EXIT_CODE
+    except Stopped as where:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"alignx-ds: stopped in {where}; the same command goes on from there", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def _run(args: argparse.Namespace) -> int:
-    from alignx_ds import checks, config, distributed, outputs
+    from alignx_ds import checks, config, distributed, outputs, signals
 
     settings = config.load(args.recipe, args.overrides)
     world_size = distributed.planned_world_size(settings.launch.ranks)
@@ -163,20 +171,21 @@ def _run(args: argparse.Namespace) -> int:
         return _launch(args, settings.launch.ranks)
 
     distributed.init()
-    try:
-        from alignx_ds.evaluation import report
-        from alignx_ds.pipeline import Run
+    with signals.heard():
+        try:
+            from alignx_ds.evaluation import report
+            from alignx_ds.pipeline import Run
 
-        run = Run(settings, material)
-        run.base_model()
-        run.specialists()
-        if args.verb in ("align", "run"):
-            run.align()
-        if args.verb == "run":
-            run.baselines()
-            run.evaluate()
-    finally:
-        distributed.shutdown()
+            run = Run(settings, material)
+            run.base_model()
+            run.specialists()
+            if args.verb in ("align", "run"):
+                run.align()
+            if args.verb == "run":
+                run.baselines()
+                run.evaluate()
+        finally:
+            distributed.shutdown()
     if args.verb == "run" and distributed.is_main():
         report.show(run.report(), run.out)
     return 0
@@ -186,17 +195,18 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
     import torch
 
-    from alignx_ds import distributed
+    from alignx_ds import distributed, signals
 
     environment = dict(os.environ)
-
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
-    return subprocess.call([*command, args.verb, args.recipe, *args.overrides], env=environment)
+    process = subprocess.Popen([*command, args.verb, args.recipe, *args.overrides], env=environment)
+    with signals.passed_on(process.pid):
+        return process.wait()
 
 
 def _preview(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,8 @@ WORLD_MODEL = "world"  # model.path of the base model that is shipped with the p
 QUOTED_NOTHING = "''"  # what `key=` stands for
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
+ANY_TIME = frozenset({"output", "launch", "checkpoints", "nonfinite"})  # may change while a run is under way
+SPREAD = frozenset({"accumulation", "ep_size"})  # of a stage: how its work is spread over ranks, not what comes out
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 
 
@@ -233,6 +235,15 @@ class JudgesConfig:
 
 
 @dataclass
+class CheckpointsConfig:
+    """Of every training job. A job that has ended leaves its result, so its checkpoints go, unless they are to stay."""
+
+    every: int = 100  # optimizer steps from one to the next; 0: only when a signal asks for one
+    keep: int = 2  # the newest so many, and beside them the one with the lowest loss
+    finished: bool = False  # keep them when their job has ended
+
+
+@dataclass
 class LaunchConfig:
     ranks: int = 1  # processes that `alignx-ds run` starts when no launcher has
 
@@ -255,6 +266,8 @@ class RunConfig:
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judges: JudgesConfig = field(default_factory=JudgesConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    nonfinite: str = "stop"  # what a loss or gradient that is NaN or infinite does: stop, or skip its step
 
     @property
     def expert_names(self) -> list[str]:
@@ -302,6 +315,11 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def substance(stage: TrainConfig | AlignConfig | FusionConfig) -> dict[str, Any]:
+    """The settings of a stage that its result depends on, whatever ranks it runs on."""
+    return {key: value for key, value in asdict(stage).items() if key not in SPREAD}
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -35,6 +35,12 @@ def say(text: str) -> None:
         _console.print(text)
 
 
+def warn(text: str) -> None:
+    """Into the stream of errors, so that it is not lost where the ordinary output is."""
+    if distributed.is_main():
+        print(f"alignx-ds: warning: {text}", file=sys.stderr, flush=True)
+
+
 def heading(text: str) -> None:
     say(f"\n[bold]{text}[/bold]")
 

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from safetensors import SafetensorError
 
-from alignx_ds.errors import UserError
+from alignx_ds.errors import DataError, UserError
 
 T = TypeVar("T")
 
@@ -132,6 +133,10 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = (work(), None)
         except UserError as error:
             outcome = (None, error)
+        except (OSError, SafetensorError) as error:
+            what = f"{getattr(error, 'filename', None) or 'the output'}: {getattr(error, 'strerror', None) or error}"
+            mend = "make room or correct the permissions, and give the same command: it goes on"
+            outcome = (None, DataError(f"{what}; {mend}"))
     result, problem = broadcast(outcome)
     if problem is not None:
         raise problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 EXIT_CODE = 2
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,7 @@ class UnreachableError(UserError):
 
 class DataError(UserError):
     """Data that can't be used; the message names the file, and the row and column where there is one."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A signal asked the run to end; what was under way is saved. The message says where it goes on."""

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from alignx_ds import manifest
-from alignx_ds.config import RunConfig, to_yaml
+from alignx_ds.config import ANY_TIME, SPREAD, RunConfig, to_yaml
 from alignx_ds.errors import ConfigError, Problem
 
 
@@ -34,6 +34,14 @@ class Outputs:
     @property
     def baselines(self) -> Path:
         return self.root / "baselines"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.root / "nonfinite"
 
     @property
     def answers(self) -> Path:
@@ -103,8 +111,8 @@ def claim(config: RunConfig) -> Outputs:
 
 
 def _differences(a: Any, b: Any, path: str) -> list[str]:
-    """Dotted keys under which two configs differ; where the output lies and how many ranks make it don't count."""
+    """Dotted keys under which two configs differ, but for those that may change from one start to the next."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted({*a, *b} - ({"output", "launch"} if not path else set()))
+        keys = sorted({*a, *b} - (SPREAD if path else ANY_TIME))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
     return [] if a == b else [path]

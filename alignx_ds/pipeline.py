@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds import console, distributed, inputs, manifest, outputs
+from alignx_ds import console, distributed, inputs, manifest, outputs, signals
 from alignx_ds.baselines import fusion_training
 from alignx_ds.baselines.finetuned import MIXED, baseline_jobs, sequential_name
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
-from alignx_ds.config import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, to_dict
+from alignx_ds.config import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, substance, to_dict, to_yaml
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge
@@ -24,7 +25,7 @@ from alignx_ds.specialists.vectors import add_task_vector, read_factors
 from alignx_ds.training import engine as engines
 from alignx_ds.training import scratch
 from alignx_ds.training.align import AlignJob, align
-from alignx_ds.training.loop import Scribe
+from alignx_ds.training.keeper import Keeper, Keeping, Scribe, no_scribe
 
 
 class Run:
@@ -42,22 +43,32 @@ class Run:
             self.out.specialists,
             self.data.injected,
             self.data.digests,
-            self.scribe,
+            self.keep,
             shared=bool(config.specialists),
         )
+
+        self.keeping = Keeping(
+            self.out.checkpoints, self.out.nonfinite, config.checkpoints, config.nonfinite, to_yaml(config), config.seed
+        )
+
+    def keep(self, name: str, made_from: dict[str, Any]) -> Keeper:
+        """What a training job leaves besides its result."""
+        return Keeper(name, made_from, self.keeping, self.scribe(name), lambda ids: self.base.tokenizer.decode(ids))
 
     def scribe(self, name: str) -> Scribe:
         """Writes a training curve to TensorBoard, on rank 0."""
         if not distributed.is_main():
-            return lambda step, values: None
+            return no_scribe
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(self.out.tensorboard / name))
+        writers = list[SummaryWriter]()
 
         def write(step: int, values: dict[str, float]) -> None:
+            if not writers:  # of a job that goes on, what was written after its checkpoint is dropped
+                writers.append(SummaryWriter(str(self.out.tensorboard / name), purge_step=step))
             for key, value in values.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
+                writers[0].add_scalar(key, value, step)
+            writers[0].flush()
 
         return write
 
@@ -65,12 +76,13 @@ class Run:
         """Train the base model, where the recipe asks for one from scratch."""
         if self.config.model.path == SCRATCH_MODEL:
             console.heading("Base model from scratch")
-            scratch.ensure(self.config, self.base, self.material.texts, self.scribe("base"))
+            scratch.ensure(self.config, self.base, self.material.texts, self.keep)
 
     def specialists(self) -> None:
         """Stage 1: an expert per axis."""
         console.heading("Stage 1: specialists")
         for axis in self.config.axes:
+            signals.stop_if_asked("stage 1")
             ensure(Job(axis, (axis,), is_expert=True), self.shop)
 
     def baselines(self) -> None:
@@ -79,7 +91,7 @@ class Run:
         for job in baseline_jobs(list(self.config.axes)):
             ensure(job, self.shop)
         for name in self._made(FUSIONS):
-            fusion_training.ensure(self._fusion(name), self.scribe(f"baselines/{name}"))
+            fusion_training.ensure(self._fusion(name), self.keep)
 
     def _made(self, names: tuple[str, ...]) -> list[str]:
         """Those of these baselines that the recipe asks for."""
@@ -97,25 +109,31 @@ class Run:
         made_from = self._align_inputs()
         if distributed.on_main(lambda: manifest.is_current(self.out.model, made_from)):
             console.say(f"alignx: unchanged, reused from {self.out.model}")
+            self.keep("stage2", made_from).finish()
             return
         factors = {
             layer: [read_factors(self.shop.directory(axis), layer) for axis in self.config.axes]
             for layer in self.base.layers
         }
         job = AlignJob(self.config, self.base, factors, self.data.train, self.data.kept_back)
-        model, losses = align(job, self.scribe("stage2"))
-        if distributed.is_main():
+        model, losses = align(job, self.keep, made_from)
+
+        def save() -> None:
+            shutil.rmtree(self.out.model, ignore_errors=True)
             model.save_pretrained(self.out.model)
             self.base.tokenizer.save_pretrained(self.out.model)
             manifest.write(self.out.model, made_from, {"losses": losses})
-        distributed.barrier()
+
+        distributed.on_main(save)
+        self.keep("stage2", made_from).finish()
 
     def _align_inputs(self) -> dict[str, Any]:
         settings = to_dict(self.config)
         return {
             "specialists": {a: manifest.read(self.shop.directory(a))["fingerprint"] for a in self.config.axes},
             "generalist": self.data.digests["generalist"],
-            **{key: settings[key] for key in ("gate", "align", "data", "model", "seed")},
+            "align": substance(self.config.align),
+            **{key: settings[key] for key in ("gate", "data", "model", "seed")},
             "deepspeed": engines.read_template(self.config.align.deepspeed, "align.deepspeed"),
         }
 
@@ -126,6 +144,7 @@ class Run:
         answered = sum(exam.is_answered for exam in exams(self.config, self.data))
         with console.progress("answers and likelihoods", len(everyone) * (answered + 1)) as bar:
             for system in everyone:
+                signals.stop_if_asked("evaluation")
                 examination.sit(system, bar)
         self.router = router_report(self._aligned(), self.data, self.base, self.config)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alignx_ds import console, distributed, manifest
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
-from alignx_ds.config import FusionConfig, RunConfig, to_dict
+from alignx_ds.config import FusionConfig, RunConfig, substance, to_dict
 from alignx_ds.data.encode import pad_token
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.vectors import Changes, read_task_vector
 from alignx_ds.training import engine as engines
-from alignx_ds.training.loop import MicroBatch, Rows, Scribe, StepLoss, micro_batches, train
+from alignx_ds.training.keeper import Keeper, KeeperOf
+from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
 from alignx_ds.training.losses import answer_nll
 
 SETTINGS: dict[str, FusionSettings] = {"h3fusion": H3FUSION, "trinityx": TRINITYX}
@@ -55,25 +57,29 @@ class FusionJob:
             "specialists": [manifest.read(directory)["fingerprint"] for directory in self.specialists],
             "rows": self.digests,
             "mixture": asdict(SETTINGS[self.name]),
-            "stage": asdict(self.stage),
+            "stage": substance(self.stage),
             "deepspeed": engines.read_template(self.stage.deepspeed, f"baselines.{self.name}.deepspeed"),
             **{key: settings[key] for key in ("data", "model", "seed")},
         }
 
 
-def ensure(job: FusionJob, scribe: Scribe) -> None:
+def ensure(job: FusionJob, keep: KeeperOf) -> None:
     """Train the mixture unless a current one is there. Collective."""
     inputs = job.inputs()
+    keeper = keep(f"baselines/{job.name}", inputs)
     if distributed.on_main(lambda: manifest.is_current(job.directory, inputs)):
         console.say(f"{job.name}: unchanged, reused from {job.directory}")
-        return
-    model, losses = _train(job, scribe)
-    if distributed.is_main():
-        shutil.rmtree(job.directory, ignore_errors=True)
-        job.directory.mkdir(parents=True)
-        save_file(_mixtures(model, job.base), job.directory / WEIGHTS)
-        manifest.write(job.directory, inputs, {"losses": losses})
-    distributed.barrier()
+    else:
+        model, losses = _train(job, keeper)
+
+        def save() -> None:
+            shutil.rmtree(job.directory, ignore_errors=True)
+            job.directory.mkdir(parents=True)
+            save_file(_mixtures(model, job.base), job.directory / WEIGHTS)
+            manifest.write(job.directory, inputs, {"losses": losses})
+
+        distributed.on_main(save)
+    keeper.finish()
 
 
 def load(name: str, base: BaseModel, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
@@ -120,7 +126,7 @@ def _specialist(ffn: FeedForward, change: Changes) -> FeedForward:
     return FeedForward(**projections, activation=ffn.activation)
 
 
-def _train(job: FusionJob, scribe: Scribe) -> tuple[nn.Module, list[float]]:
+def _train(job: FusionJob, keeper: Keeper) -> tuple[nn.Module, list[float | None]]:
     config, stage = job.config, job.stage
     torch.manual_seed(config.seed)  # the gates' first weights, the same on every rank
     model = assemble(job.base, engines.dtype_of(config.model.dtype), job.specialists, SETTINGS[job.name])
@@ -130,9 +136,9 @@ def _train(job: FusionJob, scribe: Scribe) -> tuple[nn.Module, list[float]]:
     template = engines.read_template(stage.deepspeed, f"baselines.{job.name}.deepspeed")
     filled = engines.fill(template, plan, distributed.world_size())
     engine = engines.start(model, parameter_groups(model, stage), filled, plan)
-    steps = micro_batches(job.rows, plan, pad_token(job.base.tokenizer), config.seed)
+    batches = partial(micro_batches, job.rows, plan, pad_token(job.base.tokenizer), config.seed)
     with console.progress(f"fuse {job.name}", plan.steps) as bar:
-        losses = train(engine, steps, step_loss(engine.module, stage), plan, bar, scribe)
+        losses = train(engine, batches, step_loss(engine.module, stage), plan, bar, keeper)
     trained = engine.module
     engine.destroy()
     return trained, losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Example:
 
     ids: tuple[int, ...]
     prompt_length: int
+    place: str = field(default="", compare=False)  # file and row, for error messages
 
     @property
     def answer_length(self) -> int:
@@ -66,7 +67,7 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | No
     examples = []
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         closed = (*answer, int(tokenizer.eos_token_id)) if row.response else ()
-        examples.append(Example((*prompt, *closed), len(prompt)))
+        examples.append(Example((*prompt, *closed), len(prompt), row.place))
     return examples
 
 

@@ -121,6 +121,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         for index in config.layers:
             ffn = table.ffn_of(self.backbone, index)
             layer = self._build_layer(index, ffn, parts[index], placement)
+            _mark_initialised(layer)
             setattr(table.decoder_layers(self.backbone)[index], table.ffn, layer)
         self.post_init()
 
@@ -228,6 +229,12 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             for name, tensor in stack(layer.mixture.factors()[1:]).items():
                 state[f"{prefix}.{index}.{ffn}.mixture.{name}"] = tensor
         return state
+
+
+def _mark_initialised(layer: AlignXLayer) -> None:
+    """Or `post_init` fills the router with noise: to transformers it is a new module inside the backbone."""
+    for module in layer.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 AutoConfig.register("alignx", AlignXConfig)

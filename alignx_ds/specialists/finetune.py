@@ -6,8 +6,8 @@ Sequential and mixed fine-tuning are the same job with other rows and another st
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds import console, distributed, manifest
-from alignx_ds.config import RunConfig
+from alignx_ds.config import RunConfig, substance
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -24,7 +24,8 @@ from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.features import expert_factors
 from alignx_ds.specialists.vectors import add_task_vector, layer_file, task_vectors
 from alignx_ds.training import engine as engines
-from alignx_ds.training.loop import Rows, Scribe, micro_batches, train
+from alignx_ds.training.keeper import Keeper, KeeperOf
+from alignx_ds.training.loop import Rows, micro_batches, train
 from alignx_ds.training.losses import language_loss
 
 
@@ -51,7 +52,7 @@ class Workshop:
     root: Path  # one directory per job lies in here
     examples: dict[str, list[Example]]  # by axis: injected, encoded training rows
     digests: dict[str, str]  # by axis: hash of the records
-    scribe: Callable[[str], Scribe]  # by name of the curve
+    keep: KeeperOf
     shared: bool = False  # whether other runs' specialists may lie in root: then nothing is made over
 
     def directory(self, name: str) -> Path:
@@ -61,13 +62,12 @@ class Workshop:
         """Everything that the job's result depends on; what its start depends on comes in through its fingerprint."""
         c = self.config
         start = manifest.read(self.directory(job.start))["fingerprint"] if job.start else None
-        train_settings = asdict(c.train)
         return {
             "base": self.base.digest,
             "layers": self.base.layers,
             "dtype": c.model.dtype,
             "seed": c.seed,
-            "train": train_settings,
+            "train": substance(c.train),
             "deepspeed": engines.read_template(c.train.deepspeed, "train.deepspeed"),
             "experts": asdict(c.experts) if job.is_expert else None,
             "rows": {axis: [self.digests[axis], len(self.examples[axis]), c.axes[axis].prompt] for axis in job.axes},
@@ -78,13 +78,15 @@ class Workshop:
 def ensure(job: Job, shop: Workshop) -> None:
     """Make the specialist unless a current one is there. Collective."""
     directory, inputs = shop.directory(job.name), shop.inputs(job)
+    keeper = shop.keep(f"stage1/{job.name}", inputs)
     if distributed.on_main(lambda: manifest.is_current(directory, inputs)):
         console.say(f"{job.name}: unchanged, reused from {directory}")
-        return
-    distributed.on_main(lambda: _clear(job, shop))
-    facts = _make(job, shop, directory)
-    distributed.barrier()
-    distributed.on_main(lambda: manifest.write(directory, inputs, facts))
+    else:
+        distributed.on_main(lambda: _clear(job, shop))
+        facts = _make(job, shop, directory, keeper)
+        distributed.barrier()
+        distributed.on_main(lambda: manifest.write(directory, inputs, facts))
+    keeper.finish()
 
 
 def _clear(job: Job, shop: Workshop) -> None:
@@ -99,7 +101,7 @@ def _clear(job: Job, shop: Workshop) -> None:
     directory.mkdir(parents=True)
 
 
-def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
+def _make(job: Job, shop: Workshop, directory: Path, keeper: Keeper) -> dict[str, Any]:
     config, base = shop.config, shop.base
     plan = engines.Plan.of(config.train, config.model.dtype, job.steps(shop))
     template = engines.read_template(config.train.deepspeed, "train.deepspeed")
@@ -116,10 +118,9 @@ def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
     pooled = [(e, 0) for axis in job.axes for e in shop.examples[axis]]
     rows = Rows([e for e, _ in pooled], [i for _, i in pooled])
     pad_id = pad_token(base.tokenizer)
+    batches = partial(micro_batches, rows, plan, pad_id, config.seed, packed=True)
     with console.progress(f"fine-tune {job.name}", plan.steps) as bar:
-        scribe = shop.scribe(f"stage1/{job.name}")
-        steps = micro_batches(rows, plan, pad_id, config.seed, packed=True)
-        losses = train(engine, steps, language_loss, plan, bar, scribe)
+        losses = train(engine, batches, language_loss, plan, bar, keeper)
     layer_facts = _extract(job, shop, engine.module, directory)
     engine.destroy()
     del zero3

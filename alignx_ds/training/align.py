@@ -6,16 +6,20 @@ Rows are un-injected: the aligned model must find the axis by itself.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from alignx_ds import console, distributed
+from alignx_ds import console, distributed, manifest
 from alignx_ds.config import RunConfig
 from alignx_ds.data.encode import pad_token
+from alignx_ds.errors import DataError
 from alignx_ds.evaluation.calibration import fit_temperature
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.gate import GateSettings
@@ -28,7 +32,8 @@ from alignx_ds.specialists.geometry import collect, fit
 from alignx_ds.specialists.lexicon import fit_lexicon
 from alignx_ds.training import engine as engines
 from alignx_ds.training.gates import gate_terms, sum_of
-from alignx_ds.training.loop import MicroBatch, Rows, Scribe, StepLoss, micro_batches, train
+from alignx_ds.training.keeper import KeeperOf
+from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
 from alignx_ds.training.losses import align_terms
 
 
@@ -50,6 +55,23 @@ class Fitted:
     gates: dict[int, Geometry]
     outputs: dict[int, Geometry]
     words: dict[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By "kind.layer.name"; what `of` reads."""
+        found = {f"words.{name}": tensor.contiguous() for name, tensor in self.words.items()}
+        for kind in ("gates", "outputs"):
+            for layer, geometry in getattr(self, kind).items():
+                found |= geometry.tensors(f"{kind}.{layer}.")
+        return found
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> Fitted:
+        def geometries(kind: str) -> dict[int, Geometry]:
+            layers = {int(name.split(".")[1]) for name in tensors if name.startswith(f"{kind}.")}
+            return {layer: Geometry.from_tensors(tensors, f"{kind}.{layer}.") for layer in sorted(layers)}
+
+        words = {name.removeprefix("words."): t for name, t in tensors.items() if name.startswith("words.")}
+        return cls(geometries("gates"), geometries("outputs"), words)
 
 
 def model_config(job: AlignJob) -> AlignXConfig:
@@ -140,10 +162,42 @@ def first_of_each(rows: Rows, count: int) -> Rows:
     return kept
 
 
-def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]]:
+def keep_calibrators(job: AlignJob, directory: Path, made_from: dict[str, Any]) -> tuple[Fitted, dict[str, str]]:
+    """Fitted once, and read again where the stage goes on, with their files' hashes: other ranks would round otherwise.
+
+    Collective.
+    """
+    path = directory / "calibrators"
+
+    def is_there() -> bool:
+        try:
+            return manifest.is_current(path, made_from)
+        except DataError as damage:
+            console.warn(f"{damage}: fitted again")
+            return False
+
+    def write(fitted: Fitted) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(fitted.tensors(), path / "fitted.safetensors")
+        manifest.write(path, made_from, {})
+
+    if distributed.on_main(is_there):
+        fitted = Fitted.of(load_file(path / "fitted.safetensors"))
+    else:
+        fitted = fit_calibrators(job)
+        distributed.on_main(partial(write, fitted))
+    return fitted, distributed.on_main(lambda: manifest.read(path)["files"])
+
+
+def align(job: AlignJob, keep: KeeperOf, made_from: dict[str, Any]) -> tuple[AlignXForCausalLM, list[float | None]]:
     """Stage 2 from start to end: the trained, calibrated model on the fused path, and its losses. Collective."""
     c = job.config
-    fitted = fit_calibrators(job)
+    keeper = keep("stage2", made_from)
+    if keeper.directory:
+        fitted, hashes = keep_calibrators(job, keeper.directory, made_from)
+        keeper = replace(keeper, inputs=made_from | {"calibrators": hashes})
+    else:
+        fitted = fit_calibrators(job)
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
     model = assemble(job, fitted, placement).to(distributed.device())
     freeze_trunk(model)
@@ -153,8 +207,9 @@ def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]
     make_expert_groups(c.align.ep_size)
     engine = engines.start(model, parameter_groups(model, c), filled, plan)
     pad_id = pad_token(job.base.tokenizer)
+    batches = partial(micro_batches, job.rows, plan, pad_id, c.seed)
     with console.progress("align", plan.steps) as bar:
-        losses = train(engine, micro_batches(job.rows, plan, pad_id, c.seed), _step_loss(c), plan, bar, scribe)
+        losses = train(engine, batches, _step_loss(c), plan, bar, keeper)
     trained = {name: t.detach().cpu() for name, t in engine.module.fused_state().items()}
     engine.destroy()
     fused = assemble(job, fitted, None)

@@ -124,6 +124,8 @@ def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False
     )
+    # Off unless fp16, and then a NaN goes into the weights; with experts apart the ranks would not even agree on it.
+    engine.optimizer.check_grad_overflow = True
     return engine
 
 

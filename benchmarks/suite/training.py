@@ -21,6 +21,7 @@ from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import Placement
 from alignx_ds.training import align
 from alignx_ds.training import engine as engines
+from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
 from suite.systems import AXES, Setting, alignx
 
@@ -63,9 +64,11 @@ class Trainee:
     def stream(self) -> Iterator[list[MicroBatch]]:
         return micro_batches(self.rows, self.plan, PAD, SEED, packed=self.packed)
 
-    def steps(self, stream: Iterator[list[MicroBatch]], count: int) -> list[float]:
+    def steps(self, stream: Iterator[list[MicroBatch]], count: int) -> list[float | None]:
         """So many optimizer steps of the project's own loop."""
-        return train(self.engine, islice(stream, count), self.step_loss, self.plan, Progress(), lambda step, mean: None)
+        return train(
+            self.engine, lambda start: islice(stream, count), self.step_loss, self.plan, Progress(), Keeper("benchmark")
+        )
 
     def with_batch(self, batch: int) -> Trainee:
         """The same engine on steps of so many rows; its JSON's sizes are for DeepSpeed's own reports only."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,13 @@ from alignx_ds.specialists import finetune
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.vectors import add_task_vector, task_vectors
 from alignx_ds.training import align, engine, loop
+from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.losses import language_loss
+
+
+def no_keeping(name: str, made_from: dict[str, Any]) -> Keeper:
+    return Keeper(name, made_from)
+
 
 RANK, WORLD = distributed.rank(), distributed.world_size()
 
@@ -119,11 +126,12 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
         norms.append(float(made.get_global_grad_norm()))
 
     if forced:
-        rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
+        forced_rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
+        batches: loop.Batches = lambda start: forced_rows  # noqa: E731
     else:
-        rows = loop.micro_batches(loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+        batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
     loss = forced_loss(config) if forced else align._step_loss(config)
-    losses = loop.train(made, rows, loss, plan, Progress(), scribe)
+    losses = loop.train(made, batches, loss, plan, Progress(), Keeper("steps", scribe=scribe))
     state = made.module.fused_state()
     generalists = [layer.mixture.factors()[0] for layer in alignx_layers(made.module)]
     sides = [t for g in generalists for t in (*g.down.values(), *g.up.values())]
@@ -147,7 +155,7 @@ def whole_stage(out: Path) -> dict[str, Any]:
     for ep_size in (1, 2)[:WORLD]:
         config = whole_stage_config(out / "base", ep_size)
         job = align.AlignJob(config, BaseModel(config.model), low_rank_experts(base_model()), STAGE_ROWS, KEPT_BACK)
-        model, losses = align.align(job, lambda step, values: None)
+        model, losses = align.align(job, no_keeping, {})
         found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses}
     return found
 
@@ -160,7 +168,7 @@ def workshop(out: Path, name: str, lr: float = 0.01) -> finetune.Workshop:
         out / name,
         {"a": EXAMPLES, "b": EXAMPLES[::-1]},
         {"a": "1", "b": "2"},
-        lambda curve: lambda step, values: None,
+        no_keeping,
     )
 
 
@@ -192,8 +200,8 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
         parameter.requires_grad_(name in names)
     sharded = all(p.numel() == 0 for p in model.parameters()) if WORLD > 1 else True
     made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
-    rows = loop.micro_batches(loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
-    loop.train(made, rows, language_loss, plan, Progress(), lambda step, values: None)
+    batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+    loop.train(made, batches, language_loss, plan, Progress(), Keeper("streamed"))
     changes = dict(task_vectors(made.module, base, engine.dtype_of(dtype)))
     whole = {}
     for index in base.layers:
@@ -226,7 +234,7 @@ def fusions(out: Path) -> dict[str, Any]:
             job = fusion_training.FusionJob(name, config, base, specialists, rows, {"rows": "1"}, directory)
             written = []
             for _ in range(2):
-                fusion_training.ensure(job, lambda step, values: None)
+                fusion_training.ensure(job, no_keeping)
                 written.append((directory / fusion_training.WEIGHTS).stat().st_mtime_ns)
             facts = manifest.read(directory)
             tensors = load_file(directory / fusion_training.WEIGHTS)

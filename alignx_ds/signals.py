@@ -1,0 +1,95 @@
+"""SIGTERM and SIGUSR1 ask a run to save what is under way and end; a second one ends it at once.
+
+The wish is heard by a thread of its own, so that the second signal works while a collective blocks the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from alignx_ds import distributed
+from alignx_ds.errors import Stopped
+
+ASKING = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the second as a warning before the time limit
+ONE_WISH = 2.0  # seconds: a launcher passes on what the scheduler has sent to all processes already
+
+_asked: list[tuple[int, float]] = []  # (signal, when) of the first one
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within it the two signals are wishes. In the main thread of a process."""
+    heard_by, told = socket.socketpair()
+    told.setblocking(False)
+    before = {number: signal.signal(number, _pass) for number in ASKING}
+    wake_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard_by,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wake_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        told.close()
+        _asked.clear()
+
+
+@contextmanager
+def passed_on(launcher: int) -> Iterator[None]:
+    """Within it the two signals go on to the ranks below this launcher: it would end itself, and leave them behind."""
+    import psutil
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in psutil.Process(launcher).children(recursive=True):
+            with suppress(psutil.Error):
+                if "RANK" in process.environ():
+                    process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in ASKING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked() -> bool:
+    """Whether this rank has been asked to end."""
+    return bool(_asked)
+
+
+def stop_if_asked(where: str) -> None:
+    """Between two steps of a run. Raises Stopped on all ranks when any has been asked. Collective."""
+    if any(distributed.gather(asked())):
+        raise Stopped(where)
+
+
+def _pass(number: int, frame: Any) -> None:
+    """Python wants a handler, or it would not write to the wake-up socket."""
+
+
+def _listen(heard_by: socket.socket) -> None:
+    with heard_by:
+        while numbers := heard_by.recv(16):
+            for number in numbers:
+                if number in ASKING:
+                    _hear(number)
+
+
+def _hear(number: int) -> None:
+    now = time.monotonic()
+    if not _asked:
+        _asked.append((number, now))
+        if distributed.is_main():
+            what = "what is under way is saved at the end of its step; a second signal ends the run at once"
+            print(f"alignx-ds: {signal.Signals(number).name}: {what}", file=sys.stderr, flush=True)
+    elif now - _asked[0][1] > ONE_WISH:
+        os._exit(128 + number)

@@ -1,0 +1,174 @@
+"""A training job's checkpoints on disk: whole or not there, checked before use, as many as asked for.
+
+    step_00000040/
+      rank0-000.safetensors …   fp32 weights and optimizer state by canonical name (see `state`)
+      rng-0.safetensors …       every rank's random number generators
+      manifest.json             hashes of the files, step, losses, what the job is made from, resolved config
+
+A checkpoint is written beside its place, synced, and renamed: a crash leaves the one before it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alignx_ds import console, distributed, manifest
+from alignx_ds.errors import DataError
+from alignx_ds.training import randomness, state
+
+SHARD_BYTES = 1 << 30  # a rank's file is closed once it is as large; no more than that waits in memory
+PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    facts: dict[str, Any]  # of its manifest
+
+    @property
+    def step(self) -> int:
+        return int(self.facts["step"])
+
+    @property
+    def losses(self) -> list[float | None]:
+        return list(self.facts["losses"])
+
+
+def save(directory: Path, engine: Any, step: int, inputs: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Write the engine's state as it is after `step`. Raises DataError on every rank. Collective."""
+    path = directory / f"{PREFIX}{step:08d}"
+    unfinished = directory / f".{path.name}.partial"
+    _together(unfinished, lambda: _clear(unfinished), only_main=True)
+    _together(unfinished, partial(_write, unfinished, engine))
+    _together(unfinished, partial(randomness.save, unfinished))
+    known = {"step": step, **facts, "state": state.facts(engine), "world_size": distributed.world_size()}
+    _together(unfinished, lambda: _commit(unfinished, path, inputs, known), only_main=True)
+    return path
+
+
+def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
+    """The newest whole checkpoint of a job with these inputs; damaged ones are named and passed over. Collective."""
+    wanted = manifest.fingerprint(inputs)
+    for path in distributed.on_main(lambda: _present(directory)):
+        found = distributed.on_main(partial(_read, path))
+        if isinstance(found, dict) and found["fingerprint"] != wanted:
+            console.say(f"{path}: made from other inputs, not used")
+            continue
+        damage = found if isinstance(found, str) else _damage(path, found["files"])
+        if not damage and isinstance(found, dict):
+            return Checkpoint(path, found)
+        console.warn(f"{damage}: this checkpoint is damaged and not used; the one before it is, if there is one")
+    return None
+
+
+def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
+    """Put a checkpoint's state into a fresh engine, at whatever world size and ep_size. Collective."""
+    index: dict[str, Path] = {}
+    for path in sorted(checkpoint.path.glob("rank*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            index |= dict.fromkeys(file.keys(), path)
+
+    def read(name: str) -> Tensor:
+        with safe_open(index[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    state.restore(engine, checkpoint.facts["state"], read)
+    same = checkpoint.facts["world_size"] == distributed.world_size()
+    if same:
+        randomness.load(checkpoint.path)
+    else:
+        randomness.seed(seed, checkpoint.step)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Leave the newest `keep` and the one with the lowest loss; unfinished ones go too. On rank 0."""
+    whole = [(path, found) for path in _present(directory) if isinstance(found := _read(path), dict)]
+    losses = {path: found["loss"] for path, found in whole if found["loss"] is not None}
+    kept = {path for path, _ in whole[:keep]} | ({min(losses, key=losses.__getitem__)} if losses else set())
+    for path in _present(directory):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _present(directory: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(directory.glob(f"{PREFIX}*"), reverse=True) if directory.is_dir() else []
+
+
+def _read(path: Path) -> dict[str, Any] | str:
+    """Its manifest, or what is wrong with it."""
+    try:
+        return manifest.read(path)
+    except DataError as error:
+        return str(error).split(";")[0]
+
+
+def _damage(path: Path, files: dict[str, str]) -> str:
+    """The first thing that is wrong with the files, looked at by all ranks in shares. Collective."""
+    damages = [manifest.damage(path, name, files[name]) for name in distributed.mine(sorted(files))]
+    return next((d for share in distributed.gather(damages) for d in share if d), "")
+
+
+def _together(directory: Path, work: Callable[[], None], *, only_main: bool = False) -> None:
+    """Do it everywhere, or on rank 0; if any rank can't write, all raise the same DataError, and nothing is left."""
+    problem = ""
+    if not only_main or distributed.is_main():
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            problem = f"{getattr(error, 'strerror', None) or error} (rank {distributed.rank()})"
+    problems = [p for p in distributed.gather(problem) if p]
+    if not problems:
+        return
+    distributed.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
+    mend = "make room or correct the permissions, and give the same command: it goes on from the checkpoint before"
+    raise DataError(f"{directory.parent}: a checkpoint can't be written: {problems[0]}; {mend}")
+
+
+def _clear(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
+
+
+def _write(directory: Path, engine: Any) -> None:
+    """This rank's share, in files of bounded size. After an error the other ranks' collectives are still served."""
+    tensors = state.gather(engine)
+    try:
+        for number, shard in enumerate(_shards(tensors)):
+            path = directory / f"rank{distributed.rank()}-{number:03d}.safetensors"
+            save_file(shard, path)
+            manifest.sync(path)
+    finally:
+        for _ in tensors:
+            pass
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    waiting: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        if sum(t.nbytes for t in waiting.values()) >= SHARD_BYTES:
+            yield waiting
+            waiting = {}
+    if waiting:
+        yield waiting
+
+
+def _commit(unfinished: Path, path: Path, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
+    manifest.write(unfinished, inputs, facts)
+    if path.exists():  # a damaged one that was passed over
+        shutil.rmtree(path)
+    os.rename(unfinished, path)
+    manifest.sync(path.parent)
