@@ -1,0 +1,45 @@
+"""Faults in real runs. `make faults` runs them all, and from what they record makes the table of docs/reliability.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+Record = Callable[..., None]
+
+
+@pytest.fixture
+def record() -> Record:
+    """`record(area, fault, seen, lost)`: a line of the table, written once everything has been asserted."""
+
+    def write(area: str, fault: str, seen: str, lost: str = "nothing") -> None:
+        if path := os.environ.get("FAULTS_RECORD"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"area": area, "fault": fault, "seen": seen, "lost": lost}) + "\n")
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """By verb: the output directory of a run that nothing has disturbed."""
+    from command import Command
+
+    made: dict[str, Path] = {}
+
+    def of(verb: str) -> Path:
+        if verb not in made:
+            output = tmp_path_factory.mktemp("undisturbed") / verb
+            ended = Command(verb, output).start()
+            assert ended.well, ended.said
+            made[verb] = output
+        return made[verb]
+
+    return of

@@ -1,0 +1,126 @@
+"""One rank of the real command with a fault in it: `FAULT='{"rank": 1, "kind": "kill", …}' faulty.py align RECIPE …`.
+
+The product knows nothing of this file: it wraps the functions in which the fault is to happen, then runs the command.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+Doing = Callable[[], None]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tell(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def before(owner: Any, name: str, do: Doing, when: Callable[..., bool] = lambda *a, **k: True) -> None:
+    """Do it once, right before the first call of `owner.name` for which `when` holds."""
+    original, done = getattr(owner, name), []
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if not done and when(*args, **options):
+            done.append(True)
+            do()
+        return original(*args, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def position() -> list[Any]:
+    """[job, step], kept up to date: the step that is under way, or what follows it before the next one begins."""
+    from alignx_ds.training.keeper import Keeper
+
+    now: list[Any] = ["", 0]
+    restore, after = Keeper.restore, Keeper.after_step
+
+    def restored(self: Keeper, engine: Any) -> Any:
+        losses = restore(self, engine)
+        now[:] = [self.name, len(losses) + 1]
+        return losses
+
+    def after_step(self: Keeper, engine: Any, losses: list[Any], *rest: Any) -> None:
+        after(self, engine, losses, *rest)
+        now[:] = [self.name, len(losses) + 1]
+
+    Keeper.restore, Keeper.after_step = restored, after_step  # type: ignore[method-assign]
+    return now
+
+
+def install(fault: dict[str, Any]) -> None:
+    from alignx_ds import manifest
+    from alignx_ds.evaluation.systems import Examination
+    from alignx_ds.specialists import finetune
+    from alignx_ds.training import align, checkpoints, loop
+    from alignx_ds.training.keeper import Keeper
+
+    here = [fault.get("job", ""), fault.get("step", 0)]
+    now, syncs = position(), list[Any]()
+    do = {"kill": kill, "term": partial(tell, signal.SIGTERM), "usr1": partial(tell, signal.SIGUSR1)}.get(fault["kind"])
+    place = fault.get("place", "step")
+    if do is None:
+        poison(fault["kind"], here, now, every=fault.get("every", False))
+    elif place == "step":  # its update is made, no checkpoint of it is
+        before(Keeper, "after_step", do, lambda self, engine, losses, *_: [self.name, len(losses)] == here)
+    elif place == "forward":
+        before(loop, "_marked", do, lambda loss: now == here)
+    elif place == "save":  # in the midst of writing a checkpoint: at its n-th sync to the disk
+        before(manifest, "sync", do, lambda path: now == here and (syncs.append(path) or len(syncs) == fault["sync"]))
+    elif place == "rename":
+        before(os, "rename", do, lambda *_: now == here)
+    elif place == "prune":
+        before(checkpoints, "prune", do, lambda *_: now == here)
+    elif place == "extract":
+        before(finetune, "_extract", do, lambda job, *_: f"stage1/{job.name}" == here[0])
+    elif place == "fit":
+        before(align, "fit_calibrators", do)
+    elif place == "calibrate":
+        before(align, "calibrate", do)
+    elif place == "seal":
+        before(manifest, "write", do, lambda directory, *_: directory.name == here[0])
+    elif place == "answer":
+        before(Examination, "sit", do, lambda self, system, *_: system.name == here[0])
+    else:
+        raise SystemExit(f"no such place: {place}")
+
+
+def poison(kind: str, here: list[Any], now: list[Any], *, every: bool) -> None:
+    """This rank's loss becomes NaN, or a gradient infinite under a loss that is whole: at a step, or from it on."""
+    from alignx_ds.training import loop
+
+    marked = loop._marked
+
+    def poisoned(loss: Any) -> Any:
+        if now[0] == here[0] and (now[1] == here[1] or (every and now[1] > here[1])):
+            if kind == "nan loss":
+                loss.data.fill_(math.nan)
+            else:
+                loss = loss + 0.0  # a tensor of its own to hook, whatever else the loss is used for
+                loss.register_hook(lambda gradient: gradient * math.inf)
+        return marked(loss)
+
+    loop._marked = poisoned
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    fault = json.loads(os.environ.get("FAULT", "null"))
+    from alignx_ds import distributed
+
+    distributed.prepare_environment()
+    if fault and os.environ["RANK"] == str(fault["rank"]):
+        install(fault)
+    from alignx_ds.cli import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""kill -9 of either rank, anywhere: the same command goes on and ends in the same bytes as a run that nobody killed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Command, results
+from conftest import Record
+
+STEPS = {"stage1": 6, "baselines": 4, "stage2": 6}
+
+
+def kill(rank: int, job: str, step: int = 0, place: str = "step", **more: Any) -> dict[str, Any]:
+    return {"rank": rank, "kind": "kill", "job": job, "step": step, "place": place, **more}
+
+
+def everywhere(seed: int = 0) -> list[dict[str, Any]]:
+    """At least one kill at a random step of every training job, by a random rank, and one in everything between."""
+    draw = random.Random(seed)
+
+    def at_random(job: str, last: int) -> dict[str, Any]:
+        return kill(draw.randrange(2), job, draw.randint(1, last), draw.choice(["step", "forward"]))
+
+    kills = []
+    for axis in ("helpful", "harmless", "honest"):
+        kills += [at_random(f"stage1/{axis}", 3), kill(draw.randrange(2), f"stage1/{axis}", 4, "save", sync=1)]
+        kills += [at_random(f"stage1/{axis}", 6), kill(draw.randrange(2), f"stage1/{axis}", place="extract")]
+    kills += [kill(0, "honest", place="seal"), kill(draw.randrange(2), "", place="fit")]
+    kills += [at_random("stage2", 3), kill(0, "stage2", 4, "rename"), kill(0, "stage2", 6, "prune")]
+    kills += [at_random("stage2", 6), kill(draw.randrange(2), "", place="calibrate"), kill(0, "model", place="seal")]
+    kills += [at_random("stage1/sequential_2_harmless", 6), at_random("stage1/mixed", 6)]
+    kills += [at_random("baselines/h3fusion", 4), at_random("baselines/trinityx", 4)]
+    kills += [kill(draw.randrange(2), "mixed", place="answer"), kill(draw.randrange(2), "alignx", place="answer")]
+    return kills
+
+
+def told(fault: dict[str, Any]) -> str:
+    where = f"{fault['job']} " if fault["job"] else ""
+    return f"rank {fault['rank']}, {where}{fault['place']}" + (f" {fault['step']}" if fault["step"] else "")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(2400)
+def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
+    tmp_path: Path,
+    undisturbed,  # type: ignore[no-untyped-def]
+    record: Record,
+) -> None:
+    command, killed, slowest = Command("run", tmp_path / "run"), [], 0.0
+    for fault in everywhere():
+        ended = command.start(fault=fault)
+        if ended.well:
+            continue  # what it was to strike had been finished before the kill before it
+        assert ended.codes[fault["rank"]] == -9, ended.said
+        killed.append(told(fault))
+        slowest = max(slowest, ended.alone)
+    assert len(killed) >= 20, killed
+    ended = command.start()
+    assert ended.well, ended.said
+    assert results(command.output) == results(undisturbed("run"))
+    assert not (command.output / "checkpoints").exists() or not list((command.output / "checkpoints").rglob("step_*"))
+    assert not list(command.output.rglob("*.partial"))
+    what = f"kill -9, {len(killed)} times in one run: every training job, saves, fits, extraction, evaluation"
+    record("crash", what, f"same bytes in the end; the other rank ended within {slowest:.1f} s")
+
+
+@pytest.mark.timeout(280)
+def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
+    tmp_path: Path,
+    undisturbed,  # type: ignore[no-untyped-def]
+    record: Record,
+) -> None:
+    command = Command("align", tmp_path / "run")
+    ended = command.start(fault=kill(0, "stage1/honest", 4, "save", sync=2))
+    assert ended.codes[0] == -9 and ended.codes[1] not in (0, None)
+    assert [p.name for p in (command.output / "checkpoints/stage1/honest").glob("step_*")] == ["step_00000002"]
+    ended = command.start(fault=kill(1, "stage2", 5))
+    assert "stage1/honest: goes on after step 2" in ended.said
+    assert ended.codes[1] == -9
+    ended = command.start()
+    assert ended.well, ended.said
+    assert "stage2: goes on after step 4" in ended.said
+    assert results(command.output) == results(undisturbed("align"))
+    record("crash", "kill -9 while a checkpoint is written, then in stage 2", "the checkpoint before it is used")

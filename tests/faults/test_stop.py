@@ -1,0 +1,97 @@
+"""SIGTERM and SIGUSR1 save what is under way and end with code 75; a second one ends at once; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import SMALL, Command, results, wait_for
+from conftest import Record
+
+from alignx_ds.errors import EXIT_STOPPED
+
+Processes = list[subprocess.Popen[bytes]]
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    ("number", "job", "step"),
+    [
+        pytest.param(signal.SIGTERM, "stage1/harmless", 3, marks=pytest.mark.faults),
+        (signal.SIGUSR1, "stage2", 3),
+    ],
+)
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    number: signal.Signals,
+    job: str,
+    step: int,
+    tmp_path: Path,
+    undisturbed,  # type: ignore[no-untyped-def]
+    record: Record,
+) -> None:
+    command = Command("align", tmp_path / "run")
+    fault = {"rank": 1, "kind": "term" if number == signal.SIGTERM else "usr1", "job": job, "step": step}
+    ended = command.start(fault=fault)
+    assert ended.codes == [EXIT_STOPPED] * 2, ended.said
+    assert ended.said.count("the same command goes on from there") == 1
+    assert f"stopped in {job}, after step" in ended.said
+    assert "Traceback" not in ended.said
+    ended = command.start()
+    assert ended.well, ended.said
+    assert f"{job}: goes on after step" in ended.said
+    assert results(command.output) == results(undisturbed("align"))
+    record("signal", f"{number.name} to one rank in {job}", f"a checkpoint, exit code {EXIT_STOPPED} on all ranks")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(280)
+def test_a_second_signal_ends_at_once_even_in_a_collective_that_hangs(tmp_path: Path, record: Record) -> None:
+    command = Command("align", tmp_path / "run")
+    seconds: list[float] = []
+
+    def twice(ranks: Processes) -> None:
+        wait_for(command.output / "checkpoints/stage1/helpful/step_00000002")
+        ranks[1].send_signal(signal.SIGSTOP)  # from here rank 0 waits for it
+        time.sleep(1)
+        ranks[0].send_signal(signal.SIGTERM)
+        time.sleep(4)
+        assert ranks[0].poll() is None, "the first signal waits for the step's end"
+        started = time.monotonic()
+        ranks[0].send_signal(signal.SIGTERM)
+        ranks[0].wait(timeout=20)
+        seconds.append(time.monotonic() - started)
+        ranks[1].send_signal(signal.SIGCONT)
+
+    ended = command.start("train.steps=2000", during=twice)
+    assert ended.codes[0] == 128 + signal.SIGTERM, ended.said
+    assert seconds[0] < 2
+    record("signal", "a second SIGTERM while a collective hangs", f"exit code 143 after {seconds[0]:.1f} s", "the step")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(280)
+def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
+    tmp_path: Path,
+    undisturbed,  # type: ignore[no-untyped-def]
+    record: Record,
+) -> None:
+    output = tmp_path / "run"
+    line = [sys.executable, "-m", "alignx_ds", "align", *SMALL, "launch.ranks=2", f"output={output}"]
+    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(
+        line, cwd=root, env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        wait_for(output / "checkpoints/stage1/harmless/step_00000002")
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=60)[0]
+    assert run.returncode == EXIT_STOPPED, said
+    ended = Command("align", output).start()
+    assert ended.well, ended.said
+    assert results(output) == results(undisturbed("align"))
+    record("signal", "SIGTERM to `alignx-ds` above the deepspeed launcher", f"exit code {EXIT_STOPPED}, goes on")
