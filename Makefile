@@ -1,6 +1,7 @@
 # make demo    set everything up, then go from a base model to an aligned one on the embedded world
 # make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
 # make test    set everything up, then run the tests
+# make faults  every fault that the run has to survive, about half an hour on 2 cores; writes docs/reliability.md's table
 # make check   format, lint, types, tests
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds bench test check lint format clean
+.PHONY: install demo seeds bench test faults check lint format clean
 
 install: $(READY)
 
@@ -36,6 +37,11 @@ bench: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+faults: $(READY)
+	rm -f runs/faults.jsonl && mkdir -p runs
+	FAULTS_RECORD=$(CURDIR)/runs/faults.jsonl $(BIN)/python -m pytest tests/faults -m "" --timeout 3600
+	$(BIN)/python tests/faults/table.py runs/faults.jsonl docs/reliability.md
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet .

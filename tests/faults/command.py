@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ranks import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "distributed")]
-
-from ranks import free_port  # noqa: E402
-
 GRACE = 30.0  # seconds within which all ranks have to end once one has
 SMALL = (
     "launch/recipes/world.yaml",
@@ -69,11 +68,11 @@ class Command:
     output: Path
     settings: tuple[str, ...] = ()
     ranks: int = 2
-    logs: Path = field(init=False)
+    folder: Any = field(default_factory=tempfile.TemporaryDirectory)
 
-    def __post_init__(self) -> None:
-        self.logs = self.output.parent / f"{self.output.name}-logs"
-        self.logs.mkdir(parents=True, exist_ok=True)
+    @property
+    def logs(self) -> Path:
+        return Path(self.folder.name)
 
     def start(
         self,

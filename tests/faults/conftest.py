@@ -1,4 +1,4 @@
-"""Faults in real runs. `make faults` runs them all, and from what they record makes the table of docs/reliability.md."""
+"""Faults in real runs. `make faults` runs them all and makes the table of docs/reliability.md of what they record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parent / "mocae")]
 
 Record = Callable[..., None]
 

@@ -1,0 +1,121 @@
+"""One rank of `reshard_worker.py ROOT KIND HOW SOURCE TARGET STEPS`: train on from SOURCE's checkpoint ("-": afresh) to
+STEPS steps, leave a checkpoint in TARGET, and say whether what was loaded equals what was saved, tensor by tensor.
+
+KIND is stage1 or stage2; HOW is the ZeRO stage, and for stage 2 the ep_size: "3", "2 ep4".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "mocae")]
+
+
+def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
+    from problems import fine_tune_config
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from alignx_ds import distributed
+    from alignx_ds.mocae.experts import PROJECTIONS
+    from alignx_ds.specialists.base import BaseModel
+    from alignx_ds.training import engine
+    from alignx_ds.training.losses import language_loss
+
+    config = fine_tune_config(root / "base")
+    base = BaseModel(config.model)
+    plan = engine.Plan.of(config.train, "float32", 6)
+    template = engine.read_template(config.train.deepspeed, "train.deepspeed")
+    template["zero_optimization"]["stage"] = zero
+    template["zero_optimization"]["stage3_param_persistence_threshold"] = 70  # some whole on every rank, most padded
+    filled = engine.fill(template, plan, distributed.world_size())
+    keeper = HfDeepSpeedConfig(filled)
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained or "norm" in name)
+    groups = engine.decay_groups(list(model.named_parameters()), plan.weight_decay)
+    return engine.start(model, groups, filled, plan), plan, language_loss, keeper
+
+
+def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
+    from problems import align_config, mixture
+
+    from alignx_ds import distributed
+    from alignx_ds.mocae.modeling import Placement
+    from alignx_ds.training import align, engine
+
+    config = align_config(ep_size, 1)
+    model = mixture(placement=Placement(ep_size, distributed.rank() % ep_size))
+    plan = engine.Plan.of(config.align, "float32", 6)
+    template = engine.read_template(config.align.deepspeed, "align.deepspeed")
+    template["zero_optimization"]["stage"] = zero
+    align.make_expert_groups(ep_size)
+    filled = engine.fill(template, plan, distributed.world_size())
+    return (
+        engine.start(model, align.parameter_groups(model, config), filled, plan),
+        plan,
+        align._step_loss(config),
+        None,
+    )
+
+
+def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) -> None:
+    from problems import EXAMPLES, LABELS, PAD, SEED
+
+    from alignx_ds import distributed
+    from alignx_ds.config import CheckpointsConfig
+    from alignx_ds.console import Progress
+    from alignx_ds.training import checkpoints, loop, state
+    from alignx_ds.training.keeper import Keeper, Keeping
+
+    zero, _, ep = how.partition(" ep")
+    made, plan, loss, _alive = stage1(root, int(zero)) if kind == "stage1" else stage2(root, int(zero), int(ep))
+    inputs, same = {"kind": kind}, True
+    losses: list[float | None] = []
+    if source != "-":
+        found = checkpoints.newest(root / source, inputs)
+        assert found is not None
+        checkpoints.load(found, made, SEED)
+        losses = found.losses
+        saved = {}
+        for file in found.path.glob("rank*.safetensors"):
+            saved |= load_file(file)
+        same = all(torch.equal(tensor, saved[name]) for name, tensor in state.gather(made))
+
+    class Resumed(Keeper):
+        def restore(self, engine: Any) -> list[float | None]:
+            return losses
+
+    keeping = Keeping(root, root / "nonfinite", CheckpointsConfig(every=steps, keep=9), "stop", "", SEED)
+    batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+
+    def until(start: int) -> Any:
+        for number, step in enumerate(batches(start), start=start):
+            if number == steps:
+                return
+            yield step
+
+    losses = loop.train(made, until, loss, plan, Progress(), Resumed(target, inputs, keeping))
+    every = distributed.gather(same)
+    if distributed.is_main():
+        (root / f"{target}.json").write_text(json.dumps({"losses": losses, "same": all(every)}))
+    made.destroy()
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from alignx_ds import distributed
+
+    distributed.init()
+    main(Path(sys.argv[1]), *sys.argv[2:6], int(sys.argv[6]))
+    distributed.shutdown()
