@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,12 @@ class Keeper:
 
     def finish(self) -> None:
         """The job's result is sealed: what it would go on from is of no more use. Collective."""
-        directory = self.directory
-        if self.keeping and directory and not self.keeping.settings.finished:
-            distributed.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
+        if self.keeping and not self.keeping.settings.finished:
+            distributed.on_main(self._remove)
+
+    def _remove(self) -> None:
+        assert self.keeping and self.directory
+        shutil.rmtree(self.directory, ignore_errors=True)
+        for parent in (self.directory.parent, self.keeping.checkpoints):
+            with suppress(OSError):  # not empty: other jobs' are in it
+                parent.rmdir()
