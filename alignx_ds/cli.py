@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from alignx_ds.data.schemas import SCHEMAS
-from alignx_ds.errors import EXIT_CODE, UserError
 from alignx_ds.evaluation.judges.registry import JUDGES
 
 RUN_HELP = """\
@@ -136,11 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         return handlers.get(args.verb, _run)(args)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
-            for line in str(error).splitlines():
-                print(f"alignx-ds: error: {line}", file=sys.stderr)
-        return EXIT_CODE
+    except Exception as error:  # noqa: BLE001 - what nobody foresaw is raised again
+        from alignx_ds import distributed
+
+        return distributed.fail(error)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -156,13 +154,14 @@ def _run(args: argparse.Namespace) -> int:
         print(describe(settings, base, world_size))
         return 0
 
+    distributed.join(settings.launch.timeout)
     from alignx_ds.inputs import Material
 
     material = Material.of(settings, base)
     if not distributed.under_launcher() and settings.launch.ranks > 1:
         return _launch(args, settings.launch.ranks)
 
-    distributed.init()
+    distributed.init(settings.launch.timeout)
     try:
         from alignx_ds.evaluation import report
         from alignx_ds.pipeline import Run

@@ -235,6 +235,7 @@ class JudgesConfig:
 @dataclass
 class LaunchConfig:
     ranks: int = 1  # processes that `alignx-ds run` starts when no launcher has
+    timeout: int = 1800  # seconds that a rank waits for the others, at the start and in a collective
 
 
 @dataclass
