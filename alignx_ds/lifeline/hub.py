@@ -27,7 +27,7 @@ class Hub(threading.Thread):
 
     def __init__(self, world: int, addresses: list[str]) -> None:
         super().__init__(name="lifeline-hub", daemon=True)
-        self.world = world
+        self.world, self.late = world, LATE
         self.peers: dict[int, Channel] = {}  # all that ever came, by rank
         self._done: set[int] = set()
         self._gone: set[int] = set()
@@ -119,7 +119,7 @@ class Hub(threading.Thread):
         speak(failure.lines("" if alike else f"rank {rank}: "))
         self._verdict = {"kind": "end", "rank": rank, "code": failure.code}
         self._tell(others_only=True, **self._verdict)
-        self._deadline = time.monotonic() + (LATE if self.missing() else PARTING)
+        self._deadline = time.monotonic() + (self.late if self.missing() else PARTING)
 
     def _tell(self, *, others_only: bool = False, **message: Any) -> None:
         for rank, peer in self.peers.items():

@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 
 from alignx_ds.lifeline.channel import Channel
 from alignx_ds.lifeline.failure import KILLED, Failure, end
+from alignx_ds.lifeline.hub import LATE, LOCKSTEP
 
-ANSWER = 10.0  # seconds that a failing rank, or one that connects, waits for the hub
+CONNECTED = 10.0  # seconds that a connection to the hub may take
+ANSWER = LOCKSTEP + LATE + 3.0  # seconds after which a failing rank has no word from the hub to wait for
 KEPT = 4000  # characters of a message
 
 
@@ -66,15 +68,15 @@ class Lifeline(threading.Thread):
         end(words, code)
 
     def _connect(self, invitation: dict[str, Any]) -> Channel:
-        port = invitation["port"]
-        for address in invitation["addresses"]:
+        port, addresses = invitation["port"], invitation["addresses"] if self.rank else ["127.0.0.1"]
+        for address in addresses:
             with suppress(OSError):
-                channel = Channel(socket.create_connection((address, port), timeout=ANSWER))
-                channel.link.settimeout(ANSWER)
+                channel = Channel(socket.create_connection((address, port), timeout=CONNECTED))
+                channel.link.settimeout(CONNECTED)
                 channel.send(token=invitation["token"], rank=self.rank, host=socket.gethostname())
                 answer = channel.receive()
                 if answer and answer[0].get("kind") == "welcome":
                     channel.link.settimeout(None)
                     self._first = answer[1:]
                     return channel
-        raise ConnectionError(f"no answer on port {port} of {', '.join(invitation['addresses'])}")
+        raise ConnectionError(f"no answer on port {port} of {', '.join(addresses)}")

@@ -61,7 +61,7 @@ def join(rank: int, world: int, timeout: int) -> None:
         if not serves:
             _await_port(address, int(port), until)
         _here.store = torch_dist.TCPStore(  # type: ignore[attr-defined] # public, but not said to be
-            address,
+            "localhost" if serves else address,
             int(port),
             is_master=serves,
             timeout=timedelta(seconds=max(1.0, until - time.monotonic())),
@@ -111,14 +111,16 @@ def all_have_come(timeout: int) -> None:
     """Wait for every rank. Raises UserError that names the missing ones."""
     if _here.line is None or _here.line.complete.wait(timeout + (0 if _here.hub else LATE)):
         return
-    what = "not all ranks have come"
+    here, who = "not all ranks", ""
     if _here.hub:
         world, missing = _here.hub.world, _here.hub.missing()
-        what = f"{world - len(missing)} of {world} ranks have come, not rank {', '.join(map(str, missing))}"
+        _here.hub.late = 0.0  # they have been waited for
+        here = f"only {world - len(missing)} of {world} ranks"
+        who = f" (missing: {', '.join(map(str, missing))})"
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     raise UserError(
-        f"{what} to {place} within launch.timeout={timeout} seconds; check that every node was started, with the same "
-        "MASTER_ADDR and MASTER_PORT and the same number of ranks, and that no firewall is between them"
+        f"{here} came to {place} within launch.timeout={timeout} seconds{who}; check that every node was started, with "
+        "the same MASTER_ADDR and MASTER_PORT and the same number of ranks, and that no firewall is between them"
     )
 
 
