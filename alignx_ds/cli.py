@@ -145,6 +145,8 @@ def _run(args: argparse.Namespace) -> int:
     from alignx_ds import checks, config, distributed, outputs
 
     settings = config.load(args.recipe, args.overrides)
+    if not args.dry_run:
+        distributed.join(settings.launch.timeout)
     world_size = distributed.planned_world_size(settings.launch.ranks)
     base = checks.check(settings, world_size, weights=not args.dry_run)
     outputs.check_owner(settings)
@@ -154,7 +156,6 @@ def _run(args: argparse.Namespace) -> int:
         print(describe(settings, base, world_size))
         return 0
 
-    distributed.join(settings.launch.timeout)
     from alignx_ds.inputs import Material
 
     material = Material.of(settings, base)

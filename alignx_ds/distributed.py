@@ -71,7 +71,8 @@ def join(timeout: int = TIMEOUT) -> None:
     """
     if under_launcher() and planned_world_size(1) > 1 and not meeting.joined():
         prepare_environment()
-        meeting.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
+        # What is no number of seconds is refused with the config's other problems.
+        meeting.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), max(1, timeout))
         sys.excepthook = _uncaught
 
 
