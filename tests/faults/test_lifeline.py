@@ -67,9 +67,14 @@ def test_strangers_are_hung_up_on(hub: Hub) -> None:
         assert say(hub, line) == b"", line[:80]
     assert hub.missing() == [0, 1]
     line = Lifeline(0, hub.invitation)
-    assert json.loads(say(hub, greeting(hub)).splitlines()[0]) == {"kind": "welcome"}
+    heard = say(
+        hub, greeting(hub) + b'{"kind": "done"}\n'
+    )  # a rank that parts, or its end would be that of this process
+    assert json.loads(heard.splitlines()[0]) == {"kind": "welcome"}
     assert line.complete.wait(5.0)
-    hub.peers.clear()  # rank 1 has left without a word: without peers nobody is ended by it
+    line.part()
+    hub.join(5.0)
+    assert not hub.is_alive(), "all have parted: nobody is listened to any more"
 
 
 def test_all_groups_wait_as_long_as_the_config_says() -> None:
