@@ -101,6 +101,7 @@ def _from_scratch(c: RunConfig) -> bool:
 def _numbers(c: RunConfig) -> Iterator[Problem]:
     at_least_one = {
         "launch.ranks": c.launch.ranks,
+        "launch.timeout": c.launch.timeout,
         "model.max_length": c.model.max_length,
         "data.train_rows": c.data.train_rows,
         "data.held_out_rows": c.data.held_out_rows,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignx_ds.data.schemas import SCHEMAS
-from alignx_ds.errors import EXIT_CODE, EXIT_STOPPED, Stopped, UserError
+from alignx_ds.errors import EXIT_STOPPED, Stopped
 from alignx_ds.evaluation.judges.registry import JUDGES
 
 RUN_HELP = """\
@@ -140,21 +140,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     try:
         return handlers.get(args.verb, _run)(args)
-    except UserError as error:
-        if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0":
-            for line in str(error).splitlines():
-                print(f"alignx-ds: error: {line}", file=sys.stderr)
-        return EXIT_CODE
-    except Stopped as where:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"alignx-ds: stopped in {where}; the same command goes on from there", file=sys.stderr)
-        return EXIT_STOPPED
+    except Stopped as stopped:
+        where = str(stopped)
+    except Exception as error:  # noqa: BLE001 - what nobody foresaw is raised again
+        from alignx_ds import distributed
+
+        return distributed.fail(error)
+    from alignx_ds import console, distributed
+
+    console.note(f"stopped in {where}; the same command goes on from there")
+    distributed.shutdown()
+    return EXIT_STOPPED
 
 
 def _run(args: argparse.Namespace) -> int:
     from alignx_ds import checks, config, distributed, outputs, signals
 
     settings = config.load(args.recipe, args.overrides)
+    if not args.dry_run:
+        distributed.join(settings.launch.timeout)
     world_size = distributed.planned_world_size(settings.launch.ranks)
     base = checks.check(settings, world_size, weights=not args.dry_run)
     outputs.check_owner(settings)
@@ -170,7 +174,7 @@ def _run(args: argparse.Namespace) -> int:
     if not distributed.under_launcher() and settings.launch.ranks > 1:
         return _launch(args, settings.launch.ranks)
 
-    distributed.init()
+    distributed.init(settings.launch.timeout)
     with signals.heard():
         try:
             from alignx_ds.evaluation import report

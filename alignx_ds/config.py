@@ -246,6 +246,7 @@ class CheckpointsConfig:
 @dataclass
 class LaunchConfig:
     ranks: int = 1  # processes that `alignx-ds run` starts when no launcher has
+    timeout: int = 1800  # seconds that a rank waits for the others, at the start and in a collective
 
 
 @dataclass

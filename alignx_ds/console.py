@@ -35,10 +35,14 @@ def say(text: str) -> None:
         _console.print(text)
 
 
-def warn(text: str) -> None:
+def note(text: str) -> None:
     """Into the stream of errors, so that it is not lost where the ordinary output is."""
     if distributed.is_main():
-        print(f"alignx-ds: warning: {text}", file=sys.stderr, flush=True)
+        print(f"alignx-ds: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    note(f"warning: {text}")
 
 
 def heading(text: str) -> None:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError
 
+from alignx_ds.config import LaunchConfig
 from alignx_ds.errors import DataError, UserError
+from alignx_ds.failures import failure_of
+from alignx_ds.lifeline import meeting
 
 T = TypeVar("T")
+TIMEOUT = LaunchConfig.timeout
 
 _OPENMPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -58,9 +65,30 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def init() -> None:
-    """Start DeepSpeed's process group; gloo on CPUs."""
+def join(timeout: int = TIMEOUT) -> None:
+    """From here on a failure of any rank ends all of them. Raises UserError when rank 0 can't be reached.
+
+    Waits for rank 0 alone; `init` waits for all.
+    """
+    if under_launcher() and planned_world_size(1) > 1 and not meeting.joined():
+        prepare_environment()
+        # What is no number of seconds is refused with the config's other problems.
+        meeting.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), max(1, timeout))
+        sys.excepthook = _uncaught
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python would only print."""
+    if meeting.joined() and not meeting.parted():
+        fail(error)
+    sys.__excepthook__(kind, error, trace)
+
+
+def init(timeout: int = TIMEOUT) -> None:
+    """Start DeepSpeed's process group; gloo on CPUs. No rank waits longer than `timeout` seconds for the others."""
     prepare_environment()
+    join(timeout)
+    meeting.all_have_come(timeout)
     import deepspeed
     from deepspeed import ops
 
@@ -68,7 +96,12 @@ def init() -> None:
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     quiet()
     if not torch_dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        patience = timedelta(seconds=timeout)
+        # DeepSpeed makes the groups of experts without a timeout: they take torch's own default.
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            setattr(torch_dist.distributed_c10d, name, patience)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=patience)
 
 
 def quiet() -> None:
@@ -80,8 +113,25 @@ def quiet() -> None:
 
 
 def shutdown() -> None:
+    """The end of a run. Where an exception is on its way, nothing: it ends all ranks, and may not be held up."""
+    if sys.exc_info()[0] is not None:
+        return
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
+    meeting.part()
+
+
+def fail(error: BaseException) -> int:
+    """Tell the console once, whichever ranks fail, and end them all. Where this rank is the only one, or has parted
+    from the others, an error that was foreseen gives the exit code, and any other is raised again."""
+    failure = failure_of(error, meeting.patience())
+    if under_launcher() and planned_world_size(1) > 1 and not meeting.parted():
+        prepare_environment()
+        meeting.fail(failure, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if failure.traceback:
+        raise error
+    print(failure.lines(), end="", file=sys.stderr)
+    return failure.code
 
 
 def rank() -> int:

@@ -45,6 +45,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
     "override",
     [
         "launch.ranks=0",
+        "launch.timeout=0",
         "data.train_rows=0",
         "data.held_out_rows=-1",
         "train.steps=-1",

@@ -142,14 +142,6 @@ def test_the_worlds_rows_are_written_once(refused: Refused, tmp_path: Path, caps
     assert "exists already" in refused("world", tmp_path / "rows", "--rows", "5")[0]
 
 
-def test_only_rank_zero_speaks(
-    write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert cli.main(["run", str(write_recipe("seed=-1"))]) == 2
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
     "arguments", [[], ["dance"], ["run"], ["run", "r.yaml", "--fast"], ["world"], ["generate", "m"]]
 )

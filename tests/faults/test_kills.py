@@ -19,18 +19,19 @@ def everywhere(seed: int = 0) -> list[dict[str, Any]]:
     """At least one kill at a random step of every training job, by a random rank, and one in everything between."""
     draw = random.Random(seed)
 
-    def at_random(job: str, last: int) -> dict[str, Any]:
-        return kill(draw.randrange(2), job, draw.randint(1, last), draw.choice(["step", "forward"]))
+    def at_random(job: str, first: int, last: int) -> dict[str, Any]:
+        return kill(draw.randrange(2), job, draw.randint(first, last), draw.choice(["step", "forward"]))
 
-    kills = []
+    kills = []  # in the order in which they happen: each start goes on from the checkpoint before the last kill
     for axis in ("helpful", "harmless", "honest"):
-        kills += [at_random(f"stage1/{axis}", 3), kill(draw.randrange(2), f"stage1/{axis}", 4, "save", sync=1)]
-        kills += [at_random(f"stage1/{axis}", 6), kill(draw.randrange(2), f"stage1/{axis}", place="extract")]
+        kills += [at_random(f"stage1/{axis}", 1, 3), kill(draw.randrange(2), f"stage1/{axis}", 4, "save", sync=1)]
+        kills += [at_random(f"stage1/{axis}", 5, 6), kill(draw.randrange(2), f"stage1/{axis}", place="extract")]
     kills += [kill(0, "honest", place="seal"), kill(draw.randrange(2), "", place="fit")]
-    kills += [at_random("stage2", 3), kill(0, "stage2", 4, "rename"), kill(0, "stage2", 6, "prune")]
-    kills += [at_random("stage2", 6), kill(draw.randrange(2), "", place="calibrate"), kill(0, "model", place="seal")]
-    kills += [at_random("stage1/sequential_2_harmless", 6), at_random("stage1/mixed", 6)]
-    kills += [at_random("baselines/h3fusion", 4), at_random("baselines/trinityx", 4)]
+    kills += [at_random("stage2", 1, 3), kill(0, "stage2", 4, "rename"), at_random("stage2", 5, 6)]
+    kills += [kill(0, "stage2", 6, "prune"), kill(draw.randrange(2), "", place="calibrate")]
+    kills += [kill(0, "model", place="seal")]
+    kills += [at_random("stage1/sequential_2_harmless", 1, 6), at_random("stage1/mixed", 1, 6)]
+    kills += [at_random("baselines/h3fusion", 1, 4), at_random("baselines/trinityx", 1, 4)]
     kills += [kill(draw.randrange(2), "mixed", place="answer"), kill(draw.randrange(2), "alignx", place="answer")]
     return kills
 
@@ -50,8 +51,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
     command, killed, slowest = Command("run", tmp_path / "run"), [], 0.0
     for fault in everywhere():
         ended = command.start(fault=fault)
-        if ended.well:
-            continue  # what it was to strike had been finished before the kill before it
+        assert not ended.well, f"nothing to strike was left for {told(fault)}"
         assert ended.codes[fault["rank"]] == -9, ended.said
         killed.append(told(fault))
         slowest = max(slowest, ended.alone)

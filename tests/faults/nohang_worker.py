@@ -1,0 +1,65 @@
+"""A rank that does nothing but collectives, until its fault: `nohang_worker.py FAULT RANK|all LAUNCH_TIMEOUT`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
+
+import torch
+
+from alignx_ds import distributed
+from alignx_ds.errors import DataError
+
+
+def strike(fault: str) -> None:
+    if fault == "exception":
+        raise ZeroDivisionError("boom in the midst")
+    if fault == "data":
+        raise DataError("rows.jsonl, row 7: no column 'response'")
+    if fault == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)  # the test wakes it up
+    if fault == "stuck":
+        time.sleep(60.0)
+
+
+def work(fault: str, where: str, timeout: int) -> None:
+    rank = int(os.environ["RANK"])
+    struck = where == "all" or rank == int(where)
+    if fault == "bad-start" and struck:  # before anything else
+        strike("data")
+    distributed.init(timeout)
+    try:
+        total = torch.ones(1000)
+        for step in range(30):
+            torch.distributed.all_reduce(total)
+            total /= distributed.world_size()
+            if step == 10:
+                print(f"rank {rank} is in the midst", flush=True)
+            if step == 20 and struck:
+                strike(fault)
+            time.sleep(0.02)
+    finally:
+        distributed.shutdown()
+    print(f"rank {rank} is done", flush=True)
+
+
+def main(fault: str, where: str, timeout: str) -> int:
+    try:
+        work(fault, where, int(timeout))
+    except Exception as error:  # noqa: BLE001 - as the command line does
+        return distributed.fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "uncaught":  # as a script that has no handler of its own
+        work("exception", sys.argv[2], int(sys.argv[3]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""A fault of one rank ends all ranks, soon, and the console says whose it was. Real processes that nothing kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from together import Ended, await_words, launch, start
+
+from alignx_ds.failures import LESS_MEMORY
+
+WORKER = "tests/faults/nohang_worker.py"
+PREFIX = "alignx-ds: error: "
+LIMIT = 30.0  # seconds within which all have to end
+ROW = "rows.jsonl, row 7: no column 'response'"
+
+
+def worker(fault: str, where: str = "1", timeout: int = 60) -> list[str]:
+    return [WORKER, fault, where, str(timeout)]
+
+
+def errors(ended: Ended) -> list[str]:
+    """What was said to the user; everyone has ended in time, with the codes that the test looks at."""
+    assert None not in ended.codes, f"still running: {ended}"
+    assert ended.seconds < LIMIT
+    return [line.partition(PREFIX)[2] for line in ended.console.splitlines() if PREFIX in line]
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Path:
+    return tmp_path / "console.log"
+
+
+def test_an_exception_ends_the_others_and_shows_its_traceback_alone(console: Path) -> None:
+    ended = start(worker("exception"), 2, console)
+    assert errors(ended) == ["rank 1: ZeroDivisionError: boom in the midst"]
+    assert ended.codes == [1, 1]
+    assert ended.console.count("Traceback") == 1, "no traceback of what others make of it"
+
+
+def test_an_error_in_the_data_of_one_of_four_ranks(console: Path) -> None:
+    ended = start(worker("data", "3"), 4, console)
+    assert errors(ended) == [f"rank 3: {ROW}"]
+    assert ended.codes == [2, 2, 2, 2]
+    assert "Traceback" not in ended.console
+
+
+@pytest.mark.parametrize("fault", ["data", "bad-start"])
+def test_an_error_of_all_ranks_is_shown_once(fault: str, console: Path) -> None:
+    ended = start(worker(fault, "all"), 2, console)
+    assert errors(ended) == [ROW]
+    assert ended.codes == [2, 2]
+
+
+def test_an_error_of_one_rank_before_it_met_the_others(console: Path) -> None:
+    ended = start(worker("bad-start"), 2, console)
+    assert errors(ended) == [f"rank 1: {ROW}"]
+    assert ended.codes == [2, 2]
+
+
+def test_out_of_memory_says_where_and_what_to_change(console: Path) -> None:
+    ended = start(worker("memory"), 2, console)
+    (line,) = errors(ended)
+    assert line.startswith("rank 1: out of memory in strike (nohang_worker.py, line ")
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB" in line and line.endswith(LESS_MEMORY)
+    assert ended.codes == [1, 1]
+    assert "Traceback" not in ended.console
+
+
+def test_a_killed_rank_ends_the_others(console: Path) -> None:
+    ended = start(worker("kill"), 2, console)
+    (line,) = errors(ended)
+    assert line.startswith("rank 1: ended without a word on host ") and line.endswith("killed, or out of memory")
+    assert ended.codes == [1, -signal.SIGKILL]
+
+
+def test_the_end_of_rank_zero_ends_the_others(console: Path) -> None:
+    ended = start(worker("kill", "0"), 3, console)
+    assert errors(ended) == ["rank 0: ended without a word: killed, or out of memory"]
+    assert ended.codes == [-signal.SIGKILL, 1, 1]
+
+
+def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None:
+    def wake(running: list[subprocess.Popen[bytes]]) -> None:
+        await_words(console, ["rank 0 is in the midst", "rank 1 is in the midst"])
+        time.sleep(5.0)
+        os.kill(running[1].pid, signal.SIGCONT)
+
+    ended = start(worker("stop"), 2, console, meanwhile=wake)
+    assert errors(ended) == []
+    assert ended.codes == [0, 0]
+
+
+def test_a_rank_that_never_comes_is_named(console: Path) -> None:
+    ended = start(worker("none", timeout=2), 2, console, of=3)
+    (line,) = errors(ended)
+    for part in ("only 2 of 3 ranks came to 127.0.0.1:", "launch.timeout=2 seconds", "(missing: 2)", "check"):
+        assert part in line
+    assert ended.codes == [2, 2]
+
+
+def test_a_wrong_address_is_named(console: Path) -> None:
+    ended = start(worker("none", timeout=2), 2, console, master="nohost.invalid")
+    zero, one = sorted(errors(ended))
+    assert zero.startswith("only 1 of 2 ranks came to nohost.invalid:")
+    assert one.startswith("rank 1: 1 of 2 ranks is here, and rank 0 can't be met at nohost.invalid:")
+    assert ended.codes == [2, 2]
+    assert "c10d" not in ended.console and "Traceback" not in ended.console
+
+
+def test_a_rank_that_is_stuck_is_what_a_time_out_is_put_down_to(console: Path) -> None:
+    ended = start(worker("stuck", timeout=3), 2, console)
+    time_out, meaning = errors(ended)
+    assert time_out.startswith("rank 0: RuntimeError: ") and "Timed out" in time_out
+    assert meaning.startswith("rank 0: a rank did not answer within launch.timeout=3 seconds")
+    assert ended.codes == [1, 1]
+
+
+def test_under_deepspeeds_launcher(console: Path) -> None:
+    """Of a script that has no handler of its own, as a benchmark."""
+    ended = launch(worker("uncaught"), 2, console)
+    assert errors(ended) == ["rank 1: ZeroDivisionError: boom in the midst"]
+    assert ended.codes == [1]
+    assert ended.console.count("Traceback") == 1
+
+
+@pytest.mark.timeout(120)
+def test_bad_rows_on_one_node_end_the_command_on_all(
+    console: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The real command, where the second rank's file is torn."""
+    (tmp_path / "torn.jsonl").write_text('{"prompt": "how do i rob the bank ?", "category": {}, "is_safe": true}\n')
+    command = ["-m", "alignx_ds", "specialists", str(write_recipe("launch.ranks=2"))]
+    torn = [*command, f"axes.harmless.train={tmp_path / 'torn.jsonl'}"]
+    ended = start(command, 2, console, alone={1: torn}, deadline=90.0)
+    (line,) = errors(ended)
+    assert line.startswith(f"rank 1: {tmp_path / 'torn.jsonl'}, row 1: no column 'response'")
+    assert ended.codes == [2, 2]
+    assert not (tmp_path / "run" / "specialists").exists()
+
+
+def test_the_starter_tells_a_hang(console: Path) -> None:
+    """Or no test above could fail."""
+    ended = start(["-c", "import os, time; time.sleep(60 * (os.environ['RANK'] == '1'))"], 2, console, deadline=2.0)
+    assert ended.codes == [0, None]
