@@ -65,6 +65,12 @@ def parser() -> argparse.ArgumentParser:
     world.add_argument("directory", type=Path)
     world.add_argument("--rows", type=int, default=1000, help="per file (default: %(default)s)")
     world.add_argument("--seed", type=int, default=0)
+    doctor = verbs.add_parser(
+        "doctor",
+        help="look at this machine: versions, MPI, accelerator, two real ranks, disk, ports, launchers",
+        description="Say what is wrong with this machine and how to mend it. Leaves nothing behind; exit code 2 on a fault.",
+    )
+    doctor.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where runs go (default: runs)")
     return main
 
 
@@ -133,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "answer": _answer,
         "judge": _judge,
         "win-rate": _win_rate,
+        "doctor": _doctor,
     }
     try:
         return handlers.get(args.verb, _run)(args)
@@ -253,6 +260,12 @@ def _world(args: argparse.Namespace) -> int:
     for path in write_files(args.directory, args.rows, args.seed):
         print(path)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from alignx_ds import doctor
+
+    return doctor.show(doctor.examine(args.directory))
 
 
 if __name__ == "__main__":
