@@ -12,6 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from alignx_ds.errors import UserError
+from alignx_ds.interfaces import interface_towards
 
 T = TypeVar("T")
 
@@ -47,6 +48,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
+    if towards_first := interface_towards(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", towards_first)
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, alone)
 
