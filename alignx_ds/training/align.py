@@ -145,6 +145,7 @@ def align(job: AlignJob, scribe: Scribe) -> tuple[AlignXForCausalLM, list[float]
     c = job.config
     fitted = fit_calibrators(job)
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
+    torch.manual_seed(c.seed)  # the routers' first weights: torch starts every process with a seed of its own
     model = assemble(job, fitted, placement).to(distributed.device())
     freeze_trunk(model)
     plan = engines.Plan.of(c.align, c.model.dtype, c.align.steps)
