@@ -1,6 +1,7 @@
 # make demo    set everything up, then go from a base model to an aligned one on the embedded world
 # make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
 # make test    set everything up, then run the tests
+# make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   format, lint, types, tests
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds bench test check lint format clean
+.PHONY: install demo seeds bench test launchers check lint format clean
 
 install: $(READY)
 
@@ -36,6 +37,9 @@ bench: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+launchers: $(READY)
+	$(BIN)/python -m pytest tests/launchers -m "" -rs
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet .

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser(
         "doctor",
         help="look at this machine: versions, MPI, accelerator, two real ranks, disk, ports, launchers",
-        description="Say what is wrong with this machine and how to mend it. Leaves nothing behind; exit code 2 on a fault.",
+        description="Say what is wrong with this machine and how to mend it. Leaves nothing behind.",
     )
     doctor.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where runs go (default: runs)")
     return main
@@ -193,17 +192,17 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
     import torch
 
-    from alignx_ds import distributed
+    from alignx_ds import distributed, launcher
 
     environment = dict(os.environ)
 
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    program = Path(sys.executable).with_name("deepspeed")
+    command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
-    return subprocess.call([*command, args.verb, args.recipe, *args.overrides], env=environment)
+    return launcher.start([*command, args.verb, args.recipe, *args.overrides], environment)
 
 
 def _preview(args: argparse.Namespace) -> int:
