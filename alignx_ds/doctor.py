@@ -178,6 +178,8 @@ def disk(directory: Path) -> Finding:
         place = place.parent
     what = f"disk at {directory}"
     mend = "choose another directory (output=DIRECTORY)"
+    if not place.is_dir():
+        return Finding(what, "fail", f"{place} is a file", mend)
     try:
         with tempfile.TemporaryFile(dir=place) as file:  # has no name, so nothing can be left behind
             file.write(bytes(2**20))

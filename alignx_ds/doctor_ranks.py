@@ -107,7 +107,7 @@ def meet(backend: str) -> None:
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in distributed.init: nothing is to be compiled
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=30))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=20))
     torch_dist.barrier()
 
 

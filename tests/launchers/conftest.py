@@ -12,19 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def one_node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of launch/local.sh, stage 1."""
+    """The output of launch/local.sh, both stages."""
     from jobs import RECIPE, SMALL, finished
 
     output = tmp_path_factory.mktemp("one-node") / "run"
-    finished("launch/local.sh", RECIPE, *SMALL, f"output={output}", VERB="specialists")
+    finished("launch/local.sh", RECIPE, *SMALL, f"output={output}", VERB="align", RANKS="2")
     return output
-
-
-@pytest.fixture(scope="session")
-def one_node_aligned(one_node: Path) -> Path:
-    """The same with stage 2: stage 1 is reused."""
-    from jobs import RECIPE, SMALL, finished
-
-    printed = finished("launch/local.sh", RECIPE, *SMALL, f"output={one_node}", VERB="align", RANKS="2")
-    assert printed.count("unchanged, reused from") == 3
-    return one_node
