@@ -65,7 +65,7 @@ def started(*command: str | Path, cwd: Path = REPO, **more: str) -> Iterator[sub
         process.wait()
 
 
-def finished(*command: str | Path, timeout: float = 120.0, cwd: Path = REPO, **more: str) -> str:
+def finished(*command: str | Path, timeout: float = 250.0, cwd: Path = REPO, **more: str) -> str:
     """What a launcher printed that has ended well."""
     with started(*command, cwd=cwd, **more) as process:
         try:

@@ -15,7 +15,7 @@ from alignx_ds.distributed import free_port
 
 MPI_FLAGS = "--oversubscribe" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
 STUB = HERE / "stub"
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 # What runs the launcher as `alignx-ds run` does, around a program that starts at once.
 LAUNCH = "import os, sys; from alignx_ds import launcher; sys.exit(launcher.start(sys.argv[1:], os.environ))"
 

@@ -16,7 +16,7 @@ from jobs import HERE, RECIPE, REPO, SMALL, environment, finished, specialists, 
 
 SCRIPT = REPO / "launch/slurm.sh"
 JOB = "41234"
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 
 
 def job(tmp_path: Path, **more: str) -> dict[str, str]:

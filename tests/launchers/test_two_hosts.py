@@ -10,7 +10,7 @@ import pytest
 from hosts import INTERFACE, Host, missing, ssh_on_path, two_hosts
 from jobs import RECIPE, SMALL, aligned, environment, finished, specialists, started
 
-pytestmark = [pytest.mark.launchers, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
