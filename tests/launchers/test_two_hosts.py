@@ -69,4 +69,5 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=10))
 total = torch.ones(1)
 dist.all_reduce(total)
 assert total.item() == 2
+dist.destroy_process_group()
 """
