@@ -2,6 +2,7 @@
 # make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
 # make test    set everything up, then run the tests
 # make faults  every fault that the run has to survive, about half an hour on 2 cores; writes docs/reliability.md's table
+# make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   format, lint, types, tests
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds bench test faults check lint format clean
+.PHONY: install demo seeds bench test faults launchers check lint format clean
 
 install: $(READY)
 
@@ -42,6 +43,9 @@ faults: $(READY)
 	rm -f runs/faults.jsonl && mkdir -p runs
 	FAULTS_RECORD=$(CURDIR)/runs/faults.jsonl $(BIN)/python -m pytest tests/faults -m "" --timeout 3600
 	$(BIN)/python tests/faults/table.py runs/faults.jsonl docs/reliability.md
+
+launchers: $(READY)
+	$(BIN)/python -m pytest tests/launchers -m "" -rs
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet .

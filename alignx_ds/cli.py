@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     world.add_argument("directory", type=Path)
     world.add_argument("--rows", type=int, default=1000, help="per file (default: %(default)s)")
     world.add_argument("--seed", type=int, default=0)
+    doctor = verbs.add_parser(
+        "doctor",
+        help="look at this machine: versions, MPI, accelerator, two real ranks, disk, ports, launchers",
+        description="Say what is wrong with this machine and how to mend it. Leaves nothing behind.",
+    )
+    doctor.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where runs go (default: runs)")
     return main
 
 
@@ -137,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "answer": _answer,
         "judge": _judge,
         "win-rate": _win_rate,
+        "doctor": _doctor,
     }
     try:
         return handlers.get(args.verb, _run)(args)
@@ -199,18 +205,16 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
     import torch
 
-    from alignx_ds import distributed, signals
+    from alignx_ds import distributed, launcher
 
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    program = Path(sys.executable).with_name("deepspeed")
+    command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
-    process = subprocess.Popen([*command, args.verb, args.recipe, *args.overrides], env=environment)
-    with signals.passed_on(process.pid):
-        return process.wait()
+    return launcher.start([*command, args.verb, args.recipe, *args.overrides], environment)
 
 
 def _preview(args: argparse.Namespace) -> int:
@@ -267,6 +271,12 @@ def _world(args: argparse.Namespace) -> int:
     for path in write_files(args.directory, args.rows, args.seed):
         print(path)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from alignx_ds import doctor
+
+    return doctor.show(doctor.examine(args.directory))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from alignx_ds.config import LaunchConfig
 from alignx_ds.errors import DataError, UserError
 from alignx_ds.failures import failure_of
+from alignx_ds.interfaces import interface_towards
 from alignx_ds.lifeline import meeting
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
+    if towards_first := interface_towards(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", towards_first)
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, alone)
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from alignx_ds import distributed
@@ -40,25 +40,6 @@ def heard() -> Iterator[None]:
             signal.signal(number, handler)
         told.close()
         _asked.clear()
-
-
-@contextmanager
-def passed_on(launcher: int) -> Iterator[None]:
-    """Within it the two signals go on to the ranks below this launcher: it would end itself, and leave them behind."""
-    import psutil
-
-    def pass_on(number: int, frame: Any) -> None:
-        for process in psutil.Process(launcher).children(recursive=True):
-            with suppress(psutil.Error):
-                if "RANK" in process.environ():
-                    process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in ASKING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def asked() -> bool:
