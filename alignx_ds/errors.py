@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 EXIT_CODE = 2
+SHOWN = 300  # characters of what was given
+
+
+def one_line(text: str) -> str:
+    """The text as one line that any terminal can show: what would break it, steer it or not encode is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,9 @@ class Problem:
     mend: str
 
     def __str__(self) -> str:
-        return f"{self.key}: got {self.given!r}, expected {self.allowed}; {self.mend}"
+        given = repr(self.given)
+        given = given if len(given) <= SHOWN else f"{given[:SHOWN]}…"
+        return one_line(f"{self.key}: got {given}, expected {self.allowed}; {self.mend}")
 
 
 class UserError(Exception):
@@ -39,3 +47,6 @@ class UnreachableError(UserError):
 
 class DataError(UserError):
     """Data that can't be used; the message names the file, and the row and column where there is one."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))  # data is quoted in it

@@ -138,8 +138,11 @@ def _in_order(
 def problems(settings: JudgesConfig) -> list[Problem]:
     """What keeps the config from naming an endpoint."""
     found = []
-    url = urlsplit(settings.endpoint)
-    if "@" in url.netloc:
+    try:
+        url = urlsplit(settings.endpoint)
+    except ValueError:  # brackets that hold no address
+        url = urlsplit("")
+    if "@" in settings.endpoint:
         found.append(Problem("judges.endpoint", "(not shown)", "no user and password", f"export the key as {KEY}"))
     elif url.scheme not in ("http", "https") or not url.netloc:
         mend = "set it, for a local server as http://localhost:8000/v1"
