@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +269,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     problems: list[Problem] = []
     for override in overrides or []:
         recipes.override(values, override, problems)
-    typed = OmegaConf.structured(RunConfig)
+    typed = copy.deepcopy(_blank())
     leaves = recipes.leaves(values, RunConfig, "", problems)
     for key, value in leaves:
         try:
@@ -276,11 +278,12 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
             reason = str(error).splitlines()[0]
             problems.append(Problem(key, value, recipes.type_of(key, RunConfig), f"correct the value ({reason})"))
     known = {p.key for p in problems}
-    problems += [p for key, value in leaves if key not in known for p in recipes.unresolved(typed, key, value)]
+    unresolved = [p for key, value in leaves if key not in known for p in recipes.unresolved(typed, key, value)]
+    problems += unresolved
     try:
         problems += [
             Problem(key, None, recipes.type_of(key, RunConfig), "set it in the recipe or on the command line")
-            for key in sorted(OmegaConf.missing_keys(typed))
+            for key in (sorted(OmegaConf.missing_keys(typed)) if not unresolved else ())  # it stops at such a value
         ]
         if problems:
             raise ConfigError(*problems)
@@ -292,6 +295,12 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     if unfit := list(unfit_texts(asdict(config))):
         raise ConfigError(*unfit)
     return config
+
+
+@cache
+def _blank() -> Any:
+    """The defaults; a copy of them takes a fifth of the time."""
+    return OmegaConf.structured(RunConfig)
 
 
 def to_yaml(config: RunConfig) -> str:
