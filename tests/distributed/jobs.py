@@ -19,8 +19,10 @@ from problems import (
     PAD,
     PARITY_ROWS,
     SEED,
+    SPOKEN,
     STAGE_ROWS,
     TABLE,
+    WALKS,
     WAYS,
     align_config,
     cotangents,
@@ -29,6 +31,7 @@ from problems import (
     fusion_config,
     lopsided_steps,
     mixture,
+    spoken,
     whole_stage_config,
 )
 from safetensors.torch import load_file
@@ -92,6 +95,16 @@ def parity(out: Path) -> dict[str, Any]:
 
 def lopsided(out: Path) -> dict[str, Any]:
     return {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+
+
+def lockstep(out: Path) -> dict[str, Any]:
+    """Answers of this rank's own prompts through plain `generate`, by ep_size and walk."""
+    found = {}
+    for ep_size in (n for n in (1, 2, 4) if WORLD % n == 0):
+        align.make_expert_groups(ep_size)
+        model = connect(mixture(placement=Placement(ep_size, RANK % ep_size))).eval()
+        found |= {f"{walk} ep{ep_size}": spoken(model, SPOKEN[RANK], walk) for walk in WALKS}
+    return found
 
 
 def steps(out: Path) -> dict[str, Any]:
@@ -234,4 +247,4 @@ def fusions(out: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = {job.__name__: job for job in (parity, lopsided, steps, fine_tune, streamed, whole_stage, fusions)}
+JOBS = {job.__name__: job for job in (parity, lopsided, lockstep, steps, fine_tune, streamed, whole_stage, fusions)}

@@ -201,7 +201,7 @@ CASES: dict[str, tuple[str, bytes, str]] = {  # name of the file, its content, a
     "a key twice": (".jsonl", b'{"prompt": "a", "prompt": "b", "response": "r"}', ", row 1: column 'prompt' is"),
     "a key twice in the second row": (".json", f'[{ROW}, {{"prompt": "a", "response": "b", "response": "c"}}]'.encode(),
                                       ", row 2: column 'response' is there twice"),
-    "a key twice within": (".json", b'[{"prompt": "a", "response": "b", "x": [{"y": 1, "y": 2}]}]', "column 'y' is there"),
+    "a key twice within": (".json", b'[{"prompt": "a", "x": [{"y": 1, "y": 2}]}]', "column 'y' is there"),
     "a column twice": (".csv", b"prompt,prompt,response\na,b,c\n", ": 2 columns are called 'prompt'"),
     "empty columns": (".csv", b"prompt,response,,\na,b,,\n", ""),
     "too few cells": (".csv", b"prompt,response\na\n", ", row 1: column 'response' has no value"),
