@@ -69,17 +69,22 @@ def expert_gradients(model: AlignXForCausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
-def one_pass(ep_size: int, mode: str, forced: list[int] | None = None) -> dict[str, Any]:
-    """Forward and backward over this rank's rows: their logits, and the gradients of this rank's share of the loss."""
+def one_pass(ep_size: int, mode: str, forced: list[int] | None = None, pads: bool = False) -> dict[str, Any]:
+    """Forward and backward over this rank's rows: their logits, and the gradients of this rank's share of the loss.
+
+    `pads`: the rows are padding and nothing else.
+    """
     top_k, training = MODES[mode]
     align.make_expert_groups(ep_size)
     model = connect(mixture(top_k, Placement(ep_size, RANK % ep_size))).train(training)
     own = share(list(range(len(PARITY_ROWS))), RANK, WORLD)
     ids, mask = padded([PARITY_ROWS[i] for i in own], side="left" if RANK % 2 else "right", extra=RANK)
+    if pads:
+        mask.zero_()
     overruled = one_hot([forced[i] for i in own]) if forced else None
     logits = model(ids, mask, forced=overruled, use_cache=False).logits
     rows = {i: logits[b][mask[b].bool()] for b, i in enumerate(own)}
-    sum((row * cotangents()[i]).sum() for i, row in rows.items()).backward()
+    sum((row * cotangents()[i][: len(row)]).sum() for i, row in rows.items()).backward()
     return {
         "logits": {i: row.detach() for i, row in rows.items()},
         "dense": {n: p.grad for n, p in dense_parameters(model).items()},
@@ -94,7 +99,8 @@ def parity(out: Path) -> dict[str, Any]:
 
 
 def lopsided(out: Path) -> dict[str, Any]:
-    return {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+    found = {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+    return found | {f"pads alone {mode}": one_pass(WORLD, mode, pads=RANK == 1) for mode in MODES}
 
 
 def lockstep(out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Generation with experts spread over ranks: other prompts, counts and lengths on each, and the fused model's tokens."""
+"""Generation with experts spread over ranks: each has prompts of its own, and says what one process says."""
 
 from __future__ import annotations
 
