@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignx_ds.secrets import redact
+
 EXIT_CODE = 2
 SHOWN = 300  # characters of what was given
 
 
-def one_line(text: str) -> str:
-    """The text as one line that any terminal can show: what would break it, steer it or not encode is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+def visible(text: str, kept: str = "") -> str:
+    """What any terminal can show: what would break a line, steer the terminal or not encode is escaped.
+
+    But for what is `kept`.
+    """
+    escaped = (c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
+
+
+def presentable(message: str) -> str:
+    """One line, without secrets."""
+    return visible(redact(message))
 
 
 @dataclass(frozen=True)
@@ -24,8 +35,8 @@ class Problem:
 
     def __str__(self) -> str:
         given = repr(self.given)
-        given = given if len(given) <= SHOWN else f"{given[:SHOWN]}…"
-        return one_line(f"{self.key}: got {given}, expected {self.allowed}; {self.mend}")
+        given = given if len(given) <= SHOWN else f"{redact(given)[:SHOWN]}…"
+        return presentable(f"{self.key}: got {given}, expected {self.allowed}; {self.mend}")
 
 
 class UserError(Exception):
@@ -44,9 +55,12 @@ class ConfigError(UserError):
 class UnreachableError(UserError):
     """Something on the hub that could not be fetched; dry runs say so and go on."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(presentable(message))
+
 
 class DataError(UserError):
     """Data that can't be used; the message names the file, and the row and column where there is one."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))  # data is quoted in it
+        super().__init__(presentable(message))  # data is quoted in it

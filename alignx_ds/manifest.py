@@ -63,9 +63,12 @@ def is_current(directory: Path, inputs: dict[str, Any]) -> bool:
     content = read(directory)
     if content.get("fingerprint") != fingerprint(inputs):
         return False
-    for name, expected in dict(content["files"]).items():
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise DataError(f"{directory / NAME}: lists no files; remove {directory} to make it again")
+    for name, expected in files.items():
         path = directory / name
-        if Path(name).name != name:
+        if Path(name).name != name or path.resolve().parent != directory.resolve():
             raise DataError(f"{directory / NAME}: file name {name!r} leaves the directory; the manifest is not ours")
         if not path.is_file() or file_hash(path) != expected:
             raise DataError(f"{path}: differs from its manifest; remove {directory} to make it again")

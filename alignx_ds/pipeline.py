@@ -12,6 +12,7 @@ from alignx_ds import console, distributed, inputs, manifest, outputs
 from alignx_ds.baselines import fusion_training
 from alignx_ds.baselines.finetuned import MIXED, baseline_jobs, sequential_name
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
+from alignx_ds.checkpoints import NO_PICKLE
 from alignx_ds.config import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, to_dict
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges import registry
@@ -161,7 +162,9 @@ class Run:
         return [*systems, System("alignx", aligned, self._aligned)]
 
     def _backbone(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.base.path, dtype=engines.dtype_of(self.config.model.dtype))
+        return AutoModelForCausalLM.from_pretrained(
+            self.base.path, dtype=engines.dtype_of(self.config.model.dtype), **NO_PICKLE
+        )
 
     def _specialist(self, name: str | None) -> PreTrainedModel:
         model = self._backbone()
@@ -181,7 +184,7 @@ class Run:
 
     def _aligned(self) -> AlignXForCausalLM:
         model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(
-            self.out.model, dtype=engines.dtype_of(self.config.model.dtype)
+            self.out.model, dtype=engines.dtype_of(self.config.model.dtype), **NO_PICKLE
         )
         model.to(distributed.device()).eval()
         return model

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from alignx_ds.errors import Problem
+from alignx_ds.secrets import holds_secret
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4028234e38  # of float32, in which schedules and losses are computed
@@ -29,6 +30,9 @@ def leaves(values: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def unfit_texts(values: dict[str, Any]) -> Iterator[Problem]:
     for key, text in leaves(values):
         if not isinstance(text, str):
+            continue
+        if holds_secret(text):  # what a config holds is written down beside every result
+            yield Problem(key, "(not shown)", "no key and no password", "export it: HF_TOKEN, or OPENAI_API_KEY")
             continue
         prose = key.rpartition(".")[2] == PROSE
         if not all(c.isprintable() or (prose and c in "\n\t") for c in text):

@@ -80,11 +80,8 @@ def _read_hub(path: str) -> Iterator[Placed]:
         raise DataError(f"{path}: the data set could not be read ({reason}); {mend}") from error
     except StopIteration as error:  # out of `datasets`, when the files are empty
         raise DataError(f"{path}: the data set has no rows") from error
-    except (
-        ValueError,
-        OverflowError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # an unknown split or config, an unreadable file
+    except (ValueError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # an unknown split or config, an unreadable file, or a script, which `datasets` does not run
         raise DataError(f"{path}: {' '.join(str(error).split())}") from error
 
 

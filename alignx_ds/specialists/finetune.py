@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds import console, distributed, manifest
+from alignx_ds.checkpoints import NO_PICKLE
 from alignx_ds.config import RunConfig
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.errors import ConfigError, Problem
@@ -105,7 +106,7 @@ def _make(job: Job, shop: Workshop, directory: Path) -> dict[str, Any]:
     template = engines.read_template(config.train.deepspeed, "train.deepspeed")
     filled = engines.fill(template, plan, distributed.world_size())
     zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained asks for it, and shards while loading
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype))
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype), **NO_PICKLE)
     if job.start:
         add_task_vector(model, base, shop.directory(job.start))
     trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}

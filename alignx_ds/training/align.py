@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from alignx_ds import console, distributed
+from alignx_ds.checkpoints import NO_PICKLE
 from alignx_ds.config import RunConfig
 from alignx_ds.data.encode import pad_token
 from alignx_ds.evaluation.calibration import fit_temperature
@@ -79,7 +80,9 @@ def model_config(job: AlignJob) -> AlignXConfig:
 
 
 def load_backbone(job: AlignJob) -> Any:
-    return AutoModelForCausalLM.from_pretrained(job.base.path, dtype=engines.dtype_of(job.config.model.dtype))
+    return AutoModelForCausalLM.from_pretrained(
+        job.base.path, dtype=engines.dtype_of(job.config.model.dtype), **NO_PICKLE
+    )
 
 
 def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) -> AlignXForCausalLM:
