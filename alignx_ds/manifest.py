@@ -37,7 +37,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except (OSError, UnicodeError):
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -56,8 +56,13 @@ def write(directory: Path, inputs: dict[str, Any], facts: dict[str, Any]) -> Non
     """Seal a directory: hashes of its files, its inputs and their fingerprint, and facts about the result."""
     hashes = {p.name: file_hash(p) for p in sorted(directory.iterdir()) if p.is_file() and p.name != NAME}
     content = {"fingerprint": fingerprint(inputs), "inputs": inputs, "files": hashes, **facts}
+    write_text(directory / NAME, sealed(content))
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a manifest with this content, and the digest that tells whether it is still the same."""
     content = json.loads(json.dumps(content, allow_nan=False))  # as it will be read, to the type of every key
-    write_text(directory / NAME, json.dumps(content | {"digest": fingerprint(content)}, indent=2) + "\n")
+    return json.dumps(content | {"digest": fingerprint(content)}, indent=2) + "\n"
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -81,7 +86,10 @@ def is_current(directory: Path, inputs: dict[str, Any]) -> bool:
     content = read(directory)
     if content.get("fingerprint") != fingerprint(inputs):
         return False
-    for name, expected in dict(content["files"]).items():
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise DataError(f"{directory / NAME}: lists no files; remove {directory} to make it again")
+    for name, expected in files.items():
         if problem := damage(directory, name, expected):
             raise DataError(f"{problem}; remove {directory} to make it again")
     return True
@@ -90,6 +98,6 @@ def is_current(directory: Path, inputs: dict[str, Any]) -> bool:
 def damage(directory: Path, name: str, expected: str) -> str:
     """What is wrong with a file that a manifest names, or nothing. Raises DataError for a name that leads elsewhere."""
     path = directory / name
-    if Path(name).name != name or path.is_symlink():
+    if Path(name).name != name or path.resolve().parent != directory.resolve():
         raise DataError(f"{directory / NAME}: file name {name!r} leaves the directory; the manifest is not ours")
     return "" if path.is_file() and file_hash(path) == expected else f"{path}: differs from its manifest"

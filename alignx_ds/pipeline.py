@@ -20,6 +20,7 @@ from alignx_ds.evaluation.judges.protocol import Judge
 from alignx_ds.evaluation.router import router_report
 from alignx_ds.evaluation.systems import Examination, System, exams
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.pretrained import NO_PICKLE
 from alignx_ds.specialists.finetune import Job, Workshop, ensure
 from alignx_ds.specialists.vectors import add_task_vector, read_factors
 from alignx_ds.training import engine as engines
@@ -180,7 +181,9 @@ class Run:
         return [*systems, System("alignx", aligned, self._aligned)]
 
     def _backbone(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.base.path, dtype=engines.dtype_of(self.config.model.dtype))
+        return AutoModelForCausalLM.from_pretrained(
+            self.base.path, dtype=engines.dtype_of(self.config.model.dtype), **NO_PICKLE
+        )
 
     def _specialist(self, name: str | None) -> PreTrainedModel:
         model = self._backbone()
@@ -200,7 +203,7 @@ class Run:
 
     def _aligned(self) -> AlignXForCausalLM:
         model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(
-            self.out.model, dtype=engines.dtype_of(self.config.model.dtype)
+            self.out.model, dtype=engines.dtype_of(self.config.model.dtype), **NO_PICKLE
         )
         model.to(distributed.device()).eval()
         return model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
-from rich.markup import escape
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds import console
@@ -41,7 +41,7 @@ def show(config: RunConfig, material: Material, shown: int) -> None:
     tokenizer, data = material.base.tokenizer, material.data
     console.heading("Rows")
     for line in accounts(data.rows):
-        console.say(escape(line))
+        console.say(line)
     rows = []
     for axis, examples in data.injected.items():
         for part, lengths in _parts(examples).items():
@@ -65,10 +65,11 @@ def _parts(examples: list[Example]) -> dict[str, list[int]]:
 
 def _row(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
     prompt, answer = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
-    console.say(f"\n{escape(row.place)}: {len(prompt)} tokens masked, {len(answer)} learned")
-    masked, learned = (escape(tokenizer.decode(part)) for part in (prompt, answer))
-    console.say(f"[dim]{masked}[/dim][bold green]{learned}[/bold green]")
-    console.say(f"[dim]masked {_ids(prompt)}[/dim]\n[green]learned {_ids(answer)}[/green]")
+    console.say(f"\n{row.place}: {len(prompt)} tokens masked, {len(answer)} learned")
+    masked, learned = (tokenizer.decode(part) for part in (prompt, answer))
+    console.say(Text.assemble(console.plain(masked, "dim"), console.plain(learned, "bold green")))
+    console.say(console.plain(f"masked {_ids(prompt)}", "dim"))
+    console.say(console.plain(f"learned {_ids(answer)}", "green"))
 
 
 def _ids(ids: Sequence[int], limit: int = 24) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from alignx_ds.pretrained import NO_CODE
+
 SHAPES: dict[str, str] = {  # name, and name of the file in assets/shapes -> hub id that the config is of
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
@@ -29,4 +31,4 @@ def shape(name_or_hub_id: str) -> PreTrainedConfig | None:
     """
     names = {name: name for name in SHAPES} | {hub_id: name for name, hub_id in SHAPES.items()} | SIBLINGS
     name = names.get(name_or_hub_id)
-    return None if name is None else AutoConfig.from_pretrained(ASSETS / f"{name}.json")
+    return None if name is None else AutoConfig.from_pretrained(ASSETS / f"{name}.json", **NO_CODE)

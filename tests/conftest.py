@@ -29,7 +29,9 @@ TINY = (
     "align.steps=1",
     "align.warmup_steps=0",
     "baselines.h3fusion.steps=1",
+    "baselines.h3fusion.warmup_steps=0",
     "baselines.trinityx.steps=1",
+    "baselines.trinityx.warmup_steps=0",
 )
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]

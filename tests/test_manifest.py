@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,14 @@ def verdict(directory: Path) -> str:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("", "refused"), ('{"fingerprint": "', "refused"), ("[]", "refused"), ("3", "refused"), ("{}", "outdated")],
+    [
+        ("", "refused"),
+        ('{"fingerprint": "', "refused"),
+        ("[]", "refused"),
+        ("3", "refused"),
+        ("{}", "refused"),
+        (manifest.sealed({}), "outdated"),
+    ],
 )
 def test_a_manifest_that_is_no_manifest_is_named_or_outdated(sealed: Path, content: str, expected: str) -> None:
     """Never taken for current, and never the end of the program."""
@@ -88,12 +94,18 @@ def test_a_manifest_that_is_no_manifest_is_named_or_outdated(sealed: Path, conte
     assert expected == "outdated" or str(sealed / manifest.NAME) in found
 
 
+def test_a_manifest_of_which_a_digit_has_changed_is_refused(sealed: Path) -> None:
+    path = sealed / manifest.NAME
+    path.write_text(path.read_text().replace("2.0", "2.5"))
+    assert verdict(sealed).startswith("refused") and "its own digest" in verdict(sealed)
+
+
 def test_a_manifest_that_points_elsewhere_is_refused(sealed: Path) -> None:
     outside = sealed.parent / "secret.txt"
     outside.write_text("private")
     content = manifest.read(sealed)
     content["files"]["../secret.txt"] = manifest.file_hash(outside)
-    (sealed / manifest.NAME).write_text(json.dumps(content))
+    (sealed / manifest.NAME).write_text(manifest.sealed(content))
     with pytest.raises(DataError, match="leaves the directory"):
         manifest.is_current(sealed, INPUTS)
 

@@ -22,6 +22,7 @@ from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
 from alignx_ds.config import FusionConfig, RunConfig, substance, to_dict
 from alignx_ds.data.encode import pad_token
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
+from alignx_ds.pretrained import NO_PICKLE
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.vectors import Changes, read_task_vector
 from alignx_ds.training import engine as engines
@@ -86,7 +87,7 @@ def load(name: str, base: BaseModel, dtype: torch.dtype, directory: Path) -> Pre
     """The backbone with the trained mixtures in place of its FFNs."""
     saved = load_file(directory / WEIGHTS)
     gate = next(tensor for key, tensor in saved.items() if key.endswith(".gate.weight"))
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, **NO_PICKLE)
     replace_ffns(model, base.table, base.layers, lambda _, ffn: FullExperts([ffn] * len(gate), SETTINGS[name]))
     expected = _mixtures(model, base)
     assert saved.keys() == expected.keys(), "the directory was made for this base and these layers"
@@ -103,7 +104,7 @@ def _mixtures(model: nn.Module, base: BaseModel) -> dict[str, Tensor]:
 
 def assemble(base: BaseModel, dtype: torch.dtype, specialists: list[Path], settings: FusionSettings) -> PreTrainedModel:
     """The backbone with one full FFN per specialist; layer by layer, so that no specialist is in memory as a whole."""
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, **NO_PICKLE)
 
     def make(layer: int, ffn: FeedForward) -> FullExperts:
         return FullExperts([_specialist(ffn, read_task_vector(d, layer)) for d in specialists], settings)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from alignx_ds.data.rows import Record
 from alignx_ds.errors import DataError
 
 Placed = tuple[str, Record]  # (file and row, record)
+csv.field_size_limit(2**31 - 1)  # a cell may be as long here as in every other type of file
 
 
 def read_records(path: Path) -> Iterator[Placed]:
@@ -31,34 +33,77 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
+class Twice:
+    """A JSON object hook that remembers the objects in which a key stands twice: of its values all but one are lost."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[dict[str, Any], str]] = []
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            self.found.append((made, next(key for key, count in counts.items() if count > 1)))
+        return made
+
+    def check(self, place: str, value: Any) -> None:
+        """Raises DataError when one of those objects is the value, or lies within it."""
+        for key in (key for made, key in self.found if made is value):
+            raise DataError(f"{place}: column '{key}' is there twice; remove one of the two")
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            self.check(place, inner)
+
+
 def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
     with _open(path) as file:
-        try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-        except RecursionError as error:
-            raise DataError(f"{path}: not JSON that can be read: its brackets are nested too deep") from error
+        text = file.read()
+    twice = Twice()
+    try:
+        rows = json.loads(text, object_pairs_hook=twice)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: not JSON that can be read: {_excess(error)}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
-    yield from enumerate(rows, start=1)
+    for number, row in enumerate(rows, start=1):
+        if twice.found:
+            twice.check(f"{path}, row {number}", row)
+        yield number, row
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, row {number}: not JSON at column {error.colno}: {error.msg}") from error
+                yield number, _parse_line(line, f"{path}, row {number}")
+
+
+def _parse_line(line: str, place: str) -> Record:
+    twice = Twice()
+    try:
+        record: Record = json.loads(line, object_pairs_hook=twice)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: not JSON at column {error.colno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{place}: not JSON that can be read: {_excess(error)}") from error
+    if twice.found:
+        twice.check(place, record)
+    return record
+
+
+def _excess(error: Exception) -> str:
+    """What is too much for the reader: of what it does not say itself, Python only gives up on very long numbers."""
+    return "its brackets are nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Record]]:
     number = 0
     with _open(path) as file:
         try:
-            for number, record in enumerate(csv.DictReader(file, strict=True), start=1):
+            reader = csv.DictReader(file, strict=True)
+            _check_distinct(path, [name for name in reader.fieldnames or () if name])  # spreadsheets end in bare commas
+            for number, record in enumerate(reader, start=1):
                 if None in record:
                     what = "more cells than columns; quote the cell that holds a comma"
                     raise DataError(f"{path}, row {number}: {what}")
@@ -67,20 +112,44 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Record]]:
             raise DataError(f"{path}, row {number + 1}: not CSV: {error}") from error
 
 
+def _check_distinct(path: Path, columns: Iterable[str]) -> None:
+    """Of two columns with one name, a record would hold one."""
+    for name, count in Counter(columns).items():
+        if count > 1:
+            raise DataError(f"{path}: {count} columns are called '{name}'; rename all but one")
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_distinct(path, file.schema_arrow.names)
             for batch in file.iter_batches():
-                yield from enumerate(batch.to_pylist(), start=number + 1)
+                yield from enumerate(_plain(batch, path, number), start=number + 1)
                 number += len(batch)
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             raise
         raise DataError(f"{path}: not Parquet after row {number}: {str(error).splitlines()[0]}") from error
+
+
+def _plain(batch: Any, path: Path, before: int) -> list[Record]:
+    """The batch as Python has it. Raises DataError naming row and column of a cell that has no such form."""
+    try:
+        records: list[Record] = batch.to_pylist()
+    except (ValueError, OverflowError):  # not UTF-8; dates beyond the year 9999; fields of one name
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for number, cell in enumerate(column, start=before + 1):
+                try:
+                    cell.as_py()
+                except (ValueError, OverflowError) as error:
+                    what = f"column '{name}' can't be read: {str(error).splitlines()[0]}"
+                    raise DataError(f"{path}, row {number}: {what}") from error
+        raise
+    return records
 
 
 READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

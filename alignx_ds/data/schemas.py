@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
+from types import NoneType
 from typing import Any
 
 from alignx_ds.data.files import Placed
@@ -37,10 +38,11 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Column:
-    """A column's types and the other names that published copies give it."""
+    """A column's types, the other names that published copies give it, and of a mapping the types of its values."""
 
     kinds: tuple[type, ...]
     aliases: tuple[str, ...] = ()
+    values: tuple[type, ...] = (object,)
 
 
 @dataclass(frozen=True)
@@ -183,17 +185,22 @@ def _truthfulqa_choices(place: str, r: Record) -> Row | str:
 
 
 def _choices(place: str, record: Record, column: str) -> dict[str, bool]:
-    """{answer: label}, or the hub's {choices: [...], labels: [...]}."""
+    """{answer: label}, or the hub's {choices: [...], labels: [...]}. An answer that stands there twice counts once."""
     given: dict[str, Any] = record[column]
+    pairs = list(given.items())
     if set(given) == {"choices", "labels"}:
         texts, labels = given["choices"], given["labels"]
         if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
             raise DataError(f"{place}: column '{column}' needs two lists of one length, choices and labels")
         _checked_text(place, column, texts)
-        given = dict(zip(texts, labels, strict=True))
-    if not all(label in (0, 1) for label in given.values()):
+        pairs = list(zip(texts, labels, strict=True))
+    if not all(label in (0, 1) for _, label in pairs):
         raise DataError(f"{place}: column '{column}' has a label other than 0 and 1; correct it")
-    return {text.strip(): bool(label) for text, label in given.items()}
+    labelled: dict[str, bool] = {}
+    for text, label in pairs:
+        if labelled.setdefault(text.strip(), bool(label)) != bool(label):
+            raise DataError(f"{place}: column '{column}' has '{text.strip()}' as right and as wrong; correct it")
+    return labelled
 
 
 def _preference(place: str, r: Record) -> Row | str:
@@ -228,13 +235,14 @@ def _plain(place: str, r: Record) -> Row | str:
 
 
 TEXT = Column((str,))
+FLAGS = Column((dict,), values=(bool, NoneType))  # Parquet has a value for every flag in every row: none, where absent
 TRUTHFULQA = {
     "Question": Column((str,), ("question",)),
     "Best Answer": Column((str,), ("best_answer",)),
     "Correct Answers": Column((str, list), ("correct_answers",)),
     "Incorrect Answers": Column((str, list), ("incorrect_answers",)),
 }
-BEAVERTAILS = {"prompt": TEXT, "response": TEXT, "category": Column((dict,)), "is_safe": Column((bool,))}
+BEAVERTAILS = {"prompt": TEXT, "response": TEXT, "category": FLAGS, "is_safe": Column((bool,))}
 CHOICES = {"question": TEXT, "mc1_targets": Column((dict,)), "mc2_targets": Column((dict,))}
 SCHEMAS: dict[str, Schema] = {
     "alpaca": Schema({"instruction": TEXT, "input": TEXT, "output": TEXT}, _with_input, _each(_alpaca)),
@@ -272,6 +280,10 @@ def canonical(placed: Placed, schema: str, columns: dict[str, str]) -> Placed:
             wanted = " or ".join(kind.__name__ for kind in column.kinds)
             found = "has no value" if value is None else f"is {type(value).__name__}"
             raise DataError(f"{place}: column '{source}' {found}, the {schema} schema needs {wanted}")
+        for key, flag in value.items() if isinstance(value, dict) else ():
+            if not isinstance(flag, column.values):
+                what = f"column '{source}' has {type(flag).__name__} at '{key}'"
+                raise DataError(f"{place}: {what}, the {schema} schema needs {column.values[0].__name__}")
         made[name] = _checked_text(place, source, value)
     return place, made
 

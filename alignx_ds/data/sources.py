@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class Source:
 
 
 def is_file(path: str) -> bool:
-    return Path(path).suffix in READERS or Path(path).is_file()
+    return Path(path).suffix in READERS or os.path.isfile(
+        path
+    )  # False where pathlib raises: on names that are too long
 
 
 def names_a_source(path: str) -> bool:
@@ -54,8 +57,8 @@ def names_a_source(path: str) -> bool:
     if path == WORLD:
         return True
     if is_file(path):
-        return Path(path).is_file()
-    return Path(path.split(":")[0]).is_dir() or DATA_SET.fullmatch(path) is not None
+        return os.path.isfile(path)
+    return os.path.isdir(path.split(":")[0]) or DATA_SET.fullmatch(path) is not None
 
 
 def _read_hub(path: str) -> Iterator[Placed]:
@@ -77,7 +80,8 @@ def _read_hub(path: str) -> Iterator[Placed]:
         raise DataError(f"{path}: the data set could not be read ({reason}); {mend}") from error
     except StopIteration as error:  # out of `datasets`, when the files are empty
         raise DataError(f"{path}: the data set has no rows") from error
-    except (ValueError, datasets.exceptions.DatasetsError) as error:  # an unknown split or config, an unreadable file
+    except (ValueError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        # an unknown split or config, an unreadable file, or a script, which `datasets` does not run
         raise DataError(f"{path}: {' '.join(str(error).split())}") from error
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from alignx_ds import distributed
+from alignx_ds import distributed, pretrained
 from alignx_ds.errors import DataError
+from alignx_ds.pretrained import NO_CODE, NO_PICKLE
 
 
 def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]:
@@ -17,10 +18,11 @@ def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]
     from alignx_ds.evaluation.generate import answers
     from alignx_ds.mocae.modeling import AlignXForCausalLM
 
+    pretrained.check(Path(directory), "model", directory)
     config = Path(directory) / "config.json"
-    if not config.is_file() or AutoConfig.from_pretrained(directory).model_type != "alignx":
+    if not config.is_file() or AutoConfig.from_pretrained(directory, **NO_CODE).model_type != "alignx":
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
     logging.disable_progress_bar()
-    model = AlignXForCausalLM.from_pretrained(directory).to(distributed.device())
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AlignXForCausalLM.from_pretrained(directory, **NO_PICKLE).to(distributed.device())
+    tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     return answers(model, tokenizer, prompts, batch=16, max_new_tokens=max_new_tokens)

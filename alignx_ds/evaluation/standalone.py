@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict
 from alignx_ds.manifest import file_hash
+from alignx_ds.pretrained import NO_CODE, NO_PICKLE
 from alignx_ds.specialists.base import local_model
+from alignx_ds.values import unfit_texts
 
 SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # they judge alike, so a second one is a second opinion
 
@@ -45,8 +47,9 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     directory = local_model(model_path, "model")
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(distributed.device())
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **NO_PICKLE)
+        model.to(distributed.device())
     except (OSError, ValueError) as error:
         mend = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
         raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", mend)) from error
@@ -119,6 +122,8 @@ def _settings(given: list[str]) -> JudgesConfig:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise ConfigError(Problem("judges", " ".join(given), f"keys of judges ({known})", reason)) from error
     assert isinstance(settings, JudgesConfig)
+    if unfit := list(unfit_texts({"judges": asdict(settings)})):
+        raise ConfigError(*unfit)
     counts = {"batch": settings.batch, "endpoint_parallel": settings.endpoint_parallel}
     if wrong := [Problem(f"judges.{k}", n, "at least 1", "raise it") for k, n in counts.items() if n < 1]:
         raise ConfigError(*wrong)

@@ -113,6 +113,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.placement = placement
         self.channel = Channel()
         self.lexicon = Lexicon(len(config.experts))
         table = backbone_of(config.text_config.model_type)
@@ -203,6 +204,25 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if output.past_key_values is not None:
             output.past_key_values.routing = routing
         return output
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any causal LM. With experts spread over ranks every rank has to call it, as often as the others.
+
+        A step needs the experts of all ranks, so that whoever is done goes on in step until the last one is.
+        """
+        if self.placement is not None and self.placement.ep_size > 1:
+            kwargs["synced_gpus"] = True  # transformers sees to it under ZeRO-3 only
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Without a cache, the masks of a rank that is done and goes on with the others outgrow its text: cut them."""
+        if not kwargs.get("use_cache", True):
+            for name in ("attention_mask", "prompt_mask", "position_ids"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name][..., : input_ids.shape[1]]
+        made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return made
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

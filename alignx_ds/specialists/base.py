@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from alignx_ds import pretrained
 from alignx_ds.config import WORLD_MODEL, ModelConfig
 from alignx_ds.data.world.pretrain import WORLD_BASE
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.manifest import file_hash
 from alignx_ds.mocae.backbones import Backbone, backbone_of
+from alignx_ds.pretrained import INDEX, NO_CODE
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model.safetensors", INDEX)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class BaseModel:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path)
+        return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path, **NO_CODE)
 
     @cached_property
     def table(self) -> Backbone:
@@ -65,7 +68,7 @@ class BaseModel:
         if self._planned is not None:
             assert self._planned.tokenizer is not None, "its tokenizer is trained once the rows have been read"
             return self._planned.tokenizer
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(self.path, **NO_CODE)
 
     @cached_property
     def layers(self) -> list[int]:
@@ -76,7 +79,7 @@ class BaseModel:
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Weight name -> file."""
-        index = self.path / "model.safetensors.index.json"
+        index = self.path / INDEX
         if index.is_file():
             return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         single = self.path / "model.safetensors"
@@ -102,14 +105,14 @@ class BaseModel:
 
 def local_model(path: str, key: str = "model.path", *, weights: bool = True) -> Path:
     """A local directory, or the hub's snapshot of it. Raises ConfigError or UnreachableError."""
-    if Path(path).is_dir():
-        return Path(path)
+    if os.path.isdir(path):
+        return pretrained.check(Path(path), key, path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return pretrained.check(Path(snapshot_download(path, allow_patterns=patterns)), key, path)
     except LocalEntryNotFoundError as error:
         mend = "no such directory, and the hub can't be reached; check the path, or the network"
         raise UnreachableError(f"{key}: got {path!r}; {mend}") from error

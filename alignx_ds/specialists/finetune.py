@@ -20,6 +20,7 @@ from alignx_ds.config import RunConfig, substance
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.pretrained import NO_PICKLE
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.features import expert_factors
 from alignx_ds.specialists.vectors import add_task_vector, layer_file, task_vectors
@@ -107,7 +108,7 @@ def _make(job: Job, shop: Workshop, directory: Path, keeper: Keeper) -> dict[str
     template = engines.read_template(config.train.deepspeed, "train.deepspeed")
     filled = engines.fill(template, plan, distributed.world_size())
     zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained asks for it, and shards while loading
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype))
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype), **NO_PICKLE)
     if job.start:
         add_task_vector(model, base, shop.directory(job.start))
     trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}

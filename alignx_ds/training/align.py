@@ -27,6 +27,7 @@ from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.pretrained import NO_PICKLE
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.geometry import collect, fit
 from alignx_ds.specialists.lexicon import fit_lexicon
@@ -101,7 +102,9 @@ def model_config(job: AlignJob) -> AlignXConfig:
 
 
 def load_backbone(job: AlignJob) -> Any:
-    return AutoModelForCausalLM.from_pretrained(job.base.path, dtype=engines.dtype_of(job.config.model.dtype))
+    return AutoModelForCausalLM.from_pretrained(
+        job.base.path, dtype=engines.dtype_of(job.config.model.dtype), **NO_PICKLE
+    )
 
 
 def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) -> AlignXForCausalLM:

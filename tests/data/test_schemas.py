@@ -15,7 +15,7 @@ from alignx_ds.errors import DataError
 
 COLUMNS = [(schema, column) for schema, record in GOOD.items() for column in record]
 WORDS = st.sampled_from(["", " ", "a", "A ", "b", "<nooutput>", "<noinput>", "a; b"])  # few, so that rows often meet
-CHOICE = st.dictionaries(WORDS, st.sampled_from([0, 1]), min_size=1)
+CHOICE = st.dictionaries(WORDS.map(str.strip), st.sampled_from([0, 1]), min_size=1)
 RECORDS: dict[str, st.SearchStrategy[Record]] = {
     "alpaca": st.fixed_dictionaries({"instruction": WORDS, "input": WORDS, "output": WORDS}),
     "beavertails": st.builds(answer, WORDS, WORDS, st.booleans()),

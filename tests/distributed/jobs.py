@@ -20,8 +20,10 @@ from problems import (
     PAD,
     PARITY_ROWS,
     SEED,
+    SPOKEN,
     STAGE_ROWS,
     TABLE,
+    WALKS,
     WAYS,
     align_config,
     cotangents,
@@ -30,6 +32,7 @@ from problems import (
     fusion_config,
     lopsided_steps,
     mixture,
+    spoken,
     whole_stage_config,
 )
 from safetensors.torch import load_file
@@ -73,17 +76,22 @@ def expert_gradients(model: AlignXForCausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
-def one_pass(ep_size: int, mode: str, forced: list[int] | None = None) -> dict[str, Any]:
-    """Forward and backward over this rank's rows: their logits, and the gradients of this rank's share of the loss."""
+def one_pass(ep_size: int, mode: str, forced: list[int] | None = None, pads: bool = False) -> dict[str, Any]:
+    """Forward and backward over this rank's rows: their logits, and the gradients of this rank's share of the loss.
+
+    `pads`: the rows are padding and nothing else.
+    """
     top_k, training = MODES[mode]
     align.make_expert_groups(ep_size)
     model = connect(mixture(top_k, Placement(ep_size, RANK % ep_size))).train(training)
     own = share(list(range(len(PARITY_ROWS))), RANK, WORLD)
     ids, mask = padded([PARITY_ROWS[i] for i in own], side="left" if RANK % 2 else "right", extra=RANK)
+    if pads:
+        mask.zero_()
     overruled = one_hot([forced[i] for i in own]) if forced else None
     logits = model(ids, mask, forced=overruled, use_cache=False).logits
     rows = {i: logits[b][mask[b].bool()] for b, i in enumerate(own)}
-    sum((row * cotangents()[i]).sum() for i, row in rows.items()).backward()
+    sum((row * cotangents()[i][: len(row)]).sum() for i, row in rows.items()).backward()
     return {
         "logits": {i: row.detach() for i, row in rows.items()},
         "dense": {n: p.grad for n, p in dense_parameters(model).items()},
@@ -98,7 +106,18 @@ def parity(out: Path) -> dict[str, Any]:
 
 
 def lopsided(out: Path) -> dict[str, Any]:
-    return {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+    found = {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+    return found | {f"pads alone {mode}": one_pass(WORLD, mode, pads=RANK == 1) for mode in MODES}
+
+
+def lockstep(out: Path) -> dict[str, Any]:
+    """Answers of this rank's own prompts through plain `generate`, by ep_size and walk."""
+    found = {}
+    for ep_size in (n for n in (1, 2, 4) if WORLD % n == 0):
+        align.make_expert_groups(ep_size)
+        model = connect(mixture(placement=Placement(ep_size, RANK % ep_size))).eval()
+        found |= {f"{walk} ep{ep_size}": spoken(model, SPOKEN[RANK], walk) for walk in WALKS}
+    return found
 
 
 def steps(out: Path) -> dict[str, Any]:
@@ -242,4 +261,4 @@ def fusions(out: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = {job.__name__: job for job in (parity, lopsided, steps, fine_tune, streamed, whole_stage, fusions)}
+JOBS = {job.__name__: job for job in (parity, lopsided, lockstep, steps, fine_tune, streamed, whole_stage, fusions)}

@@ -19,6 +19,7 @@ from tiny_models import (
     base_model,
     generator,
     low_rank_experts,
+    padded,
     random_changes,
     random_rows,
 )
@@ -62,6 +63,11 @@ LOPSIDED = {
     "a rank to one": [3, 3, 3, 3, 0, 1, 2, 0],
     "each rank to another's": [2, 2, 3, 3, 0, 0, 1, 1],
 }
+
+# Generation in step: the prompts of each rank, as many and as long as no other's, and how answers are looked for.
+SPOKEN = [random_rows(lengths, 60 + n) for n, lengths in enumerate([[3, 9, 5], [12], [2, 4], [7, 1, 6, 3]])]
+ENDS = [14, 37]  # one rank is done at once, another later, the others never
+WALKS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "without a cache": {"use_cache": False}}
 
 # Training: eight rows, four a step.
 PROMPTS = [4, 2, 6, 3, 4, 2, 6, 3]
@@ -165,6 +171,16 @@ def mixture(top_k: int = 1, placement: Placement | None = None, trained: bool = 
     made = aligned(base, experts, scope="per_layer", top_k=top_k, placement=placement, trained=trained)
     freeze_trunk(made)
     return made
+
+
+def spoken(model: AlignXForCausalLM, rows: list[list[int]], walk: str) -> list[list[int]]:
+    """The answers to these prompts, each up to its end; at most 12 tokens."""
+    ids, mask = padded(rows, side="left")
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ENDS, "pad_token_id": PAD}
+    made = model.generate(ids, attention_mask=mask, **settings, **WALKS[walk])
+    answers = [row[ids.shape[1] :].tolist() for row in made]
+    ends = [next((n for n, token in enumerate(a, start=1) if token in ENDS), len(a)) for a in answers]
+    return [a[:end] for a, end in zip(answers, ends, strict=True)]
 
 
 def cotangents() -> list[Tensor]:

@@ -14,14 +14,19 @@ from worlds import Runs
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 
+Fused = tuple[dict[int, Tensor], dict[str, Tensor], dict[str, Tensor]]
 
-def fused(mode: str, forced: list[int] | None = None) -> tuple[dict[int, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(logits by row, gradients of what all ranks share, gradients of every expert's factors), in one process."""
+
+def fused(mode: str, forced: list[int] | None = None, count: int = len(PARITY_ROWS)) -> Fused:
+    """(logits by row, gradients of what all ranks share, gradients of every expert's factors), in one process.
+
+    Of the first `count` rows.
+    """
     top_k, training = MODES[mode]
     model = mixture(top_k).train(training)
     ids, mask = padded(PARITY_ROWS)
     logits = model(ids, mask, forced=one_hot(forced) if forced else None, use_cache=False).logits
-    rows = {i: logits[i][mask[i].bool()] for i in range(len(PARITY_ROWS))}
+    rows = {i: logits[i][mask[i].bool()] for i in range(count)}
     torch.stack([(row * cotangents()[i]).sum() for i, row in rows.items()]).sum().backward()
     experts = {}
     for index, layer in zip(ALIGNX_LAYERS, alignx_layers(model), strict=True):
@@ -42,9 +47,11 @@ def summed(by_rank: list[dict[str, Tensor | None]], like: dict[str, Tensor]) -> 
     return total
 
 
-def check(results: list[dict[str, Any]], mode: str, ep_size: int, forced: list[int] | None = None) -> None:
-    logits, shared, experts = fused(mode, forced)
-    made = {i: row for part in results for i, row in part["logits"].items()}
+def check(
+    results: list[dict[str, Any]], mode: str, ep_size: int, forced: list[int] | None = None, count: int = 8
+) -> None:
+    logits, shared, experts = fused(mode, forced, count)
+    made = {i: row for part in results for i, row in part["logits"].items() if len(row)}
     assert made.keys() == logits.keys()
     for i, row in logits.items():
         assert relative(made[i], row) < 1e-5
@@ -81,6 +88,18 @@ def test_idle_experts_and_crowded_ones(runs: Runs, name: str, mode: str) -> None
     check(results, mode, 2, LOPSIDED[name])
     for part in results:
         assert all(g is not None and torch.isfinite(g).all() for g in part["experts"].values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_that_has_nothing_but_pads(runs: Runs, mode: str) -> None:
+    """It takes part, brings nothing, and spoils nothing."""
+    results = [part[f"pads alone {mode}"] for part in runs.of(2, "lopsided")]
+    assert [len(part["logits"]) for part in results] == [4, 4]
+    assert not any(len(row) for row in results[1]["logits"].values())
+    check(results, mode, 2, count=4)
+    for part in results:
+        gradients = [*part["experts"].values(), *(g for g in part["dense"].values() if g is not None)]
+        assert all(torch.isfinite(g).all() for g in gradients)
 
 
 def test_padding_is_what_a_lopsided_batch_costs(runs: Runs) -> None:

@@ -12,8 +12,8 @@ from ranks import RanksError, start
 
 JOBS = {
     1: ("steps", "fine_tune", "streamed", "whole_stage", "fusions"),
-    2: ("parity", "lopsided", "steps", "fine_tune", "streamed", "whole_stage", "fusions"),
-    4: ("parity", "steps", "fine_tune"),
+    2: ("parity", "lopsided", "lockstep", "steps", "fine_tune", "streamed", "whole_stage", "fusions"),
+    4: ("parity", "lockstep", "steps", "fine_tune"),
 }
 
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from alignx_ds.config import JudgesConfig
 from alignx_ds.errors import ConfigError, DataError, Problem
+from alignx_ds.secrets import redact
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -75,7 +76,7 @@ class Endpoint:
                 model=self.model, messages=cast(Any, conversation), temperature=0, max_tokens=MAX_TOKENS, **options
             )
             choice = completion.choices[0]
-            text = choice.message.content or ""
+            text = redact(choice.message.content or "")  # it is kept; a server may echo the key
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, IndexError) as error:
             mend = "give the address that its /chat/completions lies under as judges.endpoint"
             raise DataError(f"{self.base_url}: the reply is no chat completion; {mend}") from error
@@ -138,8 +139,11 @@ def _in_order(
 def problems(settings: JudgesConfig) -> list[Problem]:
     """What keeps the config from naming an endpoint."""
     found = []
-    url = urlsplit(settings.endpoint)
-    if "@" in url.netloc:
+    try:
+        url = urlsplit(settings.endpoint)
+    except ValueError:  # brackets that hold no address
+        url = urlsplit("")
+    if "@" in settings.endpoint:
         found.append(Problem("judges.endpoint", "(not shown)", "no user and password", f"export the key as {KEY}"))
     elif url.scheme not in ("http", "https") or not url.netloc:
         mend = "set it, for a local server as http://localhost:8000/v1"

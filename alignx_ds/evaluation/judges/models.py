@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.distributed import device
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.pretrained import NO_CODE
 
 T = TypeVar("T")
 
@@ -124,9 +125,9 @@ def held(path: str, key: str, kind: Any) -> Iterator[LocalModel]:
 def _load(path: str, key: str, kind: Any) -> LocalModel:
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     try:
-        # Left open, trust_remote_code asks at the terminal. Safetensors are taken where there are any.
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        network, found = kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        # Safetensors are taken where there are any. Some published judges have none: tensors only, then.
+        tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
+        network, found = kind.from_pretrained(path, dtype=dtype, **NO_CODE, weights_only=True, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         mend = f"give a directory that save_pretrained wrote, or a hub id that can be fetched ({reason})"

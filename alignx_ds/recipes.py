@@ -1,0 +1,146 @@
+"""What a recipe and a command line say, before it is typed: YAML, `key=value`, and the leaves of both by dotted key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alignx_ds.errors import ConfigError, Problem
+
+# What reading YAML raises; ValueError on bytes that are not UTF-8 and on numbers of thousands of digits.
+UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError)
+QUOTED_NOTHING = "''"  # what `key=` stands for
+LONGEST_NAME = 64  # of an axis or a set: files are called by it
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The recipe file's values. Raises ConfigError."""
+    if not os.path.isfile(path):  # False where pathlib raises: on names that are too long
+        raise ConfigError(Problem("recipe", str(path), "a YAML file", "check the path; recipes are in launch/recipes"))
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except UNREADABLE as error:
+        raise ConfigError(Problem("recipe", str(path), "valid YAML", _reason(error))) from error
+    if not isinstance(values, dict):
+        raise ConfigError(Problem("recipe", str(path), "a YAML mapping", "write it as `key: value` lines"))
+    return {str(key): value for key, value in values.items()}
+
+
+def _reason(error: BaseException) -> str:
+    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
+def override(values: dict[str, Any], given: str, problems: list[Problem]) -> None:
+    """Set what `key=value` says."""
+    key, equals, text = given.partition("=")
+    if not equals or not all(key.split(".")):
+        problems.append(Problem("command line", given, "key=value", "write it as train.lr=1e-3"))
+        return
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text or QUOTED_NOTHING}"]))
+    except UNREADABLE as error:
+        problems.append(Problem(key, text, "a YAML value", _reason(error)))
+        return
+    assert isinstance(value, dict)
+    node = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = node[parent] = {}
+        node = child
+    node[last] = value["value"]
+
+
+def unresolved(typed: Any, key: str, value: Any) -> Iterator[Problem]:
+    """What is wrong with the ${…} in a value."""
+    if "${" not in str(value):
+        return
+    try:
+        found = typed
+        for name in key.split("."):  # OmegaConf.select keeps some of what is wrong to itself
+            found = found[name]
+        if OmegaConf.is_list(found):
+            OmegaConf.to_container(found, resolve=True)
+        elif OmegaConf.is_dict(found):
+            yield Problem(key, value, "a value", "that is a mapping; write the value itself")
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
+        reason = f"{str(error).splitlines()[0]}; write the value itself"
+        yield Problem(key, value, "a value that resolves", reason)
+
+
+def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Problem]) -> list[tuple[str, Any]]:
+    """(dotted key, value) of every known leaf, and before those of a mapping's entry a blank one to fill in.
+
+    Unknown keys become problems.
+    """
+    hints = get_type_hints(kind)
+    leaves: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        key, hint = f"{prefix}{name}", hints.get(str(name))
+        if hint is None:
+            close = difflib.get_close_matches(str(name), hints, n=1)
+            mend = f"did you mean '{prefix}{close[0]}'?" if close else "remove it"
+            problems.append(Problem(key, value, f"a known key ({', '.join(f.name for f in fields(kind))})", mend))
+        elif is_dataclass(hint) and isinstance(hint, type):
+            leaves += _nested(value, hint, key, problems)
+        elif get_origin(hint) is dict:
+            inner: Any = get_args(hint)[1]
+            if not isinstance(value, dict):
+                problems.append(Problem(key, value, "a mapping", f"give one {inner.__name__} per name"))
+                continue
+            for entry_name, entry in value.items():
+                place = f"{key}.{entry_name}"
+                if problem := _misnamed(place, str(entry_name), inner):
+                    problems.append(problem)
+                    continue
+                if inner is str:
+                    leaves.append((place, entry))
+                    continue
+                if isinstance(entry, dict):
+                    leaves.append((place, inner()))
+                leaves += _nested(entry, inner, place, problems)
+        elif _fits(value, hint):
+            leaves.append((key, value))
+        else:
+            problems.append(Problem(key, value, type_of(name, kind), "correct the value"))
+    return leaves
+
+
+def _misnamed(place: str, name: str, kind: type) -> Problem | None:
+    """Entries name files and keys, so that their names are words; a column's is whatever a schema calls it."""
+    if kind is str and not set(".[]") & set(name):
+        return None
+    if kind is str:
+        return Problem(place, name, "a column of the schema", "no schema has one of that name; correct it")
+    fits = name.isidentifier() and len(name) <= LONGEST_NAME
+    return None if fits else Problem(place, name, f"a plain word of at most {LONGEST_NAME} letters", "rename it")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """What OmegaConf lets pass: a number as a truth value, and lists within lists of numbers or texts."""
+    if hint is bool:
+        return isinstance(value, (bool, str))
+    return not (isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value))
+
+
+def _nested(value: Any, kind: type, key: str, problems: list[Problem]) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return leaves({str(k): v for k, v in value.items()}, kind, f"{key}.", problems)
+    problems.append(Problem(key, value, "a mapping", f"give its keys: {', '.join(f.name for f in fields(kind))}"))
+    return []
+
+
+def type_of(key: str, kind: Any) -> str:
+    """What the dotted key of a config of this kind holds, in words."""
+    for name in key.split("."):
+        kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind).get(name, Any)
+    return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
