@@ -175,6 +175,9 @@ def _run(args: argparse.Namespace) -> int:
         return 0
 
     from alignx_ds.inputs import Material
+    from alignx_ds.sizes import disk
+
+    outputs.check_room(settings, sum(disk(settings, base).values()))
 
     material = Material.of(settings, base)
     if not distributed.under_launcher() and settings.launch.ranks > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,17 @@ def check_owner(config: RunConfig) -> None:
     if different:
         mend = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
         raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+
+
+def check_room(config: RunConfig, gib: float) -> None:
+    """Raises ConfigError when the disk has no room for so much. What the run's directory holds already counts."""
+    root = Path(config.output)
+    place = next(p for p in (root, *root.absolute().parents) if p.is_dir())
+    there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
+    free = (shutil.disk_usage(place).free + there) / 2**30
+    if free < gib:
+        mend = f"only {free:.2f} GiB are free there; make room, lower checkpoints.keep, or choose another output"
+        raise ConfigError(Problem("output", config.output, f"room for about {gib:.2f} GiB", mend))
 
 
 def _check_specialists(config: RunConfig, directory: Path) -> None:

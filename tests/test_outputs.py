@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,20 @@ def test_a_specialists_directory_with_foreign_files_is_refused(tiny_config: RunC
     (tmp_path / "mine" / "helpful" / "thesis.tex").write_text("years of work")
     tiny_config.specialists = str(tmp_path / "mine")
     assert "helpful" in refusal(tiny_config)
+
+
+def test_a_disk_without_room_is_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
+    outputs.check_room(tiny_config, 0.001)
+    with pytest.raises(ConfigError, match=r"room for about 100000000.00 GiB.*lower checkpoints.keep"):
+        outputs.check_room(tiny_config, 1e8)
+
+
+def test_what_the_run_has_written_already_counts_as_room(tiny_config: RunConfig, tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free / 2**30
+    with pytest.raises(ConfigError, match="room for"):
+        outputs.check_room(tiny_config, free + 0.5)
+    written = Path(tiny_config.output) / "specialists" / "weights"
+    written.parent.mkdir(parents=True)
+    with written.open("wb") as file:
+        file.truncate(2**30)  # a sparse file: its size counts, as that of whole ones does
+    outputs.check_room(tiny_config, free + 0.5)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command import Command, results
+from command import Command, results, wait_for
 from conftest import Record
 
 Mount = Callable[..., Path]
@@ -35,29 +35,39 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(
-    mount: Mount,
-    undisturbed,  # type: ignore[no-untyped-def]
-    record: Record,
-) -> None:
-    disk = mount("size=64m")
-    command = Command("align", disk / "run")
-    first = command.start(fault={"rank": 0, "kind": "kill", "job": "stage1/harmless", "step": 3})
-    assert first.codes[0] == -9
-    used = shutil.disk_usage(disk).used
-    mount(f"size={used + 200_000}", again=True)  # room for a part of the next checkpoint
-    full = command.start()
+def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(mount: Mount, tmp_path: Path, record: Record) -> None:
+    disk = mount("size=96m")
+    command = Command("align", disk / "run", ("train.steps=40",))
+    checkpoints = command.output / "checkpoints/stage1/harmless"
+
+    def fill(ranks: object) -> None:
+        wait_for(checkpoints / "step_00000004")
+        mount(f"size={shutil.disk_usage(disk).used + 200_000}", again=True)  # room for a part of the next one
+
+    full = command.start(during=fill)
     assert full.codes == [2, 2], full.said
-    assert "No space left on device" in full.said
+    assert "No space left on device" in full.said and "a checkpoint can't be written" in full.said
     assert full.said.count("alignx-ds: error:") == 1 and "Traceback" not in full.said
-    kept = sorted(p.name for p in (command.output / "checkpoints/stage1/harmless").iterdir())
-    assert kept == ["step_00000002"], "nothing torn is left beside the one before"
+    assert checkpoints.is_dir() and not list(checkpoints.glob("*.partial")), "nothing torn is left"
     mount("size=256m", again=True)
     ended = command.start()
     assert ended.well, ended.said
-    assert "stage1/harmless: goes on after step 2" in ended.said
-    assert results(command.output) == results(undisturbed("align"))
+    assert "stage1/harmless: goes on after step" in ended.said
+    whole = Command("align", tmp_path / "whole", ("train.steps=40",))
+    assert whole.start().well
+    assert results(command.output) == results(whole.output)
     record("disk", "full (a tmpfs) while a checkpoint is written", "one line, exit code 2; with room it goes on")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(280)
+def test_a_disk_that_is_too_small_is_refused_before_any_work(mount: Mount, record: Record) -> None:
+    command = Command("align", mount("size=8m") / "run", ranks=1)
+    ended = command.start("align.ep_size=1")
+    assert ended.codes == [2], ended.said
+    assert "expected room for about" in ended.said and "GiB are free there" in ended.said
+    assert not command.output.exists()
+    record("disk", "too small for what the run will write", "one line, exit code 2, nothing written")
 
 
 @pytest.mark.faults

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Command, results
+from command import SMALL, Command, results
 from conftest import Record
+
+from alignx_ds import config
+from alignx_ds.sizes import counts
+from alignx_ds.specialists.base import BaseModel
 
 
 def kill(rank: int, job: str, step: int = 0, place: str = "step", **more: Any) -> dict[str, Any]:
@@ -75,6 +79,10 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     ended = command.start(fault=kill(0, "stage1/honest", 4, "save", sync=2))
     assert ended.codes[0] == -9 and ended.codes[1] not in (0, None)
     assert [p.name for p in (command.output / "checkpoints/stage1/honest").glob("step_*")] == ["step_00000002"]
+    sizes = [f.stat().st_size for f in command.output.glob("checkpoints/stage1/honest/step_*/rank*.safetensors")]
+    settings = config.load(SMALL[0], [*SMALL[1:], "output=x"])
+    trained = counts(settings, BaseModel(settings.model))["trained in stage 1"]
+    assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md says"
     ended = command.start(fault=kill(1, "stage2", 5))
     assert "stage1/honest: goes on after step 2" in ended.said
     assert ended.codes[1] == -9
