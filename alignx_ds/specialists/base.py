@@ -18,6 +18,7 @@ from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.manifest import file_hash
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 
+MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -100,7 +101,7 @@ class BaseModel:
         return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
 
 
-def local_model(path: str, key: str = "model.path", *, weights: bool = True) -> Path:
+def local_model(path: str, key: str = "model.path", *, weights: bool = True, allowed: str = MODELS) -> Path:
     """A local directory, or the hub's snapshot of it. Raises ConfigError or UnreachableError."""
     if Path(path).is_dir():
         return Path(path)
@@ -116,4 +117,4 @@ def local_model(path: str, key: str = "model.path", *, weights: bool = True) -> 
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         mend = f"check the path; as a hub id it could not be fetched ({reason})"
-        raise ConfigError(Problem(key, path, "a model directory, a hub id, 'world' or 'scratch'", mend)) from error
+        raise ConfigError(Problem(key, path, allowed, mend)) from error
