@@ -7,7 +7,6 @@ does. Needs `pip install lm_eval`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -60,13 +59,6 @@ class AlignXLM(HFLM):
         own = logs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).double()
         greedy = ((logs.argmax(-1) == labels) | ~answered).all(-1)
         return list(zip((own * answered).sum(-1).tolist(), greedy.tolist(), strict=True))
-
-
-def mc2(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
-    """The probability of the right answers, which come first, among all."""
-    top = max(log for log, _ in results)
-    shares = [math.exp(log - top) for log, _ in results]
-    return {"acc": sum(shares[: document["mc2_right"]]) / sum(shares)}
 
 
 if __name__ == "__main__":
