@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import pytest
 from tiny_models import aligned, base_model, low_rank_experts
 from transformers import PreTrainedTokenizerBase
 
+from alignx_ds.data.encode import encode
+from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
+from alignx_ds.data.texts import train_tokenizer
 from alignx_ds.evaluation.likelihood import multiple_choice
 from alignx_ds.export import tasks
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -21,7 +25,8 @@ ANSWERS = ("an animal .", "a plant .", "the nice rabbit eats the dog .", "a pet 
 
 @pytest.fixture(scope="module")
 def model(world_tokenizer: PreTrainedTokenizerBase) -> AlignXForCausalLM:
-    base = base_model(vocab_size=len(world_tokenizer), eos_token_id=world_tokenizer.eos_token_id)
+    ends = {"vocab_size": len(world_tokenizer), "eos_token_id": world_tokenizer.eos_token_id}
+    base = base_model(**ends, max_position_embeddings=256)  # room for prompts in byte pairs: none is cut
     return aligned(base, low_rank_experts(base), scope="per_layer")
 
 
@@ -46,19 +51,22 @@ def written(
     world_tokenizer: PreTrainedTokenizerBase,
     source: Path,
 ) -> Path:
-    """The directories of the model, of a copy whose tokenizer has no chat template, and of the tasks for each."""
+    """The directories of the model, under three tokenizers, and of the tasks for each."""
     root = tmp_path_factory.mktemp("harness")
-    for name, template in (("chat", world_tokenizer.chat_template), ("plain", None)):
+    bare = copy.deepcopy(world_tokenizer)
+    bare.chat_template = None
+    # In byte pairs the prompt ends with a line break, which the harness would count to the answer.
+    pairs = train_tokenizer([Row(f"\n{answer}\n{answer}", answer) for answer in ANSWERS], 300)
+    pairs.chat_template = None
+    for name, tokenizer in (("chat", world_tokenizer), ("plain", bare), ("pairs", pairs)):
         model.save_pretrained(root / name)
-        kept, world_tokenizer.chat_template = world_tokenizer.chat_template, template
-        world_tokenizer.save_pretrained(root / name)
-        world_tokenizer.chat_template = kept
+        tokenizer.save_pretrained(root / name)
         tasks.export(str(root / name), str(source), root / f"{name}-tasks")
     return root
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("template", ["chat", "plain", "pairs"])
 def test_the_harness_finds_our_own_figures(written: Path, source: Path, template: str, batch: int) -> None:
     evaluator = pytest.importorskip("lm_eval.evaluator", reason="needs lm_eval: pip install lm_eval")
     from lm_eval.tasks import TaskManager
@@ -70,6 +78,10 @@ def test_the_harness_finds_our_own_figures(written: Path, source: Path, template
     made = evaluator.simple_evaluate(asked, tasks=[tasks.MC1, tasks.MC2], task_manager=manager, bootstrap_iters=0)
     records = Source(str(source), tasks.SCHEMA, {}).records(held_out=True, count=100, seed=0)
     rows = SCHEMAS[tasks.SCHEMA].held_out(records).rows
+    for row, document in zip(rows, tasks.documents(rows, asked.tokenizer), strict=True):
+        (example,) = encode([row], asked.tokenizer)
+        prompt, answer = asked._encode_pair(document["prompt"], document["mc1_choices"][0])
+        assert (*prompt, *answer) == example.ids and len(prompt) == example.prompt_length
     own = multiple_choice(asked.model, asked.tokenizer, rows, batch=4)
     assert 100 * made["results"][tasks.MC1]["acc,none"] == pytest.approx(own["mc1"])
     assert 100 * made["results"][tasks.MC2]["acc,none"] == pytest.approx(own["mc2"], rel=1e-5)
