@@ -27,6 +27,7 @@ from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
 from alignx_ds.evaluation.judges.registry import JUDGES
 from alignx_ds.evaluation.likelihood import MEASURES
 from alignx_ds.shapes import shape
+from alignx_ds.specialists.adapters import WANTED, Adapter
 from alignx_ds.specialists.base import BaseModel, Planned
 from alignx_ds.training import engine as engines
 from alignx_ds.values import unfit_numbers
@@ -61,7 +62,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         raise ConfigError(*_one_each(problems))  # there is no model of such a shape, to be checked against
     try:
         base = _base_model(config, weights)
-        problems += _model(config, base)
+        problems += [*_model(config, base), *_adapters(config, base)]
         if weights and not _from_scratch(config) and not base.has_weights:
             mend = "save it with safetensors (save_pretrained does); weights in other formats are not read"
             problems.append(Problem("model.path", config.model.path, "a model with safetensors weights", mend))
@@ -317,6 +318,21 @@ def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", mend)
     if c.gate.top_k > experts:
         yield Problem("gate.top_k", c.gate.top_k, f"at most the {experts} experts", "lower it")
+
+
+def _adapters(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
+    for name, path in ((name, axis.adapter) for name, axis in c.axes.items() if axis.adapter):
+        key = f"axes.{name}.adapter"
+        if _from_scratch(c):
+            mend = "remove it: no adapter can have been trained on a model that is not there yet"
+            yield Problem(key, path, "nothing where model.path is 'scratch'", mend)
+            continue
+        try:
+            yield from Adapter(path, key).problems(base)
+        except ConfigError as error:
+            yield from error.problems
+        except UnreachableError:
+            yield Problem(key, path, WANTED, "no such directory, and the hub can't be reached; check the path")
 
 
 def _model(c: RunConfig, base: BaseModel) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from typing import Any
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.errors import EXIT_STOPPED, Stopped
 from alignx_ds.evaluation.judges.registry import JUDGES
+from alignx_ds.export import arguments as export
 
 RUN_HELP = """\
 The steps, each reusing what is finished in the output directory:
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     _add_data_verbs(verbs)
     _add_judge_verbs(verbs)
+    export.add_verbs(verbs)
     generate = verbs.add_parser("generate", help="answer prompts with an aligned model", description="Answer prompts.")
     generate.add_argument("model", help="directory of an aligned model, e.g. runs/world/model")
     generate.add_argument("prompts", nargs="+", help="one answer is printed for each")
@@ -143,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "judge": _judge,
         "win-rate": _win_rate,
         "doctor": _doctor,
+        "export": export.run,
     }
     try:
         return handlers.get(args.verb, _run)(args)

@@ -42,6 +42,7 @@ class AxisConfig:
     columns: dict[str, str] = field(default_factory=dict)  # the schema's column -> the source's, where they differ
     judge: str = ""  # who judges the answers to the held-out rows; empty: perplexity is all that is measured
     rows: int = 0  # training rows, at most; 0: data.train_rows
+    adapter: str = ""  # a LoRA adapter of FFN projections that is the axis's expert as it is; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
         """Schema and columns of the held-out rows."""

@@ -47,14 +47,19 @@ def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> list[list[int]]:
     """The ids up to where each answer begins; `system` is the axis's injected prompt."""
+    texts, templated = prompt_texts(prompts, tokenizer, system), tokenizer.chat_template is not None
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=not templated)["input_ids"]]
+
+
+def prompt_texts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
+    """The text up to where each answer begins; a chat template writes its special tokens itself."""
     if tokenizer.chat_template is None:
         intro = system or "Below is an instruction that describes a task. Write a response that completes the request."
-        texts = [f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n" for prompt in prompts]
-        return [list(ids) for ids in tokenizer(texts)["input_ids"]]
+        return [f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n" for prompt in prompts]
     head = [{"role": "system", "content": system}] if system else []
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    texts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    return texts
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[Example]:

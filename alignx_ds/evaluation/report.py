@@ -46,7 +46,7 @@ def build(
     axes = list(config.axes)
     stage1 = {p.parent.name: manifest.read(p.parent) for p in sorted(out.specialists.glob(f"*/{manifest.NAME}"))}
     fused = {p.parent.name: manifest.read(p.parent) for p in sorted(out.baselines.glob(f"*/{manifest.NAME}"))}
-    losses = {name: m["losses"] for name, m in (stage1 | fused).items()}
+    losses = {name: m["losses"] for name, m in (stage1 | fused).items() if m["losses"]}  # an adapter has none
     losses["alignx"] = manifest.read(out.model)["losses"]
     scored = [axis for axis in axes if config.axes[axis].judge]
     content = {

@@ -59,12 +59,15 @@ class FusedMixture(nn.Module):
     def forward(self, x: Tensor, gates: Tensor, count: int | None = None, picks: list[Pick] | None = None) -> Tensor:
         """x [B, T, d], gates [B, T or 1, E] fp32 summing to one -> [B, T, d].
 
-        `count` says how many experts have a gate in a row, when that is known; `picks` are a prompt's own, made before.
+        `count` says how many experts have a gate in a row, when that is known; `picks` are a prompt's own, made before,
+        or an empty list that is to hold them.
         """
         if count is None:
             count = self.num_experts
         if picks is None and self._picks_pay(x, gates, count):
-            picks = self.pick(gates, count)
+            picks = []
+        if picks is not None and not picks:
+            picks += self.pick(gates, count)
         gates = gates.to(x.dtype)
         if picks is not None:
             return self._picked(x, picks)

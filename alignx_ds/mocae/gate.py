@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
@@ -47,6 +48,13 @@ class Decision:
         return self.logits.softmax(-1)
 
 
+class Router(nn.Linear):
+    """Works in fp32 whatever its weight has been rounded to: z [..., k] -> [..., E]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return linear(z.float(), self.weight.float())
+
+
 class CalibratedGate(nn.Module):
     """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical) / T_cal, z a query's whitened latent.
 
@@ -58,7 +66,7 @@ class CalibratedGate(nn.Module):
     def __init__(self, geometry: Geometry, settings: GateSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.router = nn.Linear(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
+        self.router = Router(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.router.weight)
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
@@ -77,7 +85,7 @@ class CalibratedGate(nn.Module):
         )
         natural = natural_score(z, g.means.float(), g.whiteners.float(), g.log_volumes.float())
         terms = {
-            "linear": z @ self.router.weight.float().T / self.settings.temperature,
+            "linear": self.router(z) / self.settings.temperature,
             "fractal": self.settings.fractal_weight * (fractal - g.score_shift[0]) / g.score_scale[0],
             "natural": self.settings.natural_weight * (natural - g.score_shift[1]) / g.score_scale[1],
             "lexical": self.settings.lexical_weight * query.words.float(),

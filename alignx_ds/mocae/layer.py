@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignx_ds.mocae.fused import FusedMixture, Pick
 from alignx_ds.mocae.gate import CalibratedGate, Query
-from alignx_ds.mocae.output_calibration import OutputCalibration, Pull
+from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import Channel, Routing, prompt_summary
 
@@ -44,38 +44,31 @@ class AlignXLayer(nn.Module):
         gates = self._gates(x, routing)
         mask = self._channel.token_mask
         count = routing.forced_count or (None if self.training else self.top_k)
+        # Modules are called, never asked: where accelerate keeps weights off the device, a call fetches them.
         if isinstance(self.mixture, ParallelMixture):
             y = self.mixture(x, gates, mask)
         else:
             y = self.mixture(x, gates, count, self._picks(gates, count, routing))
-        calibrated: Tensor = self.calibration(y, gates, mask, self._pull(gates, count, routing))
+        # Kept with the KV cache; not in training: it has gradients.
+        pulls = None if torch.is_grad_enabled() else routing.pulls.setdefault(self.index, [])
+        calibrated: Tensor = self.calibration(y, gates, mask, count, pulls)
         return calibrated
-
-    def _pull(self, gates: Tensor, count: int | None, routing: Routing) -> Pull:
-        """What the gates fix of the output calibration, kept with the KV cache; not in training: it has gradients."""
-        if torch.is_grad_enabled():
-            return self.calibration.pull(gates.float(), count)
-        if self.index not in routing.pulls:
-            routing.pulls[self.index] = self.calibration.pull(gates.float(), count)
-        return routing.pulls[self.index]
 
     def _picks(self, gates: Tensor, count: int | None, routing: Routing) -> list[Pick] | None:
         """The rows' own factors: gathered at prefill, kept with the KV cache, where they are fewer than all."""
         assert isinstance(self.mixture, FusedMixture)
         if torch.is_grad_enabled() or count is None or not self.mixture.few_rows(len(gates), count):
             return None
-        if self.index not in routing.picks:
-            routing.picks[self.index] = self.mixture.pick(gates, count)
-        return routing.picks[self.index]
+        return routing.picks.setdefault(self.index, [])
 
     def _gates(self, x: Tensor, routing: Routing) -> Tensor:
-        """[B, 1, E]: from the gate, from what it decided at prefill, or as forced."""
+        """[B, 1, E], on this layer's own device: from the gate, from what it decided at prefill, or as forced."""
         if self.gate is not None and self.gate_layer not in routing.decisions:
-            query = Query(prompt_summary(x, routing.prompt_mask), routing.words)
+            query = Query(prompt_summary(x, routing.prompt_mask), routing.words.to(x.device))
             routing.queries[self.gate_layer] = query
             routing.decisions[self.gate_layer] = self.gate(query)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
-        return gates.unsqueeze(1)
+        return gates.unsqueeze(1).to(x.device)
 
 
 def freeze_trunk(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -125,6 +126,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             _mark_initialised(layer)
             setattr(table.decoder_layers(self.backbone)[index], table.ffn, layer)
         self.post_init()
+        if backbone is not None and backbone.generation_config is not None:
+            self.generation_config = copy.deepcopy(backbone.generation_config)  # how it ends, samples and pads
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to initialise: every tensor comes from the backbone or from stage 1."""
@@ -215,24 +218,44 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["synced_gpus"] = True  # transformers sees to it under ZeRO-3 only
         return super().generate(*args, **kwargs)
 
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """Every way of decoding passes here with the prompt alone: remember which tokens those are.
+
+        Later it is too late: assisted decoding shows the first pass what its assistant has guessed, too.
+        """
+        ids, made = super()._expand_inputs_for_generation(*args, **kwargs)
+        if made.get("prompt_mask") is None:
+            seen = made.get("attention_mask")
+            made["prompt_mask"] = seen[:, -ids.shape[1] :] if seen is not None else torch.ones_like(ids)
+        return ids, made
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without a cache, the masks of a rank that is done and goes on with the others outgrow its text: cut them."""
+        """What follows the prompt is no part of it; once the cache holds the routing, nobody asks any more.
+
+        Without a cache, the masks of a rank that is done and goes on with the others outgrow its text: cut them.
+        """
         if not kwargs.get("use_cache", True):
-            for name in ("attention_mask", "prompt_mask", "position_ids"):
+            for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name][..., : input_ids.shape[1]]
-        made: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        return made
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = inputs.pop("prompt_mask", None)
+        if mask is not None and not hasattr(inputs.get("past_key_values"), "routing"):
+            inputs["prompt_mask"] = pad(mask, (0, inputs["input_ids"].shape[1] - mask.shape[1]))
+        return inputs
 
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Without a cache every step sees the whole text: say which part of it was the prompt."""
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if not updated.get("use_cache", True):
-            mask = self.routing.prompt_mask
-            updated["prompt_mask"] = torch.cat([mask, mask.new_zeros(len(mask), 1)], dim=1)
-        return updated
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant is asked with what it knows; if it routes by the prompt too, it finds the prompt itself."""
+        known = {name: value for name, value in model_kwargs.items() if name != "prompt_mask"}
+        return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
+
+    def _prefill(self, input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "prefill_chunk_size: an aligned model routes by the whole prompt, and would decide from the first "
+                "chunk alone; leave prefill_chunk_size out"
+            )
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
     @property
     def routing(self) -> Routing:
@@ -257,5 +280,5 @@ def _mark_initialised(layer: AlignXLayer) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-AutoConfig.register("alignx", AlignXConfig)
-AutoModelForCausalLM.register(AlignXConfig, AlignXForCausalLM)
+AutoConfig.register(AlignXConfig.model_type, AlignXConfig, exist_ok=True)  # alignx_ds.registration brought us here
+AutoModelForCausalLM.register(AlignXConfig, AlignXForCausalLM, exist_ok=True)

@@ -69,9 +69,21 @@ class OutputCalibration(nn.Module):
             damping=-(natural + fractal * leading),
         )
 
-    def forward(self, y: Tensor, gates: Tensor, token_mask: Tensor | None = None, pull: Pull | None = None) -> Tensor:
-        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d]."""
-        p = pull or self.pull(gates.float())
+    def forward(
+        self,
+        y: Tensor,
+        gates: Tensor,
+        token_mask: Tensor | None = None,
+        count: int | None = None,
+        pulls: list[Pull] | None = None,
+    ) -> Tensor:
+        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d].
+
+        `count` is `pull`'s; `pulls` holds a prompt's own, made before, or is an empty list that is to hold it.
+        """
+        p = pulls[0] if pulls else self.pull(gates.float(), count)
+        if pulls is not None and not pulls:
+            pulls.append(p)
         wide, reinjection = y.float(), self.reinjection.float()
         z = linear(wide, self.projection.float(), p.bias)
         weights = p.shift.weights(z[..., : p.shift.into.shape[-2]])

@@ -1,15 +1,13 @@
 """The expert-parallel path: DeepSpeed's MoE layer hosts the experts across ranks, behind our gate.
 
 Shapes: S tokens (rows × length), d hidden, E experts, K routes per token, C capacity. The gate's calling contract
-is that of `deepspeed.moe.sharded_moe.MOELayer` in DeepSpeed 0.19.
+is that of `deepspeed.moe.sharded_moe.MOELayer` in DeepSpeed 0.19, which is imported where it is used: whoever
+only serves an aligned model never waits for it.
 """
 
 from __future__ import annotations
 
 import torch
-from deepspeed import comm as dist
-from deepspeed.moe.layer import MoE
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from alignx_ds.mocae.experts import Factors, FeedForward, LowRankExpert, align_ranks
@@ -42,6 +40,8 @@ class Dispatch(nn.Module):
         chosen = gates > 0  # [S, E]; a pad's gates are all zero
         counts = chosen.sum(0)
         capacity = counts.max().clamp_min(1)
+        from deepspeed import comm as dist
+
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         routes = max(1, int(chosen.sum(-1).max()))
@@ -58,6 +58,8 @@ class ParallelMixture(nn.Module):
     """Experts spread over `ep_size` ranks; rank r of a group hosts global experts r·n … r·n + n − 1."""
 
     def __init__(self, base: FeedForward, experts: list[Factors], ep_size: int, ep_rank: int) -> None:
+        from deepspeed.moe.layer import MoE
+
         super().__init__()
         assert len(experts) % ep_size == 0
         experts = align_ranks(experts)
@@ -75,6 +77,8 @@ class ParallelMixture(nn.Module):
 
     def factors(self) -> list[Factors]:
         """All experts' factors by global expert id; a collective over the expert-parallel group."""
+        from deepspeed.utils import groups
+
         local = [expert.factors() for expert in self.local_experts()]
         if self.moe.ep_size == 1:
             return local

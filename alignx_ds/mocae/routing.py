@@ -27,7 +27,7 @@ class Routing:
     decisions: dict[int, Decision] = field(default_factory=dict)  # by the layer that owns the gate
     queries: dict[int, Query] = field(default_factory=dict)  # what each gate saw
     picks: dict[int, list[Pick]] = field(default_factory=dict)  # by layer: the rows' own factors, where they are few
-    pulls: dict[int, Pull] = field(default_factory=dict)  # by layer: what the gates fix of the output calibration
+    pulls: dict[int, list[Pull]] = field(default_factory=dict)  # by layer: what the gates fix of its calibration, once
 
     def __post_init__(self) -> None:
         """`forced_count`: how many experts have a gate in a row of forced gates. Asked of the device once."""

@@ -21,6 +21,7 @@ from alignx_ds.manifest import file_hash
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.pretrained import INDEX, NO_CODE
 
+MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 WEIGHTS = ("model.safetensors", INDEX)
 
 
@@ -103,7 +104,7 @@ class BaseModel:
         return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
 
 
-def local_model(path: str, key: str = "model.path", *, weights: bool = True) -> Path:
+def local_model(path: str, key: str = "model.path", *, weights: bool = True, allowed: str = MODELS) -> Path:
     """A local directory, or the hub's snapshot of it. Raises ConfigError or UnreachableError."""
     if os.path.isdir(path):
         return pretrained.check(Path(path), key, path)
@@ -119,4 +120,4 @@ def local_model(path: str, key: str = "model.path", *, weights: bool = True) -> 
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         mend = f"check the path; as a hub id it could not be fetched ({reason})"
-        raise ConfigError(Problem(key, path, "a model directory, a hub id, 'world' or 'scratch'", mend)) from error
+        raise ConfigError(Problem(key, path, allowed, mend)) from error

@@ -1,6 +1,7 @@
 """Fine-tune one specialist under ZeRO-3 and leave its directory: task vectors, expert factors, manifest.
 
-Sequential and mixed fine-tuning are the same job with other rows and another start.
+Sequential and mixed fine-tuning are the same job with other rows and another start. An adapter that is there already
+leaves the same directory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.pretrained import NO_PICKLE
+from alignx_ds.specialists.adapters import Adapter
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.specialists.features import expert_factors
 from alignx_ds.specialists.vectors import add_task_vector, layer_file, task_vectors
@@ -59,9 +61,16 @@ class Workshop:
     def directory(self, name: str) -> Path:
         return self.root / name
 
+    def adapter(self, job: Job) -> Adapter | None:
+        """The adapter that the axis's expert is, where the recipe names one."""
+        path = self.config.axes[job.name].adapter if job.is_expert else ""
+        return Adapter(path, f"axes.{job.name}.adapter") if path else None
+
     def inputs(self, job: Job) -> dict[str, Any]:
         """Everything that the job's result depends on; what its start depends on comes in through its fingerprint."""
-        c = self.config
+        c, adapter = self.config, self.adapter(job)
+        if adapter is not None:
+            return {"base": self.base.digest, "layers": self.base.layers, "adapter": adapter.digest}
         start = manifest.read(self.directory(job.start))["fingerprint"] if job.start else None
         return {
             "base": self.base.digest,
@@ -84,7 +93,11 @@ def ensure(job: Job, shop: Workshop) -> None:
         console.say(f"{job.name}: unchanged, reused from {directory}")
     else:
         distributed.on_main(lambda: _clear(job, shop))
-        facts = _make(job, shop, directory, keeper)
+        adapter = shop.adapter(job)
+        if adapter is not None:
+            facts = distributed.on_main(lambda: _adopt(job, adapter, shop.base, directory))
+        else:
+            facts = _make(job, shop, directory, keeper)
         distributed.barrier()
         distributed.on_main(lambda: manifest.write(directory, inputs, facts))
     keeper.finish()
@@ -126,6 +139,23 @@ def _make(job: Job, shop: Workshop, directory: Path, keeper: Keeper) -> dict[str
     engine.destroy()
     del zero3
     return {"name": job.name, "axes": list(job.axes), "losses": losses, "layers": layer_facts}
+
+
+def _adopt(job: Job, adapter: Adapter, base: BaseModel, directory: Path) -> dict[str, Any]:
+    """The adapter's factors are the expert's, and their product is its task vector: nothing is trained or rounded."""
+    facts: dict[str, Any] = {}
+    for layer, factors in adapter.factors(base).items():
+        changes = {p: factors.delta(p) for p in PROJECTIONS}
+        tensors = {f"task_vector.{p}": changes[p] for p in PROJECTIONS}
+        tensors |= {f"factors.{p}.down": factors.down[p].contiguous() for p in PROJECTIONS}
+        tensors |= {f"factors.{p}.up": factors.up[p].contiguous() for p in PROJECTIONS}
+        save_file(tensors, layer_file(directory, layer))
+        exact = {"error": 0.0, "plain_svd_error": 0.0}
+        facts[str(layer)] = {
+            p: {"norm": float(changes[p].norm()), "rank": factors.rank(p)} | exact for p in PROJECTIONS
+        }
+    console.say(f"{job.name}: the adapter {adapter.given} is its expert")
+    return {"name": job.name, "axes": list(job.axes), "losses": [], "adapter": adapter.given, "layers": facts}
 
 
 def _extract(job: Job, shop: Workshop, model: Any, directory: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A finished run for everybody else: Hugging Face checkpoints, PEFT adapters, dense models, evaluators' files."""

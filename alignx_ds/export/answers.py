@@ -1,0 +1,37 @@
+"""`alignx-ds export answers RUN_DIR OUT.json`: a run's answers as the file of model outputs that alpaca_eval reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignx_ds import console
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.evaluation import alpaca_eval, transcripts
+from alignx_ds.evaluation.alpaca_eval import Output
+
+
+def export(root: Path, out: Path, system: str, name: str, reference: Path | None, own: Path | None) -> None:
+    """Write the file; with `reference`, under the published instructions; to `own`, the rows' own references.
+
+    Raises ConfigError or DataError.
+    """
+    answered = sorted((root / "answers").glob("*.jsonl"))
+    path = root / "answers" / f"{system}.{name}.jsonl"
+    if path not in answered:
+        known = ", ".join(p.stem for p in answered) or "nothing yet"
+        mend = f"choose a SYSTEM.NAME that the run has answered ({known})"
+        raise ConfigError(Problem("--system, --set", f"{system}.{name}", "answers of the run", mend))
+    for key, target in (("OUT", out), ("--own-references", own)):
+        if target is not None and (target.suffix != ".json" or target.exists()):
+            raise ConfigError(Problem(key, str(target), "a new .json file", "choose another; nothing was touched"))
+    rows, outputs = transcripts.read(path)
+    if reference is not None:
+        records = alpaca_eval.model_outputs(rows, outputs, alpaca_eval.read_reference(reference), system)
+    else:
+        records = [Output(row.category, row.prompt, o, system) for row, o in zip(rows, outputs, strict=True)]
+    references = [alpaca_eval.reference_of(row, {}) for row in rows] if own is not None else []
+    alpaca_eval.write(out, records)
+    console.say(f"{len(records)} answers of {system}: {out}")
+    if own is not None:
+        alpaca_eval.write(own, references)
+        console.say(f"the rows' own references: {own}")

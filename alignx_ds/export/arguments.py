@@ -1,0 +1,76 @@
+"""The `alignx-ds export …` verbs. Light: what they need is imported when one of them is run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_verbs(verbs: Any) -> None:
+    text = "a finished run as a Hugging Face checkpoint, PEFT adapters, a dense model, or files for other evaluators"
+    export = verbs.add_parser("export", help=text, description=text[:1].upper() + text[1:] + ".")
+    what = export.add_subparsers(dest="what", required=True, metavar="WHAT")
+    hf = _of_a_run(what, "hf", "the aligned model with its model card", "a new directory")
+    hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
+    adapters = _of_a_run(what, "adapters", "each axis's expert as a LoRA adapter (PEFT, vLLM)", "a new directory")
+    _add_measuring(adapters)
+    dense = _of_a_run(what, "dense", "experts merged into a plain model of the backbone's own class", "a new directory")
+    chosen = dense.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--axis", help="merge this axis's expert as it is")
+    chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help="merge so much of each, e.g. helpful=0.5,honest=0.5")
+    _add_measuring(dense)
+    answers = _of_a_run(what, "answers", "a system's answers as model outputs for alpaca_eval", "a new .json file")
+    answers.add_argument("--system", default="alignx", help="whose answers (default: %(default)s)")
+    answers.add_argument("--set", required=True, metavar="NAME", help="an axis, or one of evaluation.sets")
+    answers.add_argument("--reference", type=Path, help="reference outputs whose instructions are to be used verbatim")
+    answers.add_argument("--own-references", type=Path, metavar="FILE", help="write the rows' own references here")
+    tasks = what.add_parser("lm-eval", help="TruthfulQA's MC1 and MC2 as tasks of lm-evaluation-harness")
+    tasks.add_argument("model", help="directory or hub id of the model that is going to be asked")
+    tasks.add_argument("source", help="questions with their choices: a file, or the id of a data set")
+    tasks.add_argument("out", type=Path, help="a new directory")
+
+
+def _of_a_run(what: Any, name: str, text: str, out: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = what.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".")
+    made.add_argument("run", type=Path, metavar="RUN_DIR", help="output directory of a finished run, e.g. runs/world")
+    made.add_argument("out", type=Path, metavar="OUT", help=out)
+    return made
+
+
+def _add_measuring(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="measure on these, one per line (default: the run's)"
+    )
+    made.add_argument("--rows", type=_positive, default=64, help="prompts of each set, at most (default: %(default)s)")
+    made.add_argument("--max-new-tokens", type=_positive, default=32, help="of their answers (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.what == "hf":
+        from alignx_ds.export import huggingface
+
+        huggingface.export(args.run, args.out, args.max_shard_size)
+    elif args.what == "adapters":
+        from alignx_ds.export import adapters
+
+        adapters.export(args.run, args.out, args.prompts, args.rows, args.max_new_tokens)
+    elif args.what == "dense":
+        from alignx_ds.export import dense
+
+        dense.export(args.run, args.out, args.axis or args.weights, args.prompts, args.rows, args.max_new_tokens)
+    elif args.what == "answers":
+        from alignx_ds.export import answers
+
+        answers.export(args.run, args.out, args.system, args.set, args.reference, args.own_references)
+    else:
+        from alignx_ds.export import tasks
+
+        tasks.export(args.model, args.source, args.out)
+    return 0

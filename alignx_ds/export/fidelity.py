@@ -1,0 +1,110 @@
+"""How far one model is from another on the texts that the aligned model writes.
+
+Shapes: B rows, T tokens, V vocabulary, N predictions: one for every token of every answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignx_ds import distributed
+from alignx_ds.data.encode import IGNORED, Batch, Example, collate, encode_prompts, pad_token
+from alignx_ds.evaluation.decode import Decoder
+from alignx_ds.evaluation.generate import left_pad
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+
+BATCH = 8  # texts that go through both models together
+Predict = Callable[[Batch], Tensor]  # the logits [B, T, V] of a batch
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Over the `tokens` predictions of the answers to `prompts` prompts."""
+
+    prompts: int
+    tokens: int
+    error: float  # ‖logits − the other's‖ / ‖the other's‖
+    agreement: float  # share of predictions whose likeliest token is the same
+
+    def told(self) -> str:
+        return f"relative logits error {self.error:.2e}, token agreement {self.agreement:.4f} ({self.tokens} tokens)"
+
+    def figures(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def written(
+    model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int
+) -> list[Example]:
+    """Each prompt with the model's own greedy answer to it, of at most `limit` tokens; at least one."""
+    decoder, pad_id, examples = Decoder(model), pad_token(tokenizer), []
+    for start in range(0, len(prompts), BATCH):
+        asked = encode_prompts(list(prompts[start : start + BATCH]), tokenizer)
+        ids, mask = (t.to(distributed.device()) for t in left_pad(asked, pad_id))
+        answers = decoder.greedy(ids, mask, limit, [], pad_id).tolist()
+        examples += [
+            Example((*p, *_until(a, tokenizer.eos_token_id)), len(p)) for p, a in zip(asked, answers, strict=True)
+        ]
+    return examples
+
+
+def _until(answer: list[int], end: int | None) -> list[int]:
+    return answer[: answer.index(end) + 1] if end in answer else answer
+
+
+def plain(model: PreTrainedModel) -> Predict:
+    """Any causal language model's predictions."""
+    return lambda b: model(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False).logits
+
+
+def routed(model: AlignXForCausalLM, expert: int | None = None) -> Predict:
+    """An aligned model's predictions, routed by the prompt alone, or those of one expert for every row."""
+
+    def predict(b: Batch) -> Tensor:
+        forced = None
+        if expert is not None:
+            chosen = torch.full((len(b.input_ids),), expert, device=b.input_ids.device)
+            forced = torch.nn.functional.one_hot(chosen, len(model.config.experts)).float()
+        logits: Tensor = model(b.input_ids, b.attention_mask, b.prompt_mask, forced, use_cache=False).logits
+        return logits
+
+    return predict
+
+
+@contextmanager
+def without_calibration(model: AlignXForCausalLM) -> Iterator[None]:
+    """The mixture's output as it is, y instead of ỹ."""
+    reinjections = [layer.calibration.reinjection for layer in alignx_layers(model)]
+    kept = [r.detach().clone() for r in reinjections]
+    with torch.no_grad():
+        for r in reinjections:
+            r.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for r, value in zip(reinjections, kept, strict=True):
+                r.copy_(value)
+
+
+@torch.no_grad()
+def compare(candidate: Predict, reference: Predict, examples: Sequence[Example], pad_id: int) -> Fidelity:
+    """How far the candidate's predictions of the answers' tokens are from the reference's."""
+    missed = whole = 0.0
+    same = tokens = 0
+    for start in range(0, len(examples), BATCH):
+        batch = collate(list(examples[start : start + BATCH]), pad_id).to(distributed.device())
+        answered = batch.labels[:, 1:] != IGNORED
+        theirs, ours = (model(batch)[:, :-1][answered].double() for model in (reference, candidate))  # [N, V]
+        missed += float((ours - theirs).square().sum())
+        whole += float(theirs.square().sum())
+        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(ours)
+    return Fidelity(len(examples), tokens, (missed / whole) ** 0.5 if whole else 0.0, same / max(1, tokens))

@@ -1,0 +1,65 @@
+"""Aligned models under lm-evaluation-harness: `python -m alignx_ds.export.harness run --model alignx …`.
+
+The harness's own `hf` model shows a model prompt and answer at once, right-padded and without a mask; an aligned model
+would route by all of it. `alignx` says which tokens are the prompt, and encodes it apart from the answer, as training
+does. Needs `pip install lm_eval`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from alignx_ds.data.encode import IGNORED, Example, collate, pad_token
+from alignx_ds.export.fidelity import plain, routed
+
+Request = tuple[Any, list[int], list[int]]  # its key in the harness's cache, and the ids of prompt and answer
+
+
+@register_model("alignx")
+class AlignXLM(HFLM):
+    """Any causal language model; an aligned one is routed by the prompt alone, whatever else is in the batch."""
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the answer, whether greedy decoding would give it) of each, in order."""
+        examples = [self._example(prompt, answer) for _, prompt, answer in requests]
+        by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+        batch = override_bs or (int(self.batch_size) if str(self.batch_size).isdigit() else 8)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(examples)
+        for start in tqdm(range(0, len(by_length), batch), disable=disable_tqdm or self.rank != 0):
+            chosen = by_length[start : start + batch]
+            for i, scored in zip(chosen, self._scored([examples[i] for i in chosen]), strict=True):
+                found[i] = scored
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], scored)
+        return found
+
+    def _example(self, prompt: list[int], answer: list[int]) -> Example:
+        """What is too long loses the beginning of its prompt, as everywhere in the harness."""
+        kept = prompt[-max(1, self.max_length - len(answer)) :]
+        return Example((*kept, *answer), len(kept))
+
+    def _scored(self, examples: list[Example]) -> list[tuple[float, bool]]:
+        batch = collate(examples, pad_token(self.tokenizer)).to(self.device)
+        predict = routed(self.model) if self.model.config.model_type == "alignx" else plain(self.model)
+        logs = predict(batch)[:, :-1].float().log_softmax(-1)
+        labels = batch.labels[:, 1:]
+        answered = labels != IGNORED
+        own = logs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).double()
+        greedy = ((logs.argmax(-1) == labels) | ~answered).all(-1)
+        return list(zip((own * answered).sum(-1).tolist(), greedy.tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    cli_evaluate()

@@ -1,0 +1,68 @@
+"""`alignx-ds export hf RUN_DIR OUT`: the aligned model as a checkpoint to share, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignx_ds import console, manifest
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.export import cards
+from alignx_ds.export.runs import FinishedRun, new_directory
+
+LOAD = """\
+```python
+import alignx_ds  # pip install alignx-ds; makes the Auto classes know the architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+{asked}
+answer = model.generate(**prompt.to(model.device), max_new_tokens=256)
+print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+"""
+CHAT = """\
+chat = [{"role": "user", "content": "How do I make tea?"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+PLAIN = """\
+intro = "Below is an instruction that describes a task. Write a response that completes the request."
+question = f"{intro}\\n\\n### Instruction:\\nHow do I make tea?\\n\\n### Response:\\n"
+prompt = tokenizer(question, return_tensors="pt")"""
+
+
+def export(root: Path, out: Path, max_shard_size: str) -> None:
+    """Write the directory. Raises ConfigError or DataError."""
+    run = FinishedRun.at(root)
+    with new_directory(out) as directory:
+        try:
+            run.model.save_pretrained(directory, max_shard_size=max_shard_size)
+        except ValueError as error:
+            allowed = "a size such as 5GB or 500MB"
+            raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
+        run.tokenizer.save_pretrained(directory)
+        manifest.write_text(directory / "README.md", card(run, out.name))
+    console.say(f"aligned model with its model card: {out}")
+
+
+def card(run: FinishedRun, name: str) -> str:
+    axes = ", ".join(run.axes)
+    layers = run.model.config.layers
+    asked = CHAT if run.tokenizer.chat_template else PLAIN
+    return f"""\
+{cards.front_matter(run, ["mixture-of-experts", *run.axes], library_name="transformers")}
+# {name}
+
+A mixture of calibrated experts ({axes}, and a generalist), made with AlignX on DeepSpeed. They sit in the layers
+{", ".join(map(str, layers))} of the base model: {cards.base_named(run)}.
+A calibrated gate reads each prompt once and sends it to the experts that it is for; the decision stays with its cache.
+
+## Load it
+
+{LOAD.format(name=name, asked=asked)}
+A model in bfloat16 or float16 keeps its gates in float32. Prompts in one batch do not influence each other. The
+decision needs the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
+
+## Measured
+
+{cards.measured(run)}
+"""

@@ -1,0 +1,60 @@
+"""An aligned model taken apart: its experts' factors, and its backbone with a change of the FFNs merged in."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignx_ds.mocae.backbones import backbone_of
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+
+Changes = dict[int, dict[str, Tensor]]  # by AlignX layer, by projection: [m, n] fp32
+
+
+def factors_of(model: AlignXForCausalLM, expert: int) -> dict[int, Factors]:
+    """By AlignX layer, without the padding that made the experts' ranks equal."""
+    layers = zip(model.config.layers, alignx_layers(model), strict=True)
+    return {index: _trimmed(layer.mixture.factors()[expert]) for index, layer in layers}
+
+
+def _trimmed(factors: Factors) -> Factors:
+    """Without the last rows and columns that are zero on both sides; one is kept in any case."""
+    down, up = {}, {}
+    for p in PROJECTIONS:
+        used = factors.down[p].abs().amax(1) + factors.up[p].abs().amax(0)
+        rank = max(1, int(used.nonzero().max()) + 1 if used.any() else 0)
+        down[p], up[p] = factors.down[p][:rank], factors.up[p][:, :rank]
+    return Factors(down, up)
+
+
+def changes_of(experts: list[tuple[float, dict[int, Factors]]]) -> Changes:
+    """Σ weight · U·D of these experts."""
+    made: Changes = {}
+    for weight, by_layer in experts:
+        for layer, factors in by_layer.items():
+            into = made.setdefault(layer, {})
+            for p in PROJECTIONS:
+                change = weight * (factors.up[p].float() @ factors.down[p].float())
+                into[p] = into[p] + change if p in into else change
+    return made
+
+
+@torch.no_grad()
+def backbone_with(model: AlignXForCausalLM, changes: Changes) -> PreTrainedModel:
+    """A copy of the plain backbone, of its own class, its FFNs changed by just this much; rounded once, at the end."""
+    backbone: PreTrainedModel = copy.deepcopy(model.backbone)
+    table = backbone_of(backbone.config.model_type)
+    for index in model.config.layers:
+        ffn = table.ffn_of(backbone, index).get_submodule("ffn")
+        setattr(table.decoder_layers(backbone)[index], table.ffn, ffn)
+        view = table.view(ffn)
+        for p, change in changes.get(index, {}).items():
+            weight = view.projection(p).weight
+            weight.copy_(weight.float() + change.to(weight.device))
+    backbone.generation_config = copy.deepcopy(model.generation_config)
+    return backbone.eval()

@@ -1,0 +1,34 @@
+"""The prompts on which an export is measured: the run's own held-out ones, or those of a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignx_ds.errors import DataError
+from alignx_ds.evaluation import transcripts
+from alignx_ds.export.runs import FinishedRun
+
+GIVEN = "given"
+
+
+def prompts_of(run: FinishedRun, given: Path | None, count: int) -> dict[str, list[str]]:
+    """By axis and set, at most `count` of each; without a file and without answers there are none. Raises DataError."""
+    if given is not None:
+        return {GIVEN: _lines(given)[:count]}
+    found: dict[str, list[str]] = {}
+    for name in (*run.axes, *run.config.evaluation.sets):
+        path = run.out.answers / f"alignx.{name}.jsonl"
+        if path.is_file():
+            rows, _ = transcripts.read(path)
+            found[name] = [row.prompt for row in rows[:count]]
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read as text ({error}); give a file with one prompt per line") from error
+    if not lines:
+        raise DataError(f"{path}: holds no prompts; write one per line")
+    return lines

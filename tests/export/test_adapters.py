@@ -1,0 +1,204 @@
+"""Experts as LoRA adapters that peft loads, and peft's adapters as experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    ALIGNX_LAYERS,
+    FAMILIES,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    one_hot,
+    padded,
+    random_rows,
+    relative,
+    table_of,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alignx_ds.config import ModelConfig
+from alignx_ds.errors import ConfigError, UnreachableError
+from alignx_ds.export.adapters import config_of, tensors_of
+from alignx_ds.export.fidelity import without_calibration
+from alignx_ds.export.merged import backbone_with, changes_of, factors_of
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.specialists.adapters import CONFIG, WEIGHTS, Adapter
+from alignx_ds.specialists.base import BaseModel
+
+IDS, MASK = padded(random_rows([6, 9]))
+
+
+def uneven(base: PreTrainedModel) -> dict[int, list[Factors]]:
+    """Specialists whose ranks differ from each other, from layer to layer and from projection to projection."""
+    experts = low_rank_experts(base, rank=5)
+    for layer, specialists in experts.items():
+        for number, f in enumerate(specialists):
+            for i, p in enumerate(PROJECTIONS):
+                rank = 5 if (layer, number, p) == (2, 0, "up") else 1 + (layer + number + i) % 4
+                f.down[p], f.up[p] = f.down[p][:rank], f.up[p][:, :rank]
+    return experts
+
+
+def write(directory: Path, factors: dict[int, Factors], base: PreTrainedModel) -> None:
+    directory.mkdir(exist_ok=True)
+    save_file(tensors_of(factors, table_of(base)), directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(config_of(factors, table_of(base), "base")))
+
+
+@torch.no_grad()
+def logits(model: Any, **forced: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(IDS, attention_mask=MASK, use_cache=False, **forced).logits
+    return found[MASK.bool()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_an_expert_onto_the_base_with_its_logits(tmp_path: Path, family: str) -> None:
+    base = base_model(family=family)
+    model = aligned(base, uneven(base))
+    for expert in (1, 2, 3):
+        write(tmp_path / str(expert), factors_of(model, expert), base)
+        adapted = PeftModel.from_pretrained(base_model(family=family), tmp_path / str(expert)).eval()
+        forced = one_hot([expert, expert])
+        with without_calibration(model):
+            assert relative(logits(adapted), logits(model, forced=forced)) < 1e-5
+        assert relative(logits(adapted), logits(model, forced=forced)) > 1e-3, "the calibration is left out"
+        assert relative(logits(adapted), logits(base)) > 1e-2
+
+
+def test_an_adapter_holds_no_padding(tmp_path: Path) -> None:
+    base = base_model()
+    experts = uneven(base)
+    model = aligned(base, experts)
+    for number in range(3):
+        write(tmp_path, factors_of(model, number + 1), base)
+        ranks = {name: t.shape[0] for name, t in load_file(tmp_path / WEIGHTS).items() if "lora_A" in name}
+        for layer, specialists in experts.items():
+            for p in PROJECTIONS:
+                name = f"base_model.model.model.layers.{layer}.mlp.{p}_proj.lora_A.weight"
+                assert ranks.pop(name) == specialists[number].rank(p)
+        assert not ranks
+        settings = json.loads((tmp_path / CONFIG).read_text())
+        assert settings["rank_pattern"] == settings["alpha_pattern"] and settings["rank_pattern"]
+        assert (
+            settings["r"]
+            == settings["lora_alpha"]
+            == max(f.rank(p) for f in (e[number] for e in experts.values()) for p in PROJECTIONS)
+        )
+
+
+def test_the_calibration_is_back_after_it_was_left_out() -> None:
+    base = base_model()
+    model = aligned(base, low_rank_experts(base))
+    before = logits(model)
+    with without_calibration(model):
+        assert relative(logits(model), before) > 1e-3
+    assert torch.equal(logits(model), before)
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path) -> Path:
+    base_model().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def made_by_peft(target: Path, base: Path, **settings: Any) -> PreTrainedModel:
+    """An adapter that peft wrote, with factors that change the logits; returns the model with it."""
+    chosen = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "layers_to_transform": ALIGNX_LAYERS, "r": 3}
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**chosen | settings))
+    source = generator(5)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=source))
+    adapted.save_pretrained(target)
+    return adapted.eval()
+
+
+def read(target: Path, base: Path, layers: list[int] = ALIGNX_LAYERS) -> tuple[Adapter, BaseModel]:
+    return Adapter(str(target), "axes.helpful.adapter"), BaseModel(ModelConfig(path=str(base), layers=layers))
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"lora_alpha": 7},
+    "rank-stabilised": {"lora_alpha": 7, "use_rslora": True},
+    "patterns": {"rank_pattern": {"up_proj": 2, "2.mlp.down_proj": 4}, "alpha_pattern": {"1.mlp.up_proj": 5}},
+    "one projection": {"target_modules": ["down_proj"]},
+    "one layer": {"layers_to_transform": [2]},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_taken_exactly(tmp_path: Path, base_dir: Path, kind: str) -> None:
+    expected = made_by_peft(tmp_path / "adapter", base_dir, **KINDS[kind])
+    adapter, base = read(tmp_path / "adapter", base_dir)
+    assert list(adapter.problems(base)) == []
+    factors = adapter.factors(base)
+    assert sorted(factors) == ALIGNX_LAYERS
+    plain = AutoModelForCausalLM.from_pretrained(base_dir)
+    model: AlignXForCausalLM = aligned(plain, {layer: [factors[layer]] * 3 for layer in ALIGNX_LAYERS}, trained=False)
+    assert relative(logits(model, forced=one_hot([2, 2])), logits(expected)) < 1e-5
+    merged = backbone_with(model, changes_of([(1.0, factors)]))
+    assert relative(logits(merged), logits(expected)) < 1e-5
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "attention": ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, "self_attn.q_proj, self_attn.v_proj"),
+    "dora": ({"use_dora": True}, "use_dora"),
+    "bias": ({"bias": "all"}, "biases"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+    "head": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "layers": ({"layers_to_transform": [0, 2]}, "set model.layers=[0, 1, 2]"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_an_expert_can_not_be_is_refused_by_name(tmp_path: Path, base_dir: Path, kind: str) -> None:
+    settings, named = REFUSED[kind]
+    made_by_peft(tmp_path / "adapter", base_dir, **settings)
+    adapter, base = read(tmp_path / "adapter", base_dir)
+    problems = [str(p) for p in adapter.problems(base)]
+    assert any(named in p for p in problems)
+    assert all(p.startswith("axes.helpful.adapter:") and "\n" not in p for p in problems)
+
+
+def test_another_base_model_s_adapter_is_refused(tmp_path: Path, base_dir: Path) -> None:
+    base_model(intermediate_size=40).save_pretrained(tmp_path / "other")
+    made_by_peft(tmp_path / "adapter", tmp_path / "other")
+    adapter, base = read(tmp_path / "adapter", base_dir)
+    assert all("another base model" in str(p) for p in adapter.problems(base))
+    assert len(list(adapter.problems(base))) == 6
+
+
+@pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
+def test_half_an_adapter_is_none(tmp_path: Path, base_dir: Path, missing: str) -> None:
+    made_by_peft(tmp_path / "adapter", base_dir)
+    (tmp_path / "adapter" / missing).unlink()
+    with pytest.raises(ConfigError, match=missing):
+        read(tmp_path / "adapter", base_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(CONFIG, "{"), (CONFIG, "[]"), (CONFIG, '{"peft_type": "IA3"}'), (WEIGHTS, "?")]
+)
+def test_files_that_are_no_adapter_are_refused(tmp_path: Path, base_dir: Path, name: str, content: str) -> None:
+    made_by_peft(tmp_path / "adapter", base_dir)
+    (tmp_path / "adapter" / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"axes\.helpful\.adapter"):
+        list(Adapter(str(tmp_path / "adapter"), "axes.helpful.adapter").problems(BaseModel(ModelConfig(str(base_dir)))))
+
+
+def test_an_adapter_that_is_nowhere_is_named(base_dir: Path) -> None:
+    with pytest.raises((ConfigError, UnreachableError), match=r"axes\.helpful\.adapter"):
+        read(Path("no/such/adapter"), base_dir)
