@@ -20,6 +20,7 @@ from alignx_ds.data.world.pretrain import WORLD_BASE
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.outputs import Outputs
+from alignx_ds.pretrained import NO_CODE, NO_PICKLE
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,13 @@ class FinishedRun:
         """The aligned model, in the dtype that it was saved in, ready to serve."""
         distributed.prepare_environment()
         logging.disable_progress_bar()
-        model: AlignXForCausalLM = AutoModelForCausalLM.from_pretrained(self.out.model, dtype="auto")
+        model: AlignXForCausalLM = AutoModelForCausalLM.from_pretrained(self.out.model, dtype="auto", **NO_PICKLE)
         model.to(distributed.device()).eval()
         return model
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.out.model)
+        return AutoTokenizer.from_pretrained(self.out.model, **NO_CODE)
 
     @cached_property
     def report(self) -> dict[str, Any] | None:

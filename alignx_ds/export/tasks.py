@@ -20,6 +20,7 @@ from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
 from alignx_ds.export.runs import new_directory
+from alignx_ds.pretrained import NO_CODE
 from alignx_ds.specialists.base import local_model
 
 SCHEMA, ROWS, HELPER = "truthfulqa_mc", "rows.jsonl", "alignx_choices"
@@ -28,7 +29,7 @@ MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"
 
 def export(model: str, source: str, out: Path) -> None:
     """Write the tasks and their rows. Raises ConfigError or DataError."""
-    tokenizer = AutoTokenizer.from_pretrained(local_model(model, "MODEL"))
+    tokenizer = AutoTokenizer.from_pretrained(local_model(model, "MODEL"), **NO_CODE)
     records = Source(source, SCHEMA, {}).records(held_out=True, count=10**9, seed=0)
     rows = [row for row in SCHEMAS[SCHEMA].held_out(records).rows if row.correct and row.incorrect]
     if not rows:
