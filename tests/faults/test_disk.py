@@ -73,7 +73,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(mount: Mount, recor
 @pytest.mark.faults
 @pytest.mark.timeout(280)
 def test_a_read_only_output_is_refused_before_any_work(mount: Mount, record: Record) -> None:
-    disk = mount("ro,size=1m")
+    disk = mount("ro,size=96m")
     command = Command("align", disk / "run" / "deep", ranks=1)
     ended = command.start("align.ep_size=1")
     assert ended.codes == [2], ended.said
