@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,27 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parent / "
 Record = Callable[..., None]
 
 
+def write(area: str, fault: str, seen: str, lost: str = "nothing") -> None:
+    """A line of the table."""
+    if path := os.environ.get("FAULTS_RECORD"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"area": area, "fault": fault, "seen": seen, "lost": lost}) + "\n")
+
+
 @pytest.fixture
 def record() -> Record:
-    """`record(area, fault, seen, lost)`: a line of the table, written once everything has been asserted."""
-
-    def write(area: str, fault: str, seen: str, lost: str = "nothing") -> None:
-        if path := os.environ.get("FAULTS_RECORD"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"area": area, "fault": fault, "seen": seen, "lost": lost}) + "\n")
-
+    """`record(area, fault, seen, lost)`, once everything has been asserted."""
     return write
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Where what was seen does not depend on the run, `@pytest.mark.tried(…)` says it beforehand."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when == "call" and report.passed:
+        for mark in item.iter_markers("tried"):
+            write(*mark.args)
 
 
 @pytest.fixture(scope="session")

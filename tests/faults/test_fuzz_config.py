@@ -191,6 +191,11 @@ def test_the_recipe_that_is_spoiled_can_be_run(whole: dict[str, Any], tmp_path: 
     assert refusal(written(changed(whole, [("scratch.heads", 8)]), tmp_path / "r.yaml")) is None
 
 
+@pytest.mark.tried(
+    "input",
+    "more than 500 invalid configs, one change each",
+    "code 2 before anything starts, a line that names the key",
+)
 def test_every_wrong_value_is_refused_and_its_key_is_named(whole: dict[str, Any], tmp_path: Path) -> None:
     wrong = []
     for key, value in CHANGES:
@@ -209,6 +214,9 @@ def as_override(change: Change) -> str:
 ON_THE_COMMAND_LINE = [c for c in CHANGES if not isinstance(c[1], (dict, list)) and not str(c[1]).startswith("${")]
 
 
+@pytest.mark.tried(
+    "input", "several invalid keys at once, in the recipe and on the command line", "a line for every one of them"
+)
 @settings(max_examples=30 * FUZZ, deadline=None, derandomize=True)
 @given(
     in_file=st.lists(st.sampled_from(CHANGES), max_size=2),
@@ -253,6 +261,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.tried("input", "files that are no recipe", "one line that says why")
 @pytest.mark.parametrize("content", RECIPES.values(), ids=RECIPES)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.yaml").write_bytes(content)

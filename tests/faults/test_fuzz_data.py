@@ -130,6 +130,9 @@ def test_a_good_record_is_read_from_every_type_that_can_hold_it(tmp_path: Path, 
     assert account(path, schema) == "" or (suffix == ".csv" and schema not in FLAT)
 
 
+@pytest.mark.tried(
+    "input", "wrong types in any column of every schema", "a line that names file, row and column, or a counted drop"
+)
 @fuzz
 @given(data=st.data(), schema=st.sampled_from(sorted(SCHEMAS)), suffix=st.sampled_from([".json", ".jsonl", ".csv"]))
 def test_wrong_values_in_any_column(
@@ -161,6 +164,11 @@ def test_columns_of_the_wrong_type_in_parquet(
     assert not message or message.startswith(", row ") or ": not Parquet" in message
 
 
+@pytest.mark.tried(
+    "input",
+    "data files cut off, with flipped bytes, NUL bytes, invalid UTF-8",
+    "read and accounted for, or a line that names file and row",
+)
 @fuzz
 @given(
     schema=st.sampled_from(sorted(FLAT)),
@@ -232,6 +240,11 @@ CASES: dict[str, tuple[str, bytes, str]] = {  # name of the file, its content, a
 }  # fmt: skip
 
 
+@pytest.mark.tried(
+    "input",
+    "duplicate keys, deep nesting, huge numbers, missing columns, mixed line ends …",
+    "each as the test's table says, never a traceback",
+)
 @pytest.mark.parametrize(("suffix", "content", "said"), CASES.values(), ids=CASES)
 def test_one_odd_file(tmp_path: Path, suffix: str, content: bytes, said: str) -> None:
     (tmp_path / f"r{suffix}").write_bytes(content)

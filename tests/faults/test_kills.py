@@ -69,6 +69,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
     record("crash", what, f"same bytes in the end; the other rank ended within {slowest:.1f} s")
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(280)
 def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     tmp_path: Path,

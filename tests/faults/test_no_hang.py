@@ -36,6 +36,7 @@ def console(tmp_path: Path) -> Path:
     return tmp_path / "console.log"
 
 
+@pytest.mark.tried("hang", "an exception on one rank", "all ranks end within 3 s, its traceback alone on the console")
 def test_an_exception_ends_the_others_and_shows_its_traceback_alone(console: Path) -> None:
     ended = start(worker("exception"), 2, console)
     assert errors(ended) == ["rank 1: ZeroDivisionError: boom in the midst"]
@@ -43,6 +44,10 @@ def test_an_exception_ends_the_others_and_shows_its_traceback_alone(console: Pat
     assert ended.console.count("Traceback") == 1, "no traceback of what others make of it"
 
 
+@pytest.mark.tried(
+    "hang", "a data error on one of four ranks", "all end with code 2, one line that names rank, file and row"
+)
+@pytest.mark.faults
 def test_an_error_in_the_data_of_one_of_four_ranks(console: Path) -> None:
     ended = start(worker("data", "3"), 4, console)
     assert errors(ended) == [f"rank 3: {ROW}"]
@@ -50,6 +55,8 @@ def test_an_error_in_the_data_of_one_of_four_ranks(console: Path) -> None:
     assert "Traceback" not in ended.console
 
 
+@pytest.mark.tried("hang", "the same error on all ranks", "shown once")
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", ["data", "bad-start"])
 def test_an_error_of_all_ranks_is_shown_once(fault: str, console: Path) -> None:
     ended = start(worker(fault, "all"), 2, console)
@@ -57,12 +64,16 @@ def test_an_error_of_all_ranks_is_shown_once(fault: str, console: Path) -> None:
     assert ended.codes == [2, 2]
 
 
+@pytest.mark.tried("hang", "an error on one rank before the ranks have met", "all end with code 2 and its line")
+@pytest.mark.faults
 def test_an_error_of_one_rank_before_it_met_the_others(console: Path) -> None:
     ended = start(worker("bad-start"), 2, console)
     assert errors(ended) == [f"rank 1: {ROW}"]
     assert ended.codes == [2, 2]
 
 
+@pytest.mark.tried("hang", "out of memory on one rank", "all end, one line that says where and what to change")
+@pytest.mark.faults
 def test_out_of_memory_says_where_and_what_to_change(console: Path) -> None:
     ended = start(worker("memory"), 2, console)
     (line,) = errors(ended)
@@ -72,6 +83,7 @@ def test_out_of_memory_says_where_and_what_to_change(console: Path) -> None:
     assert "Traceback" not in ended.console
 
 
+@pytest.mark.tried("hang", "kill -9 of a rank in a collective", "the others end within 3 s and name it")
 def test_a_killed_rank_ends_the_others(console: Path) -> None:
     ended = start(worker("kill"), 2, console)
     (line,) = errors(ended)
@@ -79,12 +91,16 @@ def test_a_killed_rank_ends_the_others(console: Path) -> None:
     assert ended.codes == [1, -signal.SIGKILL]
 
 
+@pytest.mark.tried("hang", "kill -9 of rank 0 in a collective", "the others end within 3 s")
+@pytest.mark.faults
 def test_the_end_of_rank_zero_ends_the_others(console: Path) -> None:
     ended = start(worker("kill", "0"), 3, console)
     assert errors(ended) == ["rank 0: ended without a word: killed, or out of memory"]
     assert ended.codes == [-signal.SIGKILL, 1, 1]
 
 
+@pytest.mark.tried("hang", "a rank that stands still for 5 s", "waited for; the run goes on")
+@pytest.mark.faults
 def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None:
     def wake(running: list[subprocess.Popen[bytes]]) -> None:
         await_words(console, ["rank 0 is in the midst", "rank 1 is in the midst"])
@@ -96,6 +112,7 @@ def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None
     assert ended.codes == [0, 0]
 
 
+@pytest.mark.tried("hang", "a rank that never comes", "code 2 after launch.timeout, one line that counts the ranks")
 def test_a_rank_that_never_comes_is_named(console: Path) -> None:
     ended = start(worker("none", timeout=2), 2, console, of=3)
     (line,) = errors(ended)
@@ -104,6 +121,10 @@ def test_a_rank_that_never_comes_is_named(console: Path) -> None:
     assert ended.codes == [2, 2]
 
 
+@pytest.mark.tried(
+    "hang", "an unreachable peer (wrong MASTER_ADDR)", "code 2 after launch.timeout, one line with address and port"
+)
+@pytest.mark.faults
 def test_a_wrong_address_is_named(console: Path) -> None:
     ended = start(worker("none", timeout=2), 2, console, master="nohost.invalid")
     zero, one = sorted(errors(ended))
@@ -113,6 +134,8 @@ def test_a_wrong_address_is_named(console: Path) -> None:
     assert "c10d" not in ended.console and "Traceback" not in ended.console
 
 
+@pytest.mark.tried("hang", "a rank that is stuck in a collective", "all end after launch.timeout, the line says so")
+@pytest.mark.faults
 def test_a_rank_that_is_stuck_is_what_a_time_out_is_put_down_to(console: Path) -> None:
     ended = start(worker("stuck", timeout=3), 2, console)
     time_out, meaning = errors(ended)
@@ -121,6 +144,8 @@ def test_a_rank_that_is_stuck_is_what_a_time_out_is_put_down_to(console: Path) -
     assert ended.codes == [1, 1]
 
 
+@pytest.mark.tried("hang", "an exception on one rank under the deepspeed launcher", "as above")
+@pytest.mark.faults
 def test_under_deepspeeds_launcher(console: Path) -> None:
     """Of a script that has no handler of its own, as a benchmark."""
     ended = launch(worker("uncaught"), 2, console)
@@ -129,6 +154,8 @@ def test_under_deepspeeds_launcher(console: Path) -> None:
     assert ended.console.count("Traceback") == 1
 
 
+@pytest.mark.tried("hang", "bad rows on one node only", "all end with code 2, one line that names rank, file and row")
+@pytest.mark.faults
 @pytest.mark.timeout(120)
 def test_bad_rows_on_one_node_end_the_command_on_all(
     console: Path, write_recipe: Callable[..., Path], tmp_path: Path

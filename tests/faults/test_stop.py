@@ -18,13 +18,10 @@ from alignx_ds.errors import EXIT_STOPPED
 Processes = list[subprocess.Popen[bytes]]
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize(
-    ("number", "job", "step"),
-    [
-        pytest.param(signal.SIGTERM, "stage1/harmless", 3, marks=pytest.mark.faults),
-        (signal.SIGUSR1, "stage2", 3),
-    ],
+    ("number", "job", "step"), [(signal.SIGTERM, "stage1/harmless", 3), (signal.SIGUSR1, "stage2", 3)]
 )
 def test_a_signal_to_one_rank_saves_and_stops_all(
     number: signal.Signals,

@@ -1,0 +1,37 @@
+"""One run meets a crash, a NaN and a signal, one after the other: what every test run sees of these faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command import Command, results
+from conftest import Record
+
+from alignx_ds.errors import EXIT_CODE, EXIT_STOPPED
+
+
+@pytest.mark.timeout(280)
+def test_a_crash_a_nan_and_a_signal_in_one_run_leave_no_trace(
+    tmp_path: Path,
+    undisturbed,  # type: ignore[no-untyped-def]
+    record: Record,
+) -> None:
+    command = Command("align", tmp_path / "run")
+    torn = command.start(
+        fault={"rank": 0, "kind": "kill", "job": "stage1/helpful", "step": 4, "place": "save", "sync": 2}
+    )
+    assert torn.codes[0] == -9 and torn.codes[1] == 1, torn.said
+    assert [p.name for p in (command.output / "checkpoints/stage1/helpful").glob("step_*")] == ["step_00000002"]
+    poisoned = command.start(fault={"rank": 1, "kind": "nan loss", "job": "stage1/honest", "step": 5})
+    assert poisoned.codes == [EXIT_CODE] * 2, poisoned.said
+    assert "stage1/helpful: goes on after step 2" in poisoned.said
+    assert "is not finite at step 5" in poisoned.said
+    asked = command.start(fault={"rank": 1, "kind": "usr1", "job": "stage2", "step": 3})
+    assert asked.codes == [EXIT_STOPPED] * 2, asked.said
+    assert "stage1/honest: goes on after step 4" in asked.said
+    ended = command.start()
+    assert ended.well, ended.said
+    assert "stage2: goes on after step" in ended.said
+    assert results(command.output) == results(undisturbed("align"))
+    record("crash", "kill -9 in a checkpoint, then a NaN, then SIGUSR1, in one run", "the same bytes in the end")
