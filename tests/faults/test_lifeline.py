@@ -13,7 +13,7 @@ import pytest
 import torch
 from together import REPO, environment
 
-from alignx_ds.errors import DataError
+from alignx_ds.errors import UserError
 from alignx_ds.failures import failure_of
 from alignx_ds.lifeline.channel import LINE
 from alignx_ds.lifeline.hub import Hub
@@ -102,7 +102,7 @@ def test_what_the_console_is_told() -> None:
         assert line.startswith("alignx-ds: error: rank 3: out of memory ") and line.count("\n") == 1
         assert (code, traceback) == (1, False)
     two = "alignx-ds: error: rank 3: one\nalignx-ds: error: rank 3: two\n"
-    assert told(DataError("one\ntwo")) == (two, 2, False)
+    assert told(UserError("one\ntwo")) == (two, 2, False)
     assert told(KeyError("x")) == ("alignx-ds: error: rank 3: KeyError: 'x'\n", 1, True)
     assert told(KeyboardInterrupt()) == ("alignx-ds: error: rank 3: interrupted\n", 130, False)
     assert "within launch.timeout=9 seconds" in told(RuntimeError("Timed out waiting 9000ms for recv"))[0]
