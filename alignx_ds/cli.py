@@ -203,7 +203,8 @@ def _run(args: argparse.Namespace) -> int:
         finally:
             distributed.shutdown()
     if args.verb == "run" and distributed.is_main():
-        report.show(run.report(), run.out)
+        with signals.obeyed("judgement"):  # it may take hours, and verdicts are kept as they come
+            report.show(run.report(), run.out)
     return 0
 
 

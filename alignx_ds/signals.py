@@ -42,6 +42,21 @@ def heard() -> Iterator[None]:
         _asked.clear()
 
 
+@contextmanager
+def obeyed(where: str) -> Iterator[None]:
+    """Within it the first signal raises Stopped at once: for work that is kept as it is made, on one rank alone."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(where)
+
+    before = {number: signal.signal(number, stop) for number in ASKING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def asked() -> bool:
     """Whether this rank has been asked to end."""
     return bool(_asked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds import distributed
+from alignx_ds import distributed, signals
 from alignx_ds.data.encode import encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.transcripts import Answers
@@ -30,6 +30,7 @@ def answers(
     made: list[str] = distributed.on_main(lambda: keep.kept() if keep is not None else [])
     step, decoder = batch * distributed.world_size(), Decoder(model, compiled=compiled)
     for start in range(len(made), len(prompts), step):
+        signals.stop_if_asked(f"answers, after {start} of {len(prompts)}")
         own = distributed.mine(prompts[start : start + step])
         part = distributed.interleave(
             distributed.gather(_decode(decoder, tokenizer, own, max_new_tokens) if own else [])

@@ -57,18 +57,30 @@ def save(directory: Path, engine: Any, step: int, inputs: dict[str, Any], facts:
 
 
 def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint of a job with these inputs; damaged ones are named and passed over. Collective."""
+    """The newest whole checkpoint of a job with these inputs. Collective.
+
+    Others don't stay: damaged ones are named and set aside, what was made from other inputs is removed.
+    """
     wanted = manifest.fingerprint(inputs)
     for path in distributed.on_main(lambda: _present(directory)):
         found = distributed.on_main(partial(_read, path))
         if isinstance(found, dict) and found["fingerprint"] != wanted:
-            console.say(f"{path}: made from other inputs, not used")
+            console.say(f"{path}: made from other inputs, removed")
+            distributed.on_main(partial(shutil.rmtree, path, ignore_errors=True))
             continue
         damage = found if isinstance(found, str) else _damage(path, found["files"])
         if not damage and isinstance(found, dict):
             return Checkpoint(path, found)
         console.warn(f"{damage}: this checkpoint is damaged and not used; the one before it is, if there is one")
+        distributed.on_main(partial(_set_aside, path))
     return None
+
+
+def _set_aside(path: Path) -> None:
+    """It may be looked at until the job has ended, but counts no more."""
+    aside = path.with_name(f".{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
@@ -92,7 +104,7 @@ def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Leave the newest `keep` and the one with the lowest loss; unfinished ones go too. On rank 0."""
+    """Leave the newest `keep` and the one with the lowest loss. On rank 0."""
     whole = [(path, found) for path in _present(directory) if isinstance(found := _read(path), dict)]
     losses = {path: found["loss"] for path, found in whole if found["loss"] is not None}
     kept = {path for path, _ in whole[:keep]} | ({min(losses, key=losses.__getitem__)} if losses else set())
@@ -168,7 +180,7 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 def _commit(unfinished: Path, path: Path, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
     manifest.write(unfinished, inputs, facts)
-    if path.exists():  # a damaged one that was passed over
+    if path.exists():  # of the same step, when a run was stopped right after it had been written
         shutil.rmtree(path)
     os.rename(unfinished, path)
     manifest.sync(path.parent)
