@@ -22,7 +22,8 @@ WORLD_MODEL = "world"  # model.path of the base model that is shipped with the p
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 ANY_TIME = frozenset({"output", "launch", "checkpoints", "nonfinite"})  # may change while a run is under way
-SPREAD = frozenset({"accumulation", "ep_size"})  # of a stage: how its work is spread over ranks, not what comes out
+# Of a stage: how its work is spread over ranks, not what comes out. Of the DeepSpeed JSON, `engine.settings_of` knows.
+SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 
 

@@ -135,7 +135,7 @@ class Run:
             "generalist": self.data.digests["generalist"],
             "align": substance(self.config.align),
             **{key: settings[key] for key in ("gate", "data", "model", "seed")},
-            "deepspeed": engines.read_template(self.config.align.deepspeed, "align.deepspeed"),
+            "deepspeed": engines.settings_of(self.config.align.deepspeed, "align.deepspeed"),
         }
 
     def evaluate(self) -> None:

@@ -139,3 +139,14 @@ def test_what_the_run_has_written_already_counts_as_room(tiny_config: RunConfig,
     with written.open("wb") as file:
         file.truncate(2**30)  # a sparse file: its size counts, as that of whole ones does
     outputs.check_room(tiny_config, free + 0.5)
+
+
+def test_ranks_and_how_the_work_is_spread_may_change(tiny_config: RunConfig) -> None:
+    outputs.check_owner(tiny_config)
+    outputs.claim(tiny_config)
+    tiny_config.launch.ranks, tiny_config.align.ep_size, tiny_config.train.accumulation = 4, 4, 2
+    tiny_config.checkpoints.every, tiny_config.nonfinite = 7, "skip"
+    tiny_config.train.deepspeed = "elsewhere.json"
+    outputs.check_owner(tiny_config)
+    tiny_config.train.lr *= 2
+    assert "train.lr" in refusal(tiny_config)

@@ -59,7 +59,7 @@ class FusionJob:
             "rows": self.digests,
             "mixture": asdict(SETTINGS[self.name]),
             "stage": substance(self.stage),
-            "deepspeed": engines.read_template(self.stage.deepspeed, f"baselines.{self.name}.deepspeed"),
+            "deepspeed": engines.settings_of(self.stage.deepspeed, f"baselines.{self.name}.deepspeed"),
             **{key: settings[key] for key in ("data", "model", "seed")},
         }
 

@@ -78,7 +78,7 @@ class Workshop:
             "dtype": c.model.dtype,
             "seed": c.seed,
             "train": substance(c.train),
-            "deepspeed": engines.read_template(c.train.deepspeed, "train.deepspeed"),
+            "deepspeed": engines.settings_of(c.train.deepspeed, "train.deepspeed"),
             "experts": asdict(c.experts) if job.is_expert else None,
             "rows": {axis: [self.digests[axis], len(self.examples[axis]), c.axes[axis].prompt] for axis in job.axes},
             "start": start,

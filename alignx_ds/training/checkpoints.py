@@ -59,26 +59,26 @@ def save(directory: Path, engine: Any, step: int, inputs: dict[str, Any], facts:
 def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     """The newest whole checkpoint of a job with these inputs. Collective.
 
-    Others don't stay: damaged ones are named and set aside, what was made from other inputs is removed.
+    Others are named and set aside: damaged ones, and what was made from other inputs.
     """
     wanted = manifest.fingerprint(inputs)
     for path in distributed.on_main(lambda: _present(directory)):
         found = distributed.on_main(partial(_read, path))
         if isinstance(found, dict) and found["fingerprint"] != wanted:
-            console.say(f"{path}: made from other inputs, removed")
-            distributed.on_main(partial(shutil.rmtree, path, ignore_errors=True))
+            console.warn(f"{path}: made from other inputs than this run's, not used and set aside")
+            distributed.on_main(partial(_set_aside, path, "foreign"))
             continue
         damage = found if isinstance(found, str) else _damage(path, found["files"])
         if not damage and isinstance(found, dict):
             return Checkpoint(path, found)
         console.warn(f"{damage}: this checkpoint is damaged and not used; the one before it is, if there is one")
-        distributed.on_main(partial(_set_aside, path))
+        distributed.on_main(partial(_set_aside, path, "damaged"))
     return None
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Path, why: str) -> None:
     """It may be looked at until the job has ended, but counts no more."""
-    aside = path.with_name(f".{path.name}.damaged")
+    aside = path.with_name(f".{path.name}.{why}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
 

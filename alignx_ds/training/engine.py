@@ -17,6 +17,19 @@ from alignx_ds.config import AlignConfig, FusionConfig, TrainConfig
 from alignx_ds.errors import ConfigError, Problem
 
 AUTO = "auto"
+MERELY_HOW = frozenset(
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "comms_logger",
+        "flops_profiler",
+        "tensorboard",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,11 @@ def read_template(path: str, key: str) -> dict[str, Any]:
     if not isinstance(template, dict):
         raise ConfigError(Problem(key, path, "a JSON object", "see ds_configs/ for examples"))
     return template
+
+
+def settings_of(path: str, key: str) -> dict[str, Any]:
+    """What a job's result depends on of its DeepSpeed JSON: not how the work is spread, sharded and logged."""
+    return {name: value for name, value in read_template(path, key).items() if name not in MERELY_HOW}
 
 
 def resolve(path: str) -> Path:

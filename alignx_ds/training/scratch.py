@@ -33,7 +33,7 @@ def ensure(config: RunConfig, base: BaseModel, texts: list[Row], keep: KeeperOf)
         "max_length": config.model.max_length,
         "dtype": config.model.dtype,
         "seed": config.seed,
-        "deepspeed": engines.read_template(config.scratch.train.deepspeed, "scratch.train.deepspeed"),
+        "deepspeed": engines.settings_of(config.scratch.train.deepspeed, "scratch.train.deepspeed"),
     }
     keeper = keep("base", inputs)
     if distributed.on_main(lambda: manifest.is_current(base.path, inputs)):

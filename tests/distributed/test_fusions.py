@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,10 @@ def test_what_was_saved_is_loaded_again(runs: Runs, name: str) -> None:
     assert relative(loaded(ids, mask).logits[mask.bool()], start(name).eval()(ids, mask).logits[mask.bool()]) > 1e-3
 
 
-def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
+def test_every_input_makes_it_over(runs: Runs, tmp_path: Path, repo_root: Path) -> None:
+    template = json.loads((repo_root / "ds_configs/fusion_zero2.json").read_text())
+    template["optimizer"]["params"]["betas"] = [0.5, 0.95]
+    (tmp_path / "other.json").write_text(json.dumps(template))
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
 
     def inputs(change: str = "", value: Any = None, **job: Any) -> str:
@@ -174,13 +178,15 @@ def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
         inputs("seed", 9),
         inputs("model.dtype", "bfloat16"),
         inputs("data.calibration_share", 0.5),
-        inputs("baselines.h3fusion.deepspeed", "ds_configs/scratch_zero1.json"),
+        inputs("baselines.h3fusion.deepspeed", str(tmp_path / "other.json")),
         inputs(digests={"a": "2"}),
         inputs(specialists=specialists[::-1]),
         inputs(name="trinityx"),
     ]
     assert len(set(changed)) == len(changed)
     assert inputs("baselines.trinityx.lr", 0.5) == inputs(), "the other one's settings are not its own"
+    assert inputs("baselines.h3fusion.deepspeed", "ds_configs/scratch_zero1.json") == inputs(), "only sharded otherwise"
+    assert inputs("baselines.h3fusion.accumulation", 2) == inputs(), "only spread otherwise"
 
 
 def _rows() -> Any:

@@ -60,10 +60,12 @@ def test_a_damaged_one_counts_no_more(tmp_path: Path, name: str, capsys: pytest.
     assert (tmp_path / ".step_00000004.damaged").is_dir()
 
 
-def test_those_of_other_inputs_go(tmp_path: Path) -> None:
+def test_those_of_other_inputs_are_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Or they would be the newest for ever."""
     leave(tmp_path, 900, 0.1, {"seed": 1})
     leave(tmp_path, 100, 1.0)
     found = checkpoints.newest(tmp_path, INPUTS)
     assert found is not None and found.step == 100
     assert steps(tmp_path) == [100]
+    assert (tmp_path / ".step_00000900.foreign").is_dir()
+    assert "made from other inputs" in capsys.readouterr().err
