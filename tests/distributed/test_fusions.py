@@ -151,10 +151,10 @@ def test_what_was_saved_is_loaded_again(runs: Runs, name: str) -> None:
     assert relative(loaded(ids, mask).logits[mask.bool()], start(name).eval()(ids, mask).logits[mask.bool()]) > 1e-3
 
 
-def test_every_input_makes_it_over(runs: Runs, tmp_path: Path, repo_root: Path) -> None:
-    template = json.loads((repo_root / "ds_configs/fusion_zero2.json").read_text())
-    template["optimizer"]["params"]["betas"] = [0.5, 0.95]
-    (tmp_path / "other.json").write_text(json.dumps(template))
+def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
+    template = json.loads((runs.root / "sgd.json").read_text())
+    (tmp_path / "sharded.json").write_text(json.dumps(template | {"zero_optimization": {"stage": 1}}))
+    (tmp_path / "other.json").write_text(json.dumps(template | {"optimizer": {"type": "AdamW"}}))
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
 
     def inputs(change: str = "", value: Any = None, **job: Any) -> str:
@@ -185,7 +185,7 @@ def test_every_input_makes_it_over(runs: Runs, tmp_path: Path, repo_root: Path) 
     ]
     assert len(set(changed)) == len(changed)
     assert inputs("baselines.trinityx.lr", 0.5) == inputs(), "the other one's settings are not its own"
-    assert inputs("baselines.h3fusion.deepspeed", "ds_configs/scratch_zero1.json") == inputs(), "only sharded otherwise"
+    assert inputs("baselines.h3fusion.deepspeed", str(tmp_path / "sharded.json")) == inputs(), "only sharded otherwise"
     assert inputs("baselines.h3fusion.accumulation", 2) == inputs(), "only spread otherwise"
 
 
