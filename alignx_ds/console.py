@@ -73,11 +73,19 @@ def progress(title: str, total: int) -> Iterator[Progress]:
         yield Progress(bar)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """The first column is text, the others are figures."""
-    grid = Table(title=plain(title, "italic"), title_justify="left", header_style="bold")
+def on_terminal() -> bool:
+    return _console.is_terminal
+
+
+def table(
+    title: str, columns: list[str], rows: list[list[str]], *, texts: tuple[int, ...] = (0,), framed: bool = True
+) -> None:
+    """The columns at these places are texts, the others are figures."""
+    grid = Table(title=plain(title, "italic") if title else None, title_justify="left", header_style="bold")
+    if not framed:
+        grid.box, grid.pad_edge = None, False
     for number, column in enumerate(columns):
-        grid.add_column(plain(column), justify="left" if number == 0 else "right")
+        grid.add_column(plain(column), justify="left" if number in texts else "right")
     for row in rows:
         grid.add_row(*map(plain, row))
     if distributed.is_main():
