@@ -26,7 +26,7 @@ from alignx_ds.config import RunConfig
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.explain import picture, wording
 from alignx_ds.evaluation.explain.choices import MOST_WORDS, Candidate, Choice, Word, choices
-from alignx_ds.evaluation.explain.explanation import explain
+from alignx_ds.evaluation.explain.explanation import Explained, Explanation, explain
 from alignx_ds.evaluation.explain.finished import FinishedRun
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.serve import answer
@@ -310,6 +310,18 @@ def test_json_holds_everything_and_nothing_else_is_printed(made: dict[str, Path]
     margin = (choice["candidates"][0]["logit"] - choice["candidates"][1]["logit"]) * choice["temperature"]
     assert sum(choice["margins"].values()) == pytest.approx(margin, rel=1e-4)
     assert found["prompts"][0]["answers"].keys() == {"base", "helpful", "harmless", "honest", "alignx"}
+
+
+def test_a_long_answer_is_folded_and_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    """Off a terminal a line has 120 characters."""
+    words = [f"word{n}" for n in range(100)]
+    explained = Explained("a prompt", [chosen(0.9, 0.1)], {"base": " ".join(words), "alignx": "first\nsecond"})
+    wording.show(Explanation("runs/x", "shared", [explained], {"helpful": "its files are not there"}), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert [word for line in lines for word in line.split() if word in words] == words
+    assert max(map(len, (line for line in lines if "word" in line))) <= 120
+    assert "alignx  first ⏎ second" in [line.strip() for line in lines]
+    assert "no answer of helpful: its files are not there" in lines
 
 
 # --- words and pictures of decisions made by hand --------------------------------------------------------------------

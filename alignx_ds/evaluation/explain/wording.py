@@ -52,18 +52,18 @@ def authority(choice: Choice, scope: str) -> str:
 
 
 def _table(choice: Choice) -> None:
-    terms = list(choice.chosen.parts)
+    terms, has_room = list(choice.chosen.parts), console.is_wide()
     rows = [
         [
             f"{'→' if c.gate > 0 else ' '} {c.name}",
             *map(signed, (*c.parts.values(), sum(c.parts.values()), c.logit)),
             percent(c.confidence),
-            "█" * round(BAR * c.confidence),
+            *(["█" * round(BAR * c.confidence)] if has_room else []),
         ]
         for c in choice.candidates
     ]
-    columns = ["expert", *terms, "together", f"÷ {choice.temperature:.2f}", "confidence", ""]
-    console.table("", columns, rows, texts=(0, len(columns) - 1), framed=console.on_terminal())
+    columns = ["expert", *terms, "together", f"÷ {choice.temperature:.2f}", "confidence", *([""] if has_room else [])]
+    console.table("", columns, rows, texts=(0, len(terms) + 4), light=True)
 
 
 def sentences(choice: Choice) -> Iterator[str]:
@@ -114,6 +114,6 @@ def times(more: float, less: float) -> str:
 
 def _answers(explained: Explained, silent: dict[str, str]) -> None:
     rows = [[name, " ⏎ ".join(text.splitlines()) or "(nothing)"] for name, text in explained.answers.items()]
-    console.table("", ["who", "answer"], rows, texts=(0, 1), framed=console.on_terminal())
+    console.table("", ["who", "answer"], rows, texts=(0, 1), light=True)
     for name, reason in silent.items():
         console.say(f"no answer of {name}: {reason}")
