@@ -372,6 +372,8 @@ def test_an_expert_without_rivals_has_no_runner_up() -> None:
 
 def test_the_bars_of_an_expert_end_at_its_logit_against_the_mean() -> None:
     choice = chosen(0.6, 0.3, 0.1)
+    for candidate in choice.candidates:  # both terms pull the same way, so that they are stacked
+        candidate.parts.update(dict.fromkeys(candidate.parts, candidate.logit / 4))
     terms, sure = picture.draw(["a prompt"], [choice]).axes
     mean = sum(c.logit for c in choice.candidates) / 3
     expected = [c.logit - mean for c in choice.candidates[::-1]]
