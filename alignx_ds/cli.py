@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="directory of an aligned model, e.g. runs/world/model")
     generate.add_argument("prompts", nargs="+", help="one answer is printed for each")
     generate.add_argument("--max-new-tokens", type=int, default=64)
+    _add_explain_verb(verbs)
     compare = verbs.add_parser(
         "compare", help="mean and spread over finished runs", description="Mean and spread over finished runs."
     )
@@ -89,6 +90,20 @@ def _add_data_verbs(verbs: Any) -> None:
     preview.add_argument("recipe", help="a YAML file; see launch/recipes")
     preview.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that overrule the recipe's")
     preview.add_argument("--rows", type=int, default=2, help="rows shown of each axis (default: %(default)s)")
+
+
+def _add_explain_verb(verbs: Any) -> None:
+    explain = verbs.add_parser(
+        "explain",
+        help="which expert a prompt goes to, and why, and what every expert would answer",
+        description="Print and plot what the gates make of a prompt, and everybody's answers to it.",
+    )
+    explain.add_argument(
+        "run", type=Path, metavar="RUN_DIR", help="output directory of a finished run, e.g. runs/world"
+    )
+    explain.add_argument("prompts", nargs="+", metavar="PROMPT")
+    explain.add_argument("--out", type=Path, metavar="DIR", help="where the plots go (default: RUN_DIR/explain)")
+    explain.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_judge_verbs(verbs: Any) -> None:
@@ -126,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     reader = parser()
     args, extra = reader.parse_known_args(arguments)
     options = [text for text in extra if text.startswith("-")]
-    room = next((getattr(args, name) for name in ("overrides", "settings") if hasattr(args, name)), None)
+    room = next((getattr(args, name) for name in ("overrides", "settings", "prompts") if hasattr(args, name)), None)
     if options or (extra and room is None):
         reader.error(f"unrecognized arguments: {' '.join(extra)}")
     if room is not None:
@@ -139,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handlers = {
         "generate": _generate,
         "world": _world,
+        "explain": _explain,
         "compare": _compare,
         "data": _preview,
         "answer": _answer,
@@ -262,6 +278,16 @@ def _generate(args: argparse.Namespace) -> int:
 
     for text in answer(args.model, args.prompts, args.max_new_tokens):
         print(text)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from alignx_ds import distributed
+
+    distributed.prepare_environment()  # before DeepSpeed is imported, which else says what it found, into the JSON
+    from alignx_ds.evaluation.explain import explanation
+
+    explanation.show(args.run, args.prompts, args.out, as_json=args.json)
     return 0
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -17,6 +18,7 @@ from rich.text import Text
 from alignx_ds import distributed
 from alignx_ds.errors import visible
 
+WIDE = 100  # characters
 _console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
@@ -73,12 +75,21 @@ def progress(title: str, total: int) -> Iterator[Progress]:
         yield Progress(bar)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """The first column is text, the others are figures."""
-    grid = Table(title=plain(title, "italic"), title_justify="left", header_style="bold")
+def is_wide() -> bool:
+    """Whether a line has room for more than what is needed."""
+    return _console.width >= WIDE
+
+
+def table(
+    title: str, columns: list[str], rows: list[list[str]], *, texts: tuple[int, ...] = (0,), light: bool = False
+) -> None:
+    """The columns at these places are texts, the others are figures. `light`: no frame, and long texts are folded."""
+    grid = Table(title=plain(title, "italic") if title else None, title_justify="left", header_style="bold")
+    if light:
+        grid.box, grid.pad_edge = box.SIMPLE_HEAD if _console.is_terminal and is_wide() else None, False
     for number, column in enumerate(columns):
-        grid.add_column(plain(column), justify="left" if number == 0 else "right")
+        grid.add_column(plain(column), justify="left" if number in texts else "right", overflow="fold")
     for row in rows:
         grid.add_row(*map(plain, row))
     if distributed.is_main():
-        _console.print(grid)
+        _console.print(grid, soft_wrap=not light)

@@ -152,7 +152,9 @@ def test_a_malformed_command_shows_its_usage(arguments: list[str], capsys: pytes
     assert "usage: alignx-ds" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["run", "specialists", "align", "data", "answer", "judge", "generate", "world"])
+@pytest.mark.parametrize(
+    "verb", ["run", "specialists", "align", "data", "answer", "judge", "generate", "explain", "world"]
+)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
@@ -163,6 +165,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_options_may_stand_between_overrides() -> None:
     args = cli.parse(["run", "r.yaml", "a=1", "--dry-run", "b=2"])
     assert (args.overrides, args.dry_run) == (["a=1", "b=2"], True)
+    args = cli.parse(["explain", "runs/world", "one", "--json", "two"])
+    assert (args.prompts, args.json) == (["one", "two"], True)
 
 
 def dry_run(recipe: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:

@@ -21,7 +21,8 @@ STYLE = {
 }
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """As text, the same for the same figure."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -58,7 +59,7 @@ def _bars(plot: Axes, groups: dict[str, dict[str, float]], label: str) -> None:
 
 
 def scores(systems: dict[str, dict[str, Any]], groups: list[str]) -> str:
-    return _svg(draw_scores(systems, groups))
+    return svg(draw_scores(systems, groups))
 
 
 def perplexity(systems: dict[str, dict[str, float]]) -> str:
@@ -68,7 +69,7 @@ def perplexity(systems: dict[str, dict[str, float]]) -> str:
     _bars(plot, {a: {name: p[a] / systems[a][a] for name, p in systems.items()} for a in axes}, "%.2f")
     plot.axhline(1.0, color="#444444", linewidth=0.8, linestyle=":")
     plot.set_ylabel("perplexity / own specialist's")
-    return _svg(figure)
+    return svg(figure)
 
 
 def confusion(counts: list[list[int]], names: list[str]) -> str:
@@ -83,7 +84,7 @@ def confusion(counts: list[list[int]], names: list[str]) -> str:
     plot.set_yticks(range(len(names)), names)
     plot.set_xlabel("chosen expert")
     plot.set_ylabel("the prompt's own")
-    return _svg(figure)
+    return svg(figure)
 
 
 def losses(curves: dict[str, list[float]]) -> str:
@@ -95,4 +96,4 @@ def losses(curves: dict[str, list[float]]) -> str:
     plot.set_xlabel("optimizer step")
     plot.set_ylabel("training loss")
     plot.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return svg(figure)

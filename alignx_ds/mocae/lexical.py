@@ -29,13 +29,18 @@ class Lexicon(nn.Module):
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask [B, T], 1 on the tokens that count -> [B, E] fp32."""
+        scores: Tensor = self.shares(ids, mask).sum(-1).T + self.bias.float()
+        return scores
+
+    @torch.no_grad()
+    def shares(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What each token, and after them each pair of neighbours, brings to the scores: [B, T] -> [E, B, 2T − 1]."""
         buckets, inside = ngrams(ids, mask.to(ids.device))
         times = bucket_counts(ids, mask.to(ids.device)).gather(1, buckets).clamp_min(1)  # of each occurrence's bucket
         worth = (1 + times.log()) * self.rarity.float()[buckets] * inside  # all occurrences of a bucket share it
         length = (worth.square() / times).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        weights = self.weights.float()[:, buckets]  # [E, B, 2T − 1]
-        scores: Tensor = (weights * (worth / times / length)).sum(-1).T + self.bias.float()
-        return scores
+        shares: Tensor = self.weights.float()[:, buckets] * (worth / times / length)
+        return shares
 
 
 def ngrams(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

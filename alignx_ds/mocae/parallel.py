@@ -28,7 +28,8 @@ class Dispatch(nn.Module):
         self.num_experts = num_experts
         self.ep_group: object | None = None
         self.token_gates: Tensor | None = None  # [S, E] fp32, set by ParallelMixture for the call under way
-        self.padding_fraction = 0.0  # share of the dispatched slots that hold no token, of the last call
+        self.slots = 0  # that the last call dispatched,
+        self.padding_fraction = 0.0  # and the share of them that held no token
 
     def _set_ep_group(self, group: object) -> None:
         self.ep_group = group
@@ -45,7 +46,8 @@ class Dispatch(nn.Module):
         if self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         routes = max(1, int(chosen.sum(-1).max()))
-        self.padding_fraction = 1.0 - float(counts.sum()) / (int(capacity) * self.num_experts)
+        self.slots = int(capacity) * self.num_experts
+        self.padding_fraction = 1.0 - float(counts.sum()) / self.slots
         slot_of = chosen.cumsum(0) - 1
         values, experts = gates.topk(routes, dim=-1)  # [S, K]
         slots = slot_of.gather(-1, experts)

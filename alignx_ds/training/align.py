@@ -36,6 +36,7 @@ from alignx_ds.training.gates import gate_terms, sum_of
 from alignx_ds.training.keeper import KeeperOf
 from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
 from alignx_ds.training.losses import align_terms
+from alignx_ds.training.router_curves import RouterCurves, router_sums
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def align(job: AlignJob, keep: KeeperOf, made_from: dict[str, Any]) -> tuple[Ali
     engine = engines.start(model, parameter_groups(model, c), filled, plan)
     pad_id = pad_token(job.base.tokenizer)
     batches = partial(micro_batches, job.rows, plan, pad_id, c.seed)
+    keeper = replace(keeper, scribe=RouterCurves(c.expert_names, keeper.scribe))
     with console.progress("align", plan.steps) as bar:
         losses = train(engine, batches, _step_loss(c), plan, bar, keeper)
     trained = {name: t.detach().cpu() for name, t in engine.module.fused_state().items()}
@@ -257,7 +259,7 @@ def _step_loss(config: RunConfig) -> StepLoss:
             input_ids=b.input_ids, attention_mask=b.attention_mask, prompt_mask=b.prompt_mask, use_cache=False
         )
         terms = align_terms(engine.module, output.logits, b.labels, part.experts, part.lm_scale)
-        return terms.total(config.align), terms.scalars()
+        return terms.total(config.align), terms.scalars() | router_sums(engine.module, part)
 
     return step_loss
 

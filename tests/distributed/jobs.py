@@ -17,6 +17,7 @@ from problems import (
     LABELS,
     LOPSIDED,
     MODES,
+    NAMES,
     PAD,
     PARITY_ROWS,
     SEED,
@@ -54,6 +55,7 @@ from alignx_ds.specialists.vectors import add_task_vector, task_vectors
 from alignx_ds.training import align, engine, loop
 from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.losses import language_loss
+from alignx_ds.training.router_curves import RouterCurves
 
 
 def no_keeping(name: str, made_from: dict[str, Any]) -> Keeper:
@@ -140,9 +142,11 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
     groups = align.parameter_groups(model, config)
     made = engine.start(model, groups, engine.fill(template, plan, WORLD), plan)
     norms: list[float] = []
+    curves: list[dict[str, float]] = []
 
     def scribe(step: int, values: dict[str, float]) -> None:
         norms.append(float(made.get_global_grad_norm()))
+        curves.append(values)
 
     if forced:
         forced_rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
@@ -150,13 +154,15 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
     else:
         batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
     loss = forced_loss(config) if forced else align._step_loss(config)
-    losses = loop.train(made, batches, loss, plan, Progress(), Keeper("steps", scribe=scribe))
+    keeper = Keeper("steps", scribe=RouterCurves(NAMES, scribe))
+    losses = loop.train(made, batches, loss, plan, Progress(), keeper)
     state = made.module.fused_state()
     generalists = [layer.mixture.factors()[0] for layer in alignx_layers(made.module)]
     sides = [t for g in generalists for t in (*g.down.values(), *g.up.values())]
     made.destroy()
     weights = {n: t.detach().clone() for n, t in state.items()}
-    return {"losses": losses, "norms": norms, "weights": weights, "generalist": [bool(t.any()) for t in sides]}
+    generalist = [bool(t.any()) for t in sides]
+    return {"losses": losses, "norms": norms, "curves": curves, "weights": weights, "generalist": generalist}
 
 
 def forced_loss(config: Any) -> Callable[[Any, loop.MicroBatch], tuple[torch.Tensor, dict[str, float]]]:
@@ -174,8 +180,10 @@ def whole_stage(out: Path) -> dict[str, Any]:
     for ep_size in (1, 2)[:WORLD]:
         config = whole_stage_config(out / "base", ep_size)
         job = align.AlignJob(config, BaseModel(config.model), low_rank_experts(base_model()), STAGE_ROWS, KEPT_BACK)
-        model, losses = align.align(job, no_keeping, {})
-        found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses}
+        curves: list[dict[str, float]] = []
+        keeper = Keeper("stage2", scribe=lambda step, values, curves=curves: curves.append(values))
+        model, losses = align.align(job, lambda name, made_from, keeper=keeper: keeper, {})
+        found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses, "curves": curves}
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from direct import direct_figures
 from safetensors.torch import save_file
 from tiny_models import (
     ALIGNX_LAYERS,
@@ -43,7 +44,7 @@ from alignx_ds.config import (
     TrainConfig,
 )
 from alignx_ds.data.encode import Batch, Example, collate
-from alignx_ds.data.sampler import global_batches
+from alignx_ds.data.sampler import global_batches, share
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
@@ -52,6 +53,7 @@ from alignx_ds.training.loop import Rows
 from alignx_ds.training.losses import align_terms, answer_nll
 
 PAD, SEED = 0, 3
+NAMES = ["generalist", "a", "b", "c"]
 
 # Execution parity: (top_k, training).
 MODES = {"top1": (1, False), "top2": (2, False), "dense": (1, True)}
@@ -255,17 +257,26 @@ def align_in_plain_torch(kind: str, forced: bool) -> dict[str, Any]:
             [_part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))]
             for chosen in global_batches(len(EXAMPLES), c.batch, c.steps, SEED)
         ]
-    losses, norms = [], []
+    losses, norms, curves = [], [], []
     for number, [(b, experts, scale)] in enumerate(steps):
         overruled = one_hot(experts, EXPERTS).float() if forced else None
         logits = model(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
+        gates = [d.probabilities().tolist() for d in model.routing.decisions.values()]
+        curves.append(direct_figures(gates, experts.tolist(), NAMES))
         loss = align_terms(model, logits, b.labels, experts, scale).total(c)
         loss.backward()
         losses.append(float(loss.detach()))
         rate = schedule(number, c.warmup_steps, c.steps)
         norms.append(_clip_and_step(optimizer, list(parameters.values()), c.clip, rate))
     weights = {n: p.detach() for n, p in parameters.items()}
-    return {"losses": losses, "norms": norms, "weights": weights}
+    return {"losses": losses, "norms": norms, "curves": curves, "weights": weights}
+
+
+def step_tokens(step: int, rank: int, world: int) -> int:
+    """Of the rows that a rank works on in a step, pads apart."""
+    c = align_config(1, 1).align
+    chosen = list(global_batches(len(EXAMPLES), c.batch, c.steps, SEED))[step]
+    return sum(len(EXAMPLES[i].ids) for i in share(chosen, rank, world))
 
 
 def fine_tune_in_plain_torch() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import WAYS, align_config, align_in_plain_torch, mixture
+from problems import WAYS, align_config, align_in_plain_torch, mixture, step_tokens
 from worlds import Runs
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 5e-5}  # Adam divides rounding by rounding where a gradient is almost zero
@@ -29,6 +29,43 @@ def test_a_few_steps_give_plain_torch_s_weights(
         np.testing.assert_allclose(made["norms"], expected["norms"], rtol=1e-4)
         for name, weight in expected["weights"].items():
             assert float((made["weights"][name] - weight).abs().max()) < TOLERANCE[way.split()[0]], name
+
+
+@pytest.mark.parametrize(
+    ("world", "way"), [(world, way) for world, ways in WAYS.items() for way in ways if "forced" not in way]
+)
+def test_the_router_s_curves_are_those_of_all_rows(
+    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, way: str
+) -> None:
+    """On any ranks, in any number of micro batches; and padding is what the dispatch of all ranks holds of it."""
+    expected = oracles[way.split()[0], False]["curves"]
+    for part in runs.of(world, "steps"):
+        for number, (made, known) in enumerate(zip(part[way]["curves"], expected, strict=True)):
+            router = {name: value for name, value in made.items() if name.startswith("router/")}
+            padding = router.pop("router/padding")
+            assert router == pytest.approx(known, abs=2e-5)
+            if way.endswith("acc1"):
+                assert padding == pytest.approx(dispatched_padding(number, world, int(way.split()[1][2:])), abs=1e-6)
+
+
+def dispatched_padding(step: int, world: int, ep_size: int) -> float:
+    """In training every expert gets every token; a group's ranks agree on as many slots as its fullest needs."""
+    tokens = [step_tokens(step, rank, world) for rank in range(world)]
+    groups = [tokens[first : first + ep_size] for first in range(0, world, ep_size)]
+    return 1 - sum(tokens) / sum(max(group) * len(group) for group in groups)
+
+
+def test_some_dispatch_compared_does_hold_padding() -> None:
+    assert dispatched_padding(0, 2, 1) == 0
+    assert all(dispatched_padding(step, 2, 2) > 0.05 for step in range(align_config(1, 1).align.steps))
+
+
+def test_the_whole_stage_writes_the_router_s_curves(runs: Runs) -> None:
+    expected = runs.of(1, "whole_stage")[0]["ep1"]["curves"]
+    assert {"loss", "lm", "router/entropy", "router/own/c", "router/share/generalist"} <= expected[0].keys()
+    for made in runs.of(2, "whole_stage"):
+        for ours, theirs in zip(made["ep1"]["curves"], expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
 
 
 def test_the_steps_compared_do_train(oracles: dict[tuple[str, bool], dict[str, Any]]) -> None:

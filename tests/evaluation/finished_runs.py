@@ -1,0 +1,54 @@
+"""Directories of finished runs on the world's base model: calibrators fitted on real rows, the rest made at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from alignx_ds import manifest
+from alignx_ds.config import RunConfig, to_yaml
+from alignx_ds.inputs import Material
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.layer import gates_of
+from alignx_ds.specialists.base import BaseModel
+from alignx_ds.specialists.vectors import layer_file
+from alignx_ds.training.align import AlignJob, assemble, calibrate, fit_calibrators
+
+
+def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:
+    """What a run leaves that `explain` reads; its config names another directory, as after a move."""
+    source = torch.Generator().manual_seed(5)
+    root.mkdir()
+    (root / "config.yaml").write_text(to_yaml(config))
+    factors: dict[int, list[Factors]] = {layer: [] for layer in base.layers}
+    for axis in config.axes:
+        directory = root / "specialists" / axis
+        directory.mkdir(parents=True)
+        for layer in base.layers:
+            shapes = {p: base.weight(layer, p, torch.float32).shape for p in PROJECTIONS}
+            vectors = {f"task_vector.{p}": 0.1 * torch.randn(s, generator=source) for p, s in shapes.items()}
+            down = {p: 0.2 * torch.randn(2, s[1], generator=source) for p, s in shapes.items()}
+            up = {p: 0.2 * torch.randn(s[0], 2, generator=source) for p, s in shapes.items()}
+            factors[layer].append(Factors(down, up))
+            save_file(vectors, layer_file(directory, layer))
+        manifest.write(directory, {"axis": axis}, {})
+    write_model(config, base, root / "model", factors, source)
+    return root
+
+
+def write_model(
+    config: RunConfig, base: BaseModel, directory: Path, factors: dict[int, list[Factors]], source: torch.Generator
+) -> None:
+    data = Material.of(config, base).data
+    job = AlignJob(config, base, factors, data.train, data.kept_back)
+    model = assemble(job, fit_calibrators(job), None).eval()
+    for gate in gates_of(model).values():
+        weight = 0.2 * torch.randn(gate.router.weight.shape, generator=source)
+        gate.router.weight.data.copy_(weight)
+    calibrate(model, data.kept_back, 0, 64)
+    model.save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
+    made_of = {axis: manifest.fingerprint({"axis": axis}) for axis in config.axes}
+    manifest.write(directory, {"specialists": made_of}, {"losses": []})

@@ -1,0 +1,122 @@
+"""The router's curves against a direct computation over all rows, however they are cut, padded or dispatched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from direct import direct_figures
+from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
+from torch import Tensor
+
+from alignx_ds.data.encode import Batch, Example, collate
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.training.loop import MicroBatch
+from alignx_ds.training.router_curves import SUM, RouterCurves, router_sums
+
+NAMES = ["generalist", "helpful", "harmless", "honest"]
+ROWS = random_rows([5, 14, 7, 9, 3, 11, 8, 6])
+EXAMPLES = [Example(tuple(r), n) for r, n in zip(ROWS, [2, 6, 3, 8, 2, 4, 7, 5], strict=True)]
+LABELS = [1, 3, 0, 1, 1, 1, 3, 0]  # no row of expert 2, and the halves are unequal in what they hold
+CUTS = [[range(8)], [range(4), range(4, 8)], [range(2), range(2, 4), range(4, 6), range(6, 8)]]
+
+
+@pytest.fixture(scope="module", params=["shared", "per_layer"])
+def model(request: pytest.FixtureRequest) -> AlignXForCausalLM:
+    base = base_model()
+    return aligned(base, low_rank_experts(base), scope=request.param, placement=Placement(1, 0)).train()
+
+
+def passed(model: AlignXForCausalLM, chosen: range, wide: int = 0) -> MicroBatch:
+    """The micro batch of these rows, after its forward pass; `wide`: columns of padding, and lines of it."""
+    b = collate([EXAMPLES[i] for i in chosen], 0)
+    if wide:
+        b = Batch(*(widened(t, wide) for t in (b.input_ids, b.attention_mask, b.prompt_mask, b.labels)))
+    labels = torch.tensor([LABELS[i] for i in chosen] + [2] * wide)
+    model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False)
+    return MicroBatch(b, labels, 1.0)
+
+
+def widened(t: Tensor, by: int) -> Tensor:
+    return torch.nn.functional.pad(t, (by, by, 0, by))
+
+
+def mean(parts: list[dict[str, float]]) -> dict[str, float]:
+    """As the loop makes it, of micro batches and of ranks."""
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
+
+
+def written(values: dict[str, float]) -> dict[str, float]:
+    found = {}
+    RouterCurves(NAMES, lambda step, shown: found.update(shown))(1, values)
+    return found
+
+
+def direct(model: AlignXForCausalLM) -> dict[str, float]:
+    """From the decisions of one pass over all rows, prompts alone."""
+    ids, mask = padded([r[: e.prompt_length] for r, e in zip(ROWS, EXAMPLES, strict=True)])
+    with torch.no_grad():
+        model(ids, mask, use_cache=False)
+    decisions = list(model.routing.decisions.values())
+    return direct_figures([d.logits.softmax(-1).tolist() for d in decisions], LABELS, NAMES)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=len)
+def test_the_figures_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalLM, cut: list[range]) -> None:
+    made = written(mean([router_sums(model, passed(model, chosen)) for chosen in cut]))
+    assert made.pop("router/padding") == 0, "in training every expert gets every token of this rank"
+    assert made == pytest.approx(direct(model), abs=1e-5)
+    assert "router/own/harmless" not in made, "it has no row here"
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=len)
+def test_pads_count_for_nothing(model: AlignXForCausalLM, cut: list[range]) -> None:
+    plain = written(mean([router_sums(model, passed(model, chosen)) for chosen in cut]))
+    padded = written(mean([router_sums(model, passed(model, chosen, wide=3)) for chosen in cut]))
+    assert padded == pytest.approx(plain, abs=1e-5)
+
+
+def test_padding_is_a_share_of_all_dispatched_slots(model: AlignXForCausalLM) -> None:
+    """Not the mean of the layers' shares, nor that of the micro batches'."""
+    part = passed(model, range(4))
+    parts = []
+    for slots, empty in ((100, 0.5), (20, 0.0)):
+        for layer in alignx_layers(model):
+            assert isinstance(layer.mixture, ParallelMixture)
+            layer.mixture.dispatch.slots, layer.mixture.dispatch.padding_fraction = slots, empty
+        parts.append(router_sums(model, part))
+    assert written(mean(parts))["router/padding"] == pytest.approx(50 / 120)
+
+
+def test_serving_the_best_expert_leaves_slots_empty(model: AlignXForCausalLM) -> None:
+    """One row at a time: one expert has all its tokens, the others' slots are empty."""
+    model.eval()
+    sums = router_sums(model, passed(model, range(1, 2), wide=2))
+    model.train()
+    assert written(sums)["router/padding"] == pytest.approx(1 - 1 / len(NAMES))
+
+
+def test_without_a_dispatch_there_is_no_padding_to_speak_of() -> None:
+    base = base_model()
+    model = aligned(base, low_rank_experts(base)).train()
+    assert "router/padding" not in written(router_sums(model, passed(model, range(4))))
+
+
+def test_other_figures_pass_unchanged_and_no_sum_is_shown(model: AlignXForCausalLM) -> None:
+    shown = written({"loss": 1.5, **router_sums(model, passed(model, range(8)))})
+    assert shown["loss"] == 1.5
+    assert not any(name.startswith(SUM) for name in shown)
+    assert written({"loss": 1.5}) == {"loss": 1.5}
+
+
+def test_gates_that_are_no_numbers_have_no_figures(model: AlignXForCausalLM) -> None:
+    part = passed(model, range(8))
+    for layer, decision in model.routing.decisions.items():
+        logits = decision.logits.detach().clone()
+        logits[2] = torch.nan
+        model.routing.decisions[layer] = replace(decision, logits=logits)
+    finite = {name: value for name, value in router_sums(model, part).items() if value == value}
+    assert written(finite) == {}
