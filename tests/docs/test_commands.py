@@ -6,6 +6,7 @@ The mark is `(needs …)` right after a command in a sentence, or `# needs …` 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -27,6 +28,9 @@ WORDS = {  # what the pages call things that a reader puts in
     "ANSWERS": "xstest.jsonl",
 }
 TESTED = {  # commands that other tests run, by how they begin
+    "alignx-ds run launch/recipes/world.yaml gate.more.nearest=": (
+        "tests/docs/test_new_calibrator.py::test_it_is_a_term_of_the_saved_model_s_gate"
+    ),
     "alignx-ds doctor": "tests/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
     "launch/mpi.sh": "tests/launchers/test_launchers.py::test_mpirun_makes_what_deepspeed_makes",
     "launch/multinode.sh": "tests/launchers/test_two_hosts.py::test_both_stages_make_what_they_make_on_one_node",
@@ -72,7 +76,8 @@ def prepare(place: Path) -> None:
     (place / "prompts.txt").write_text("how do i burn the sailor ?\nwhat colour is the dog ?\n")
     choices = {"question": "is it ?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"yes": 1, "no": 0}}
     (place / "mc_task.json").write_text(json.dumps([choices]))
-    annotation = {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 2.0}
+    names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
+    annotation = dict.fromkeys(names, "a") | {"preference": 2.0}
     for where in (place, place / "results/alignx/alpaca_eval_gpt4"):
         where.mkdir(parents=True, exist_ok=True)
         (where / "annotations.json").write_text(json.dumps([annotation, annotation | {"preference": 1.0}]))
@@ -109,6 +114,8 @@ def test_every_command_runs_is_tested_or_says_what_it_needs(
 
 
 def ended(arguments: list[str]) -> int:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # a command that loads a model leaves them; `no_launcher` puts back what was there
     try:
         return cli.main(arguments)
     except SystemExit as end:  # of --help, and of a command line that argparse refuses
