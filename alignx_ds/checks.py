@@ -26,6 +26,7 @@ from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
 from alignx_ds.evaluation.judges.registry import JUDGES
 from alignx_ds.evaluation.likelihood import MEASURES
+from alignx_ds.mocae.gate import CALIBRATORS
 from alignx_ds.shapes import shape
 from alignx_ds.specialists.adapters import WANTED, Adapter
 from alignx_ds.specialists.base import BaseModel, Planned
@@ -146,6 +147,7 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         "gate.fractal": c.gate.fractal,
         "gate.natural": c.gate.natural,
         "gate.lexical": c.gate.lexical,
+        **{f"gate.more.{name}": weight for name, weight in c.gate.more.items()},
         **{f"evaluation.sets.{name}.rows": s.rows for name, s in c.evaluation.sets.items()},
     }
     positive = {"gate.temperature": c.gate.temperature, "gate.granularity": c.gate.granularity}
@@ -176,6 +178,9 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
     yield from (
         Problem(k, v, "a finite number above 0", "make it positive") for k, v in positive.items() if not 0 < v < inf
     )
+    for name in sorted(set(c.gate.more) - set(CALIBRATORS)):
+        known = f"a calibrator of {', '.join(CALIBRATORS) or 'CALIBRATORS, which has none'}"
+        yield Problem(f"gate.more.{name}", c.gate.more[name], known, "docs/extending.md says how one is added")
     if not 2 <= c.gate.scales <= MOST_SCALES:
         mend = "a slope over scales needs two of them, and each doubles the width"
         yield Problem("gate.scales", c.gate.scales, f"2 to {MOST_SCALES}", mend)

@@ -136,6 +136,7 @@ class GateConfig:
     fractal: float = 0.6  # λ₁
     natural: float = 0.4  # λ₂
     lexical: float = 1.0  # λ₃, of the words' own score; 0 is the paper's gate
+    more: dict[str, float] = field(default_factory=dict)  # weights of further calibrators, by their names
     temperature: float = 1.0  # of the linear router's softmax
     fractal_dimensions: int = 4  # leading latent dimensions in which the fractal score lives
     anchors: int = 64  # k-means anchors per expert

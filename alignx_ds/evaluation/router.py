@@ -16,16 +16,16 @@ from alignx_ds.inputs import Inputs, RowSet
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.specialists.base import BaseModel
-from alignx_ds.training.gates import TERMS, gate_terms, sum_of
+from alignx_ds.training.gates import gate_terms, sum_of
 
-ABLATIONS: dict[str, tuple[str, ...]] = {
+ABLATIONS: dict[str, tuple[str, ...]] = {  # no terms named: all that the gate has
     "linear": ("linear",),
     "fractal": ("fractal",),
     "natural": ("natural",),
     "lexical": ("lexical",),
     "fractal + natural": ("fractal", "natural"),
     "fractal + natural + lexical": ("fractal", "natural", "lexical"),
-    "all": TERMS,
+    "all": (),
 }
 
 
@@ -49,7 +49,7 @@ def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, confi
     known, labels = torch.tensor(data.kept_back.experts), torch.tensor(data.routed.experts)
     temperature = float(gate.calibration_temperature)
     ablations = {}
-    for name, terms in ABLATIONS.items():
+    for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
         t = fit_temperature(sum_of(fitted, *terms), known)
         ablations[name] = router_figures(sum_of(tested, *terms) / t, labels)
     logits = sum_of(tested)

@@ -5,12 +5,14 @@ Shapes: ... any leading dimensions, d hidden size, k latent size, E experts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
@@ -20,13 +22,17 @@ NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """λ₁, λ₂ and the softmax temperature of the paper, our λ₃, and how many experts a query may reach."""
+    """λ₁, λ₂ and the softmax temperature of the paper, our λ₃, and how many experts a query may reach.
+
+    `more` holds the weights of further calibrators, by their names in CALIBRATORS.
+    """
 
     fractal_weight: float = 0.6
     natural_weight: float = 0.4
     lexical_weight: float = 1.0
     temperature: float = 1.0
     top_k: int = 1
+    more: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Query:
 
     features: Tensor
     words: Tensor
+
+
+Calibrator = Callable[[Tensor, Geometry, Query], Tensor]  # whitened latent [..., k], geometry, query -> score [..., E]
+CALIBRATORS: dict[str, Calibrator] = {}  # further terms, beside the three that every gate has (docs/extending.md)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Router(nn.Linear):
 
 
 class CalibratedGate(nn.Module):
-    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical) / T_cal, z a query's whitened latent.
+    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal, z a query's whitened latent.
 
     The geometry is a set of buffers: it is fitted, never trained. `calibration_temperature` is the post-hoc T_cal.
     """
@@ -65,6 +75,9 @@ class CalibratedGate(nn.Module):
 
     def __init__(self, geometry: Geometry, settings: GateSettings) -> None:
         super().__init__()
+        for name in settings.more.keys() - CALIBRATORS.keys():
+            mend = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
+            raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", mend))
         self.settings = settings
         self.router = Router(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.router.weight)
@@ -77,7 +90,7 @@ class CalibratedGate(nn.Module):
         return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
 
     def parts(self, query: Query) -> dict[str, Tensor]:
-        """The four terms of the logits, each [..., E], before the post-hoc temperature."""
+        """The terms of the logits, each [..., E], before the post-hoc temperature."""
         g = self.geometry
         z = (query.features.float() - g.centre.float()) @ g.projection.float().T
         fractal = fractal_score(
@@ -90,6 +103,7 @@ class CalibratedGate(nn.Module):
             "natural": self.settings.natural_weight * (natural - g.score_shift[1]) / g.score_scale[1],
             "lexical": self.settings.lexical_weight * query.words.float(),
         }
+        terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
         return {name: term.masked_fill(g.present == 0, NEVER) for name, term in terms.items()}
 
     def forward(self, query: Query) -> Decision:

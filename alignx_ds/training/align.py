@@ -92,6 +92,7 @@ def model_config(job: AlignJob) -> AlignXConfig:
                 lexical_weight=c.gate.lexical,
                 temperature=c.gate.temperature,
                 top_k=c.gate.top_k,
+                more=c.gate.more,
             )
         ),
         latent_size=c.gate.latent,

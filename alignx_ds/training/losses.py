@@ -70,7 +70,7 @@ def gating_terms(
     gates = log_gates.exp()
     with torch.no_grad():
         parts = gate.parts(query)
-        prior = (parts["fractal"] + parts["natural"] + parts["lexical"]).log_softmax(-1)
+        prior = torch.stack([term for name, term in parts.items() if name != "linear"]).sum(0).log_softmax(-1)
     entropy = -(gates * log_gates).sum(-1).mean()
     return functional.nll_loss(log_gates, experts), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 

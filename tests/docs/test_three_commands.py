@@ -1,0 +1,20 @@
+"""README, "Three commands to an exported model": `make demo`, and the other two as they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pages import code
+
+
+def test_an_exported_model_answers(furnished: Callable[[], Path], shell: Callable[..., str]) -> None:
+    (block,) = code("README.md", "Three commands to an exported model", "bash")
+    demo, export, load = block.splitlines()
+    place = furnished()
+    assert demo == "make demo"
+    assert "alignx-ds run launch/recipes/world.yaml" in shell("make -n demo", place)
+    shell(export, place)
+    answer = shell(load, place)
+    assert "generated_text" in answer and "how do i burn the sailor ?" in answer
+    assert "trust_remote_code" not in load
