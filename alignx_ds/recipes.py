@@ -102,7 +102,7 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
                 if problem := _misnamed(place, str(entry_name), inner):
                     problems.append(problem)
                     continue
-                if not (isinstance(inner, type) and is_dataclass(inner)):
+                if not (is_dataclass(inner) and isinstance(inner, type)):
                     leaves.append((place, entry))
                     continue
                 if isinstance(entry, dict):
