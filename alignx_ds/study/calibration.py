@@ -1,0 +1,220 @@
+"""Figure 5: how far the confidence of the router and of the answers can be believed, before and after a temperature.
+
+ECE is without a temperature. ECE-t is with the one that was fitted on rows kept back from training, asked without
+examples (Guo et al. 2017); "refitted" is fitted on the same rows asked with as many examples as the held-out ones.
+Examples are training rows of the question's own axis: they tell the router the axis, and make the prompt unlike all
+that it was fitted on.
+
+The answers' confidence is the softmax of the log-probabilities of the best answer and the incorrect ones, as MC1 has
+them; rows without incorrect answers take no part.
+
+Shapes: N rows, E experts or answers to choose from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignx_ds import console
+from alignx_ds.data.rows import Row
+from alignx_ds.evaluation.calibration import BINS, fit_temperature, router_figures
+from alignx_ds.evaluation.likelihood import likelihoods
+from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.study import drawing
+from alignx_ds.study.shots import Shots
+from alignx_ds.study.subject import SYSTEMS, Subject
+from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.training.loop import Rows
+
+COUNTS = (0, 1, 3)  # examples in the prompt
+NEVER = -1e9  # the logit of an answer that a question with fewer of them does not have
+Pool = dict[str, list[Row]]  # by expert: the rows that examples are drawn from
+Owned = list[tuple[str, Row]]
+AFTER = {"none": "before", "own": "with its own temperature", "refitted": "temperature refitted"}
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """By number of examples: the router's figures, and every system's multiple choice."""
+    training = subject.training()
+    pool = {name: rows for name, (rows, _) in training.items()}
+    back = [(name, row) for name, (_, rows) in training.items() for row in rows]
+    limit = int(getattr(subject.base.config, "max_position_embeddings", 0) or subject.config.model.max_length)
+    shots = Shots(subject.base.tokenizer, subject.config.seed, limit)
+    asked = {"kept back": _of_choice(back), "held out": _of_choice(subject.held_out())}
+    answers: dict[str, Any] = {}
+    with console.progress("calibration", (1 + len(SYSTEMS)) * len(COUNTS)) as bar:
+        for name in SYSTEMS:
+            model = subject.system(name)
+            if name == "alignx":
+                assert isinstance(model, AlignXForCausalLM)
+                router = _router(model, subject, shots, pool, back, bar.advance)
+            if all(asked.values()):
+                logits = {
+                    count: tuple(_choices(model, subject, shots, pool, some, count) for some in asked.values())
+                    for count in COUNTS
+                }
+                answers[name] = _by_count({k: (f, _zeros(f), t, _zeros(t)) for k, (f, t) in logits.items()})
+            bar.advance(by=len(COUNTS))
+    return {
+        "examples": list(COUNTS),
+        "bins": BINS,
+        "rows": {
+            "router": {"kept back": len(back), "held out": len(subject.held_out())},
+            "answers": {side: len(some) for side, some in asked.items()},
+        },
+        "router": router,
+        "answers": answers,
+    }
+
+
+def _of_choice(owned: Owned) -> Owned:
+    """Rows of the axes that have a best answer and incorrect ones beside it."""
+    return [(name, row) for name, row in owned if row.response and row.incorrect and name != "generalist"]
+
+
+def _router(
+    model: AlignXForCausalLM, subject: Subject, shots: Shots, pool: Pool, back: Owned, advance: Any
+) -> dict[str, Any]:
+    """The lowest gate's, as in the run's report."""
+    names, lowest = subject.config.expert_names, min(gates_of(model))
+    found = {}
+    for count in COUNTS:
+        both: list[Tensor] = []
+        for owned in (back, subject.held_out()):
+            examples = [shots.encoded(row, shots.examples(pool[name], row, count), ())[0] for name, row in owned]
+            rows = Rows(examples, [names.index(name) for name, _ in owned])
+            terms = gate_terms(model, rows, subject.pad_id, subject.batch)
+            both += [sum_of(terms[lowest]), torch.tensor(rows.experts)]
+        found[count] = (both[0], both[1], both[2], both[3])
+        advance()
+    return _by_count(found)
+
+
+def _choices(model: PreTrainedModel, subject: Subject, shots: Shots, pool: Pool, owned: Owned, count: int) -> Tensor:
+    """[N, E]: the log-probability of each answer, the best one first."""
+    groups = [
+        shots.encoded(row, shots.examples(pool[name], row, count), (row.response, *row.incorrect))
+        for name, row in owned
+    ]
+    flat = iter(likelihoods(model, [e for group in groups for e in group], subject.pad_id, subject.batch))
+    logits = torch.full((len(groups), max(map(len, groups))), NEVER, dtype=torch.float64)
+    for line, group in enumerate(groups):
+        logits[line, : len(group)] = torch.tensor([next(flat).log_probability for _ in group], dtype=torch.float64)
+    return logits
+
+
+def _zeros(logits: Tensor) -> Tensor:
+    return torch.zeros(len(logits), dtype=torch.long)
+
+
+def _by_count(found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    """(kept-back logits, labels, held-out logits, labels) by number of examples -> figures by number of examples."""
+    own = fit_temperature(*found[0][:2])
+    return {str(count): calibrated(*four, own) for count, four in found.items()}
+
+
+def calibrated(fitted: Tensor, known: Tensor, tested: Tensor, labels: Tensor, own: float) -> dict[str, Any]:
+    """Figures and reliability without a temperature, with `own`, and with the one that these kept-back rows give."""
+    temperatures = {"none": 1.0, "own": own, "refitted": fit_temperature(fitted, known)}
+    figures = {name: router_figures(tested / t, labels) for name, t in temperatures.items()}
+    return {
+        "temperatures": temperatures,
+        "accuracy": figures["none"]["accuracy"],
+        "ece": figures["none"]["ece"],
+        "ece_t": figures["own"]["ece"],
+        "ece_t_refitted": figures["refitted"]["ece"],
+        **{f"{metric}_{name}": figures[name][metric] for metric in ("brier", "nll") for name in figures},
+        "reliability": {name: reliability((tested / t).softmax(-1), labels) for name, t in temperatures.items()},
+    }
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and number of rows of every bin that has any; probabilities [N, E], labels [N].
+
+    The bins are those of `expected_calibration_error`, which is their mean gap, weighted by their rows.
+    """
+    confidence, chosen = probabilities.double().max(-1)
+    hit = (chosen == labels).double()
+    index = (confidence * bins).long().clamp_max(bins - 1)
+    return [
+        {
+            "confidence": float(confidence[index == b].mean()),
+            "accuracy": float(hit[index == b].mean()),
+            "rows": int((index == b).sum()),
+        }
+        for b in sorted(set(index.tolist()))
+    ]
+
+
+def show(content: dict[str, Any]) -> None:
+    columns = ["examples", "accuracy", "ECE", "ECE-t", "refitted", "Brier", "Brier-t", "refitted"]
+    keys = ("accuracy", "ece", "ece_t", "ece_t_refitted", "brier_none", "brier_own", "brier_refitted")
+    everyone = {"router": content["router"], **{f"answers of {n}": seen for n, seen in content["answers"].items()}}
+    for name, seen in everyone.items():
+        rows = [[count, *(f"{figures[key]:.4f}" for key in keys)] for count, figures in seen.items()]
+        console.table(f"Calibration: {name}", columns, rows)
+
+
+def draw(content: dict[str, Any]) -> Figure:
+    """A row for the router and one for AlignX's answers: reliability by number of examples, then ECE and Brier."""
+    both = {"router": content["router"], "answers (AlignX)": content["answers"].get("alignx")}
+    present = {name: seen for name, seen in both.items() if seen}
+    with drawing.styled():
+        figure = drawing.figure(11.5, 3.2 * len(present))
+        plots = figure.subplots(
+            len(present), len(COUNTS) + 2, squeeze=False, width_ratios=[1.25] * len(COUNTS) + [1, 1]
+        )
+        for line, (name, seen) in zip(plots, present.items(), strict=True):
+            for plot, (count, figures) in zip(line, seen.items(), strict=False):
+                _diagram(plot, figures)
+                plot.set_title(f"{name}, {_shots(count)}")
+            line[0].set_ylabel("accuracy")
+            _bars(line[-2], seen, {"none": "ece", "own": "ece_t", "refitted": "ece_t_refitted"}, "ECE ↓")
+            _bars(line[-1], seen, {name: f"brier_{name}" for name in AFTER}, "Brier ↓")
+        for plot in plots[-1][: len(COUNTS)]:
+            plot.set_xlabel("confidence")
+        for plot in plots[-1][len(COUNTS) :]:
+            plot.set_xlabel("examples in the prompt")
+        handles, labels = plots[0][-1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+        return figure
+
+
+TINTS = {"none": "#D55E00", "own": drawing.LOUD, "refitted": "#009E73"}
+
+
+def _shots(count: str) -> str:
+    return "zero-shot" if count == "0" else f"{count}-shot"
+
+
+def _diagram(plot: Any, figures: dict[str, Any]) -> None:
+    """Dots are bins, as large as the share of the rows in them; the diagonal is perfect calibration."""
+    plot.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
+    for name, bins in figures["reliability"].items():
+        total = sum(b["rows"] for b in bins)
+        x, y = ([b[key] for b in bins] for key in ("confidence", "accuracy"))
+        sizes = [8 + 130 * b["rows"] / total for b in bins]
+        plot.plot(x, y, color=TINTS[name], linewidth=0.9, alpha=0.6)
+        plot.scatter(x, y, s=sizes, color=TINTS[name], alpha=0.75, linewidths=0)
+    plot.set_xlim(0, 1.05)
+    plot.set_ylim(-0.03, 1.06)
+    plot.text(0.04, 0.96, f"accuracy {figures['accuracy']:.3f}", fontsize=8, va="top")
+
+
+def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> None:
+    values = np.array([[figures[key] for key in keys.values()] for figures in seen.values()])
+    for number, name in enumerate(keys):
+        bars = plot.bar(
+            np.arange(len(seen)) + (number - 1) * 0.28, values[:, number], 0.26, color=TINTS[name], label=AFTER[name]
+        )
+        plot.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
+    plot.set_ylim(0, max(0.1, float(values.max()) * 1.15))
+    plot.set_xticks(range(len(seen)), list(seen))
+    plot.set_title(title)
