@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignx_ds import console
+from alignx_ds.data.encode import Example
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.calibration import BINS, fit_temperature, router_figures
 from alignx_ds.evaluation.likelihood import likelihoods
@@ -35,7 +36,6 @@ from alignx_ds.training.loop import Rows
 
 COUNTS = (0, 1, 3)  # examples in the prompt
 NEVER = -1e9  # the logit of an answer that a question with fewer of them does not have
-Pool = dict[str, list[Row]]  # by expert: the rows that examples are drawn from
 Owned = list[tuple[str, Row]]
 AFTER = {"none": "before", "own": "with its own temperature", "refitted": "temperature refitted"}
 
@@ -43,23 +43,21 @@ AFTER = {"none": "before", "own": "with its own temperature", "refitted": "tempe
 def measure(subject: Subject) -> dict[str, Any]:
     """By number of examples: the router's figures, and every system's multiple choice."""
     training = subject.training()
-    pool = {name: rows for name, (rows, _) in training.items()}
+    pools = {name: [row for row in rows if row.response] for name, (rows, _) in training.items()}
     back = [(name, row) for name, (_, rows) in training.items() for row in rows]
     limit = int(getattr(subject.base.config, "max_position_embeddings", 0) or subject.config.model.max_length)
-    shots = Shots(subject.base.tokenizer, subject.config.seed, limit)
+    shots = Shots(subject.base.tokenizer, subject.config.seed, limit, pools)
     asked = {"kept back": _of_choice(back), "held out": _of_choice(subject.held_out())}
+    groups = {count: [_answers(some, shots, count) for some in asked.values()] for count in COUNTS}
     answers: dict[str, Any] = {}
     with console.progress("calibration", (1 + len(SYSTEMS)) * len(COUNTS)) as bar:
         for name in SYSTEMS:
             model = subject.system(name)
             if name == "alignx":
                 assert isinstance(model, AlignXForCausalLM)
-                router = _router(model, subject, shots, pool, back, bar.advance)
+                router = _router(model, subject, shots, back, bar.advance)
             if all(asked.values()):
-                logits = {
-                    count: tuple(_choices(model, subject, shots, pool, some, count) for some in asked.values())
-                    for count in COUNTS
-                }
+                logits = {count: [_choices(model, subject, some) for some in both] for count, both in groups.items()}
                 answers[name] = _by_count({k: (f, _zeros(f), t, _zeros(t)) for k, (f, t) in logits.items()})
             bar.advance(by=len(COUNTS))
     return {
@@ -79,16 +77,14 @@ def _of_choice(owned: Owned) -> Owned:
     return [(name, row) for name, row in owned if row.response and row.incorrect and name != "generalist"]
 
 
-def _router(
-    model: AlignXForCausalLM, subject: Subject, shots: Shots, pool: Pool, back: Owned, advance: Any
-) -> dict[str, Any]:
+def _router(model: AlignXForCausalLM, subject: Subject, shots: Shots, back: Owned, advance: Any) -> dict[str, Any]:
     """The lowest gate's, as in the run's report."""
     names, lowest = subject.config.expert_names, min(gates_of(model))
     found = {}
     for count in COUNTS:
         both: list[Tensor] = []
         for owned in (back, subject.held_out()):
-            examples = [shots.encoded(row, shots.examples(pool[name], row, count), ())[0] for name, row in owned]
+            examples = [shots.encoded(row, shots.examples(name, row, count), ())[0] for name, row in owned]
             rows = Rows(examples, [names.index(name) for name, _ in owned])
             terms = gate_terms(model, rows, subject.pad_id, subject.batch)
             both += [sum_of(terms[lowest]), torch.tensor(rows.experts)]
@@ -97,12 +93,13 @@ def _router(
     return _by_count(found)
 
 
-def _choices(model: PreTrainedModel, subject: Subject, shots: Shots, pool: Pool, owned: Owned, count: int) -> Tensor:
-    """[N, E]: the log-probability of each answer, the best one first."""
-    groups = [
-        shots.encoded(row, shots.examples(pool[name], row, count), (row.response, *row.incorrect))
-        for name, row in owned
-    ]
+def _answers(owned: Owned, shots: Shots, count: int) -> list[list[Example]]:
+    """Every row's prompt with each of its answers, the best one first."""
+    return [shots.encoded(row, shots.examples(name, row, count), (row.response, *row.incorrect)) for name, row in owned]
+
+
+def _choices(model: PreTrainedModel, subject: Subject, groups: list[list[Example]]) -> Tensor:
+    """[N, E]: the log-probability of each answer."""
     flat = iter(likelihoods(model, [e for group in groups for e in group], subject.pad_id, subject.batch))
     logits = torch.full((len(groups), max(map(len, groups))), NEVER, dtype=torch.float64)
     for line, group in enumerate(groups):
@@ -205,7 +202,7 @@ def _diagram(plot: Any, figures: dict[str, Any]) -> None:
         plot.scatter(x, y, s=sizes, color=TINTS[name], alpha=0.75, linewidths=0)
     plot.set_xlim(0, 1.05)
     plot.set_ylim(-0.03, 1.06)
-    plot.text(0.04, 0.96, f"accuracy {figures['accuracy']:.3f}", fontsize=8, va="top")
+    plot.text(1.03, 0.0, f"accuracy {figures['accuracy']:.3f}", fontsize=8, ha="right")
 
 
 def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> None:
@@ -214,7 +211,7 @@ def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> 
         bars = plot.bar(
             np.arange(len(seen)) + (number - 1) * 0.28, values[:, number], 0.26, color=TINTS[name], label=AFTER[name]
         )
-        plot.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
-    plot.set_ylim(0, max(0.1, float(values.max()) * 1.15))
+        plot.bar_label(bars, fmt="%.3f", fontsize=6, padding=2, rotation=90)
+    plot.set_ylim(0, max(0.01, float(values.max()) * 1.25))
     plot.set_xticks(range(len(seen)), list(seen))
     plot.set_title(title)

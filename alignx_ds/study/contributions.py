@@ -154,7 +154,7 @@ def draw(content: dict[str, Any]) -> Figure:
     with drawing.styled():
         figure = drawing.figure(11.5, 7.4)
         top, bottom = drawing.stacked(figure, [1.15, 1.0])
-        routing, scores, counts = top.subplots(1, 3, width_ratios=[4, 3, 2.6])
+        routing, scores, counts = top.subplots(1, 3, width_ratios=[4, 2.8, 3])
         _routing(routing, content)
         _scores(scores, content)
         _counts(counts, content)
@@ -202,7 +202,7 @@ def _counts(plot: Any, content: dict[str, Any]) -> None:
         plot.set_ylim(0, 128)
         plot.set_yticks(range(0, 101, 20))
     plot.legend(frameon=False, fontsize=7, ncols=len(axes), loc="upper center", columnspacing=0.8, handlelength=1.0)
-    plot.set_title(f"c  {key} by experts that answer")
+    plot.set_title(f"c  {key}, by top-k")
 
 
 def _bars(plot: Any, content: dict[str, Any]) -> None:
@@ -210,11 +210,11 @@ def _bars(plot: Any, content: dict[str, Any]) -> None:
     kinds = {
         "probability_before_temperature": ("probability before temperature", drawing.QUIET),
         "probability": ("calibrated probability", drawing.LOUD),
-        "chosen": ("chosen (top 1)", "#1d3b53"),
+        "chosen": ("share chosen", "#1d3b53"),
     }
     for number, (key, (label, colour)) in enumerate(kinds.items()):
         bars = plot.bar(np.arange(len(experts)) + (number - 1) * 0.27, seen[key], 0.25, color=colour, label=label)
-        plot.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+        plot.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
     plot.set_xticks(range(len(experts)), experts)
     plot.set_ylim(0, max(max(seen[key]) for key in kinds) * 1.45)
     plot.set_ylabel("mean over held-out prompts")
@@ -230,4 +230,4 @@ def _types(plot: Any, content: dict[str, Any]) -> None:
     names = [f"{kind} ({s['prompts']})" for kind, s in seen.items()]
     picture = drawing.heat(plot, soft, names, experts, texts=texts, span=(0, 1))
     plot.figure.colorbar(picture, ax=plot, label="probability before temperature", fraction=0.05)
-    plot.set_title("e  query type × expert: share answered (numbers)")
+    plot.set_title("e  query type × expert: share of the prompts that it answers")

@@ -30,7 +30,8 @@ NAMES = {"alignx": "AlignX"}
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each expert or axis: the generalist is grey, axes keep theirs in every figure."""
     axes = [name for name in names if name != "generalist"]
-    return {"generalist": "#888888"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(axes)}
+    own = {"generalist": "#888888"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(axes)}
+    return {name: own[name] for name in names}
 
 
 def shown(name: str) -> str:

@@ -60,6 +60,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         },
         "moved": {name: moved(behind["base"], behind[name], axes) for name in SYSTEMS if name != "base"},
         "axis_of": axes,
+        "harmful": [row.harmful for _, row in owners],
         "pca": _pca(behind, subject.config.seed),
         "tsne": {name: _tsne(points, subject.config.seed) for name, points in behind.items()},
     }
@@ -155,8 +156,8 @@ def show(content: dict[str, Any]) -> None:
 def draw(content: dict[str, Any]) -> Figure:
     """PCA and t-SNE scatters, a column a system; below, the indices."""
     with drawing.styled():
-        figure = drawing.figure(11.0, 7.6)
-        scatters, bars = drawing.stacked(figure, [5.2, 2.0])
+        figure = drawing.figure(11.5, 7.8)
+        scatters, bars = drawing.stacked(figure, [5.2, 2.4])
         panels = scatters.subplots(2, len(SYSTEMS), squeeze=False)
         for row, kind in enumerate(("pca", "tsne")):
             for column, name in enumerate(SYSTEMS):
@@ -169,15 +170,23 @@ def draw(content: dict[str, Any]) -> Figure:
         _share_limits(list(panels[0]))
         handles, labels = panels[0][0].get_legend_handles_labels()
         scatters.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, markerscale=2.2)
-        _bars(bars.subplots(1, len(LABELS)), content)
+        *plots, last = bars.subplots(1, len(LABELS) + 1)
+        _bars(plots, content)
+        _moves(last, content)
+        bars.legend(*plots[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
         return figure
 
 
 def _scatter(plot: Any, content: dict[str, Any], kind: str, name: str) -> None:
     points, axes = np.array(content[kind][name]), np.array(content["axis_of"])
+    harmful = np.array(content["harmful"])
+    look = {"alpha": 0.65, "linewidths": 0, "rasterized": True}
     for axis, colour in drawing.colours(list(content["prompts"])).items():
-        own = points[axes == axis]
-        plot.scatter(own[:, 0], own[:, 1], s=7, color=colour, alpha=0.65, linewidths=0, label=axis, rasterized=True)
+        own = points[(axes == axis) & ~harmful]
+        plot.scatter(own[:, 0], own[:, 1], s=8, color=colour, label=axis, **look)
+        harm = points[(axes == axis) & harmful]
+        if len(harm):
+            plot.scatter(harm[:, 0], harm[:, 1], s=14, color="#5c2400", marker="^", label=f"{axis}: harmful", **look)
     plot.set_xticks([])
     plot.set_yticks([])
     plot.spines[["top", "right"]].set_visible(True)
@@ -201,4 +210,15 @@ def _bars(plots: Any, content: dict[str, Any]) -> None:
             plot.bar(np.arange(len(SYSTEMS)) + offset, values, 0.38, color=colour, label=title)
         plot.set_title(label)
         plot.set_xticks(range(len(SYSTEMS)), [drawing.shown(name) for name in SYSTEMS], rotation=35, ha="right")
-    plots[0].legend(frameon=False, fontsize=7, loc="best")
+        if index == "calinski_harabasz":
+            plot.set_yscale("log")
+
+
+def _moves(plot: Any, content: dict[str, Any]) -> None:
+    systems, axes = list(content["moved"]), list(content["prompts"])
+    width = 0.8 / len(axes)
+    for number, (axis, colour) in enumerate(drawing.colours(axes).items()):
+        places = np.arange(len(systems)) + (number - (len(axes) - 1) / 2) * width
+        plot.bar(places, [content["moved"][name].get(axis, 0.0) for name in systems], width * 0.92, color=colour)
+    plot.set_title("moved / spread")
+    plot.set_xticks(range(len(systems)), [drawing.shown(name) for name in systems], rotation=35, ha="right")

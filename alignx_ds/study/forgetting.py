@@ -151,15 +151,15 @@ def draw(content: dict[str, Any]) -> Figure:
     along = {name: seen for name, seen in content["along"].items() if seen}
     key = content["measure"]
     with drawing.styled():
-        figure = drawing.figure(11.0, 2.6 + 1.75 * len(along))
-        top, *below = drawing.stacked(figure, [2.5, *[1.75] * len(along)])
+        figure = drawing.figure(11.0, 2.6 + 1.9 * len(along))
+        top, *below = drawing.stacked(figure, [2.5, *[1.9] * len(along)])
         both = ["scores", "perplexity"] if content["forgetting"] else ["perplexity"]
         for plot, what in zip(top.subplots(1, len(both), squeeze=False)[0], both, strict=True):
             _matrix(plot, content, what)
         for part, (name, seen) in zip(below, along.items(), strict=True):
             plot = part.subplots()
             _strip(plot, seen, content, key)
-            plot.set_title(f"{name} fine-tuning, step by step")
+            plot.set_title(f"{name} fine-tuning, step by step", pad=18 if name == "sequential" else 6)
         return figure
 
 

@@ -11,19 +11,24 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.data.encode import Example, encode, encode_prompts
 from alignx_ds.data.rows import Row
 
+MOST = 8  # examples of one prompt
+
 
 @dataclass(frozen=True)
 class Shots:
-    """Draws examples for a row from a pool of training rows; the same ones for the same row and seed."""
+    """Draws examples for a row from pools of training rows; the same ones for the same row and seed."""
 
     tokenizer: PreTrainedTokenizerBase
     seed: int
     limit: int  # tokens of a prompt and its answer: examples that don't fit are left out
+    pools: dict[str, list[Row]]  # by expert: training rows with an answer
 
-    def examples(self, pool: Sequence[Row], row: Row, count: int) -> list[Row]:
-        """`count` rows of the pool with an answer, never of the question itself; more shots hold the fewer."""
-        usable = [r for r in pool if r.response and r.question != row.question]
-        return random.Random(f"{self.seed} {row.question}").sample(usable, len(usable))[:count] if count else []
+    def examples(self, expert: str, row: Row, count: int) -> list[Row]:
+        """`count` of the expert's rows, never of the question itself; of two counts, the larger holds the smaller."""
+        pool = self.pools[expert]
+        assert count <= MOST
+        drawn = random.Random(f"{self.seed} {row.question}").sample(pool, min(len(pool), MOST + 1))
+        return [r for r in drawn if r.question != row.question][:count]
 
     def encoded(self, row: Row, examples: Sequence[Row], responses: Sequence[str]) -> list[Example]:
         """The row's prompt after the examples, with each response; with none, the prompt alone."""
