@@ -1,12 +1,13 @@
 """Figure 5: how far the confidence of the router and of the answers can be believed, before and after a temperature.
 
-ECE is without a temperature. ECE-t is with the one that was fitted on rows kept back from training, asked without
-examples (Guo et al. 2017); "refitted" is fitted on the same rows asked with as many examples as the held-out ones.
-Examples are training rows of the question's own axis: they tell the router the axis, and make the prompt unlike all
-that it was fitted on.
+ECE is without a temperature. ECE-t is with the one that was fitted on questions asked without examples (Guo et al.
+2017); "refitted" is fitted on questions with as many examples as the ones that are judged. Examples are training rows
+of the question's own axis: they tell the router the axis, and make the prompt unlike all that it was fitted on.
 
 The answers' confidence is the softmax of the log-probabilities of the best answer and the incorrect ones, as MC1 has
-them; rows without incorrect answers take no part.
+them; rows without incorrect answers take no part. The router's temperature is fitted on the rows kept back from stage
+2. The answers' can't be: stage 1 has learned those answers. It is fitted on one half of the held-out rows and judged on
+the other, and the other way round.
 
 Shapes: N rows, E experts or answers to choose from.
 """
@@ -37,6 +38,7 @@ from alignx_ds.training.loop import Rows
 COUNTS = (0, 1, 3)  # examples in the prompt
 NEVER = -1e9  # the logit of an answer that a question with fewer of them does not have
 Owned = list[tuple[str, Row]]
+TELLING = 0.02  # of the rows: bins with fewer say little
 AFTER = {"none": "before", "own": "with its own temperature", "refitted": "temperature refitted"}
 
 
@@ -47,8 +49,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     back = [(name, row) for name, (_, rows) in training.items() for row in rows]
     limit = int(getattr(subject.base.config, "max_position_embeddings", 0) or subject.config.model.max_length)
     shots = Shots(subject.base.tokenizer, subject.config.seed, limit, pools)
-    asked = {"kept back": _of_choice(back), "held out": _of_choice(subject.held_out())}
-    groups = {count: [_answers(some, shots, count) for some in asked.values()] for count in COUNTS}
+    asked = of_choice(subject.held_out())
+    groups = {count: _answers(asked, shots, count) for count in COUNTS}
     answers: dict[str, Any] = {}
     with console.progress("calibration", (1 + len(SYSTEMS)) * len(COUNTS)) as bar:
         for name in SYSTEMS:
@@ -56,23 +58,22 @@ def measure(subject: Subject) -> dict[str, Any]:
             if name == "alignx":
                 assert isinstance(model, AlignXForCausalLM)
                 router = _router(model, subject, shots, back, bar.advance)
-            if all(asked.values()):
-                logits = {count: [_choices(model, subject, some) for some in both] for count, both in groups.items()}
-                answers[name] = _by_count({k: (f, _zeros(f), t, _zeros(t)) for k, (f, t) in logits.items()})
+            if len(asked) > 1:
+                answers[name] = _crossed({count: _choices(model, subject, g) for count, g in groups.items()}, asked)
             bar.advance(by=len(COUNTS))
     return {
         "examples": list(COUNTS),
         "bins": BINS,
         "rows": {
             "router": {"kept back": len(back), "held out": len(subject.held_out())},
-            "answers": {side: len(some) for side, some in asked.items()},
+            "answers": {"held out": len(asked)},
         },
         "router": router,
         "answers": answers,
     }
 
 
-def _of_choice(owned: Owned) -> Owned:
+def of_choice(owned: Owned) -> Owned:
     """Rows of the axes that have a best answer and incorrect ones beside it."""
     return [(name, row) for name, row in owned if row.response and row.incorrect and name != "generalist"]
 
@@ -80,17 +81,21 @@ def _of_choice(owned: Owned) -> Owned:
 def _router(model: AlignXForCausalLM, subject: Subject, shots: Shots, back: Owned, advance: Any) -> dict[str, Any]:
     """The lowest gate's, as in the run's report."""
     names, lowest = subject.config.expert_names, min(gates_of(model))
-    found = {}
+    found, own = {}, 0.0
     for count in COUNTS:
-        both: list[Tensor] = []
+        logits, labels = [], []
         for owned in (back, subject.held_out()):
             examples = [shots.encoded(row, shots.examples(name, row, count), ())[0] for name, row in owned]
             rows = Rows(examples, [names.index(name) for name, _ in owned])
-            terms = gate_terms(model, rows, subject.pad_id, subject.batch)
-            both += [sum_of(terms[lowest]), torch.tensor(rows.experts)]
-        found[count] = (both[0], both[1], both[2], both[3])
+            logits.append(sum_of(gate_terms(model, rows, subject.pad_id, subject.batch)[lowest]))
+            labels.append(torch.tensor(rows.experts))
+        refitted = fit_temperature(logits[0], labels[0])
+        own = own or refitted
+        found[str(count)] = calibrated(
+            logits[1], labels[1], everywhere(labels[1], own), everywhere(labels[1], refitted)
+        )
         advance()
-    return _by_count(found)
+    return found
 
 
 def _answers(owned: Owned, shots: Shots, count: int) -> list[list[Example]]:
@@ -107,28 +112,46 @@ def _choices(model: PreTrainedModel, subject: Subject, groups: list[list[Example
     return logits
 
 
-def _zeros(logits: Tensor) -> Tensor:
-    return torch.zeros(len(logits), dtype=torch.long)
+def _crossed(found: dict[int, Tensor], asked: Owned) -> dict[str, Any]:
+    """Logits by number of examples, the best answer first -> figures by number of examples."""
+    first = halves(asked)
+    labels = torch.zeros(len(asked), dtype=torch.long)
+    own = crossed(found[0], labels, first)
+    return {str(k): calibrated(logits, labels, own, crossed(logits, labels, first)) for k, logits in found.items()}
 
 
-def _by_count(found: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]) -> dict[str, Any]:
-    """(kept-back logits, labels, held-out logits, labels) by number of examples -> figures by number of examples."""
-    own = fit_temperature(*found[0][:2])
-    return {str(count): calibrated(*four, own) for count, four in found.items()}
+def halves(asked: Owned) -> Tensor:
+    """[N]: whether a row is in the first of two halves, by its question alone."""
+    order = sorted(range(len(asked)), key=lambda i: asked[i][1].position("temperature"))
+    first = torch.zeros(len(asked), dtype=torch.bool)
+    first[order[::2]] = True
+    return first
 
 
-def calibrated(fitted: Tensor, known: Tensor, tested: Tensor, labels: Tensor, own: float) -> dict[str, Any]:
-    """Figures and reliability without a temperature, with `own`, and with the one that these kept-back rows give."""
-    temperatures = {"none": 1.0, "own": own, "refitted": fit_temperature(fitted, known)}
-    figures = {name: router_figures(tested / t, labels) for name, t in temperatures.items()}
+def crossed(logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+    """[N]: the temperature of each row, fitted on the half that it is not in."""
+    of_first, of_second = (fit_temperature(logits[half], labels[half]) for half in (first, ~first))
+    return torch.where(first, of_second, of_first)
+
+
+def everywhere(labels: Tensor, temperature: float) -> Tensor:
+    """[N]: the same temperature for every row."""
+    return torch.full(labels.shape, temperature, dtype=torch.float64)
+
+
+def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor) -> dict[str, Any]:
+    """Figures and reliability without a temperature, and with either of these; logits [N, E], the others [N]."""
+    temperatures = {"none": everywhere(labels, 1.0), "own": own, "refitted": refitted}
+    scaled = {name: logits.double() / t.double()[:, None] for name, t in temperatures.items()}
+    figures = {name: router_figures(some, labels) for name, some in scaled.items()}
     return {
-        "temperatures": temperatures,
+        "temperatures": {name: sorted(set(t.tolist())) for name, t in temperatures.items()},
         "accuracy": figures["none"]["accuracy"],
         "ece": figures["none"]["ece"],
         "ece_t": figures["own"]["ece"],
         "ece_t_refitted": figures["refitted"]["ece"],
         **{f"{metric}_{name}": figures[name][metric] for metric in ("brier", "nll") for name in figures},
-        "reliability": {name: reliability((tested / t).softmax(-1), labels) for name, t in temperatures.items()},
+        "reliability": {name: reliability(some.softmax(-1), labels) for name, some in scaled.items()},
     }
 
 
@@ -171,7 +194,7 @@ def draw(content: dict[str, Any]) -> Figure:
         for line, (name, seen) in zip(plots, present.items(), strict=True):
             for plot, (count, figures) in zip(line, seen.items(), strict=False):
                 _diagram(plot, figures)
-                plot.set_title(f"{name}, {_shots(count)}")
+                plot.set_title(f"{name}, {_shots(count)}\naccuracy {figures['accuracy']:.3f}")
             line[0].set_ylabel("accuracy")
             _bars(line[-2], seen, {"none": "ece", "own": "ece_t", "refitted": "ece_t_refitted"}, "ECE ↓")
             _bars(line[-1], seen, {name: f"brier_{name}" for name in AFTER}, "Brier ↓")
@@ -192,17 +215,18 @@ def _shots(count: str) -> str:
 
 
 def _diagram(plot: Any, figures: dict[str, Any]) -> None:
-    """Dots are bins, as large as the share of the rows in them; the diagonal is perfect calibration."""
+    """Dots are bins, as large as the share of the rows in them, and lines join those that are more than a few rows."""
     plot.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
     for name, bins in figures["reliability"].items():
         total = sum(b["rows"] for b in bins)
         x, y = ([b[key] for b in bins] for key in ("confidence", "accuracy"))
-        sizes = [8 + 130 * b["rows"] / total for b in bins]
-        plot.plot(x, y, color=TINTS[name], linewidth=0.9, alpha=0.6)
+        sizes = [6 + 130 * b["rows"] / total for b in bins]
         plot.scatter(x, y, s=sizes, color=TINTS[name], alpha=0.75, linewidths=0)
+        told = [b for b in bins if b["rows"] >= TELLING * total]
+        line = ([b[key] for b in told] for key in ("confidence", "accuracy"))
+        plot.plot(*line, color=TINTS[name], linewidth=0.9, alpha=0.6)
     plot.set_xlim(0, 1.05)
     plot.set_ylim(-0.03, 1.06)
-    plot.text(1.03, 0.0, f"accuracy {figures['accuracy']:.3f}", fontsize=8, ha="right")
 
 
 def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> None:

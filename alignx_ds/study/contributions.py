@@ -41,8 +41,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     model = subject.aligned()
     judged = Judged.of(model, subject)
     experts = subject.config.expert_names
-    counts = [k for k in dict.fromkeys((1, 2, len(experts))) if k <= len(experts)]
-    with console.progress("configurations served", len(LADDER) + 3 + len(counts)) as bar:
+    with console.progress("configurations served", len(LADDER) + 3 + len(_counts_of(len(experts)))) as bar:
         configurations: dict[str, Any] = {
             FINE_TUNING: {"routing": None, "scores": subject.scores(subject.system("mixed"))}
         }
@@ -57,9 +56,9 @@ def measure(subject: Subject) -> dict[str, Any]:
                 configurations[name] = {"routing": judged.figures(parts), "scores": subject.scores(model)}
             bar.advance()
         top_k = {}
-        for count in counts:
-            with serving(model, TERMS, count):
-                top_k[str(count)] = {"scores": subject.scores(model), "perplexity": subject.perplexities(model)}
+        for name, (count, soft) in _counts_of(len(experts)).items():
+            with serving(model, TERMS, count, dict.fromkeys(judged.tested, 1.0) if soft else None):
+                top_k[name] = {"scores": subject.scores(model), "perplexity": subject.perplexities(model)}
             bar.advance()
     return {
         "experts": experts,
@@ -70,6 +69,13 @@ def measure(subject: Subject) -> dict[str, Any]:
         "top_k": top_k,
         **_activations(subject, judged),
     }
+
+
+def _counts_of(experts: int) -> dict[str, tuple[int, bool]]:
+    """(how many experts answer, without the temperature): sure gates make one answer of all, soft ones do mix."""
+    names = {count: "all" if count == experts else f"top {count}" for count in (1, 2, experts) if count <= experts}
+    soft = {f"{name}, T = 1": (count, True) for count, name in names.items() if count > 1}
+    return {name: (count, False) for count, name in names.items()} | soft
 
 
 def _alone(model: AlignXForCausalLM, subject: Subject, judged: Judged) -> dict[str, Any]:
@@ -144,7 +150,7 @@ def show(content: dict[str, Any]) -> None:
     console.table("What each part of the gate is worth", ["gate", *METRICS.values(), *axes], rows)
     rows = [[k, *(f"{s['scores'][a]:.1f}" for a in axes)] for k, s in content["top_k"].items()] if axes else []
     if rows:
-        console.table("Experts that answer, all parts", ["top k", *axes], rows)
+        console.table("Experts that answer, all parts", ["answer", *axes], rows)
     rows = [[kind, *(f"{share:.3f}" for share in seen["chosen"])] for kind, seen in content["query_types"].items()]
     console.table("Who answers what: share of the prompts", ["query", *content["experts"]], rows)
 
@@ -154,7 +160,7 @@ def draw(content: dict[str, Any]) -> Figure:
     with drawing.styled():
         figure = drawing.figure(11.5, 7.4)
         top, bottom = drawing.stacked(figure, [1.15, 1.0])
-        routing, scores, counts = top.subplots(1, 3, width_ratios=[4, 2.8, 3])
+        routing, scores, counts = top.subplots(1, 3, width_ratios=[4, 2.5, 3.4])
         _routing(routing, content)
         _scores(scores, content)
         _counts(counts, content)
@@ -195,9 +201,8 @@ def _counts(plot: Any, content: dict[str, Any]) -> None:
         bars = plot.bar(
             places, [s[key].get(axis, np.nan) for s in seen.values()], width * 0.92, color=tint[axis], label=axis
         )
-        plot.bar_label(bars, fmt="%.0f" if key == "scores" else "%.2f", fontsize=7, padding=1)
-    last = len(content["experts"])
-    plot.set_xticks(range(len(seen)), [f"all {last}" if int(k) == last else f"top {k}" for k in seen])
+        plot.bar_label(bars, fmt="%.0f" if key == "scores" else "%.2f", fontsize=6, padding=1)
+    plot.set_xticks(range(len(seen)), [name.replace(", ", "\n") for name in seen])
     if key == "scores":
         plot.set_ylim(0, 128)
         plot.set_yticks(range(0, 101, 20))

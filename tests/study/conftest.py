@@ -16,6 +16,7 @@ SMALL = (
     "model.layers=[3, 4]",
     "data.train_rows=80",
     "data.held_out_rows=16",
+    "axes.honest.rows=80",
     "train.steps=4",
     "train.warmup_steps=1",
     "train.batch=8",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.data.encode import encode, encode_prompts
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.calibration import expected_calibration_error
-from alignx_ds.study.calibration import calibrated, reliability
+from alignx_ds.study.calibration import calibrated, crossed, everywhere, halves, of_choice, reliability
 from alignx_ds.study.contributions import query_types
 from alignx_ds.study.drift import moved
 from alignx_ds.study.forgetting import forgetting
@@ -49,11 +49,33 @@ def test_a_temperature_mends_logits_that_are_too_sure() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 6 * torch.randn(8000, 3, generator=generator, dtype=torch.float64)
     labels = (logits / 3).softmax(-1).multinomial(1, generator=generator).squeeze(1)
-    found = calibrated(logits[:4000], labels[:4000], logits[4000:], labels[4000:], own=1.0)
-    assert found["temperatures"]["refitted"] == pytest.approx(3.0, rel=0.1)
+    refitted = crossed(logits, labels, torch.arange(8000) % 2 == 0)
+    found = calibrated(logits, labels, everywhere(labels, 1.0), refitted)
+    assert found["temperatures"]["refitted"] == pytest.approx([3.0, 3.0], rel=0.1)
     assert found["ece"] > 0.1 > 0.03 > found["ece_t_refitted"]
     assert found["ece_t"] == found["ece"], "its own temperature is the one that was given"
     assert found["brier_refitted"] < found["brier_none"]
+
+
+def test_no_row_has_a_part_in_its_own_temperature() -> None:
+    """One half is always right, so it would be made surer; the other always wrong, so it would be made unsure."""
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 4, dtype=torch.float64)
+    right = torch.tensor([True, False] * 4)
+    made = crossed(logits, torch.zeros(8, dtype=torch.long), right)
+    assert made[right].min() > 10 > 0.1 > made[~right].max()
+
+
+def test_halves_are_of_questions_whatever_their_order() -> None:
+    asked = [("honest", row) for row in POOL]
+    first = halves(asked)
+    assert int(first.sum()) == 15
+    assert torch.equal(halves(asked[::-1]), first.flip(0))
+
+
+def test_choices_need_a_best_answer_and_a_wrong_one() -> None:
+    whole = Row("q", "yes", incorrect=("no",))
+    others = [Row("q", "", incorrect=("no",)), Row("q", "yes")]
+    assert of_choice([("honest", row) for row in (whole, *others)]) == [("honest", whole)]
 
 
 def test_queries_are_named_by_harm_and_otherwise_by_category() -> None:

@@ -158,8 +158,9 @@ def test_contributions_agree_with_the_run_s_own_report(
     assert seen["all parts"]["scores"] == {axis: report["systems"]["alignx"][axis] for axis in AXES}
     assert seen[FINE_TUNING]["scores"] == {axis: report["systems"]["mixed"][axis] for axis in AXES}
     assert seen[AVERAGED]["routing"] is None
-    assert content["top_k"]["1"]["perplexity"] == pytest.approx(report["perplexity"]["alignx"], rel=1e-4)
-    assert content["top_k"]["4"]["perplexity"] != pytest.approx(report["perplexity"]["alignx"], rel=1e-9)
+    assert content["top_k"]["top 1"]["perplexity"] == pytest.approx(report["perplexity"]["alignx"], rel=1e-4)
+    assert list(content["top_k"]) == ["top 1", "top 2", "all", "top 2, T = 1", "all, T = 1"]
+    assert content["top_k"]["all, T = 1"]["perplexity"] != pytest.approx(report["perplexity"]["alignx"], rel=1e-9)
 
 
 def test_activations_and_query_types_are_shares(studied: Callable[[str], dict[str, Any]]) -> None:
