@@ -42,8 +42,6 @@ class Shots:
         return [Example((*prompt, *tail), len(prompt)) for tail in tails]
 
     def _prompt(self, row: Row, examples: Sequence[Row]) -> list[int]:
-        if not examples:
-            return encode_prompts([row.prompt], self.tokenizer)[0]
         if self.tokenizer.chat_template is None:
             before = [i for example in encode(list(examples), self.tokenizer) for i in example.ids]
             return [*before, *encode_prompts([row.prompt], self.tokenizer)[0]]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alignx_ds import cli, manifest
 from alignx_ds.errors import ConfigError, DataError
@@ -225,6 +226,17 @@ def test_a_checkpoint_replaces_just_what_was_trained(subject: Subject) -> None:
     table = subject.base.table
     assert changed == {table.weight_name(layer, p) for layer in (3, 4) for p in ("gate", "up", "down")}
     assert all(not torch.equal(early[name], late[name]) for name in changed)
+
+
+def test_a_checkpoint_that_two_ranks_wrote_is_read_whole(subject: Subject, tmp_path: Path) -> None:
+    whole = kept_checkpoints(subject, "helpful")[-1]
+    (file,) = whole.glob("rank*.safetensors")
+    tensors = load_file(file)
+    for rank in (0, 1):
+        share = {name: tensors[name] for name in sorted(tensors)[rank::2]}
+        save_file(share, tmp_path / f"rank{rank}-000.safetensors")
+    expected, found = restored(subject, whole).state_dict(), restored(subject, tmp_path).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("what", ["drift", "forgetting", "contributions", "calibration"])
