@@ -1,5 +1,6 @@
 # make demo    set everything up, then go from a base model to an aligned one on the embedded world
 # make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
+# make study   the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
 # make test    set everything up, then run the tests
 # make faults  every fault that the run has to survive, about half an hour on 2 cores; writes docs/reliability.md's table
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds bench test faults launchers check lint format clean
+.PHONY: install demo seeds bench study test faults launchers check lint format clean
 
 install: $(READY)
 
@@ -35,6 +36,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/calibrator.py --shape tiny --repeats 5 --out runs/bench
 	$(BIN)/python benchmarks/throughput.py --shape tiny --quick --out runs/bench
 	$(BIN)/python benchmarks/scaling.py --shape tiny --quick --out runs/bench
+
+STUDY := checkpoints.every=20 checkpoints.keep=100 checkpoints.finished=true baselines.make=[] output=runs/study
+
+study: $(READY)
+	$(BIN)/alignx-ds run launch/recipes/world.yaml $(STUDY)
+	for what in drift forgetting contributions calibration; do $(BIN)/alignx-ds study $$what runs/study || exit 1; done
 
 test: lint
 	$(BIN)/python -m pytest

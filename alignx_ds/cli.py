@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     world.add_argument("directory", type=Path)
     world.add_argument("--rows", type=int, default=1000, help="per file (default: %(default)s)")
     world.add_argument("--seed", type=int, default=0)
+    _add_study_verb(verbs)
     doctor = verbs.add_parser(
         "doctor",
         help="look at this machine: versions, MPI, accelerator, two real ranks, disk, ports, launchers",
@@ -78,6 +79,17 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where runs go (default: runs)")
     return main
+
+
+def _add_study_verb(verbs: Any) -> None:
+    study = verbs.add_parser(
+        "study",
+        help="a finished run's figures: drift, forgetting, contributions, calibration",
+        description="Measure and draw one of the figures of Axis Collapse, of a finished run. Trains nothing.",
+    )
+    study.add_argument("what", choices=("drift", "forgetting", "contributions", "calibration"), metavar="WHAT")
+    study.add_argument("run_dir", type=Path, help="output directory of a finished run")
+    study.add_argument("--out", type=Path, help="where WHAT.json, .png and .pdf go (default: RUN_DIR/study)")
 
 
 def _add_data_verbs(verbs: Any) -> None:
@@ -162,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "win-rate": _win_rate,
         "doctor": _doctor,
         "export": export.run,
+        "study": _study,
     }
     try:
         return handlers.get(args.verb, _run)(args)
@@ -303,6 +316,16 @@ def _world(args: argparse.Namespace) -> int:
 
     for path in write_files(args.directory, args.rows, args.seed):
         print(path)
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from alignx_ds import distributed
+
+    distributed.prepare_environment()
+    from alignx_ds.study import command
+
+    command.study(args.what, args.run_dir, args.out)
     return 0
 
 

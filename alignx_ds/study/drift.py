@@ -1,0 +1,224 @@
+"""Figure 1a: the features of each axis's held-out prompts, before and after alignment.
+
+A prompt's features are what a gate sees of it (`prompt_summary`: mean, largest, smallest and last hidden state), taken
+behind each decoder layer that AlignX works on: the input of the first one is the same in every system.
+
+Shapes: N prompts, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignx_ds import console, distributed
+from alignx_ds.data.encode import collate
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.mocae.routing import prompt_summary
+from alignx_ds.study import drawing
+from alignx_ds.study.indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
+from alignx_ds.study.subject import SYSTEMS, Subject
+
+MOST = 250  # prompts of each axis: t-SNE of more says no more
+NEIGHBOURS = 30.0  # t-SNE's perplexity, scikit-learn's default
+LABELS = {
+    "silhouette": "silhouette ↑",
+    "calinski_harabasz": "Calinski–Harabasz ↑",
+    "dunn": "Dunn ↑",
+    "davies_bouldin": "Davies–Bouldin ↓",
+    "xie_beni": "Xie–Beni ↓",
+}
+
+
+def measure(subject: Subject) -> dict[str, Any]:
+    """Indices by layer, grouping and system; how far each axis's features moved; the scatters' coordinates."""
+    chosen = _chosen(subject)
+    found = {name: features(subject.system(name), subject, chosen) for name in SYSTEMS}
+    owners = [subject.held_out()[i] for i in chosen]
+    axes = [name for name, _ in owners]
+    layers, last = subject.base.layers, subject.base.layers[-1]
+    behind = {name: by_layer[last] for name, by_layer in found.items()}
+    return {
+        "layers": layers,
+        "drawn_layer": last,
+        "prompts": {name: axes.count(name) for name in dict.fromkeys(axes)},
+        "indices": {
+            grouping: {
+                str(layer): {name: cluster_indices(found[name][layer][rows], labels) for name in SYSTEMS}
+                for layer in layers
+            }
+            for grouping, (rows, labels) in _groupings(subject, chosen).items()
+        },
+        "moved": {name: moved(behind["base"], behind[name], axes) for name in SYSTEMS if name != "base"},
+        "axis_of": axes,
+        "harmful": [row.harmful for _, row in owners],
+        "pca": _pca(behind, subject.config.seed),
+        "tsne": {name: _tsne(points, subject.config.seed) for name, points in behind.items()},
+    }
+
+
+def _chosen(subject: Subject) -> list[int]:
+    """The places of the first MOST held-out prompts of every expert."""
+    owners = np.array([name for name, _ in subject.held_out()])
+    return [int(i) for name in subject.config.expert_names for i in np.flatnonzero(owners == name)[:MOST]]
+
+
+def _groupings(subject: Subject, chosen: list[int]) -> dict[str, tuple[NDArray[np.int64], Labels]]:
+    """By name: (which of the chosen prompts, their labels). Harmful against harmless prompts is AQI's grouping."""
+    owners = [subject.held_out()[i] for i in chosen]
+    names = subject.config.expert_names
+    by_axis = np.array([names.index(name) for name, _ in owners])
+    mixed = {name for name, row in owners if row.harmful}
+    of_those = np.array([i for i, (name, _) in enumerate(owners) if name in mixed], dtype=np.int64)
+    harm = np.array([int(owners[i][1].harmful) for i in of_those], dtype=np.int64)
+    return {"axis": (np.arange(len(owners)), by_axis), "harm": (of_those, harm)}
+
+
+@torch.no_grad()
+def features(model: PreTrainedModel, subject: Subject, chosen: list[int]) -> dict[int, Points]:
+    """By AlignX layer, [N, D]: what a gate would see of these held-out prompts behind it."""
+    inner = model.backbone if isinstance(model, AlignXForCausalLM) else model
+    decoder = subject.base.table.decoder_layers(inner)
+    latest: dict[int, Tensor] = {}
+    hooks = [decoder[layer].register_forward_hook(_keep(latest, layer)) for layer in subject.base.layers]
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in subject.base.layers}
+    prompts = [subject.data.routed.examples[i] for i in chosen]
+    for start in range(0, len(prompts), subject.batch):
+        part = collate(prompts[start : start + subject.batch], subject.pad_id).to(distributed.device())
+        model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
+        for layer, hidden in latest.items():
+            seen[layer].append(prompt_summary(hidden, part.prompt_mask).cpu())
+    for hook in hooks:
+        hook.remove()
+    return {layer: torch.cat(parts).double().numpy() for layer, parts in seen.items()}
+
+
+def _keep(latest: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        latest[layer] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def moved(before: Points, after: Points, axes: list[str]) -> dict[str, float]:
+    """By axis: how far its prompts' features moved, on average, over all prompts' mean distance from their centre."""
+    steps = np.linalg.norm(after - before, axis=1)
+    spread = float(np.linalg.norm(before - before.mean(0), axis=1).mean())
+    own = np.array(axes)
+    return {name: float(steps[own == name].mean()) / spread for name in dict.fromkeys(axes)}
+
+
+def _pca(behind: dict[str, Points], seed: int) -> dict[str, Any]:
+    """One plane for all systems, so that what moves is seen to move."""
+    fitted = PCA(n_components=2, random_state=seed).fit(np.concatenate(list(behind.values())))
+    shares = [round(float(share), 4) for share in fitted.explained_variance_ratio_]
+    return {"explained": shares, **{name: _rounded(fitted.transform(points)) for name, points in behind.items()}}
+
+
+def _tsne(points: Points, seed: int) -> list[list[float]]:
+    """A plane of its own for every system: t-SNE keeps neighbourhoods, neither places nor distances."""
+    neighbours = min(NEIGHBOURS, (len(points) - 1) / 3)
+    return _rounded(TSNE(perplexity=neighbours, init="pca", random_state=seed).fit_transform(points))
+
+
+def _rounded(points: Points) -> list[list[float]]:
+    return [[round(float(x), 3) for x in point] for point in points]
+
+
+def show(content: dict[str, Any]) -> None:
+    """The drawn layer's indices as tables."""
+    titles = {"axis": "Clusters: the axes' prompts", "harm": "Clusters: harmful and harmless prompts"}
+    for grouping, by_layer in content["indices"].items():
+        found = by_layer[str(content["drawn_layer"])]
+        rows = [
+            [drawing.shown(name), *(f"{found[name][index]:.3f}" for index in HIGHER_IS_BETTER)]
+            for name in SYSTEMS
+            if found[name]
+        ]
+        if rows:
+            console.table(
+                f"{titles[grouping]}, behind layer {content['drawn_layer']}", ["system", *LABELS.values()], rows
+            )
+    axes = list(content["prompts"])
+    rows = [[drawing.shown(name), *(f"{m[axis]:.2f}" for axis in axes)] for name, m in content["moved"].items()]
+    console.table("How far features moved from the base model's, over their spread there", ["system", *axes], rows)
+
+
+def draw(content: dict[str, Any]) -> Figure:
+    """PCA and t-SNE scatters, a column a system; below, the indices."""
+    with drawing.styled():
+        figure = drawing.figure(11.5, 7.8)
+        scatters, bars = drawing.stacked(figure, [5.2, 2.4])
+        panels = scatters.subplots(2, len(SYSTEMS), squeeze=False)
+        for row, kind in enumerate(("pca", "tsne")):
+            for column, name in enumerate(SYSTEMS):
+                _scatter(panels[row][column], content, kind, name)
+                if row == 0:
+                    panels[row][column].set_title(drawing.shown(name))
+        explained = " + ".join(f"{share:.0%}" for share in content["pca"]["explained"])
+        panels[0][0].set_ylabel(f"PCA of all four ({explained})")
+        panels[1][0].set_ylabel("t-SNE, each its own")
+        _share_limits(list(panels[0]))
+        handles, labels = panels[0][0].get_legend_handles_labels()
+        scatters.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, markerscale=2.2)
+        *plots, last = bars.subplots(1, len(LABELS) + 1)
+        _bars(plots, content)
+        _moves(last, content)
+        bars.legend(*plots[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+        return figure
+
+
+def _scatter(plot: Any, content: dict[str, Any], kind: str, name: str) -> None:
+    points, axes = np.array(content[kind][name]), np.array(content["axis_of"])
+    harmful = np.array(content["harmful"])
+    look = {"alpha": 0.65, "linewidths": 0, "rasterized": True}
+    for axis, colour in drawing.colours(list(content["prompts"])).items():
+        own = points[(axes == axis) & ~harmful]
+        plot.scatter(own[:, 0], own[:, 1], s=8, color=colour, label=axis, **look)
+        harm = points[(axes == axis) & harmful]
+        if len(harm):
+            plot.scatter(harm[:, 0], harm[:, 1], s=14, color="#5c2400", marker="^", label=f"{axis}: harmful", **look)
+    plot.set_xticks([])
+    plot.set_yticks([])
+    plot.spines[["top", "right"]].set_visible(True)
+    plot.spines[:].set_color("#cccccc")
+
+
+def _share_limits(plots: list[Any]) -> None:
+    for get, put in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        edges = [edge for plot in plots for edge in getattr(plot, get)()]
+        for plot in plots:
+            getattr(plot, put)(min(edges), max(edges))
+
+
+def _bars(plots: Any, content: dict[str, Any]) -> None:
+    layer = str(content["drawn_layer"])
+    for plot, (index, label) in zip(plots, LABELS.items(), strict=True):
+        for offset, grouping, colour in ((-0.2, "axis", drawing.LOUD), (0.2, "harm", "#d9a441")):
+            found = content["indices"][grouping][layer]
+            values = [found[name].get(index) or np.nan for name in SYSTEMS]
+            title = {"axis": "by axis", "harm": "harmful | harmless"}[grouping]
+            plot.bar(np.arange(len(SYSTEMS)) + offset, values, 0.38, color=colour, label=title)
+        plot.set_title(label)
+        plot.set_xticks(range(len(SYSTEMS)), [drawing.shown(name) for name in SYSTEMS], rotation=35, ha="right")
+        if index == "calinski_harabasz":
+            plot.set_yscale("log")
+
+
+def _moves(plot: Any, content: dict[str, Any]) -> None:
+    systems, axes = list(content["moved"]), list(content["prompts"])
+    width = 0.8 / len(axes)
+    for number, (axis, colour) in enumerate(drawing.colours(axes).items()):
+        places = np.arange(len(systems)) + (number - (len(axes) - 1) / 2) * width
+        plot.bar(places, [content["moved"][name].get(axis, 0.0) for name in systems], width * 0.92, color=colour)
+    plot.set_title("moved / spread")
+    plot.set_xticks(range(len(systems)), [drawing.shown(name) for name in systems], rotation=35, ha="right")

@@ -1,0 +1,69 @@
+"""How well labelled points fall into clusters, by the indices that AQI builds on (arXiv 2506.13901).
+
+AQI weighs normalised indices of safe against unsafe activations into one figure. Its published variants normalise
+differently, so the indices stand here as they are. None of them changes when all points are moved, turned or scaled
+together; what they say of two systems can be compared though their features have different sizes.
+
+Shapes: N points, D dimensions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import (
+    calinski_harabasz_score,
+    davies_bouldin_score,
+    pairwise_distances,
+    silhouette_score,
+)
+
+Points = NDArray[np.float64]  # [N, D]
+Labels = NDArray[np.int64]  # [N]
+HIGHER_IS_BETTER = {
+    "silhouette": True,
+    "calinski_harabasz": True,
+    "dunn": True,
+    "davies_bouldin": False,
+    "xie_beni": False,
+}
+
+
+def xie_beni(points: Points, labels: Labels) -> float:
+    """Mean squared distance to the own centroid, over the least squared distance between two centroids.
+
+    Xie and Beni, A Validity Measure for Fuzzy Clustering, IEEE TPAMI 13(8), 1991, with memberships of 0 and 1.
+    """
+    names = np.unique(labels)
+    centroids = np.stack([points[labels == name].mean(0) for name in names])
+    own = centroids[np.searchsorted(names, labels)]
+    apart = pairwise_distances(centroids) ** 2
+    least = apart[~np.eye(len(names), dtype=bool)].min()
+    return _over(float(((points - own) ** 2).sum(1).mean()), float(least))
+
+
+def dunn(points: Points, labels: Labels) -> float:
+    """Least distance between two points of different clusters, over the largest between two of the same one.
+
+    Dunn, Well-Separated Clusters and Optimal Fuzzy Partitions, Journal of Cybernetics 4, 1974.
+    """
+    distances = pairwise_distances(points)
+    same = labels[:, None] == labels[None, :]
+    return _over(float(distances[~same].min()), float(distances[same].max()))
+
+
+def cluster_indices(points: Points, labels: Labels) -> dict[str, float]:
+    """All five, Euclidean; nothing where there are fewer than two clusters, or no more points than clusters."""
+    if not 1 < len(np.unique(labels)) < len(points):
+        return {}
+    return {
+        "silhouette": float(silhouette_score(points, labels)),  # Rousseeuw 1987
+        "calinski_harabasz": float(calinski_harabasz_score(points, labels)),  # Caliński and Harabasz 1974
+        "dunn": dunn(points, labels),
+        "davies_bouldin": float(davies_bouldin_score(points, labels)),  # Davies and Bouldin 1979
+        "xie_beni": xie_beni(points, labels),
+    }
+
+
+def _over(a: float, b: float) -> float:
+    return a / b if b else float("inf")

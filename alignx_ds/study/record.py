@@ -1,0 +1,74 @@
+"""What a study leaves: NAME.json with all that is needed to make it again, NAME.png to look at, NAME.pdf to print."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from alignx_ds import manifest
+from alignx_ds.errors import ConfigError, Problem
+
+PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
+DPI = 130
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_processor()}, {os.cpu_count()} cores, no GPU"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def circumstances(what: str, directory: Path, seed: int) -> dict[str, Any]:
+    """When, by which command, on what. An absolute path says nothing to others: its last part is kept."""
+    named = directory.name if directory.is_absolute() else directory.as_posix()
+    return {
+        "study": what,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"alignx-ds study {what} {named}",
+        "seed": seed,
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def check_writable(out: Path) -> None:
+    """Raises ConfigError, before any work, when the results could not be written."""
+    there = next((path for path in (out, *out.parents) if path.exists()), out)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(Problem("--out", str(out), "a directory that can be written to", "choose another"))
+
+
+def write(what: str, content: dict[str, Any], figure: Figure, out: Path) -> list[Path]:
+    """The files, in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = [out / f"{what}.json"]
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    manifest.write_text(written[0], text + "\n")
+    for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        written.append(out / f"{what}.{suffix}")
+        figure.savefig(written[-1], dpi=DPI, bbox_inches="tight", metadata=metadata)
+    return written
+
+
+def finite(value: Any) -> Any:
+    """The same, with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,58 @@
+"""Prompts with a few worked examples before the question: as turns of the chat, or as text before it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from alignx_ds.data.encode import Example, encode, encode_prompts
+from alignx_ds.data.rows import Row
+
+MOST = 8  # examples of one prompt
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Draws examples for a row from pools of training rows; the same ones for the same row and seed."""
+
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    limit: int  # tokens of a prompt and its answer: examples that don't fit are left out
+    pools: dict[str, list[Row]]  # by expert: training rows with an answer
+
+    def examples(self, expert: str, row: Row, count: int) -> list[Row]:
+        """`count` of the expert's rows, never of the question itself; of two counts, the larger holds the smaller."""
+        pool = self.pools[expert]
+        assert count <= MOST
+        drawn = random.Random(f"{self.seed} {row.question}").sample(pool, min(len(pool), MOST + 1))
+        return [r for r in drawn if r.question != row.question][:count]
+
+    def encoded(self, row: Row, examples: Sequence[Row], responses: Sequence[str]) -> list[Example]:
+        """The row's prompt after the examples, with each response; with none, the prompt alone."""
+        answers = [encode([Row(row.prompt, text)], self.tokenizer)[0] for text in responses]
+        tails = [e.ids[e.prompt_length :] for e in answers] or [()]
+        kept = list(examples)
+        prompt = self._prompt(row, kept)
+        while kept and len(prompt) + max(map(len, tails)) > self.limit:
+            kept = kept[1:]
+            prompt = self._prompt(row, kept)
+        return [Example((*prompt, *tail), len(prompt)) for tail in tails]
+
+    def _prompt(self, row: Row, examples: Sequence[Row]) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            before = [i for example in encode(list(examples), self.tokenizer) for i in example.ids]
+            return [*before, *encode_prompts([row.prompt], self.tokenizer)[0]]
+        turns = [
+            turn
+            for example in examples
+            for turn in (
+                {"role": "user", "content": example.prompt},
+                {"role": "assistant", "content": example.response},
+            )
+        ]
+        chat = [*turns, {"role": "user", "content": row.prompt}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
