@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ def serving(
     counts = [layer.top_k for layer in layers]
     with torch.no_grad():
         for index, gate in gates.items():
-            off = {f"{part}_weight": 0.0 for part in ("fractal", "natural", "lexical") if part not in parts}
+            switchable = ("fractal", "natural", "lexical")
+            off: dict[str, Any] = {f"{part}_weight": 0.0 for part in switchable if part not in parts}
             gate.settings = replace(gate.settings, top_k=top_k, **off)
             if routers is not None:
                 gate.router.weight.copy_(routers[index])
