@@ -31,12 +31,12 @@ def record() -> Record:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Where what was seen does not depend on the run, `@pytest.mark.tried(…)` says it beforehand."""
+    """Where what was seen does not depend on the run, `@pytest.mark.tried(…)` says it: nothing to lose there."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.when == "call" and report.passed:
         for mark in item.iter_markers("tried"):
-            write(*mark.args)
+            write(*mark.args, "–")
 
 
 @pytest.fixture(scope="session")
