@@ -185,6 +185,7 @@ def test_zero_shot_calibration_is_the_report_s(
     assert router["0"]["brier_own"] == pytest.approx(report["brier"], abs=1e-5)
     assert router["0"]["ece_t"] == router["0"]["ece_t_refitted"]
     assert router["0"]["temperatures"]["own"] == router["3"]["temperatures"]["own"]
+    assert router["0"]["nll_none"] != router["1"]["nll_none"] != router["3"]["nll_none"], "examples are seen"
     judged = Judged.of(subject.aligned(), subject)
     raw = router_figures(sum_of(judged.tested[judged.lowest]), judged.labels)
     assert router["0"]["brier_none"] == pytest.approx(raw["brier"], abs=1e-5)
