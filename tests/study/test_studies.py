@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from alignx_ds import cli, manifest
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.calibration import router_figures
-from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.study.contributions import AVERAGED, FINE_TUNING, LADDER
 from alignx_ds.study.forgetting import kept_checkpoints, restored
 from alignx_ds.study.parts import Judged, serving
@@ -133,6 +133,7 @@ def test_a_gate_that_serves_with_some_parts_says_what_those_parts_say(subject: S
     with serving(model, parts, 2, temperatures=dict.fromkeys(whole, 0.5)):
         served = gate_terms(model, *rows)
         assert all(float(gate.calibration_temperature) == 0.5 for gate in gates_of(model).values())
+        assert {layer.top_k for layer in alignx_layers(model)} == {2}
         prompt = torch.tensor([subject.data.routed.examples[0].ids])
         with torch.no_grad():
             model(prompt, use_cache=False)
@@ -142,6 +143,7 @@ def test_a_gate_that_serves_with_some_parts_says_what_those_parts_say(subject: S
         assert torch.allclose(sum_of(terms), expected, atol=1e-4)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "as it was before"
+    assert {layer.top_k for layer in alignx_layers(model)} == {model.config.gate_settings().top_k}
     assert {gate.settings for gate in gates_of(model).values()} == {model.config.gate_settings()}
 
 
@@ -185,6 +187,7 @@ def test_zero_shot_calibration_is_the_report_s(
     assert router["0"]["brier_own"] == pytest.approx(report["brier"], abs=1e-5)
     assert router["0"]["ece_t"] == router["0"]["ece_t_refitted"]
     assert router["0"]["temperatures"]["own"] == router["3"]["temperatures"]["own"]
+    assert router["0"]["nll_none"] != router["1"]["nll_none"] != router["3"]["nll_none"], "examples are seen"
     judged = Judged.of(subject.aligned(), subject)
     raw = router_figures(sum_of(judged.tested[judged.lowest]), judged.labels)
     assert router["0"]["brier_none"] == pytest.approx(raw["brier"], abs=1e-5)
