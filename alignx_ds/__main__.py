@@ -1,7 +1,6 @@
-"""`python -m alignx_ds`, and `deepspeed --module alignx_ds`."""
+"""`python -m alignx_ds`, which launchers start."""
 
-import sys
+from alignx_ds.cli import run
 
-from alignx_ds.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    run()

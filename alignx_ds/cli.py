@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.errors import EXIT_STOPPED, Stopped
@@ -153,7 +153,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     reader = parser()
     args, extra = reader.parse_known_args(arguments)
     options = [text for text in extra if text.startswith("-")]
-    room = next((getattr(args, name) for name in ("overrides", "settings", "prompts") if hasattr(args, name)), None)
+    rooms = (getattr(args, name, None) for name in ("overrides", "settings", "prompts"))
+    room = next((values for values in rooms if isinstance(values, list)), None)
     if options or (extra and room is None):
         reader.error(f"unrecognized arguments: {' '.join(extra)}")
     if room is not None:
@@ -189,6 +190,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.note(f"stopped in {where}; the same command goes on from there")
     distributed.shutdown()
     return EXIT_STOPPED
+
+
+def run() -> NoReturn:
+    """The program. One rank of several ends without tearing down what C++ still holds: threads of gloo and of the store
+    may be alive then, and an abort at the very end would make a finished run a failed one."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -336,4 +348,4 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -12,6 +12,8 @@ from alignx_ds.data.world.files import write_files
 from alignx_ds.specialists.base import BaseModel
 from alignx_ds.training.engine import steps_of
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 PARAMETERS = {
     "llama2-7b": "6,738,415,616",
     "mistral-7b": "7,241,732,096",

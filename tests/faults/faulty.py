@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -121,6 +120,6 @@ if __name__ == "__main__":
     distributed.prepare_environment()
     if fault and os.environ["RANK"] == str(fault["rank"]):
         install(fault)
-    from alignx_ds.cli import main
+    from alignx_ds.cli import run
 
-    sys.exit(main(sys.argv[1:]))
+    run()
