@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +9,7 @@ from types import FrameType
 
 import psutil
 
-HANDED_ON = (signal.SIGUSR1, signal.SIGTERM)
+from alignx_ds import signals
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -22,15 +21,12 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> int:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signum)
 
-    before = {number: signal.signal(number, hand_on) for number in HANDED_ON}
-    try:
-        return launcher.wait()
-    except BaseException:
-        launcher.terminate()
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals.handled(hand_on):
+        try:
+            return launcher.wait()
+        except BaseException:
+            launcher.terminate()
+            raise
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,19 +25,28 @@ _asked: list[tuple[int, float]] = []  # (signal, when) of the first one
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Within it the two signals are wishes. In the main thread of a process."""
-    heard_by, told = socket.socketpair()
-    told.setblocking(False)
-    before = {number: signal.signal(number, _pass) for number in ASKING}
-    wake_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(heard_by,), daemon=True).start()
+def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within it this is what the two signals do. In the main thread of a process."""
+    before = {number: signal.signal(number, handler) for number in ASKING}
     try:
         yield
     finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Within it the two signals are wishes."""
+    heard_by, told = socket.socketpair()
+    told.setblocking(False)
+    wake_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(heard_by,), daemon=True).start()
+    try:
+        with handled(_pass):
+            yield
+    finally:
         signal.set_wakeup_fd(wake_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         told.close()
         _asked.clear()
 
@@ -49,12 +58,8 @@ def obeyed(where: str) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise Stopped(where)
 
-    before = {number: signal.signal(number, stop) for number in ASKING}
-    try:
+    with handled(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def asked() -> bool:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch.distributed as torch_dist
 
 from alignx_ds.errors import UserError
+from alignx_ds.interfaces import address_towards
 from alignx_ds.lifeline.failure import Failure, end
 from alignx_ds.lifeline.hub import LATE, Hub
 from alignx_ds.lifeline.line import Lifeline
@@ -69,7 +70,7 @@ def join(rank: int, world: int, timeout: int) -> None:
             multi_tenant=True,
         )
         if rank == 0:
-            _here.hub = Hub(world, _addresses(address, int(port)))
+            _here.hub = Hub(world, _addresses(address))
             _here.line = Lifeline(rank, _here.hub.invitation)
             _here.store.set(key, _here.hub.invitation)
         else:
@@ -96,15 +97,12 @@ def _await_port(address: str, port: int, until: float) -> None:
             time.sleep(0.2)
 
 
-def _addresses(master: str, port: int) -> list[str]:
+def _addresses(master: str) -> list[str]:
     """Where the other ranks may reach this one."""
     if master in (LOOPBACK, "localhost"):
         return [LOOPBACK]
-    found = [master, socket.gethostname()]
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, port))  # sends nothing: it asks which of our addresses leads there
-        found.insert(0, probe.getsockname()[0])
-    return list(dict.fromkeys(found))
+    found = (address_towards(master), master, socket.gethostname())
+    return [address for address in dict.fromkeys(found) if address]
 
 
 def all_have_come(timeout: int) -> None:
