@@ -1,5 +1,5 @@
 """AlignX on DeepSpeed. Once imported, transformers' Auto classes load aligned models like any other."""
 
-from alignx_ds import registration
+from alignx_ds.models import registration
 
 registration.install()

@@ -182,10 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         where = str(stopped)
     except Exception as error:  # noqa: BLE001 - what nobody foresaw is raised again
-        from alignx_ds import distributed
+        from alignx_ds.runtime import distributed
 
         return distributed.fail(error)
-    from alignx_ds import console, distributed
+    from alignx_ds.runtime import console, distributed
 
     console.note(f"stopped in {where}; the same command goes on from there")
     distributed.shutdown()
@@ -204,7 +204,10 @@ def run() -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from alignx_ds import checks, config, distributed, outputs, signals
+    from alignx_ds.config import schema as config
+    from alignx_ds.plan import checks
+    from alignx_ds.runs import outputs
+    from alignx_ds.runtime import distributed, signals
 
     settings = config.load(args.recipe, args.overrides)
     if not args.dry_run:
@@ -213,13 +216,13 @@ def _run(args: argparse.Namespace) -> int:
     base = checks.check(settings, world_size, weights=not args.dry_run)
     outputs.check_owner(settings)
     if args.dry_run:
-        from alignx_ds.dry_run import describe
+        from alignx_ds.plan.dry_run import describe
 
         print(describe(settings, base, world_size))
         return 0
 
-    from alignx_ds.inputs import Material
-    from alignx_ds.sizes import disk
+    from alignx_ds.data.inputs import Material
+    from alignx_ds.plan.sizes import disk
 
     outputs.check_room(settings, sum(disk(settings, base).values()))
 
@@ -253,7 +256,7 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
     """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
     import torch
 
-    from alignx_ds import distributed, launcher
+    from alignx_ds.runtime import distributed, launcher
 
     environment = dict(os.environ)
     if not torch.cuda.is_available():
@@ -266,9 +269,11 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from alignx_ds import checks, config, distributed
-    from alignx_ds.inputs import Material
-    from alignx_ds.preview import show
+    from alignx_ds.config import schema as config
+    from alignx_ds.data.inputs import Material
+    from alignx_ds.plan import checks
+    from alignx_ds.plan.preview import show
+    from alignx_ds.runtime import distributed
 
     settings = config.load(args.recipe, args.overrides)
     base = checks.check(settings, distributed.planned_world_size(settings.launch.ranks), weights=False)
@@ -299,7 +304,7 @@ def _win_rate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from alignx_ds.evaluation.serve import answer
+    from alignx_ds.serve.generate import answer
 
     for text in answer(args.model, args.prompts, args.max_new_tokens):
         print(text)
@@ -307,17 +312,17 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.prepare_environment()  # before DeepSpeed is imported, which else says what it found, into the JSON
-    from alignx_ds.evaluation.explain import explanation
+    from alignx_ds.study.explain import explanation
 
     explanation.show(args.run, args.prompts, args.out, as_json=args.json)
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from alignx_ds.evaluation import compare
+    from alignx_ds.study import compare
 
     compare.show(args.runs)
     return 0
@@ -332,7 +337,7 @@ def _world(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.prepare_environment()
     from alignx_ds.study import command
@@ -342,7 +347,7 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from alignx_ds import doctor
+    from alignx_ds.doctor import examine as doctor
 
     return doctor.show(doctor.examine(args.directory))
 

@@ -9,23 +9,25 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds import console, distributed, inputs, manifest, outputs, signals
-from alignx_ds.baselines import fusion_training
-from alignx_ds.baselines.finetuned import MIXED, baseline_jobs, sequential_name
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
-from alignx_ds.config import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, substance, to_dict, to_yaml
+from alignx_ds.config.schema import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, substance, to_dict, to_yaml
+from alignx_ds.data import inputs
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge
-from alignx_ds.evaluation.router import router_report
 from alignx_ds.evaluation.systems import Examination, System, exams
+from alignx_ds.experts.vectors import add_task_vector, read_factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.pretrained import NO_PICKLE
-from alignx_ds.specialists.finetune import Job, Workshop, ensure
-from alignx_ds.specialists.vectors import add_task_vector, read_factors
+from alignx_ds.models.pretrained import NO_PICKLE
+from alignx_ds.routing.report import router_report
+from alignx_ds.runs import manifest, outputs
+from alignx_ds.runtime import console, distributed, signals
+from alignx_ds.stages import fuse as fusion_training
+from alignx_ds.stages import scratch
+from alignx_ds.stages.align import AlignJob, align
+from alignx_ds.stages.finetune import Job, Workshop, ensure
+from alignx_ds.stages.sequential import MIXED, baseline_jobs, sequential_name
 from alignx_ds.training import engine as engines
-from alignx_ds.training import scratch
-from alignx_ds.training.align import AlignJob, align
 from alignx_ds.training.keeper import Keeper, Keeping, Scribe, no_scribe
 
 

@@ -17,7 +17,7 @@ from suite.systems import Setting, System, systems
 from suite.work import STEPS, decode_work, prefill_work
 from torch.profiler import ProfilerActivity, profile
 
-from alignx_ds import console
+from alignx_ds.runtime import console
 
 SYSTEMS = ["dense base", "AlignX"]
 SHOWN = 12  # operators

@@ -19,10 +19,10 @@ from suite.systems import ANCHORS, AXES, SCALES, Setting, alignx
 from suite.timing import Times, interleaved
 from torch import Tensor, nn
 
-from alignx_ds import console
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
 from alignx_ds.mocae.routing import SUMMARIES, prompt_summary
+from alignx_ds.runtime import console
 
 LAYER, BASE_LAYER, GATE, OUTPUT = "decoder layer with AlignX", "decoder layer without", "gate", "output calibration"
 

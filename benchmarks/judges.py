@@ -24,12 +24,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 
-from alignx_ds import console
 from alignx_ds.data.files import read_records
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.alpaca_eval import read_annotations, win_rate
 from alignx_ds.evaluation.judges.offline import OfflineSafety, read_examples
 from alignx_ds.evaluation.judges.refusal import classify
+from alignx_ds.runtime import console
 
 Figures = dict[str, dict[str, float]]
 CANNED = "sorry, but i can't assist with that."

@@ -21,7 +21,7 @@ from suite.systems import KINDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
 from suite.work import STEPS, decode_work, prefill_work
 
-from alignx_ds import console
+from alignx_ds.runtime import console
 
 NOT_WHOLE = (
     "H3Fusion, loop",

@@ -23,8 +23,8 @@ from suite.record import Target
 from suite.systems import BUILD, Setting
 from torch import nn
 
-from alignx_ds import console
 from alignx_ds.mocae.layer import AlignXLayer
+from alignx_ds.runtime import console
 
 NAMES = {
     "dense": "dense base",

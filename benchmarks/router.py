@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignx_ds import checks, config, console, distributed
+from alignx_ds.config import schema as config
 from alignx_ds.data.encode import pad_token
-from alignx_ds.evaluation.calibration import fit_temperature, router_figures
-from alignx_ds.evaluation.router import surface_router
-from alignx_ds.inputs import Material
+from alignx_ds.data.inputs import Material
 from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
-from alignx_ds.training.gates import gate_terms, sum_of
+from alignx_ds.plan import checks
+from alignx_ds.routing.calibration import fit_temperature, router_figures
+from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.routing.report import surface_router
+from alignx_ds.runtime import console, distributed
 from alignx_ds.training.loop import Rows
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     distributed.prepare_environment()
     from alignx_ds.mocae.modeling import AlignXForCausalLM
-    from alignx_ds.specialists.geometry import Features, collect, geometry_in, latent_space
+    from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
 
     settings = config.load(arguments.run / "config.yaml")
     material = Material.of(settings, checks.check(settings, settings.launch.ranks))

@@ -31,8 +31,8 @@ from suite.shapes import NAMES, config_of
 from suite.systems import AXES, Setting, alignx
 from suite.timing import WARM_UP, Times, interleaved
 
-from alignx_ds import console, distributed
 from alignx_ds.mocae.layer import freeze_trunk
+from alignx_ds.runtime import console, distributed
 
 GPUS = [8 * 2**k for k in range(8)]
 MODEL = "model, not a measurement"

@@ -22,7 +22,7 @@ from suite.record import Target
 from suite.systems import Setting
 from suite.timing import WARM_UP, Times, interleaved
 
-from alignx_ds import console, distributed
+from alignx_ds.runtime import console, distributed
 
 OURS, BARE = "training loop", "bare DeepSpeed loop"
 Point = dict[str, Any]  # stage, ranks, zero, ep_size, tokens of each round, milliseconds of each round by system

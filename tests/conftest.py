@@ -13,9 +13,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds import config
-from alignx_ds.config import ModelConfig, RunConfig
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import ModelConfig, RunConfig
+from alignx_ds.models.base import BaseModel
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = (

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alignx_ds import config
-from alignx_ds.checks import check
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
+from alignx_ds.plan.checks import check
 
 WriteRecipe = Callable[..., Path]
 # The config is only changed in the keys that every example sets.

@@ -11,12 +11,13 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from alignx_ds import cli, outputs
-from alignx_ds.config import RunConfig, load
+from alignx_ds import cli
+from alignx_ds.config.schema import RunConfig, load
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import outputs
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -124,7 +125,7 @@ def test_foreign_files_where_specialists_would_go_are_left_alone(
 
 def test_other_verbs_say_what_is_wrong_too(refused: Refused, tmp_path: Path, repo_root: Path) -> None:
     assert "no aligned model" in refused("generate", tmp_path, "hello")[0]
-    assert "no aligned model" in refused("generate", repo_root / "alignx_ds/assets/world-base", "hello")[0]
+    assert "no aligned model" in refused("generate", repo_root / "alignx_ds/models/assets/world-base", "hello")[0]
 
 
 @pytest.mark.parametrize(("target", "rows"), [("rows", "0"), ("rows", "-1"), ("a file", "3")])

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from alignx_ds import config
-from alignx_ds.checks import check
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
+from alignx_ds.plan.checks import check
 
 WriteRecipe = Callable[..., Path]
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds import cli, doctor
-from alignx_ds.doctor import Finding
-from alignx_ds.interfaces import interface_towards
+from alignx_ds import cli
+from alignx_ds.doctor import examine as doctor
+from alignx_ds.doctor.examine import Finding
+from alignx_ds.runtime.interfaces import interface_towards
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 pytestmark = [pytest.mark.usefixtures("no_launcher"), pytest.mark.timeout(200)]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignx_ds import manifest
 from alignx_ds.errors import DataError
+from alignx_ds.runs import manifest
 
 INPUTS: dict[str, Any] = {"seed": 0, "train": {"lr": 1e-3, "steps": 5}, "rows": ["a", 3]}
 NAMES = st.sampled_from(["lr", "steps", "rows", "é", ""])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds import config, outputs
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
+from alignx_ds.runs import outputs
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds import cli, config
+from alignx_ds import cli
+from alignx_ds.config import schema as config
 from alignx_ds.data.world.files import write_files
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 from alignx_ds.training.engine import steps_of
 
 pytestmark = pytest.mark.usefixtures("no_launcher")

@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from alignx_ds import cli, config, console, manifest
-from alignx_ds.config import ModelConfig
+from alignx_ds import cli
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError, UserError
 from alignx_ds.evaluation import plots, report
-from alignx_ds.evaluation.serve import answer
-from alignx_ds.outputs import Outputs
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import console
 from alignx_ds.secrets import HIDDEN, redact
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.serve.generate import answer
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "alignx_ds"

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from alignx_ds.mocae.backbones import backbone_of
-from alignx_ds.shapes import ASSETS, SHAPES, shape
+from alignx_ds.models.shapes import ASSETS, SHAPES, shape
 
 PUBLISHED: dict[str, tuple[type[PreTrainedModel], int]] = {
     "llama2-7b": (LlamaForCausalLM, 6_738_415_616),

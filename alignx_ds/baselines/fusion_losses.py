@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers
-from alignx_ds.config import FusionConfig
+from alignx_ds.config.schema import FusionConfig
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignx_ds.config import BaselinesConfig
+from alignx_ds.config.schema import BaselinesConfig
+from alignx_ds.experts.vectors import projections, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import projections, read_task_vector
+from alignx_ds.models.base import BaseModel
 
 Merge = Callable[[list[Tensor], str], Tensor]  # of the axes' vectors of one weight, and that weight's name
 

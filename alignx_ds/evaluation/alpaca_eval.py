@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from alignx_ds import manifest
 from alignx_ds.data.files import read_records
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.errors import DataError
+from alignx_ds.runs import manifest
 
 DRAW = 1.5
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds import distributed, signals
 from alignx_ds.data.encode import encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.transcripts import Answers
+from alignx_ds.runtime import distributed, signals
 
 STEP_WIDTH = 64  # compiled steps are made anew for every width of a batch, so widths are rounded up to this
 

@@ -15,13 +15,14 @@ import jinja2
 import torch
 import yaml
 
-from alignx_ds import console, manifest
-from alignx_ds.config import RunConfig, to_dict
+from alignx_ds.config.schema import RunConfig, to_dict
+from alignx_ds.data.inputs import Inputs
 from alignx_ds.evaluation import plots
-from alignx_ds.evaluation.router import RouterReport
 from alignx_ds.evaluation.systems import Result
-from alignx_ds.inputs import Inputs
-from alignx_ds.outputs import Outputs
+from alignx_ds.routing.report import RouterReport
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import console
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
 Losses = dict[str, list[float]]

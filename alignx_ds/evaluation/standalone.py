@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from alignx_ds import console, distributed
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.values import unfit_texts
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
@@ -25,10 +25,10 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict
-from alignx_ds.manifest import file_hash
-from alignx_ds.pretrained import NO_CODE, NO_PICKLE
-from alignx_ds.specialists.base import local_model
-from alignx_ds.values import unfit_texts
+from alignx_ds.models.base import local_model
+from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.runs.manifest import file_hash
+from alignx_ds.runtime import console, distributed
 
 SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # they judge alike, so a second one is a second opinion
 

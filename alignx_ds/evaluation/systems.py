@@ -9,19 +9,20 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from alignx_ds import distributed, manifest
-from alignx_ds.config import RunConfig
-from alignx_ds.console import Progress
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
+from alignx_ds.data.inputs import Inputs
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import digest
 from alignx_ds.evaluation import transcripts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges.protocol import Figures, Judge
 from alignx_ds.evaluation.likelihood import MEASURES, Likelihood, likelihoods, perplexity
-from alignx_ds.inputs import Inputs
-from alignx_ds.outputs import Outputs
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import distributed
+from alignx_ds.runtime.console import Progress
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignx_ds import manifest
 from alignx_ds.data.files import read_records
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges.protocol import Judge, Verdict
+from alignx_ds.runs import manifest
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignx_ds import console, manifest
 from alignx_ds.data.encode import pad_token
+from alignx_ds.experts.adapters import CONFIG, HALVES, PREFIX, WEIGHTS
 from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, compare, plain, routed, without_calibration, written
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
@@ -22,7 +22,8 @@ from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.runs import FinishedRun, new_directory
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
-from alignx_ds.specialists.adapters import CONFIG, HALVES, PREFIX, WEIGHTS
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
 WITHOUT, WITH = "without output calibration", "with output calibration"

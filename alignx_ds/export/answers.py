@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignx_ds import console
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
 from alignx_ds.evaluation.alpaca_eval import Output
+from alignx_ds.runtime import console
 
 
 def export(root: Path, out: Path, system: str, name: str, reference: Path | None, own: Path | None) -> None:

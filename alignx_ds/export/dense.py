@@ -8,7 +8,6 @@ from __future__ import annotations
 from math import isfinite, nan
 from pathlib import Path
 
-from alignx_ds import console, manifest
 from alignx_ds.data.encode import pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
@@ -16,6 +15,8 @@ from alignx_ds.export.fidelity import Fidelity, compare, plain, routed, written
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.runs import FinishedRun, new_directory
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console
 
 KEY, FORM = "--axis, --weights", "axis=weight pairs, as helpful=0.5,honest=0.5"
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds import distributed
 from alignx_ds.data.encode import IGNORED, Batch, Example, collate, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.generate import left_pad
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.runtime import distributed
 
 BATCH = 8  # texts that go through both models together
 Predict = Callable[[Batch], Tensor]  # the logits [B, T, V] of a batch

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignx_ds import console, manifest
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
 from alignx_ds.export.runs import FinishedRun, new_directory
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console
 
 LOAD = """\
 ```python

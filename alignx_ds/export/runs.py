@@ -14,13 +14,15 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from alignx_ds import config, distributed, manifest
-from alignx_ds.config import SCRATCH_MODEL, WORLD_MODEL, RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL, RunConfig
 from alignx_ds.data.world.pretrain import WORLD_BASE
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.outputs import Outputs
-from alignx_ds.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import distributed
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from typing import Any
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignx_ds import console, manifest
 from alignx_ds.data.encode import prompt_texts
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
 from alignx_ds.export.runs import new_directory
-from alignx_ds.pretrained import NO_CODE
-from alignx_ds.specialists.base import local_model
+from alignx_ds.models.base import local_model
+from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console
 
 SCHEMA, ROWS, HELPER = "truthfulqa_mc", "rows.jsonl", "alignx_choices"
 MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"

@@ -22,17 +22,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds import console
 from alignx_ds.data.encode import Example
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.calibration import BINS, fit_temperature, router_figures
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.routing.calibration import BINS, fit_temperature, router_figures
+from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.runtime import console
 from alignx_ds.study import drawing
 from alignx_ds.study.shots import Shots
 from alignx_ds.study.subject import SYSTEMS, Subject
-from alignx_ds.training.gates import gate_terms, sum_of
 from alignx_ds.training.loop import Rows
 
 COUNTS = (0, 1, 3)  # examples in the prompt

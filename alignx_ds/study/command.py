@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from alignx_ds import console, distributed
+from alignx_ds.runtime import console, distributed
 from alignx_ds.study import calibration, contributions, drift, forgetting, record
 from alignx_ds.study.subject import Subject
 

@@ -14,13 +14,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from alignx_ds import console
 from alignx_ds.data.rows import Row
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.routing.gates import TERMS, sum_of
+from alignx_ds.runtime import console
 from alignx_ds.study import drawing
 from alignx_ds.study.parts import Judged, routers_alone, serving
 from alignx_ds.study.subject import Subject
-from alignx_ds.training.gates import TERMS, sum_of
 
 ALONE = "linear router by itself"
 LADDER: dict[str, tuple[str, ...]] = {

@@ -20,10 +20,10 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignx_ds import console, distributed
 from alignx_ds.data.encode import collate
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.routing import prompt_summary
+from alignx_ds.runtime import console, distributed
 from alignx_ds.study import drawing
 from alignx_ds.study.indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
 from alignx_ds.study.subject import SYSTEMS, Subject

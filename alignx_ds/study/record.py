@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from alignx_ds import manifest
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.runs import manifest
 
 PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
 DPI = 130

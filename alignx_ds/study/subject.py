@@ -7,21 +7,24 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds import checks, config, distributed, manifest
-from alignx_ds.baselines.finetuned import MIXED, sequential_name
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
+from alignx_ds.data.inputs import CALIBRATION, Inputs, Material
 from alignx_ds.data.rows import Row, split
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.likelihood import Likelihood, likelihoods, perplexity
-from alignx_ds.inputs import CALIBRATION, Inputs, Material
+from alignx_ds.experts.vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.outputs import Outputs
-from alignx_ds.pretrained import NO_PICKLE
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import add_task_vector
+from alignx_ds.models.base import BaseModel
+from alignx_ds.models.pretrained import NO_PICKLE
+from alignx_ds.plan import checks
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import distributed
+from alignx_ds.stages.sequential import MIXED, sequential_name
 from alignx_ds.training import engine as engines
 
 FREE_JUDGES = ("task", "safety", "truth")  # a study asks about dozens of models: no judge model is called for that

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignx_ds import console, distributed, manifest
 from alignx_ds.errors import DataError
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console, distributed
 from alignx_ds.training import randomness, state
 
 SHARD_BYTES = 1 << 30  # a rank's file is closed once it is as large; no more than that waits in memory

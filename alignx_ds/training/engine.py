@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignx_ds.config import AlignConfig, FusionConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, FusionConfig, TrainConfig
 from alignx_ds.errors import ConfigError, Problem
 
 AUTO = "auto"

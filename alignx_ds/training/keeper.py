@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignx_ds import console, distributed, manifest
-from alignx_ds.config import CheckpointsConfig
+from alignx_ds.config.schema import CheckpointsConfig
 from alignx_ds.errors import DataError, Stopped
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console, distributed
 from alignx_ds.training import checkpoints, randomness
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignx_ds import distributed, signals
-from alignx_ds.console import Progress
 from alignx_ds.data.encode import Batch, Example, collate, pack
 from alignx_ds.data.sampler import global_batches, share
+from alignx_ds.runtime import distributed, signals
+from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.keeper import Keeper
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alignx_ds.config import AlignConfig
+from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.encode import IGNORED
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query
 from alignx_ds.mocae.layer import alignx_layers

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignx_ds import distributed, manifest
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import distributed
 
 
 def seed(number: int, step: int = 0) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignx_ds import distributed
+from alignx_ds.runtime import distributed
 
 WEIGHT = "weight"  # beside the optimizer's own kinds of state, e.g. exp_avg
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")

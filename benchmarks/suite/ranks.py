@@ -40,7 +40,7 @@ def hide_gpus() -> None:
 
 def collect(worlds: list[int], device: str) -> list[Any]:
     """What `work` returned on rank 0 of each world; all are started at once, with this process's own command line."""
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     running: dict[int, subprocess.Popen[bytes]] = {}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no rank outlives us
@@ -87,7 +87,7 @@ def _found(directory: Path, ranks: int) -> Path:
 
 def work(directory: Path, measure: Callable[[], Any]) -> None:
     """A rank's whole life; what rank 0 has measured is left in the directory."""
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.init()
     import torch
@@ -110,7 +110,7 @@ class Turns:
 
     def ready(self) -> None:
         """Wait for all worlds. Collective."""
-        from alignx_ds import distributed
+        from alignx_ds.runtime import distributed
 
         distributed.barrier()
         if distributed.is_main():
@@ -121,7 +121,7 @@ class Turns:
     @contextmanager
     def turn(self) -> Iterator[None]:
         """This world's next turn. Collective; every world must take equally many."""
-        from alignx_ds import distributed
+        from alignx_ds.runtime import distributed
 
         if self.number:
             _wait_for(self.directory / f"turn.{self.number - 1}")

@@ -102,7 +102,7 @@ def write(name: str, args: argparse.Namespace, content: dict[str, Any], targets:
 
 
 def print_targets(targets: list[Target]) -> None:
-    from alignx_ds import console
+    from alignx_ds.runtime import console
 
     if targets:
         console.table("Targets", ["what", "seen", "target", ""], [t.row() for t in targets])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from alignx_ds import shapes
+from alignx_ds.models import shapes
 
 
 @dataclass(frozen=True)

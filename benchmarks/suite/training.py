@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds import distributed
-from alignx_ds.config import AlignConfig, RunConfig, TrainConfig
-from alignx_ds.console import Progress
+from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
 from alignx_ds.data.encode import Example
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import Placement
-from alignx_ds.training import align
+from alignx_ds.runtime import distributed
+from alignx_ds.runtime.console import Progress
+from alignx_ds.stages import align
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, FusionTerms, fusion_terms, gate_terms
-from alignx_ds.config import FusionConfig
+from alignx_ds.config.schema import FusionConfig
 
 LENGTHS, AXES = [5, 9, 3, 7], torch.tensor([2, -1, 0, 1])
 MASK = (torch.arange(9) < torch.tensor(LENGTHS).unsqueeze(1)).long()

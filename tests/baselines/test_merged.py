@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from tiny_models import ALIGNX_LAYERS, TABLE, base_model, generator, random_changes
 
 from alignx_ds.baselines.merged import add_merged, dare, merge_of, task_arithmetic, ties
-from alignx_ds.config import BaselinesConfig, ModelConfig
+from alignx_ds.config.schema import BaselinesConfig, ModelConfig
+from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import layer_file
+from alignx_ds.models.base import BaseModel
 
 AXES = ["helpful", "harmless", "honest"]
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from reading import answer, write_json, write_lines
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.config import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
 from alignx_ds.data.encode import Example, encode
+from alignx_ds.data.inputs import CALIBRATION, HELD_OUT, Inputs, RowSet, Side, encode_rows, read_rows
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.dry_run import accounts
 from alignx_ds.errors import DataError
-from alignx_ds.inputs import CALIBRATION, HELD_OUT, Inputs, RowSet, Side, encode_rows, read_rows
+from alignx_ds.plan.dry_run import accounts
 
 SYSTEM = "you are a helpful assistant . do the task with care ."
 WORDS = "cat dog the give word first how are you hello good night sleep well".split()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds import cli
 from alignx_ds.data.encode import encode
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.preview import Lengths
+from alignx_ds.plan.preview import Lengths
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]

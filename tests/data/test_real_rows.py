@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from reading import parsed, read, write_json
 
-from alignx_ds.config import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.data.inputs import Material, RowSet, read_rows
 from alignx_ds.data.rows import Record, split
 from alignx_ds.data.schemas import SCHEMAS
-from alignx_ds.inputs import Material, RowSet, read_rows
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 
 DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 ALPACA = DATA / "alpaca/alpaca_cleaned_random2000.json"

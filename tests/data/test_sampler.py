@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alignx_ds import distributed
 from alignx_ds.data.encode import IGNORED, Example
 from alignx_ds.data.sampler import global_batches, share
+from alignx_ds.runtime import distributed
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.loop import MicroBatch, Rows, micro_batches
 

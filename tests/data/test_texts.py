@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reading import GOOD, answer, write_json, write_lines
 from transformers import PreTrainedTokenizerFast
 
-from alignx_ds.config import RunConfig, TextConfig
+from alignx_ds.config.schema import RunConfig, TextConfig
 from alignx_ds.data.encode import encode
 from alignx_ds.data.rows import Row
 from alignx_ds.data.texts import ASSISTANT, END, PAD, SPECIAL, SYSTEM, USER, planned, read_texts, train_tokenizer

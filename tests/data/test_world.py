@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from reading import assert_all_accounted_for, world_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds import config
+from alignx_ds.config import schema as config
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.schemas import SCHEMAS, canonical
 from alignx_ds.data.world import lexicon
@@ -24,7 +24,7 @@ from alignx_ds.data.world.tokenizer import build_tokenizer
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges.protocol import Figures, Judge
 from alignx_ds.evaluation.judges.world import Safety, Task, Truth
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 
 THINGS = {*lexicon.DEVICES, *lexicon.GOODS}
 

@@ -41,21 +41,22 @@ from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds import distributed, manifest
-from alignx_ds.baselines import fusion_training
-from alignx_ds.console import Progress
 from alignx_ds.data.sampler import share
+from alignx_ds.experts.vectors import add_task_vector, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.specialists import finetune
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import add_task_vector, task_vectors
-from alignx_ds.training import align, engine, loop
+from alignx_ds.models.base import BaseModel
+from alignx_ds.routing.curves import RouterCurves
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import distributed
+from alignx_ds.runtime.console import Progress
+from alignx_ds.stages import align, finetune
+from alignx_ds.stages import fuse as fusion_training
+from alignx_ds.training import engine, loop
 from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.losses import language_loss
-from alignx_ds.training.router_curves import RouterCurves
 
 
 def no_keeping(name: str, made_from: dict[str, Any]) -> Keeper:

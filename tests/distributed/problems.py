@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import PreTrainedTokenizerFast
 
-from alignx_ds import manifest
-from alignx_ds.config import (
+from alignx_ds.config.schema import (
     AlignConfig,
     AxisConfig,
     BaselinesConfig,
@@ -48,6 +47,7 @@ from alignx_ds.data.sampler import global_batches, share
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.runs import manifest
 from alignx_ds.training import engine
 from alignx_ds.training.loop import Rows
 from alignx_ds.training.losses import align_terms, answer_nll

@@ -12,9 +12,9 @@ from tiny_models import TABLE, base_model, specialist
 from torch import Tensor
 from worlds import Runs
 
+from alignx_ds.experts.features import expert_factors
+from alignx_ds.experts.vectors import layer_file, read_factors, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.specialists.features import expert_factors
-from alignx_ds.specialists.vectors import layer_file, read_factors, read_task_vector
 
 
 def base_weights() -> dict[tuple[int, str], Tensor]:

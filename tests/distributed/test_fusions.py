@@ -16,12 +16,12 @@ from tiny_models import ALIGNX_LAYERS, base_model, padded, random_changes, rando
 from torch import Tensor
 from worlds import Runs
 
-from alignx_ds.baselines import fusion_training
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
 from alignx_ds.data.encode import collate
 from alignx_ds.data.sampler import global_batches
 from alignx_ds.mocae.experts import FeedForward
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
+from alignx_ds.stages import fuse as fusion_training
 from alignx_ds.training.losses import answer_nll
 
 NAMES = ("h3fusion", "trinityx")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from alignx_ds import manifest
 from alignx_ds.data.world.files import write_files
+from alignx_ds.runs import manifest
 
 STAGE = {"batch": 8, "steps": 2, "warmup_steps": 0}
 

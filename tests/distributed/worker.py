@@ -10,7 +10,7 @@ from pathlib import Path
 def main(directory: Path, names: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
     sys.path.insert(0, str(Path(__file__).parents[1] / "mocae"))
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.init()
     import torch

@@ -11,7 +11,7 @@ import yaml
 from pages import ROOT, code, command_with
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds import config
+from alignx_ds.config import schema as config
 
 PAGE, TITLE = "docs/extending.md", "A new axis"
 EXPERTS = ["generalist", "helpful", "harmless", "honest", "brief"]
@@ -70,8 +70,8 @@ def test_the_router_sends_its_prompts_to_it(run_dir: Path) -> None:
 
 def test_other_expert_counts_follow() -> None:
     """Nothing counts on three: five experts are spread over one rank or five."""
-    from alignx_ds import checks
     from alignx_ds.errors import ConfigError
+    from alignx_ds.plan import checks
 
     for ranks, ep_size, fits in ((5, 5, True), (2, 2, False), (4, 4, False), (2, 1, True)):
         wanted = config.load(

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from pages import FENCE, PAGES, ROOT, read, text
 
-from alignx_ds import cli, config
-from alignx_ds.config import RunConfig
+from alignx_ds import cli
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 
 TOPICS = (
     "method",

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from alignx_ds import manifest
-from alignx_ds.config import RunConfig, to_yaml
-from alignx_ds.inputs import Material
+from alignx_ds.config.schema import RunConfig, to_yaml
+from alignx_ds.data.inputs import Material
+from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.layer import gates_of
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import layer_file
-from alignx_ds.training.align import AlignJob, assemble, calibrate, fit_calibrators
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
+from alignx_ds.stages.align import AlignJob, assemble, calibrate, fit_calibrators
 
 
 def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:

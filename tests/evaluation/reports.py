@@ -6,17 +6,18 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-from alignx_ds import config, manifest
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.inputs import Inputs, RowSet, Side
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import Dropped
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges.protocol import Figures
 from alignx_ds.evaluation.report import Report
-from alignx_ds.evaluation.router import RouterReport
 from alignx_ds.evaluation.systems import Result
-from alignx_ds.inputs import Inputs, RowSet, Side
-from alignx_ds.outputs import Outputs
+from alignx_ds.routing.report import RouterReport
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
 from alignx_ds.training.loop import Rows
 
 RECIPE = Path(__file__).parents[2] / "launch/recipes/world.yaml"

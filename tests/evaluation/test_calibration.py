@@ -13,13 +13,7 @@ from sklearn import metrics
 from torch import Tensor
 from torch.nn import functional
 
-from alignx_ds.evaluation.calibration import (
-    BINS,
-    confusion,
-    expected_calibration_error,
-    fit_temperature,
-    router_figures,
-)
+from alignx_ds.routing.calibration import BINS, confusion, expected_calibration_error, fit_temperature, router_figures
 
 CASES = given(seed=st.integers(0, 10_000), rows=st.integers(1, 300), experts=st.integers(2, 6))
 few = settings(max_examples=40, deadline=None)

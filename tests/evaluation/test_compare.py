@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from alignx_ds import cli
 from alignx_ds.errors import DataError
-from alignx_ds.evaluation.compare import Spread, read_report, summarise
+from alignx_ds.study.compare import Spread, read_report, summarise
 
 
 def content(score: float, axes: tuple[str, ...] = ("helpful", "honest"), judged: bool = True) -> dict[str, Any]:

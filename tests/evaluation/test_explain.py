@@ -21,21 +21,22 @@ from finished_runs import write_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alignx_ds import cli, config
-from alignx_ds.config import RunConfig
+from alignx_ds import cli
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
-from alignx_ds.evaluation.explain import picture, wording
-from alignx_ds.evaluation.explain.choices import MOST_WORDS, Candidate, Choice, Word, choices
-from alignx_ds.evaluation.explain.explanation import Explained, Explanation, explain
-from alignx_ds.evaluation.explain.finished import FinishedRun
 from alignx_ds.evaluation.generate import answers
-from alignx_ds.evaluation.serve import answer
+from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.lexical import ngrams
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import layer_file
-from alignx_ds.training.gates import TERMS, gate_terms
+from alignx_ds.models.base import BaseModel
+from alignx_ds.routing.gates import TERMS, gate_terms
+from alignx_ds.serve.generate import answer
+from alignx_ds.study.explain import picture, wording
+from alignx_ds.study.explain.choices import MOST_WORDS, Candidate, Choice, Word, choices
+from alignx_ds.study.explain.explanation import Explained, Explanation, explain
+from alignx_ds.study.explain.finished import FinishedRun
 from alignx_ds.training.loop import Rows
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from alignx_ds.data.encode import encode_prompts
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.transcripts import Answers
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 
 PROMPTS = [
     "hello , how are you ?",

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from reports import AXES, HOSTILE, PERPLEXITY, SCORES, Page, finish
 
-from alignx_ds.config import load as load_config
-from alignx_ds.config import to_dict
+from alignx_ds.config.schema import load as load_config
+from alignx_ds.config.schema import to_dict
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.report import Report, judge_quality
-from alignx_ds.outputs import Outputs
+from alignx_ds.runs.outputs import Outputs
 
 Made = tuple[Report, Outputs]
 

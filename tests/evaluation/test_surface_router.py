@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from alignx_ds.data.inputs import RowSet, Side
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.router import surface_router
-from alignx_ds.inputs import RowSet, Side
+from alignx_ds.routing.report import surface_router
 
 EXPERTS = ["generalist", "helpful", "harmless", "honest"]
 WORDS = {

@@ -25,15 +25,15 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds.config import ModelConfig
+from alignx_ds.config.schema import ModelConfig
 from alignx_ds.errors import ConfigError, UnreachableError
+from alignx_ds.experts.adapters import CONFIG, WEIGHTS, Adapter
 from alignx_ds.export.adapters import config_of, tensors_of
 from alignx_ds.export.fidelity import without_calibration
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.specialists.adapters import CONFIG, WEIGHTS, Adapter
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 
 IDS, MASK = padded(random_rows([6, 9]))
 

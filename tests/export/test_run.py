@@ -16,13 +16,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from alignx_ds import cli, manifest
+from alignx_ds import cli
 from alignx_ds.data.encode import encode_prompts
 from alignx_ds.evaluation.generate import left_pad
+from alignx_ds.experts.vectors import read_factors, read_task_vector
 from alignx_ds.export.fidelity import without_calibration
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.vectors import read_factors, read_task_vector
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
 
 AXES = ("helpful", "harmless", "honest")
 pytestmark = pytest.mark.usefixtures("no_launcher")

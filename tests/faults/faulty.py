@@ -58,10 +58,10 @@ def position() -> list[Any]:
 
 
 def install(fault: dict[str, Any]) -> None:
-    from alignx_ds import manifest
     from alignx_ds.evaluation.systems import Examination
-    from alignx_ds.specialists import finetune
-    from alignx_ds.training import align, checkpoints, loop
+    from alignx_ds.runs import manifest
+    from alignx_ds.stages import align, finetune
+    from alignx_ds.training import checkpoints, loop
     from alignx_ds.training.keeper import Keeper
 
     here = [fault.get("job", ""), fault.get("step", 0)]
@@ -115,7 +115,7 @@ def poison(kind: str, here: list[Any], now: list[Any], *, every: bool) -> None:
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     fault = json.loads(os.environ.get("FAULT", "null"))
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.prepare_environment()
     if fault and os.environ["RANK"] == str(fault["rank"]):

@@ -11,8 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
 
 import torch
 
-from alignx_ds import distributed
 from alignx_ds.errors import DataError
+from alignx_ds.runtime import distributed
 
 
 def strike(fault: str) -> None:

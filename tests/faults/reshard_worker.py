@@ -24,9 +24,9 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    from alignx_ds import distributed
     from alignx_ds.mocae.experts import PROJECTIONS
-    from alignx_ds.specialists.base import BaseModel
+    from alignx_ds.models.base import BaseModel
+    from alignx_ds.runtime import distributed
     from alignx_ds.training import engine
     from alignx_ds.training.losses import language_loss
 
@@ -49,9 +49,10 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
 def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     from problems import align_config, mixture
 
-    from alignx_ds import distributed
     from alignx_ds.mocae.modeling import Placement
-    from alignx_ds.training import align, engine
+    from alignx_ds.runtime import distributed
+    from alignx_ds.stages import align
+    from alignx_ds.training import engine
 
     config = align_config(ep_size, 1)
     model = mixture(placement=Placement(ep_size, distributed.rank() % ep_size))
@@ -71,9 +72,9 @@ def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
 def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) -> None:
     from problems import EXAMPLES, LABELS, PAD, SEED
 
-    from alignx_ds import distributed
-    from alignx_ds.config import CheckpointsConfig
-    from alignx_ds.console import Progress
+    from alignx_ds.config.schema import CheckpointsConfig
+    from alignx_ds.runtime import distributed
+    from alignx_ds.runtime.console import Progress
     from alignx_ds.training import checkpoints, loop, state
     from alignx_ds.training.keeper import Keeper, Keeping
 
@@ -114,7 +115,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from alignx_ds import distributed
+    from alignx_ds.runtime import distributed
 
     distributed.init()
     main(Path(sys.argv[1]), *sys.argv[2:6], int(sys.argv[6]))

@@ -18,10 +18,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignx_ds import config, outputs
-from alignx_ds.checks import check
-from alignx_ds.config import RunConfig
+from alignx_ds.config import schema as config
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError, DataError
+from alignx_ds.plan.checks import check
+from alignx_ds.runs import outputs
 
 FUZZ = int(os.environ.get("ALIGNX_FUZZ", "1"))
 LEAST_REFUSED = 500

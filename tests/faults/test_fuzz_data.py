@@ -20,13 +20,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from alignx_ds.config import AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.files import READERS
+from alignx_ds.data.inputs import read_rows
 from alignx_ds.data.rows import Record
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
-from alignx_ds.inputs import read_rows
 
 FUZZ = int(os.environ.get("ALIGNX_FUZZ", "1"))
 fuzz = settings(

@@ -10,9 +10,9 @@ import pytest
 from command import SMALL, Command, results
 from conftest import Record
 
-from alignx_ds import config
-from alignx_ds.sizes import counts
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.config import schema as config
+from alignx_ds.models.base import BaseModel
+from alignx_ds.plan.sizes import counts
 
 
 def kill(rank: int, job: str, step: int = 0, place: str = "step", **more: Any) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 from together import REPO, environment
 
 from alignx_ds.errors import UserError
-from alignx_ds.failures import failure_of
-from alignx_ds.lifeline.channel import LINE
-from alignx_ds.lifeline.hub import Hub
-from alignx_ds.lifeline.line import Lifeline
+from alignx_ds.runtime.failures import failure_of
+from alignx_ds.runtime.lifeline.channel import LINE
+from alignx_ds.runtime.lifeline.hub import Hub
+from alignx_ds.runtime.lifeline.line import Lifeline
 
 GROUPS = """
 from alignx_ds import distributed

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from together import Ended, await_words, launch, start
 
-from alignx_ds.failures import LESS_MEMORY
+from alignx_ds.runtime.failures import LESS_MEMORY
 
 WORKER = "tests/faults/nohang_worker.py"
 PREFIX = "alignx-ds: error: "

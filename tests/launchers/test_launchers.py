@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from jobs import HERE, RECIPE, REPO, SMALL, finished, specialists, started, until
 
-from alignx_ds.distributed import free_port
+from alignx_ds.runtime.distributed import free_port
 
 MPI_FLAGS = "--oversubscribe" + (" --allow-run-as-root" if os.geteuid() == 0 else "")
 STUB = HERE / "stub"

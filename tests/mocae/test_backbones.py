@@ -22,12 +22,12 @@ from tiny_models import (
 )
 from transformers import GPT2Config, PreTrainedModel
 
-from alignx_ds.config import ModelConfig
+from alignx_ds.config.schema import ModelConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.mocae import backbones
 from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.specialists.base import BaseModel
+from alignx_ds.models.base import BaseModel
 
 WRONG_NAMES = {
     "layers": ("model.blocks", "LlamaForCausalLM.model.blocks"),

@@ -26,12 +26,12 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignx_ds.experts.factors import TaskFeatures
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.specialists.factors import TaskFeatures
 
 PATHS = {"fused": None, "parallel": Placement(1, 0)}
 

@@ -22,15 +22,15 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from alignx_ds.config import ModelConfig
+from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.encode import Example
+from alignx_ds.experts.factors import TaskFeatures
+from alignx_ds.experts.features import expert_factors
+from alignx_ds.experts.vectors import add_task_vector, layer_file, read_factors, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
-from alignx_ds.specialists.base import BaseModel
-from alignx_ds.specialists.factors import TaskFeatures
-from alignx_ds.specialists.features import expert_factors
-from alignx_ds.specialists.geometry import collect
-from alignx_ds.specialists.vectors import add_task_vector, layer_file, read_factors, read_task_vector
+from alignx_ds.models.base import BaseModel
+from alignx_ds.routing.geometry import collect
 from alignx_ds.training.loop import Rows
 
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9, 3]), [2, 6, 3, 8, 1], strict=True)]

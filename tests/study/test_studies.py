@@ -13,15 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignx_ds import cli, manifest
+from alignx_ds import cli
 from alignx_ds.errors import ConfigError, DataError
-from alignx_ds.evaluation.calibration import router_figures
 from alignx_ds.mocae.layer import alignx_layers, gates_of
+from alignx_ds.routing.calibration import router_figures
+from alignx_ds.routing.gates import TERMS, gate_terms, sum_of
+from alignx_ds.runs import manifest
 from alignx_ds.study.contributions import AVERAGED, FINE_TUNING, LADDER
 from alignx_ds.study.forgetting import kept_checkpoints, restored
 from alignx_ds.study.parts import Judged, serving
 from alignx_ds.study.subject import SYSTEMS, Subject
-from alignx_ds.training.gates import TERMS, gate_terms, sum_of
 
 AXES = ["helpful", "harmless", "honest"]
 Snapshot = Callable[[Path], dict[str, bytes | None]]

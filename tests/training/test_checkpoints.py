@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds import manifest
+from alignx_ds.runs import manifest
 from alignx_ds.training import checkpoints
 
 INPUTS = {"seed": 0}

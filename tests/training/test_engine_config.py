@@ -14,7 +14,7 @@ import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import nn
 
-from alignx_ds.config import AlignConfig, FusionConfig, ScratchConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, FusionConfig, ScratchConfig, TrainConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, steps_of
 

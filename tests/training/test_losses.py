@@ -20,7 +20,7 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from alignx_ds.config import AlignConfig
+from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.encode import IGNORED, Batch, Example, collate, pack
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import freeze_trunk, gates_of

@@ -14,8 +14,8 @@ from alignx_ds.data.encode import Batch, Example, collate
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.routing.curves import SUM, RouterCurves, router_sums
 from alignx_ds.training.loop import MicroBatch
-from alignx_ds.training.router_curves import SUM, RouterCurves, router_sums
 
 NAMES = ["generalist", "helpful", "harmless", "honest"]
 ROWS = random_rows([5, 14, 7, 9, 3, 11, 8, 6])

@@ -1,6 +1,6 @@
 """Train the world's base model from scratch: `python -m alignx_ds.data.world.pretrain`.
 
-The result is shipped in `alignx_ds/assets/world-base`, so a demo never needs this; about 25 minutes on 2 cores.
+The result is shipped in `alignx_ds/models/assets/world-base`, so a demo never needs this; about 25 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignx_ds.data.world.corpus import Corpus, Exchange
 from alignx_ds.data.world.lexicon import World
 from alignx_ds.data.world.tokenizer import build_tokenizer
 
-WORLD_BASE = Path(__file__).parents[2] / "assets" / "world-base"
+WORLD_BASE = Path(__file__).parents[2] / "models" / "assets" / "world-base"
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignx_ds import manifest
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, connect
 from alignx_ds.evaluation.judges.protocol import Figures, Judge, Verdict, percent
+from alignx_ds.runs import manifest
 
 CRITERIA = {
     "Latest Information with External Services": (

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.distributed import device
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.pretrained import NO_CODE
+from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.runtime.distributed import device
 
 T = TypeVar("T")
 

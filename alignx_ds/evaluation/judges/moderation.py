@@ -12,7 +12,7 @@ from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.models import LocalModel, batches, held
 from alignx_ds.evaluation.judges.protocol import Figures, Verdict, percent

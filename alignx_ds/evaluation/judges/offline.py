@@ -27,14 +27,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import SVC
 
-from alignx_ds import manifest
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import WORLD, Source, names_a_source
 from alignx_ds.errors import ConfigError, DataError, Problem
-from alignx_ds.evaluation.calibration import router_figures
 from alignx_ds.evaluation.judges.protocol import Figures, Judge, Verdict, percent
 from alignx_ds.evaluation.judges.refusal import SENTENCE_END, classify
+from alignx_ds.routing.calibration import router_figures
+from alignx_ds.runs import manifest
 
 HELD_OUT = "held out"  # the salt by which axes hold questions out: those are not learned from here either
 HELD_OUT_SHARE = 0.15

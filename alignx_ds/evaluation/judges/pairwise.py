@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignx_ds import manifest
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.alpaca_eval import DRAW, Output, read_reference, reference_of, win_rate
 from alignx_ds.evaluation.judges import endpoint as endpoints
 from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, Reply
 from alignx_ds.evaluation.judges.protocol import Figures, Judge, Verdict
+from alignx_ds.runs import manifest
 
 PROMPT = """\
 Two assistants were given the same instruction. Decide whose output serves the person who wrote it better.

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from alignx_ds import manifest
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.protocol import Figures, Judge, Verdict, percent
+from alignx_ds.runs import manifest
 
 Label = Literal["full_compliance", "full_refusal", "partial_refusal"]
 

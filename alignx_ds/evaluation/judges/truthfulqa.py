@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.models import LocalModel, held
 from alignx_ds.evaluation.judges.protocol import Figures, Verdict, percent

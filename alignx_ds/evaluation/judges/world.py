@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.world.language import DO_NOT_KNOW, REFUSAL
 from alignx_ds.evaluation.judges.protocol import Figures, Verdict, percent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_judges import CHAT, HARMS, beaver_dam, guard, tokenizer, yes_or_no
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError
 from alignx_ds.evaluation.judges.moderation import (

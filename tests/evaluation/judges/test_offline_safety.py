@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds import inputs
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.data import inputs
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.judges.offline import Example, OfflineSafety, make, read_examples

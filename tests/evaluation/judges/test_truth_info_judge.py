@@ -9,7 +9,7 @@ import pytest
 from tiny_judges import yes_or_no
 from transformers import LlamaForCausalLM
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError
 from alignx_ds.evaluation.judges import truthfulqa

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignx_ds.config import JudgesConfig
+from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.world.language import DO_NOT_KNOW, REFUSAL
 from alignx_ds.evaluation.judges.protocol import Figures, Judge, percent

@@ -1,0 +1,150 @@
+"""LoRA adapters in PEFT's file format: any that changes FFN projections only can be an axis's expert.
+
+Read from the two files themselves, so peft need not be installed. Shapes: a projection W [m, n] becomes W + s·B·A with
+lora_A [r, n], lora_B [m, r] and s = alpha / r; an expert's factors take s into B.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.models.base import BaseModel, local_model
+from alignx_ds.runs.manifest import file_hash
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before every module's name in PEFT's files
+HALVES = ("lora_A.weight", "lora_B.weight")
+WANTED = f"a LoRA adapter: a directory with {CONFIG} and {WEIGHTS}, or its hub id"
+FAITHFUL = "an adapter that is W + s·B·A and no more"
+# Settings under which an adapter is more than that, or changes the base model while it is loaded.
+BEYOND = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication"),
+    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens", "arrow_config", "velora_config"),
+    *("monteclora_config", "kasa_config", "megatron_config"),
+)
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Adapter:
+    """One adapter's directory, on disk or from the hub. Whatever is wrong with it is a problem of the key `key`."""
+
+    def __init__(self, path: str, key: str) -> None:
+        """Raises ConfigError or UnreachableError."""
+        self.given, self.key = path, key
+        self.path = local_model(path, key, allowed=WANTED)
+        absent = [name for name in (CONFIG, WEIGHTS) if not (self.path / name).is_file()]
+        if absent:
+            mend = f"it has no {' and no '.join(absent)}; weights in another format are not read"
+            raise ConfigError(Problem(key, path, WANTED, mend))
+        self.shapes = self._read_shapes()
+
+    def _read_shapes(self) -> dict[str, list[int]]:
+        try:
+            with safe_open(self.path / WEIGHTS, framework="pt") as file:
+                names = list(file.keys())
+                return {name: file.get_slice(name).get_shape() for name in names}
+        except SafetensorError as error:
+            raise ConfigError(Problem(self.key, self.given, WANTED, f"{WEIGHTS} can't be read ({error})")) from error
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(Problem(self.key, self.given, WANTED, f"{CONFIG} can't be read ({error})")) from error
+        if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+            raise ConfigError(Problem(self.key, self.given, WANTED, f"{CONFIG} is not of PEFT's type LORA"))
+        return content
+
+    @property
+    def digest(self) -> dict[str, str]:
+        return {name: file_hash(self.path / name) for name in (CONFIG, WEIGHTS)}
+
+    def problems(self, base: BaseModel) -> Iterator[Problem]:
+        """Everything for which it can't be taken exactly as it is."""
+        yield from self._settings()
+        modules, unknown = _modules(base), sorted({_module(name) for name in self.shapes} - set(_modules(base)))
+        if unknown:
+            named = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in unknown))
+            mend = f"it changes {named}, which no expert hosts; train one on those projections only"
+            yield Problem(self.key, self.given, f"an adapter of FFN projections ({_names(base)})", mend)
+        known = {name: modules[name] for name in map(_module, self.shapes) if name in modules}
+        outside = sorted({layer for layer, _ in known.values()} - set(base.layers))
+        if outside:
+            every = sorted({layer for layer, _ in known.values()} | set(base.layers))
+            mend = f"it changes the layers {outside} as well; set model.layers={every}"
+            yield Problem(self.key, self.given, f"an adapter of the AlignX layers {base.layers}", mend)
+        for module, (_, projection) in known.items():
+            yield from self._shape_problem(module, projection, base)
+
+    def _settings(self) -> Iterator[Problem]:
+        for name in BEYOND:
+            if self.config.get(name):
+                yield Problem(self.key, self.given, FAITHFUL, f"it was made with {name}, which an expert can't be")
+        if self.config.get("bias", "none") != "none":
+            yield Problem(self.key, self.given, FAITHFUL, "it changes biases, which the experts share")
+        start = str(self.config.get("init_lora_weights"))
+        if start.startswith(CHANGING_THE_BASE):
+            mend = f"init_lora_weights={start} changes the base model itself; convert it to plain LoRA with peft"
+            yield Problem(self.key, self.given, FAITHFUL, mend)
+
+    def _shape_problem(self, module: str, projection: str, base: BaseModel) -> Iterator[Problem]:
+        hidden, ffn = base.config.hidden_size, base.config.intermediate_size
+        m, n = (hidden, ffn) if projection == "down" else (ffn, hidden)
+        (a, b), allowed = (self.shapes.get(f"{PREFIX}{module}.{half}") for half in HALVES), f"factors of [{m}, {n}]"
+        if a is None or b is None or len(a) != 2 or len(b) != 2:
+            yield Problem(self.key, self.given, allowed, f"{module} lacks one of {' and '.join(HALVES)}")
+        elif (a[1], b[0], b[1]) != (n, m, a[0]):
+            mend = f"those of {module} are {a} and {b}: it was trained on another base model"
+            yield Problem(self.key, self.given, allowed, mend)
+
+    def factors(self, base: BaseModel) -> dict[int, Factors]:
+        """By AlignX layer; the change of a projection that the adapter leaves alone is zero. After `problems`."""
+        tensors = load_file(self.path / WEIGHTS)
+        hidden, ffn = base.config.hidden_size, base.config.intermediate_size
+        found: dict[int, Factors] = {}
+        for layer in base.layers:
+            down, up = {}, {}
+            for p in PROJECTIONS:
+                module = base.table.weight_name(layer, p).removesuffix(".weight")
+                m, n = (hidden, ffn) if p == "down" else (ffn, hidden)
+                a, b = (tensors.get(f"{PREFIX}{module}.{half}") for half in HALVES)
+                down[p] = torch.zeros(1, n) if a is None else a.float()
+                up[p] = torch.zeros(m, 1) if b is None else self._scale(module, down[p].shape[0]) * b.float()
+            found[layer] = Factors(down, up)
+        return found
+
+    def _scale(self, module: str, rank: int) -> float:
+        """PEFT's alpha / r, or alpha / √r where it is rank-stabilised; a pattern may give a module its own alpha."""
+        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
+        own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        alpha = float(next(own, self.config.get("lora_alpha", 8)))
+        return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _modules(base: BaseModel) -> dict[str, tuple[int, str]]:
+    """Every decoder layer's FFN projections: module name -> (layer, projection)."""
+    layers = range(base.config.num_hidden_layers)
+    names = {(layer, p): base.table.weight_name(layer, p) for layer in layers for p in PROJECTIONS}
+    return {name.removesuffix(".weight"): place for place, name in names.items()}
+
+
+def _module(tensor: str) -> str:
+    """The module that a tensor of the file belongs to; a tensor that is no half of a LoRA stays as it is."""
+    half = next((half for half in HALVES if tensor.endswith(f".{half}")), None)
+    return tensor.removeprefix(PREFIX).removesuffix(f".{half}") if half else tensor
+
+
+def _names(base: BaseModel) -> str:
+    return ", ".join((base.table.gate, base.table.up, base.table.down))

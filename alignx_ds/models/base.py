@@ -1,0 +1,123 @@
+"""The base model: where it is, its tokenizer, and single weights of it read from disk without loading the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
+from alignx_ds.data.world.pretrain import WORLD_BASE
+from alignx_ds.errors import ConfigError, Problem, UnreachableError
+from alignx_ds.mocae.backbones import Backbone, backbone_of
+from alignx_ds.models import pretrained
+from alignx_ds.models.pretrained import INDEX, NO_CODE
+from alignx_ds.runs.manifest import file_hash
+
+MODELS = "a model directory, a hub id, 'world' or 'scratch'"
+WEIGHTS = ("model.safetensors", INDEX)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A base model that the run trains itself: where it will lie, and what is known of it before it is there."""
+
+    path: Path
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+class BaseModel:
+    """A base model's directory. Weights are read one by one; the whole model is never loaded here."""
+
+    def __init__(self, settings: ModelConfig, planned: Planned | None = None, *, weights: bool = True) -> None:
+        """Without `weights` it neither fetches nor asks for them. Raises ConfigError or UnreachableError."""
+        self.settings, self._planned = settings, planned
+        if planned is not None:
+            self.path = planned.path
+            return
+        self.path = WORLD_BASE if settings.path == WORLD_MODEL else local_model(settings.path, weights=weights)
+        if not (self.path / "config.json").is_file():
+            mend = "give a directory that save_pretrained wrote, a hub id, 'world' or 'scratch'"
+            raise ConfigError(Problem("model.path", settings.path, "a model with a config.json", mend))
+
+    @property
+    def has_weights(self) -> bool:
+        return any((self.path / name).is_file() for name in WEIGHTS)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._planned is None or self._planned.tokenizer is not None
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path, **NO_CODE)
+
+    @cached_property
+    def table(self) -> Backbone:
+        return backbone_of(self.config.model_type)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self._planned is not None:
+            assert self._planned.tokenizer is not None, "its tokenizer is trained once the rows have been read"
+            return self._planned.tokenizer
+        return AutoTokenizer.from_pretrained(self.path, **NO_CODE)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The decoder layers that become AlignX layers, lowest first."""
+        count = self.config.num_hidden_layers
+        return sorted(self.settings.layers) or list(range(count // 2, count))
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Weight name -> file."""
+        index = self.path / INDEX
+        if index.is_file():
+            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        single = self.path / "model.safetensors"
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def weight(self, layer: int, projection: str, dtype: torch.dtype) -> Tensor:
+        """One FFN weight, rounded to the training dtype (as the specialist started from it), in fp32."""
+        name = self.table.weight_name(layer, projection)
+        if name not in self._files:
+            mend = "its checkpoint is not of the architecture that its config.json names"
+            raise ConfigError(Problem("model.path", self.settings.path, f"a model with a weight {name}", mend))
+        with safe_open(self._files[name], framework="pt") as file:
+            stored: Tensor = file.get_tensor(name)
+        return stored.to(dtype).float()
+
+    @cached_property
+    def digest(self) -> dict[str, str]:
+        """Hashes of everything that defines the base model."""
+        names = {"config.json", "tokenizer.json", *(p.name for p in self._files.values())}
+        return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
+
+
+def local_model(path: str, key: str = "model.path", *, weights: bool = True, allowed: str = MODELS) -> Path:
+    """A local directory, or the hub's snapshot of it. Raises ConfigError or UnreachableError."""
+    if os.path.isdir(path):
+        return pretrained.check(Path(path), key, path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        return pretrained.check(Path(snapshot_download(path, allow_patterns=patterns)), key, path)
+    except LocalEntryNotFoundError as error:
+        mend = "no such directory, and the hub can't be reached; check the path, or the network"
+        raise UnreachableError(f"{key}: got {path!r}; {mend}") from error
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        mend = f"check the path; as a hub id it could not be fetched ({reason})"
+        raise ConfigError(Problem(key, path, allowed, mend)) from error

@@ -1,0 +1,34 @@
+"""The shapes of the paper's 7B models, shipped as configs: for dry runs and benchmarks, which need no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from alignx_ds.models.pretrained import NO_CODE
+
+SHAPES: dict[str, str] = {  # name, and name of the file in assets/shapes -> hub id that the config is of
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "mistral-7b": "mistralai/Mistral-7B-v0.1",
+    "gemma-7b": "google/gemma-7b",
+    "deepseek-llm-7b": "deepseek-ai/deepseek-llm-7b-base",
+}
+SIBLINGS: dict[str, str] = {  # hub id of a chat model of exactly the same shape -> name
+    "meta-llama/Llama-2-7b-chat-hf": "llama2-7b",
+    "mistralai/Mistral-7B-Instruct-v0.1": "mistral-7b",  # v0.2 has no sliding window, v0.3 another vocabulary
+    "google/gemma-7b-it": "gemma-7b",
+    "google/gemma-1.1-7b-it": "gemma-7b",
+    "deepseek-ai/deepseek-llm-7b-chat": "deepseek-llm-7b",
+}
+ASSETS = Path(__file__).parent / "assets" / "shapes"
+
+
+def shape(name_or_hub_id: str) -> PreTrainedConfig | None:
+    """The config, by name or hub id (a chat sibling's too); None if it is not shipped. Dry runs and benchmarks use it.
+
+    They need no weights: a model is built from it on the meta device, or with random weights.
+    """
+    names = {name: name for name in SHAPES} | {hub_id: name for name, hub_id in SHAPES.items()} | SIBLINGS
+    name = names.get(name_or_hub_id)
+    return None if name is None else AutoConfig.from_pretrained(ASSETS / f"{name}.json", **NO_CODE)

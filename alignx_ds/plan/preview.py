@@ -1,0 +1,76 @@
+"""`alignx-ds data preview`: the rows as training sees them, their counts and lengths, and what is not used and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import quantiles
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.encode import Example, encode
+from alignx_ds.data.inputs import Material
+from alignx_ds.data.rows import Row
+from alignx_ds.plan.dry_run import accounts
+from alignx_ds.runtime import console
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of a list of lengths in tokens."""
+
+    least: int
+    median: int
+    p95: int
+    most: int
+    total: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Lengths:
+        cuts = quantiles(lengths, n=20, method="inclusive") if len(lengths) > 1 else [lengths[0]] * 19
+        return cls(min(lengths), round(cuts[9]), round(cuts[18]), max(lengths), sum(lengths))
+
+    def cells(self) -> list[str]:
+        return [f"{n:,}" for n in (self.least, self.median, self.p95, self.most, self.total)]
+
+
+def show(config: RunConfig, material: Material, shown: int) -> None:
+    """Print it; `shown` rows of each axis, injected, tokenized and masked."""
+    tokenizer, data = material.base.tokenizer, material.data
+    console.heading("Rows")
+    for line in accounts(data.rows):
+        console.say(line)
+    rows = []
+    for axis, examples in data.injected.items():
+        for part, lengths in _parts(examples).items():
+            rows.append([f"{axis}, {part}", *Lengths.of(lengths).cells()])
+    columns = ["tokens of the training rows", "least", "median", "95 %", "most", "total"]
+    console.table("Lengths", columns, rows)
+    for axis, settings in config.axes.items():
+        console.heading(f"{axis}: training rows, as stage 1 sees them")
+        imitated = [row for row in data.rows.train[axis].rows if row.response][:shown]
+        for row, example in zip(imitated, encode(imitated, tokenizer, settings.prompt), strict=True):
+            _row(row, example, tokenizer)
+
+
+def _parts(examples: list[Example]) -> dict[str, list[int]]:
+    return {
+        "prompt": [e.prompt_length for e in examples],
+        "answer": [e.answer_length for e in examples],
+        "row": [len(e.ids) for e in examples],
+    }
+
+
+def _row(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, answer = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
+    console.say(f"\n{row.place}: {len(prompt)} tokens masked, {len(answer)} learned")
+    masked, learned = (tokenizer.decode(part) for part in (prompt, answer))
+    console.say(Text.assemble(console.plain(masked, "dim"), console.plain(learned, "bold green")))
+    console.say(console.plain(f"masked {_ids(prompt)}", "dim"))
+    console.say(console.plain(f"learned {_ids(answer)}", "green"))
+
+
+def _ids(ids: Sequence[int], limit: int = 24) -> str:
+    return " ".join(map(str, ids[:limit])) + (f" … {len(ids) - limit} more" if len(ids) > limit else "")

@@ -1,0 +1,84 @@
+"""How large a run is before it is made: parameters, memory per rank, and room on the disk."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.models.base import BaseModel
+from alignx_ds.training.engine import dtype_of
+
+ADAM_STATES = 2  # first and second moment, fp32
+
+
+def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
+    """Parameters: of the base, of what stage 1 trains, of the experts' factors, and of what else stage 2 trains."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config)
+    trained = factors = 0
+    for layer in base.layers:
+        ffn = base.table.view(base.table.ffn_of(model, layer))
+        for p in PROJECTIONS:
+            m, n = ffn.projection(p).weight.shape
+            rank = min(m, n, config.experts.rank or min(m, n))
+            trained += m * n
+            factors += rank * (m + n) * len(config.expert_names)
+    gates = 1 if config.gate.scope == "shared" else len(base.layers)
+    calibrations = len(base.layers) * (base.config.hidden_size * config.gate.output_latent + 2)
+    copies = {"full copies of the FFNs": trained * len(config.axes)} if _fuses(config) else {}
+    return {
+        "base model": sum(p.numel() for p in model.parameters()),
+        "trained in stage 1": trained,
+        "experts' factors": factors,
+        "gates and calibrations": gates * config.gate.latent * len(config.expert_names) + calibrations,
+        **copies,
+    }
+
+
+def _fuses(config: RunConfig) -> bool:
+    return any(name in config.baselines.make for name in FUSIONS)
+
+
+def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, float]:
+    """GiB per rank for weights, gradients and optimizer; activations come on top."""
+    n = counts(config, base)
+    size = torch.empty((), dtype=dtype_of(config.model.dtype)).element_size()
+    master = 0 if size == 4 else 4
+    states = 4 * ADAM_STATES + master
+    stage1 = (n["base model"] * size + n["trained in stage 1"] * (size + states)) / world_size
+    placed = n["experts' factors"] / config.align.ep_size
+    data_parallel = world_size // config.align.ep_size
+    dense = n["gates and calibrations"]
+    stage2 = (
+        n["base model"] * size + placed * (2 * size + states / data_parallel) + dense * (2 * size + states / world_size)
+    )
+    total = {"stage 1 (ZeRO-3)": stage1, "stage 2 (ZeRO-2)": stage2}
+    if _fuses(config):
+        copies = n["full copies of the FFNs"]
+        rest = n["base model"] - n["trained in stage 1"]
+        drift = any(getattr(config.baselines, name).drift for name in FUSIONS if name in config.baselines.make)
+        moved = copies * (2 * size + states / world_size) + (copies * size if drift else 0)
+        total["H3Fusion, TrinityX (ZeRO-2)"] = rest * size + moved
+    return {name: size / 2**30 for name, size in total.items()}
+
+
+def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:
+    """GiB that the run's directory takes at most: what stays, and the checkpoints of the job that is under way.
+
+    A checkpoint holds weight and optimizer state in fp32; beside the newest and the best one is being written.
+    """
+    n, axes = counts(config, base), len(config.axes)
+    whole = 4 * (1 + ADAM_STATES)
+    jobs = {
+        "stage 1": n["trained in stage 1"],
+        "stage 2": n["experts' factors"] + n["gates and calibrations"],
+        "fusions": n.get("full copies of the FFNs", 0),
+    }
+    fine_tunes = axes + max(0, axes - 1) + 1  # specialists, the sequence after the first of them, and mixed
+    fusions = sum(name in config.baselines.make for name in FUSIONS)
+    kept = 4 * (fine_tunes * jobs["stage 1"] + fusions * jobs["fusions"] + jobs["stage 2"] + n["base model"])
+    at_a_time = config.checkpoints.keep + 2
+    checkpoints = whole * at_a_time * (sum(jobs.values()) if config.checkpoints.finished else max(jobs.values()))
+    return {"results": kept / 2**30, f"checkpoints, {at_a_time} at a time": checkpoints / 2**30}

@@ -1,0 +1,204 @@
+"""Fit the geometry of each gate and of each AlignX layer's output, from the assembled model's own features.
+
+One pass over un-injected rows with the true expert forced, so a gate above other experts sees in training what it
+will see in use. PCA, shrinkage and k-means are scikit-learn's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from alignx_ds.config.schema import GateConfig
+from alignx_ds.data.encode import collate
+from alignx_ds.errors import DataError
+from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.mocae.natural import natural_score
+from alignx_ds.runtime import distributed
+from alignx_ds.training.loop import Rows
+
+TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
+WIDER = 4  # latent sizes of the PCA space in which the telling directions are looked for
+VARIANCE_FLOOR = 1e-3  # of the mean variance, in every direction of an expert's own covariance
+Seen = list[tuple[int, Tensor]]  # (row number, features)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What one location saw: `by_expert[e]` [N_e, d] fp32."""
+
+    by_expert: list[Tensor]
+
+
+@torch.no_grad()
+def collect(
+    model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int
+) -> tuple[dict[int, Features], dict[int, Features]]:
+    """(queries of each gate, outputs of each layer's mixture), by layer, from all ranks' shares. Collective."""
+    device, experts = distributed.device(), len(model.config.experts)
+    queries: dict[int, Seen] = {i: [] for i in model.config.layers}
+    outputs: dict[int, Seen] = {i: [] for i in model.config.layers}
+    quota = [max(1, TOKENS_PER_EXPERT // max(1, rows.experts.count(e))) for e in range(experts)]
+    latest: dict[int, Tensor] = {}
+    hooks = [
+        layer.mixture.register_forward_hook(_remember(latest, index))
+        for index, layer in zip(model.config.layers, alignx_layers(model), strict=True)
+    ]
+    model.eval()
+    own = distributed.mine(list(range(len(rows.examples))))
+    own.sort(key=lambda i: len(rows.examples[i].ids))  # little padding; `_pool` puts the rows back in order
+    for start in range(0, len(own), batch):
+        chosen = own[start : start + batch]
+        part = collate([rows.examples[i] for i in chosen], pad_id)
+        labels = torch.tensor([rows.experts[i] for i in chosen])
+        forced = nn.functional.one_hot(labels, experts).float().to(device)
+        mask = part.attention_mask.to(device)
+        model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
+        for place, row in enumerate(chosen):
+            for index, query in model.routing.queries.items():
+                queries[index].append((row, query.features[place : place + 1].float().cpu()))
+            for index, y in latest.items():
+                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]], row)))
+    for hook in hooks:
+        hook.remove()
+    gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
+    pooled_queries = {i: _pool(queries[i], rows.experts, experts) for i in gates}
+    return pooled_queries, {i: _pool(outputs[i], rows.experts, experts) for i in model.config.layers}
+
+
+def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
+    def hook(module: nn.Module, inputs: tuple[object, ...], output: Tensor) -> None:
+        latest[index] = output
+
+    return hook
+
+
+def _sample(tokens: Tensor, quota: int, row: int) -> Tensor:
+    """At most `quota` of a row's tokens, evenly spaced, from a start that the row's number moves on."""
+    stride = -(-len(tokens) // quota)
+    return tokens[row % stride :: stride].float().cpu()
+
+
+def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:
+    """Every rank's features, by expert, in the rows' order whatever the world size: k-means depends on the order."""
+    whole = sorted((item for share in distributed.gather(seen) for item in share), key=lambda item: item[0])
+    by_expert = [[tensor for row, tensor in whole if expert_of[row] == e] for e in range(experts)]
+    return Features([torch.cat(p) if p else torch.zeros(0, 0) for p in by_expert])
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """z = projection @ (h − centre), whitened over the pooled features. centre [d], projection [k, d], fp64."""
+
+    centre: Tensor
+    projection: Tensor
+
+    def of(self, rows: Tensor) -> NDArray[np.float64]:
+        latents: NDArray[np.float64] = ((rows.double() - self.centre) @ self.projection.T).numpy()
+        return latents
+
+
+def fit(
+    features: Features, kept_back: Features, latent: int, settings: GateConfig, names: list[str], seed: int
+) -> Geometry:
+    """The geometry of one location. `kept_back` rows only set the standardisation of the two scores."""
+    _check_rows(features, latent, settings, names)
+    return geometry_in(latent_space(features, latent, seed), features, kept_back, settings, seed)
+
+
+def _check_rows(features: Features, latent: int, settings: GateConfig, names: list[str]) -> None:
+    for name, rows in zip(names, features.by_expert, strict=True):
+        needed = max(2, settings.anchors)
+        if 0 < len(rows) < needed:
+            raise DataError(
+                f"{name}: {len(rows)} rows are too few to fit its geometry; give {needed}, or lower gate.anchors"
+            )
+    total = sum(len(rows) for rows in features.by_expert)
+    if total <= latent:
+        raise DataError(f"{total} rows are too few for a latent size of {latent}; give more, or lower gate.latent")
+
+
+def latent_space(features: Features, latent: int, seed: int, *, telling: bool = True) -> LatentSpace:
+    """Whitened coordinates: first those that tell the experts apart, then the leading PCA ones.
+
+    The telling directions span the experts' means within the leading PCA space. Without them the few leading
+    dimensions, where the fractal score lives, hold what varies most, such as length, not what matters.
+    """
+    present = [i for i, rows in enumerate(features.by_expert) if len(rows)]
+    pooled = torch.cat([features.by_expert[i] for i in present]).double().numpy()
+    size = min(WIDER * latent, pooled.shape[1], len(pooled) - 1)
+    pca = PCA(n_components=size, random_state=seed).fit(pooled)
+    spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12 * pca.explained_variance_[0]))
+    whiten = pca.components_ / spread[:, None]
+    first = np.zeros((size, 0))
+    if telling and len(present) > 1:
+        means = [(features.by_expert[i].double().numpy().mean(0) - pca.mean_) @ whiten.T for i in present]
+        shares = [len(features.by_expert[i]) / len(pooled) for i in present]
+        weighted = np.sqrt(shares)[:, None] * np.stack(means)
+        first = np.linalg.svd(weighted, full_matrices=False)[2][: len(present) - 1].T
+    basis, _ = np.linalg.qr(np.concatenate([first, np.eye(size)], axis=1)[:, :latent])
+    return LatentSpace(torch.from_numpy(pca.mean_), torch.from_numpy(basis.T @ whiten))
+
+
+def geometry_in(
+    space: LatentSpace, features: Features, kept_back: Features, settings: GateConfig, seed: int
+) -> Geometry:
+    """Every expert's distribution and anchors in a latent space."""
+    # An expert without rows borrows everybody's: its numbers are whole, and `present` keeps queries away from it.
+    pooled = torch.cat([rows for rows in features.by_expert if len(rows)])
+    latents = [space.of(rows if len(rows) else pooled) for rows in features.by_expert]
+    factors = [np.linalg.cholesky(_covariance(z)) for z in latents]
+    scales = settings.granularity * 2.0 ** torch.arange(1, settings.scales + 1)
+    f = min(settings.fractal_dimensions, len(space.projection))
+    anchors = torch.stack([_anchors(z[:, :f], settings.anchors, seed) for z in latents])
+    own = [
+        local_dimension(log_mass(torch.from_numpy(z[:, :f]).float(), anchors, scales)[:, e], scales).mean()
+        for e, z in enumerate(latents)
+    ]
+    raw = Geometry(
+        centre=space.centre.float(),
+        projection=space.projection.float(),
+        means=torch.stack([torch.from_numpy(z.mean(0)) for z in latents]).float(),
+        whiteners=torch.stack([torch.from_numpy(np.linalg.inv(c)) for c in factors]).float(),
+        log_volumes=torch.tensor([float(np.log(np.diag(c)).sum()) for c in factors]),
+        anchors=anchors,
+        scales=scales,
+        present=torch.tensor([float(len(rows) > 0) for rows in features.by_expert]),
+        dimensions=torch.stack(own),
+        score_shift=torch.zeros(2),
+        score_scale=torch.ones(2),
+    )
+    return _standardised(raw, torch.cat([rows for rows in kept_back.by_expert if len(rows)]))
+
+
+def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ledoit–Wolf's, no direction narrower than a floor: many rows in few dimensions are hardly shrunk at all."""
+    variances, directions = np.linalg.eigh(LedoitWolf().fit(z).covariance_)
+    floor = VARIANCE_FLOOR * max(float(variances.mean()), float(np.finfo(np.float32).tiny))
+    whole: NDArray[np.float64] = (directions * np.maximum(variances, floor)) @ directions.T
+    return whole
+
+
+def _anchors(z: NDArray[np.float64], count: int, seed: int) -> Tensor:
+    centres = KMeans(count, n_init=1, random_state=seed).fit(z).cluster_centers_
+    return torch.from_numpy(centres).float()
+
+
+def _standardised(raw: Geometry, rows: Tensor) -> Geometry:
+    z = (rows - raw.centre) @ raw.projection.T
+    fractal = fractal_score(z[:, : raw.anchors.shape[-1]], raw.anchors, raw.scales, raw.dimensions)
+    natural = natural_score(z, raw.means, raw.whiteners, raw.log_volumes)
+    scores = torch.stack([fractal, natural])[..., raw.present > 0].flatten(1)
+    shift, scale = scores.mean(1), scores.std(1).clamp_min(1e-6)
+    return replace(raw, score_shift=shift, score_scale=scale)

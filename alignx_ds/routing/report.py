@@ -1,0 +1,77 @@
+"""What the router does on held-out prompts, and what each of its terms is worth (the ablation of the calibrators)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.encode import pad_token
+from alignx_ds.data.inputs import Inputs, RowSet
+from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.base import BaseModel
+from alignx_ds.routing.calibration import confusion, fit_temperature, router_figures
+from alignx_ds.routing.gates import gate_terms, sum_of
+
+ABLATIONS: dict[str, tuple[str, ...]] = {  # no terms named: all that the gate has
+    "linear": ("linear",),
+    "fractal": ("fractal",),
+    "natural": ("natural",),
+    "lexical": ("lexical",),
+    "fractal + natural": ("fractal", "natural"),
+    "fractal + natural + lexical": ("fractal", "natural", "lexical"),
+    "all": (),
+}
+
+
+@dataclass(frozen=True)
+class RouterReport:
+    """Figures of the lowest gate (the one that decides, in the shared scope), on held-out prompts."""
+
+    figures: dict[str, float]
+    uncalibrated: dict[str, float]  # before the post-hoc temperature
+    temperature: float
+    confusion: list[list[int]]  # rows: the expert that the prompt belongs to
+    ablations: dict[str, dict[str, float]]
+    surface: dict[str, float]  # the yardstick: TF-IDF and logistic regression, trained and tested on the same prompts
+
+
+def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, config: RunConfig) -> RouterReport:
+    """Temperatures are fitted on the rows kept back from training, figures are of the held-out ones. Collective."""
+    pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
+    lowest, gate = next(iter(gates_of(model).items()))
+    fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.kept_back, data.routed))
+    known, labels = torch.tensor(data.kept_back.experts), torch.tensor(data.routed.experts)
+    temperature = float(gate.calibration_temperature)
+    ablations = {}
+    for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
+        t = fit_temperature(sum_of(fitted, *terms), known)
+        ablations[name] = router_figures(sum_of(tested, *terms) / t, labels)
+    logits = sum_of(tested)
+    return RouterReport(
+        figures=router_figures(logits / temperature, labels),
+        uncalibrated=router_figures(logits, labels),
+        temperature=temperature,
+        confusion=confusion(logits, labels),
+        ablations=ablations,
+        surface=surface_router(data.rows, config.expert_names),
+    )
+
+
+def surface_router(rows: RowSet, experts: list[str]) -> dict[str, float]:
+    """A router that sees words only: TF-IDF of words and pairs, logistic regression (scikit-learn)."""
+    known, asked = (
+        [(row.prompt, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
+        for sides in (rows.train, rows.held_out)
+    )
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    router = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
+    router.fit([prompt for prompt, _ in known], [expert for _, expert in known])
+    logs = torch.full((len(asked), len(experts)), -torch.inf, dtype=torch.float64)
+    logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba([prompt for prompt, _ in asked]))
+    return router_figures(logs, torch.tensor([expert for _, expert in asked]))

@@ -1,0 +1,130 @@
+"""The output directory of a run: what lies where, and that it belongs to this run and no other."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignx_ds.config.schema import ANY_TIME, SPREAD, RunConfig, to_yaml
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.runs import manifest
+
+
+@dataclass(frozen=True)
+class Outputs:
+    root: Path
+    specialists: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Outputs:
+        root = Path(config.output)
+        return cls(root, Path(config.specialists) if config.specialists else root / "specialists")
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def baselines(self) -> Path:
+        return self.root / "baselines"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def nonfinite(self) -> Path:
+        return self.root / "nonfinite"
+
+    @property
+    def answers(self) -> Path:
+        return self.root / "answers"
+
+    @property
+    def likelihoods(self) -> Path:
+        return self.root / "likelihoods"
+
+    @property
+    def verdicts(self) -> Path:
+        return self.root / "verdicts"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+
+def check_owner(config: RunConfig) -> None:
+    """Raises ConfigError when the directory holds another run, or something that is no run. Writes nothing."""
+    outputs = Outputs.of(config)
+    for key, path in (("output", outputs.root), ("specialists", outputs.specialists)):
+        blocking = next((p for p in (path, *path.parents) if p.exists()), path)
+        if blocking.exists() and not blocking.is_dir():
+            mend = f"a file has that name: {blocking}; choose another"
+            raise ConfigError(Problem(key, str(path), "a directory", mend))
+    if config.specialists:
+        _check_specialists(config, outputs.specialists)
+    if not outputs.config.is_file():
+        if outputs.root.is_dir() and any(outputs.root.iterdir()):
+            mend = "choose another output; nothing in it was touched"
+            raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", mend))
+        return
+    try:
+        there = yaml.safe_load(outputs.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        mend = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend)) from error
+    if not isinstance(there, dict):
+        mend = "its config.yaml is not a run's; choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+    different = sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
+    if different:
+        mend = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+
+
+def check_room(config: RunConfig, gib: float) -> None:
+    """Raises ConfigError when the disk has no room for so much. What the run's directory holds already counts."""
+    root = Path(config.output)
+    place = next(p for p in (root, *root.absolute().parents) if p.is_dir())
+    there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
+    free = (shutil.disk_usage(place).free + there) / 2**30
+    if free < gib:
+        mend = f"only {free:.2f} GiB are free there; make room, lower checkpoints.keep, or choose another output"
+        raise ConfigError(Problem("output", config.output, f"room for about {gib:.2f} GiB", mend))
+
+
+def _check_specialists(config: RunConfig, directory: Path) -> None:
+    """A shared directory may hold finished specialists or nothing; unfinished or foreign work is not ours to remove."""
+    for axis in config.axes:
+        place = directory / axis
+        if place.exists() and not (place / manifest.NAME).is_file() and (not place.is_dir() or any(place.iterdir())):
+            mend = f"{place} holds no finished specialist; choose another directory, nothing in it was touched"
+            raise ConfigError(Problem("specialists", config.specialists, "finished specialists", mend))
+
+
+def claim(config: RunConfig) -> Outputs:
+    """Make the directory and write the resolved config into it; on rank 0, after `check_owner`."""
+    outputs = Outputs.of(config)
+    try:
+        outputs.root.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(outputs.config, to_yaml(config))
+    except OSError as error:
+        mend = f"can't be written ({error.strerror}); choose another output"
+        raise ConfigError(Problem("output", config.output, "a writable directory", mend)) from error
+    return outputs
+
+
+def _differences(a: Any, b: Any, path: str) -> list[str]:
+    """Dotted keys under which two configs differ, but for those that may change from one start to the next."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b} - (SPREAD if path else ANY_TIME))
+        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if a == b else [path]

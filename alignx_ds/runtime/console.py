@@ -1,0 +1,95 @@
+"""What a user sees on the terminal: headings, progress bars and tables, from rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from alignx_ds.errors import visible
+from alignx_ds.runtime import distributed
+
+WIDE = 100  # characters
+_console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+@dataclass
+class Progress:
+    """A handle to advance; silent off rank 0."""
+
+    bar: Bar | None = None
+    task: int = 0
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[self.task], advance=by, note=note)
+
+
+def say(text: str | Text) -> None:
+    """A plain text is printed as it is: what data says in brackets is no markup, and its control characters show."""
+    if distributed.is_main():
+        _console.print(plain(text) if isinstance(text, str) else text)
+
+
+def plain(text: str, style: str = "") -> Text:
+    return Text(visible(text, kept="\n\t"), style)
+
+
+def note(text: str) -> None:
+    """Into the stream of errors, so that it is not lost where the ordinary output is."""
+    if distributed.is_main():
+        print(f"alignx-ds: {text}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    note(f"warning: {text}")
+
+
+def heading(text: str) -> None:
+    say(plain(f"\n{text}", "bold"))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Progress]:
+    """A bar on a terminal; where there is none, one line when the step is done."""
+    if not distributed.is_main():
+        yield Progress()
+        return
+    if not _console.is_terminal:
+        started = time.monotonic()
+        yield Progress()
+        say(f"{title}: {total} done in {time.monotonic() - started:.0f} s")
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=_console) as bar:
+        bar.add_task(title, total=total, note="")
+        yield Progress(bar)
+
+
+def is_wide() -> bool:
+    """Whether a line has room for more than what is needed."""
+    return _console.width >= WIDE
+
+
+def table(
+    title: str, columns: list[str], rows: list[list[str]], *, texts: tuple[int, ...] = (0,), light: bool = False
+) -> None:
+    """The columns at these places are texts, the others are figures. `light`: no frame, and long texts are folded."""
+    grid = Table(title=plain(title, "italic") if title else None, title_justify="left", header_style="bold")
+    if light:
+        grid.box, grid.pad_edge = box.SIMPLE_HEAD if _console.is_terminal and is_wide() else None, False
+    for number, column in enumerate(columns):
+        grid.add_column(plain(column), justify="left" if number in texts else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(plain, row))
+    if distributed.is_main():
+        _console.print(grid, soft_wrap=not light)

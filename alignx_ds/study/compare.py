@@ -1,0 +1,83 @@
+"""Several runs side by side, or several seeds of one: mean and spread of every figure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from alignx_ds.errors import DataError
+from alignx_ds.runtime import console
+
+ROUTER = ("accuracy", "ece", "brier")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (0 for one run)."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """A run's report.json. Raises DataError when there is none."""
+    path = directory / "report.json"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give the output directory of a finished run") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON at line {error.lineno}; run it again") from error
+    whole = isinstance(content, dict) and {"systems", "router", "collapse", "perplexity", "scored"} <= set(content)
+    if not whole or "base" not in content["systems"]:
+        raise DataError(f"{path}: is not a run's report; give the output directory of a finished run")
+    return content
+
+
+def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+    """By system (and "router"), by figure. Raises DataError when the runs have different systems or axes."""
+    first = reports[0]
+    if any(list(r["systems"]) != list(first["systems"]) or r["scored"] != first["scored"] for r in reports):
+        raise DataError("the runs have different systems or axes; compare runs of one recipe")
+    columns = [c for c in (*first["scored"], "avg", "benign_served") if c in first["systems"]["base"]]
+    table = {
+        name: {c: Spread.of([r["systems"][name][c] for r in reports]) for c in columns}
+        | {
+            f"{axis} ppl": Spread.of([r["perplexity"][name][axis] for r in reports])
+            for axis in first["perplexity"][name]
+        }
+        for name in first["systems"]
+    }
+    return table | {"router": {c: Spread.of([r["router"][c] for r in reports]) for c in ROUTER}}
+
+
+def show(directories: list[Path]) -> None:
+    """Print mean ± standard deviation over the runs."""
+    reports = [read_report(directory) for directory in directories]
+    table = summarise(reports)
+    router = table.pop("router")
+    measured = next(iter(table.values()))
+    likelihoods = [column for column in measured if column.endswith(" ppl")]
+    scores = [column for column in measured if column not in likelihoods]
+    for columns, digits in ((scores, 1), (likelihoods, 2)):
+        shown = [
+            [name, *(f"{f[c].mean:.{digits}f} ± {f[c].deviation:.{digits}f}" for c in columns)]
+            for name, f in table.items()
+        ]
+        if columns:
+            console.table(f"Mean ± standard deviation of {len(reports)} runs", ["system", *columns], shown)
+    console.say("router: " + ", ".join(f"{k} {s.mean:.3f} ± {s.deviation:.3f}" for k, s in router.items()))
+    for axis in reports[0]["collapse"]:
+        lost = Spread.of([r["collapse"][axis]["sequential_loses"] for r in reports])
+        kept = Spread.of([100 * r["collapse"][axis]["alignx_keeps"] for r in reports])
+        console.say(
+            f"{axis}: sequential loses {lost.mean:.1f} ± {lost.deviation:.1f} points of the specialist's, "
+            f"AlignX keeps {kept.mean:.1f} ± {kept.deviation:.1f} %"
+        )
