@@ -204,12 +204,12 @@ def run() -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from alignx_ds.config import schema as config
+    from alignx_ds.config import parse
     from alignx_ds.plan import checks
     from alignx_ds.runs import outputs
     from alignx_ds.runtime import distributed, signals
 
-    settings = config.load(args.recipe, args.overrides)
+    settings = parse.load(args.recipe, args.overrides)
     if not args.dry_run:
         distributed.join(settings.launch.timeout)
     world_size = distributed.planned_world_size(settings.launch.ranks)
@@ -269,13 +269,13 @@ def _launch(args: argparse.Namespace, ranks: int) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from alignx_ds.config import schema as config
+    from alignx_ds.config import parse
     from alignx_ds.data.inputs import Material
     from alignx_ds.plan import checks
     from alignx_ds.plan.preview import show
     from alignx_ds.runtime import distributed
 
-    settings = config.load(args.recipe, args.overrides)
+    settings = parse.load(args.recipe, args.overrides)
     base = checks.check(settings, distributed.planned_world_size(settings.launch.ranks), weights=False)
     show(settings, Material.of(settings, base), args.rows)
     return 0

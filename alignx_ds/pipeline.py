@@ -10,7 +10,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
-from alignx_ds.config.schema import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig, substance, to_dict, to_yaml
+from alignx_ds.config.parse import substance, to_dict, to_yaml
+from alignx_ds.config.schema import FUSIONS, MERGES, SCRATCH_MODEL, RunConfig
 from alignx_ds.data import inputs
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges import registry

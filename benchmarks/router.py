@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import Material
 from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
@@ -29,7 +30,6 @@ from alignx_ds.routing.calibration import fit_temperature, router_figures
 from alignx_ds.routing.gates import gate_terms, sum_of
 from alignx_ds.routing.report import surface_router
 from alignx_ds.runtime import console, distributed
-from alignx_ds.training.loop import Rows
 
 if TYPE_CHECKING:
     from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -58,7 +58,7 @@ def main() -> None:
     from alignx_ds.mocae.modeling import AlignXForCausalLM
     from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
 
-    settings = config.load(arguments.run / "config.yaml")
+    settings = parse.load(arguments.run / "config.yaml")
     material = Material.of(settings, checks.check(settings, settings.launch.ranks))
     model = AlignXForCausalLM.from_pretrained(arguments.run / "model").to(distributed.device())
     data, pad_id, batch = material.data, pad_token(material.base.tokenizer), settings.evaluation.batch

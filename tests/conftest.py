@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import ModelConfig, RunConfig
 from alignx_ds.models.base import BaseModel
 
@@ -60,7 +60,7 @@ def write_recipe(tmp_path: Path) -> WriteRecipe:
 
 @pytest.fixture
 def tiny_config(write_recipe: WriteRecipe) -> RunConfig:
-    return config.load(write_recipe())
+    return parse.load(write_recipe())
 
 
 @pytest.fixture(scope="session")

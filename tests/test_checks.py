@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.plan.checks import check
@@ -31,7 +31,7 @@ def problems(settings: RunConfig, world_size: int = 1) -> dict[str, str]:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_shipped_recipe_passes(repo_root: Path, ranks: int) -> None:
     for recipe in sorted((repo_root / "launch/recipes").glob("world*.yaml")):
-        settings = config.load(recipe, ["align.ep_size=1"])
+        settings = parse.load(recipe, ["align.ep_size=1"])
         assert problems(settings, ranks) == {}
 
 
@@ -111,7 +111,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
 )
 def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteRecipe, override: str) -> None:
     key, value = override.split("=")
-    found = problems(config.load(write_recipe(override)))
+    found = problems(parse.load(write_recipe(override)))
     assert list(found) == [key]
     assert value.strip("[]").split(",")[0] in found[key]
 
@@ -141,7 +141,7 @@ def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteReci
     ],
 )
 def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -> None:
-    assert problems(config.load(write_recipe(override))) == {}
+    assert problems(parse.load(write_recipe(override))) == {}
 
 
 def test_the_fractal_subspace_fits_into_both_latent_spaces(tiny_config: RunConfig) -> None:
@@ -159,13 +159,13 @@ def test_an_axis_may_not_take_a_name_that_files_or_systems_have(tiny_config: Run
 
 def test_a_baseline_that_is_not_made_is_not_looked_at(write_recipe: WriteRecipe) -> None:
     broken = ("baselines.h3fusion.steps=0", "baselines.h3fusion.batch=7", "baselines.h3fusion.deepspeed=nowhere.json")
-    assert problems(config.load(write_recipe("baselines.make=[ties]", *broken)), 2) == {}
-    found = problems(config.load(write_recipe("baselines.make=[h3fusion]", *broken)), 2)
+    assert problems(parse.load(write_recipe("baselines.make=[ties]", *broken)), 2) == {}
+    found = problems(parse.load(write_recipe("baselines.make=[h3fusion]", *broken)), 2)
     assert list(found) == ["baselines.h3fusion.steps", "baselines.h3fusion.batch", "baselines.h3fusion.deepspeed"]
 
 
 def test_a_fusion_does_not_run_under_zero3(write_recipe: WriteRecipe) -> None:
-    found = problems(config.load(write_recipe("baselines.trinityx.deepspeed=ds_configs/stage1_zero3.json")))
+    found = problems(parse.load(write_recipe("baselines.trinityx.deepspeed=ds_configs/stage1_zero3.json")))
     assert list(found) == ["baselines.trinityx.deepspeed"]
     assert "ds_configs/fusion_zero2.json" in found["baselines.trinityx.deepspeed"]
 
@@ -213,7 +213,7 @@ def test_stage_two_refuses_the_zero_stages_that_moe_cannot_use(
     write_recipe: WriteRecipe, tmp_path: Path, stage: int
 ) -> None:
     (tmp_path / "ds.json").write_text(f'{{"zero_optimization": {{"stage": {stage}}}}}')
-    found = problems(config.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
+    found = problems(parse.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
     assert list(found) == ["align.deepspeed"]
     assert f"ZeRO stage {stage}" in found["align.deepspeed"]
 
@@ -233,53 +233,53 @@ def test_a_deepspeed_file_that_cannot_be_used_is_named(
     write_recipe: WriteRecipe, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "ds.json").write_bytes(content)
-    found = problems(config.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
+    found = problems(parse.load(write_recipe(f"align.deepspeed={tmp_path / 'ds.json'}")))
     assert len(found) == 1
     assert "ds.json" in next(iter(found.values()))
 
 
 def test_a_model_without_a_config_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    assert list(problems(config.load(write_recipe(f"model.path={tmp_path / 'model'}")))) == ["model.path"]
+    assert list(problems(parse.load(write_recipe(f"model.path={tmp_path / 'model'}")))) == ["model.path"]
 
 
 def test_an_unknown_architecture_is_refused(write_recipe: WriteRecipe, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     save_file({}, tmp_path / "model.safetensors")
-    found = problems(config.load(write_recipe(f"model.path={tmp_path}")))
+    found = problems(parse.load(write_recipe(f"model.path={tmp_path}")))
     assert list(found) == ["model.path"]
     assert "gpt2" in found["model.path"]
 
 
 def test_a_set_to_be_judged_on_is_not_trained_on(write_recipe: WriteRecipe) -> None:
-    found = problems(config.load(write_recipe("axes.honest.schema=honeset", "axes.honest.train=owner/name")))
+    found = problems(parse.load(write_recipe("axes.honest.schema=honeset", "axes.honest.train=owner/name")))
     assert "a schema with answers to imitate" in found["axes.honest.schema"]
 
 
 @pytest.mark.parametrize("epochs", ["0", "-1", "nan", "inf"])
 def test_epochs_count_where_there_are_no_steps(write_recipe: WriteRecipe, epochs: str) -> None:
     override = f"train.epochs={epochs}"
-    assert list(problems(config.load(write_recipe(override, "train.steps=0")))) == ["train.epochs"]
-    assert list(problems(config.load(write_recipe(override, "train.steps=1")))) == [
+    assert list(problems(parse.load(write_recipe(override, "train.steps=0")))) == ["train.epochs"]
+    assert list(problems(parse.load(write_recipe(override, "train.steps=1")))) == [
         "train.epochs"
         for _ in range(epochs in ("nan", "inf"))  # what is no number is refused, needed or not
     ]
 
 
 def test_a_mapping_of_unknown_columns_is_named_with_the_known_ones(write_recipe: WriteRecipe) -> None:
-    found = problems(config.load(write_recipe("axes.helpful.columns.answer=text", "axes.helpful.columns.output=text")))
+    found = problems(parse.load(write_recipe("axes.helpful.columns.answer=text", "axes.helpful.columns.output=text")))
     assert set(found) == {"axes.helpful.columns"}
     assert "no column answer; it has instruction, input, output" in found["axes.helpful.columns"]
 
 
 def test_only_the_world_makes_its_held_out_rows_itself(write_recipe: WriteRecipe) -> None:
-    assert list(problems(config.load(write_recipe("axes.honest.held_out=''")))) == ["axes.honest.held_out"]
+    assert list(problems(parse.load(write_recipe("axes.honest.held_out=''")))) == ["axes.honest.held_out"]
     split_off = ("axes.honest.train=owner/name:train", "axes.honest.held_out=''")
-    assert problems(config.load(write_recipe(*split_off))) == {}
+    assert problems(parse.load(write_recipe(*split_off))) == {}
 
 
 def test_held_out_rows_without_training_rows_are_no_generalist(write_recipe: WriteRecipe) -> None:
-    assert list(problems(config.load(write_recipe("generalist.train=''")))) == ["generalist.held_out"]
+    assert list(problems(parse.load(write_recipe("generalist.train=''")))) == ["generalist.held_out"]
 
 
 def test_all_problems_are_found_at_once(write_recipe: WriteRecipe) -> None:
@@ -293,5 +293,5 @@ def test_all_problems_are_found_at_once(write_recipe: WriteRecipe) -> None:
         "gate.top_k": "9",
         "seed": "-1",
     }
-    found = problems(config.load(write_recipe(*(f"{k}={v}" for k, v in wrong.items()))), world_size=2)
+    found = problems(parse.load(write_recipe(*(f"{k}={v}" for k, v in wrong.items()))), world_size=2)
     assert set(found) == set(wrong)

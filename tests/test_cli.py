@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from alignx_ds import cli
-from alignx_ds.config.schema import RunConfig, load
+from alignx_ds.config.parse import load
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM

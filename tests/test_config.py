@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse, schema
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.plan.checks import check
@@ -22,7 +22,7 @@ WriteRecipe = Callable[..., Path]
 def problems(recipe: Path, *overrides: str) -> dict[str, str]:
     """Key -> the whole message, of a config that must be refused."""
     with pytest.raises(ConfigError) as error:
-        config.load(recipe, list(overrides))
+        parse.load(recipe, list(overrides))
     assert str(error.value).splitlines() == [str(p) for p in error.value.problems], "one line per problem"
     return {p.key: str(p) for p in error.value.problems}
 
@@ -50,41 +50,41 @@ def test_every_shipped_recipe_loads(repo_root: Path) -> None:
     recipes = sorted((repo_root / "launch/recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
-        assert config.load(recipe).axes
+        assert parse.load(recipe).axes
 
 
 def test_the_command_line_overrules_the_recipe_and_the_recipe_the_defaults(write_recipe: WriteRecipe) -> None:
     recipe = write_recipe("train.lr=0.5", "train.batch=8")
-    loaded = config.load(recipe, ["train.lr=0.25"])
-    assert (loaded.train.lr, loaded.train.batch, loaded.train.clip) == (0.25, 8, config.TrainConfig().clip)
-    assert config.load(recipe).train.lr == 0.5
-    assert config.load(recipe, ["train.lr=0.25", "train.lr=0.125"]).train.lr == 0.125  # the last one counts
+    loaded = parse.load(recipe, ["train.lr=0.25"])
+    assert (loaded.train.lr, loaded.train.batch, loaded.train.clip) == (0.25, 8, schema.TrainConfig().clip)
+    assert parse.load(recipe).train.lr == 0.5
+    assert parse.load(recipe, ["train.lr=0.25", "train.lr=0.125"]).train.lr == 0.125  # the last one counts
 
 
 def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_recipe: WriteRecipe) -> None:
     """Half of the leaves at a time, by each bit of their number: any two are once set apart, either way round."""
     recipe = write_recipe()
-    before = dict(leaves(config.to_dict(config.load(recipe))))
+    before = dict(leaves(parse.to_dict(parse.load(recipe))))
     other = {int: 7, float: 0.75, str: "other", bool: True}
     changes = {k: [other[type(v[0])]] if isinstance(v, list) else other[type(v)] for k, v in before.items()}
     for bit, side in itertools.product(range(len(before).bit_length()), (0, 1)):
         chosen = {key: value for n, (key, value) in enumerate(changes.items()) if n >> bit & 1 == side}
-        loaded = config.load(recipe, [f"{key}={value}" for key, value in chosen.items()])
-        assert dict(leaves(config.to_dict(loaded))) == before | chosen
+        loaded = parse.load(recipe, [f"{key}={value}" for key, value in chosen.items()])
+        assert dict(leaves(parse.to_dict(loaded))) == before | chosen
 
 
 def test_an_axis_is_a_config_entry(write_recipe: WriteRecipe) -> None:
     entry = {"prompt": "be kind .", "schema": "plain", "train": "world", "held_out": "world", "judge": "task"}
-    loaded = config.load(write_recipe(), [f"axes.kind.{key}={value}" for key, value in entry.items()])
+    loaded = parse.load(write_recipe(), [f"axes.kind.{key}={value}" for key, value in entry.items()])
     assert loaded.expert_names == ["generalist", "helpful", "harmless", "honest", "kind"]
-    assert loaded.axes["kind"] == config.AxisConfig(**entry)
+    assert loaded.axes["kind"] == schema.AxisConfig(**entry)
 
 
 def test_what_is_written_loads_as_what_it_was(write_recipe: WriteRecipe, tmp_path: Path) -> None:
-    loaded = config.load(write_recipe("seed=5", "model.layers=[1,4]", "train.lr=3e-5"))
+    loaded = parse.load(write_recipe("seed=5", "model.layers=[1,4]", "train.lr=3e-5"))
     written = tmp_path / "written.yaml"
-    written.write_text(config.to_yaml(loaded))
-    assert config.load(written) == loaded
+    written.write_text(parse.to_yaml(loaded))
+    assert parse.load(written) == loaded
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_a_missing_value_is_named(write_recipe: WriteRecipe, key: str) -> None:
 
 
 def test_what_an_axis_can_do_without_may_be_left_out(write_recipe: WriteRecipe) -> None:
-    loaded = config.load(without(write_recipe(), "axes.honest.judge", "axes.honest.held_out", "generalist"))
+    loaded = parse.load(without(write_recipe(), "axes.honest.judge", "axes.honest.held_out", "generalist"))
     assert (loaded.axes["honest"].judge, loaded.axes["honest"].held_out) == ("", "")
-    assert loaded.generalist == config.GeneralistConfig()
+    assert loaded.generalist == schema.GeneralistConfig()
 
 
 def test_columns_are_mapped_in_the_file_or_on_the_command_line(write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_columns_are_mapped_in_the_file_or_on_the_command_line(write_recipe: Wri
     values = OmegaConf.load(write_recipe())
     values.axes.honest.columns = {"Best Answer": "the best"}
     OmegaConf.save(values, tmp_path / "mapped.yaml")
-    loaded = config.load(tmp_path / "mapped.yaml", ["axes.honest.columns.Question=asked"])
+    loaded = parse.load(tmp_path / "mapped.yaml", ["axes.honest.columns.Question=asked"])
     assert loaded.axes["honest"].columns == {"Best Answer": "the best", "Question": "asked"}
     assert loaded.axes["helpful"].columns == {}
     assert list(problems(write_recipe(), "axes.honest.columns=asked")) == ["axes.honest.columns"]
@@ -180,7 +180,7 @@ def test_an_axis_with_an_odd_name_in_the_file_is_refused_not_fatal(repo_root: Pa
     text = (repo_root / "launch/recipes/world.yaml").read_text().replace("  helpful:", f"  {name}:")
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(ConfigError, match=rf"axes\.{re.escape(name)}"):
-        check(config.load(tmp_path / "odd.yaml", ["launch.ranks=1", "align.ep_size=1"]), 1)
+        check(parse.load(tmp_path / "odd.yaml", ["launch.ranks=1", "align.ep_size=1"]), 1)
 
 
 def test_expert_zero_is_the_generalist(tiny_config: RunConfig) -> None:

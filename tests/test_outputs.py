@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.runs import outputs
@@ -35,7 +35,7 @@ def test_a_new_directory_is_accepted_and_not_made(tiny_config: RunConfig) -> Non
 
 def test_a_claimed_directory_describes_its_run(tiny_config: RunConfig) -> None:
     out = outputs.claim(tiny_config)
-    assert config.load(out.config) == tiny_config
+    assert parse.load(out.config) == tiny_config
     outputs.check_owner(tiny_config)
     (out.root / "report.html").write_text("done")
     outputs.check_owner(tiny_config)
@@ -43,8 +43,8 @@ def test_a_claimed_directory_describes_its_run(tiny_config: RunConfig) -> None:
 
 @pytest.mark.parametrize("override", ["train.lr=0.5", "seed=9", "axes.honest.prompt=lie .", "gate.scope=per_layer"])
 def test_another_runs_directory_is_refused_with_what_differs(write_recipe: WriteRecipe, override: str) -> None:
-    outputs.claim(config.load(write_recipe()))
-    other = config.load(write_recipe(override))
+    outputs.claim(parse.load(write_recipe()))
+    other = parse.load(write_recipe(override))
     message = refusal(other)
     assert f"another {override.split('=')[0]};" in message
     assert str(other.output) in message
@@ -65,9 +65,9 @@ def test_where_it_lies_and_how_many_ranks_make_it_is_no_other_run(tiny_config: R
 
 
 def test_a_refusal_touches_nothing(write_recipe: WriteRecipe, snapshot: Snapshot) -> None:
-    out = outputs.claim(config.load(write_recipe()))
+    out = outputs.claim(parse.load(write_recipe()))
     before, made = snapshot(out.root), out.config.stat().st_mtime_ns
-    refusal(config.load(write_recipe("seed=9")))
+    refusal(parse.load(write_recipe("seed=9")))
     assert snapshot(out.root) == before
     assert out.config.stat().st_mtime_ns == made
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignx_ds import cli
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.data.world.files import write_files
 from alignx_ds.models.base import BaseModel
 from alignx_ds.training.engine import steps_of
@@ -26,7 +26,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "launch/recipes"
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_7b_recipe_has_the_authors_settings(name: str) -> None:
-    c = config.load(RECIPES / f"{name}.yaml")
+    c = parse.load(RECIPES / f"{name}.yaml")
     assert (c.train.lr, c.train.batch, c.train.weight_decay, c.train.epochs) == (2e-5, 64, 0.01, 3.0)
     assert (c.gate.latent, c.gate.temperature, c.gate.fractal, c.gate.natural) == (256, 1.0, 0.6, 0.4)
     assert (c.gate.granularity, c.experts.rank) == (0.05, 64)

@@ -14,16 +14,15 @@ import pytest
 from safetensors.torch import save_file
 
 from alignx_ds import cli
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.rows import Row
-from alignx_ds.errors import ConfigError, DataError, UserError
+from alignx_ds.errors import HIDDEN, ConfigError, DataError, UserError, redact
 from alignx_ds.evaluation import plots, report
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console
-from alignx_ds.secrets import HIDDEN, redact
 from alignx_ds.serve.generate import answer
 
 TESTS = Path(__file__).parent
@@ -321,7 +320,7 @@ def test_a_config_with_a_secret_is_refused_unseen(
 def test_a_secret_in_the_recipe_is_refused_unseen(write_recipe: WriteRecipe) -> None:
     for override in LEAKS[:8]:
         with pytest.raises(UserError) as error:
-            config.load(write_recipe(override))
+            parse.load(write_recipe(override))
         assert not [secret for secret in SECRETS if secret in str(error.value)]
 
 

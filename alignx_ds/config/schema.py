@@ -1,22 +1,10 @@
-"""The one config of a run: dataclasses, a recipe file and `key=value` overrides, merged by OmegaConf.
-
-`load` reports every problem at once, before any process group starts.
-"""
+"""The one config of a run, as dataclasses: every key of a recipe, its type and its default. `parse.load` fills it."""
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from alignx_ds.config import parse as recipes
-from alignx_ds.config.values import unfit_texts
-from alignx_ds.errors import ConfigError, Problem
+from omegaconf import MISSING
 
 WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
@@ -278,58 +266,3 @@ class RunConfig:
     def expert_names(self) -> list[str]:
         """By global expert id; the generalist is expert 0."""
         return ["generalist", *self.axes]
-
-
-def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Recipe < overrides, typed and checked for unknown keys, types and missing values. Raises ConfigError with all."""
-    values = recipes.read(Path(recipe))
-    problems: list[Problem] = []
-    for override in overrides or []:
-        recipes.override(values, override, problems)
-    typed = copy.deepcopy(_blank())
-    leaves = recipes.leaves(values, RunConfig, "", problems)
-    for key, value in leaves:
-        try:
-            OmegaConf.update(typed, key, value, force_add=True)
-        except (OmegaConfBaseException, OverflowError) as error:
-            reason = str(error).splitlines()[0]
-            problems.append(Problem(key, value, recipes.type_of(key, RunConfig), f"correct the value ({reason})"))
-    known = {p.key for p in problems}
-    unresolved = [p for key, value in leaves if key not in known for p in recipes.unresolved(typed, key, value)]
-    problems += unresolved
-    try:
-        problems += [
-            Problem(key, None, recipes.type_of(key, RunConfig), "set it in the recipe or on the command line")
-            for key in (sorted(OmegaConf.missing_keys(typed)) if not unresolved else ())  # it stops at such a value
-        ]
-        if problems:
-            raise ConfigError(*problems)
-        config = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        mend = f"correct the value ({str(error).splitlines()[0]})"
-        raise ConfigError(Problem(error.full_key or "recipe", None, "values of the keys' types", mend)) from error
-    assert isinstance(config, RunConfig)
-    if unfit := list(unfit_texts(asdict(config))):
-        raise ConfigError(*unfit)
-    return config
-
-
-@cache
-def _blank() -> Any:
-    """The defaults; a copy of them takes a fifth of the time."""
-    return OmegaConf.structured(RunConfig)
-
-
-def to_yaml(config: RunConfig) -> str:
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def substance(stage: TrainConfig | AlignConfig | FusionConfig) -> dict[str, Any]:
-    """The settings of a stage that its result depends on, whatever ranks it runs on."""
-    return {key: value for key, value in asdict(stage).items() if key not in SPREAD}

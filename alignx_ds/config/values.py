@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from alignx_ds.errors import Problem
-from alignx_ds.secrets import holds_secret
+from alignx_ds.errors import Problem, holds_secret
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4028234e38  # of float32, in which schedules and losses are computed

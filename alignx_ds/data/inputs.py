@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL, AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example, encode
 from alignx_ds.data.files import Placed
 from alignx_ds.data.rows import Row, split
@@ -19,7 +20,6 @@ from alignx_ds.data.sources import Source, digest
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
-from alignx_ds.training.loop import Rows
 
 HELD_OUT, CALIBRATION = "held out", "calibration"  # salts of the two splits
 

@@ -15,7 +15,8 @@ import jinja2
 import torch
 import yaml
 
-from alignx_ds.config.schema import RunConfig, to_dict
+from alignx_ds.config.parse import to_dict
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import Inputs
 from alignx_ds.evaluation import plots
 from alignx_ds.evaluation.systems import Result

@@ -14,11 +14,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL, RunConfig
-from alignx_ds.data.world.pretrain import WORLD_BASE
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.base import WORLD_BASE
 from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -38,7 +38,7 @@ class FinishedRun:
         if not (root / "config.yaml").is_file():
             mend = "give the output directory of `alignx-ds align` or `alignx-ds run`"
             raise ConfigError(Problem("RUN_DIR", str(root), "a run's directory, with a config.yaml", mend))
-        run = cls(root, config.load(root / "config.yaml"))
+        run = cls(root, parse.load(root / "config.yaml"))
         if not manifest.is_current(run.out.model, _inputs_of(run.out.model)):
             raise DataError(f"{run.out.model}: holds no finished model; run `alignx-ds align` first")
         return run

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
-from alignx_ds.data.world.pretrain import WORLD_BASE
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.models import pretrained
 from alignx_ds.models.pretrained import INDEX, NO_CODE
 from alignx_ds.runs.manifest import file_hash
 
+WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 WEIGHTS = ("model.safetensors", INDEX)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig, to_yaml
+from alignx_ds.config.parse import to_yaml
+from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import Material, RowSet, Side, read_rows
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel

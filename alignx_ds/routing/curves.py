@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from alignx_ds.data.batches import MicroBatch
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.routing.calibration import BINS, overconfidence
 from alignx_ds.training.keeper import Scribe
-from alignx_ds.training.loop import MicroBatch
 
 SUM = "sum of router/"  # before the name of what the loop averages, and no curve shows
 

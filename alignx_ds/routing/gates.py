@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import collate
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
-from alignx_ds.training.loop import Rows
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; `gate.more` adds its own
 

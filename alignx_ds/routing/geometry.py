@@ -18,6 +18,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import GateConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import collate
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
@@ -26,7 +27,6 @@ from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.natural import natural_score
 from alignx_ds.runtime import distributed
-from alignx_ds.training.loop import Rows
 
 TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
 WIDER = 4  # latent sizes of the PCA space in which the telling directions are looked for

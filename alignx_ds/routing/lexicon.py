@@ -12,9 +12,9 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example
 from alignx_ds.mocae.lexical import BUCKETS, bucket_counts
-from alignx_ds.training.loop import Rows
 
 PENALTY = 10.0  # C: how little the weights are held back
 

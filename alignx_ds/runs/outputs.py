@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from alignx_ds.config.schema import ANY_TIME, SPREAD, RunConfig, to_yaml
+from alignx_ds.config.parse import to_yaml
+from alignx_ds.config.schema import ANY_TIME, SPREAD, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runs import manifest
 

@@ -15,14 +15,12 @@ import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError
 
-from alignx_ds.config.schema import LaunchConfig
 from alignx_ds.errors import DataError, UserError
 from alignx_ds.runtime.failures import failure_of
 from alignx_ds.runtime.interfaces import interface_towards
 from alignx_ds.runtime.lifeline import meeting
 
 T = TypeVar("T")
-TIMEOUT = LaunchConfig.timeout
 
 _OPENMPI = {
     "RANK": "OMPI_COMM_WORLD_RANK",
@@ -68,7 +66,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(timeout: int = TIMEOUT) -> None:
+def join(timeout: int) -> None:
     """From here on a failure of any rank ends all of them. Raises UserError when rank 0 can't be reached.
 
     Waits for rank 0 alone; `init` waits for all.
@@ -87,7 +85,7 @@ def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackT
     sys.__excepthook__(kind, error, trace)
 
 
-def init(timeout: int = TIMEOUT) -> None:
+def init(timeout: int) -> None:
     """Start DeepSpeed's process group; gloo on CPUs. No rank waits longer than `timeout` seconds for the others."""
     prepare_environment()
     join(timeout)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
@@ -36,7 +37,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import KeeperOf
-from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
+from alignx_ds.training.loop import StepLoss, micro_batches, train
 from alignx_ds.training.losses import align_terms
 
 

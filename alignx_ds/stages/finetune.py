@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds.config.schema import RunConfig, substance
+from alignx_ds.config.parse import substance
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.experts.adapters import Adapter
@@ -29,7 +31,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper, KeeperOf
-from alignx_ds.training.loop import Rows, micro_batches, train
+from alignx_ds.training.loop import micro_batches, train
 from alignx_ds.training.losses import language_loss
 
 

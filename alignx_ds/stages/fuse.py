@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
-from alignx_ds.config.schema import FusionConfig, RunConfig, substance, to_dict
+from alignx_ds.config.parse import substance, to_dict
+from alignx_ds.config.schema import FusionConfig, RunConfig
+from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.experts.vectors import Changes, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
@@ -28,7 +30,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper, KeeperOf
-from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
+from alignx_ds.training.loop import StepLoss, micro_batches, train
 from alignx_ds.training.losses import answer_nll
 
 SETTINGS: dict[str, FusionSettings] = {"h3fusion": H3FUSION, "trinityx": TRINITYX}

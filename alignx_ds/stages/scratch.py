@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.config.schema import RunConfig, substance
+from alignx_ds.config.parse import substance
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import digest
@@ -21,7 +23,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper, KeeperOf
-from alignx_ds.training.loop import Rows, micro_batches, train
+from alignx_ds.training.loop import micro_batches, train
 from alignx_ds.training.losses import language_loss
 
 

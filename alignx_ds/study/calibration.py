@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import likelihoods
@@ -33,7 +34,6 @@ from alignx_ds.runtime import console
 from alignx_ds.study import drawing
 from alignx_ds.study.shots import Shots
 from alignx_ds.study.subject import SYSTEMS, Subject
-from alignx_ds.training.loop import Rows
 
 COUNTS = (0, 1, 3)  # examples in the prompt
 NEVER = -1e9  # the logit of an answer that a question with fewer of them does not have

@@ -12,6 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import collate
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -19,7 +20,6 @@ from alignx_ds.routing.calibration import fit_temperature, router_figures
 from alignx_ds.routing.gates import gate_terms, sum_of
 from alignx_ds.stages.align import first_of_each
 from alignx_ds.study.subject import Subject
-from alignx_ds.training.loop import Rows
 
 Terms = dict[int, dict[str, Tensor]]  # by gate layer and part: [N, E]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import CALIBRATION, Inputs, Material
@@ -137,7 +137,7 @@ def _settings(directory: Path) -> RunConfig:
     path = directory / "config.yaml"
     if not path.is_file():
         raise _refusal(directory, "no run has written a config.yaml there; give what `output` was")
-    settings = config.load(path)
+    settings = parse.load(path)
     settings.output = str(directory)
     return settings
 

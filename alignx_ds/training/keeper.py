@@ -9,16 +9,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignx_ds.config.schema import CheckpointsConfig
+from alignx_ds.data.batches import MicroBatch
 from alignx_ds.errors import DataError, Stopped
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import checkpoints, randomness
-
-if TYPE_CHECKING:
-    from alignx_ds.training.loop import MicroBatch
 
 Scribe = Callable[[int, dict[str, float]], None]
 KeeperOf = Callable[[str, dict[str, Any]], "Keeper"]  # of a job's name, and of what it is made from

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignx_ds.data.encode import Batch, Example, collate, pack
-from alignx_ds.data.sampler import global_batches, share
+from alignx_ds.data.batches import MicroBatch, Rows, global_batches, share
+from alignx_ds.data.encode import collate, pack
 from alignx_ds.runtime import distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.keeper import Keeper
 
 STOP = "stop"  # whether a rank was asked to end travels with the step's figures
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """This rank's part of one accumulation step.
-
-    `experts` [B] is the expert that each row belongs to. `lm_scale` turns this part's summed NLL into its share of
-    the global mean over answer tokens, given that DeepSpeed averages over ranks and accumulation steps.
-    """
-
-    batch: Batch
-    experts: Tensor
-    lm_scale: float
-    examples: tuple[Example, ...] = ()  # what the batch was made of,
-    numbers: tuple[int, ...] = ()  # and which of all rows they are
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows with the expert that each belongs to."""
-
-    examples: list[Example]
-    experts: list[int]
 
 
 StepLoss = Callable[[Any, MicroBatch], tuple[Tensor, dict[str, float]]]

@@ -87,9 +87,10 @@ def _found(directory: Path, ranks: int) -> Path:
 
 def work(directory: Path, measure: Callable[[], Any]) -> None:
     """A rank's whole life; what rank 0 has measured is left in the directory."""
+    from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init()
+    distributed.init(LaunchConfig.timeout)
     import torch
 
     if torch.cuda.is_available():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
+from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import Example
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -22,7 +23,7 @@ from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper
-from alignx_ds.training.loop import MicroBatch, Rows, StepLoss, micro_batches, train
+from alignx_ds.training.loop import StepLoss, micro_batches, train
 from suite.systems import AXES, Setting, alignx
 
 PAD, SEED, ENDLESS = 0, 0, 100_000  # steps: more than any benchmark takes

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from alignx_ds.data.batches import MicroBatch, Rows, global_batches, share
 from alignx_ds.data.encode import IGNORED, Example
-from alignx_ds.data.sampler import global_batches, share
 from alignx_ds.runtime import distributed
 from alignx_ds.training.engine import Plan
-from alignx_ds.training.loop import MicroBatch, Rows, micro_batches
+from alignx_ds.training.loop import micro_batches
 
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 5)

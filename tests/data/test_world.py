@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from reading import assert_all_accounted_for, world_rows
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.schemas import SCHEMAS, canonical
 from alignx_ds.data.world import lexicon
@@ -131,7 +131,7 @@ def test_rows_parse_in_their_published_schema(schema: str, held_out: bool) -> No
 
 @pytest.mark.parametrize("source", ["helpful", "harmless", "honest"])  # the generalist is routed, not judged
 def test_there_are_far_more_rows_than_a_run_trains_on(source: str, repo_root: Path) -> None:
-    settings = config.load(repo_root / "launch/recipes/world.yaml")
+    settings = parse.load(repo_root / "launch/recipes/world.yaml")
     entry = settings.axes[source]
     used, judged = entry.rows or settings.data.train_rows, settings.data.held_out_rows
     trained = world_rows(entry.schema, held_out=False, limit=3 * used)

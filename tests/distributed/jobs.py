@@ -41,7 +41,7 @@ from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds.data.sampler import share
+from alignx_ds.data.batches import share
 from alignx_ds.experts.vectors import add_task_vector, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers

@@ -42,14 +42,13 @@ from alignx_ds.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from alignx_ds.data.batches import Rows, global_batches, share
 from alignx_ds.data.encode import Batch, Example, collate
-from alignx_ds.data.sampler import global_batches, share
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.runs import manifest
 from alignx_ds.training import engine
-from alignx_ds.training.loop import Rows
 from alignx_ds.training.losses import align_terms, answer_nll
 
 PAD, SEED = 0, 3

@@ -10,9 +10,10 @@ from pathlib import Path
 def main(directory: Path, names: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
     sys.path.insert(0, str(Path(__file__).parents[1] / "mocae"))
+    from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init()
+    distributed.init(LaunchConfig.timeout)
     import torch
     from jobs import JOBS
 

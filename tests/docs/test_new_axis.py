@@ -11,7 +11,7 @@ import yaml
 from pages import ROOT, code, command_with
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 
 PAGE, TITLE = "docs/extending.md", "A new axis"
 EXPERTS = ["generalist", "helpful", "harmless", "honest", "brief"]
@@ -46,7 +46,7 @@ def test_the_world_knows_every_word_and_nothing_held_out_is_trained_on(
 
 def test_the_entry_and_the_command_say_the_same() -> None:
     shown = yaml.safe_load(code(PAGE, TITLE, "yaml")[0])["axes"]["brief"]
-    loaded = config.load(ROOT / "launch/recipes/world.yaml", overrides())
+    loaded = parse.load(ROOT / "launch/recipes/world.yaml", overrides())
     assert loaded.expert_names == EXPERTS
     assert shown == {key: getattr(loaded.axes["brief"], key) for key in shown}
 
@@ -74,7 +74,7 @@ def test_other_expert_counts_follow() -> None:
     from alignx_ds.plan import checks
 
     for ranks, ep_size, fits in ((5, 5, True), (2, 2, False), (4, 4, False), (2, 1, True)):
-        wanted = config.load(
+        wanted = parse.load(
             ROOT / "launch/recipes/world.yaml",
             [*overrides(), f"align.ep_size={ep_size}", "align.batch=20", "train.batch=20"],
         )

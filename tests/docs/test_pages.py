@@ -12,7 +12,7 @@ import pytest
 from pages import FENCE, PAGES, ROOT, read, text
 
 from alignx_ds import cli
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 
 TOPICS = (
@@ -82,7 +82,7 @@ def test_settings_that_the_pages_show_are_settings() -> None:
     assert len(kept) > 40
     for setting in kept:
         value = "launch" if "DIR" in setting else setting.partition("=")[2]
-        config.load(ROOT / "launch/recipes/world.yaml", [f"{setting.partition('=')[0]}={value}"])
+        parse.load(ROOT / "launch/recipes/world.yaml", [f"{setting.partition('=')[0]}={value}"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from alignx_ds.config.schema import RunConfig, to_yaml
+from alignx_ds.config.parse import to_yaml
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import Material
 from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS, Factors

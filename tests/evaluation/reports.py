@@ -6,8 +6,9 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.inputs import Inputs, RowSet, Side
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import Dropped
@@ -18,7 +19,6 @@ from alignx_ds.evaluation.systems import Result
 from alignx_ds.routing.report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.training.loop import Rows
 
 RECIPE = Path(__file__).parents[2] / "launch/recipes/world.yaml"
 AXES = ("helpful", "harmless", "honest")
@@ -107,7 +107,7 @@ def inputs(settings: RunConfig) -> Inputs:
 
 def finish(root: Path, *overrides: str, figures: dict[str, dict[str, Figures]] | None = None) -> tuple[Report, Outputs]:
     """A report on a run with these settings, written; `figures` by system and extra set come on top."""
-    settings = config.load(RECIPE, [f"output={root}", *overrides])
+    settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
     for name in (*AXES, "sequential", "mixed"):
         (out.specialists / name).mkdir(parents=True)

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignx_ds import cli
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.experts.vectors import layer_file
@@ -37,7 +38,6 @@ from alignx_ds.study.explain import picture, wording
 from alignx_ds.study.explain.choices import MOST_WORDS, Candidate, Choice, Word, choices
 from alignx_ds.study.explain.explanation import Explained, Explanation, explain
 from alignx_ds.study.explain.finished import FinishedRun
-from alignx_ds.training.loop import Rows
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["how do i burn the sailor ?", "what colour is the dog ?", "reverse the words .\ndog cat dog red"]
@@ -52,7 +52,7 @@ SETTINGS = {
 def settings_of(scope: str) -> RunConfig:
     small = ["model.layers=[3, 4]", "data.train_rows=80", "data.held_out_rows=8", "gate.latent=8", "gate.anchors=8"]
     rest = ["gate.output_latent=8", "evaluation.max_new_tokens=4", "output=where/it/was/made", "align.ep_size=1"]
-    return config.load(ROOT / "launch/recipes/world.yaml", [*small, *rest, *SETTINGS[scope]])
+    return parse.load(ROOT / "launch/recipes/world.yaml", [*small, *rest, *SETTINGS[scope]])
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from reports import AXES, HOSTILE, PERPLEXITY, SCORES, Page, finish
 
-from alignx_ds.config.schema import load as load_config
-from alignx_ds.config.schema import to_dict
+from alignx_ds.config.parse import load as load_config
+from alignx_ds.config.parse import to_dict
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.report import Report, judge_quality

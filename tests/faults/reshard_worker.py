@@ -115,8 +115,9 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init()
+    distributed.init(LaunchConfig.timeout)
     main(Path(sys.argv[1]), *sys.argv[2:6], int(sys.argv[6]))
     distributed.shutdown()

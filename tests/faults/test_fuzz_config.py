@@ -18,7 +18,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.plan.checks import check
@@ -139,7 +139,7 @@ def whole(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def refusal(recipe: Path, *overrides: str) -> ConfigError | DataError | None:
     """What a dry run says before it reads a row. Anything but our own errors goes through."""
     try:
-        loaded = config.load(recipe, list(overrides))
+        loaded = parse.load(recipe, list(overrides))
         check(loaded, min(8, loaded.launch.ranks), weights=False)
         outputs.check_owner(loaded)
     except (ConfigError, DataError) as error:

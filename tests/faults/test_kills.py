@@ -10,7 +10,7 @@ import pytest
 from command import SMALL, Command, results
 from conftest import Record
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan.sizes import counts
 
@@ -81,7 +81,7 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     assert ended.codes[0] == -9 and ended.codes[1] not in (0, None)
     assert [p.name for p in (command.output / "checkpoints/stage1/honest").glob("step_*")] == ["step_00000002"]
     sizes = [f.stat().st_size for f in command.output.glob("checkpoints/stage1/honest/step_*/rank*.safetensors")]
-    settings = config.load(SMALL[0], [*SMALL[1:], "output=x"])
+    settings = parse.load(SMALL[0], [*SMALL[1:], "output=x"])
     trained = counts(settings, BaseModel(settings.model))["trained in stage 1"]
     assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md says"
     ended = command.start(fault=kill(1, "stage2", 5))

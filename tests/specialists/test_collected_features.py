@@ -23,6 +23,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import ModelConfig
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example
 from alignx_ds.experts.factors import TaskFeatures
 from alignx_ds.experts.features import expert_factors
@@ -31,7 +32,6 @@ from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.models.base import BaseModel
 from alignx_ds.routing.geometry import collect
-from alignx_ds.training.loop import Rows
 
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9, 3]), [2, 6, 3, 8, 1], strict=True)]
 

@@ -10,10 +10,10 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from tiny_models import generator
 
+from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import Example
 from alignx_ds.mocae.lexical import Lexicon, bucket_counts
 from alignx_ds.routing.lexicon import PENALTY, fit_lexicon
-from alignx_ds.training.loop import Rows
 
 TOPICS = {0: range(0, 30), 2: range(20, 50), 3: range(40, 70)}  # tokens that an expert's prompts are made of
 

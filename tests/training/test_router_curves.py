@@ -10,12 +10,12 @@ from direct import direct_figures
 from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
 from torch import Tensor
 
+from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import Batch, Example, collate
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.routing.curves import SUM, RouterCurves, router_sums
-from alignx_ds.training.loop import MicroBatch
 
 NAMES = ["generalist", "helpful", "harmless", "honest"]
 ROWS = random_rows([5, 14, 7, 9, 3, 11, 8, 6])

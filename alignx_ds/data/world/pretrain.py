@@ -18,8 +18,7 @@ from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTraine
 from alignx_ds.data.world.corpus import Corpus, Exchange
 from alignx_ds.data.world.lexicon import World
 from alignx_ds.data.world.tokenizer import build_tokenizer
-
-WORLD_BASE = Path(__file__).parents[2] / "models" / "assets" / "world-base"
+from alignx_ds.models.base import WORLD_BASE
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

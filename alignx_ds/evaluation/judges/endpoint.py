@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from alignx_ds.config.schema import JudgesConfig
-from alignx_ds.errors import ConfigError, DataError, Problem
-from alignx_ds.secrets import redact
+from alignx_ds.errors import ConfigError, DataError, Problem, redact
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.config import schema as config
+from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.errors import ConfigError, Problem, UserError
 from alignx_ds.evaluation.generate import answers
@@ -50,7 +50,7 @@ class FinishedRun:
             raise refusal(root, "that is a model; give the directory above it, which holds config.yaml")
         if not (root / "config.yaml").is_file():
             raise refusal(root, "it holds no config.yaml, so no run wrote it; give the recipe's `output`")
-        settings = replace(config.load(root / "config.yaml"), output=str(root))
+        settings = replace(parse.load(root / "config.yaml"), output=str(root))
         out = Outputs.of(settings)
         if not (out.model / manifest.NAME).is_file():
             mend = "its run has not finished stage 2; give the command that started it again: it goes on"
