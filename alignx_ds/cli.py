@@ -1,6 +1,6 @@
 """The command line: `alignx-ds run launch/recipes/world.yaml train.lr=1e-3`.
 
-Exit codes: 0 done; 2 something that the user can mend, said in one line per problem; 75 stopped by SIGTERM or SIGUSR1
+Exit codes: 0 done; 2 something that the user can fix, said in one line per problem; 75 stopped by SIGTERM or SIGUSR1
 with everything saved: the same command goes on.
 """
 
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = verbs.add_parser(
         "doctor",
         help="look at this machine: versions, MPI, accelerator, two real ranks, disk, ports, launchers",
-        description="Say what is wrong with this machine and how to mend it. Leaves nothing behind.",
+        description="Say what is wrong with this machine and how to fix it. Leaves nothing behind.",
     )
     doctor.add_argument("directory", type=Path, nargs="?", default=Path("runs"), help="where runs go (default: runs)")
     return main

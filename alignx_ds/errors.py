@@ -52,21 +52,21 @@ def presentable(message: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the input: where, what was given, what is allowed, and the mend."""
+    """One thing that is wrong with the input: where, what was given, what is allowed, and the fix."""
 
     key: str
     given: object
     allowed: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
         given = repr(self.given)
         given = given if len(given) <= SHOWN else f"{redact(given)[:SHOWN]}…"
-        return presentable(f"{self.key}: got {given}, expected {self.allowed}; {self.mend}")
+        return presentable(f"{self.key}: got {given}, expected {self.allowed}; {self.fix}")
 
 
 class UserError(Exception):
-    """Something that the user can mend. The CLI prints it without a traceback and exits with code 2."""
+    """Something that the user can fix. The CLI prints it without a traceback and exits with code 2."""
 
 
 class ConfigError(UserError):

@@ -119,7 +119,7 @@ class Run:
             layer: [read_factors(self.shop.directory(axis), layer) for axis in self.config.axes]
             for layer in self.base.layers
         }
-        job = AlignJob(self.config, self.base, factors, self.data.train, self.data.kept_back)
+        job = AlignJob(self.config, self.base, factors, self.data.train, self.data.calibration_rows)
         model, losses = align(job, self.keep, made_from)
 
         def save() -> None:

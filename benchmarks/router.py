@@ -64,13 +64,13 @@ def main() -> None:
     data, pad_id, batch = material.data, pad_token(material.base.tokenizer), settings.evaluation.batch
     seen, back, asked = (
         next(iter(collect(model, rows, pad_id, batch)[0].values()))
-        for rows in (data.train, data.kept_back, data.routed)
+        for rows in (data.train, data.calibration_rows, data.routed)
     )
     hidden = model.config.text_config.hidden_size
     known, labels = (
         torch.cat([torch.full((len(rows),), e) for e, rows in enumerate(f.by_expert)]) for f in (back, asked)
     )
-    spare_words, asked_words = (_words(model, rows, pad_id, batch) for rows in (data.kept_back, data.routed))
+    spare_words, asked_words = (_words(model, rows, pad_id, batch) for rows in (data.calibration_rows, data.routed))
     figures = {"TF-IDF + logistic regression": surface_router(data.rows, settings.expert_names)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
         features, spare, tested = (Features([r[:, :width] for r in f.by_expert]) for f in (seen, back, asked))

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything starts: each rule, its mend, and all of them at once."""
+"""What can be known to be wrong before anything starts: each rule, its fix, and all of them at once."""
 
 from __future__ import annotations
 

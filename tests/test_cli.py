@@ -217,9 +217,9 @@ def test_a_dry_run_counts_the_rows(write_recipe: WriteRecipe, capsys: pytest.Cap
         assert [w[4] for w in words if w[:4] == [f"{axis},", "to", "train", "on"]] == [count]
         assert [w[3] for w in words if w[:3] == [f"{axis},", "held", "out"]] == ["30"]
     (line,) = [line for line in printed.splitlines() if line.startswith("  all, for stage 2")]
-    trained, kept_back = (int(word) for word in line.split()[4:] if word.isdigit())
-    assert trained + kept_back == 3 * 80 + 40
-    assert kept_back / (3 * 80 + 40) == pytest.approx(0.15, abs=0.1)
+    trained, calibration_rows = (int(word) for word in line.split()[4:] if word.isdigit())
+    assert trained + calibration_rows == 3 * 80 + 40
+    assert calibration_rows / (3 * 80 + 40) == pytest.approx(0.15, abs=0.1)
 
 
 def test_a_training_row_whose_question_is_held_out_is_dropped_and_said(

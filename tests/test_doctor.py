@@ -1,4 +1,4 @@
-"""`alignx-ds doctor` on this machine as it is, and with faults that are made for real: each is found, with its mend."""
+"""`alignx-ds doctor` on this machine as it is, and with faults that are made for real: each is found, with its fix."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_dependency_that_is_too_old(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(tmp_path)
     found = the(doctor.versions(), "safetensors")
     assert (found.grade, found.seen) == ("fail", "0.1 (>=0.5)")
-    assert found.mend == "pip install 'safetensors>=0.5'"
+    assert found.fix == "pip install 'safetensors>=0.5'"
 
 
 @contextmanager
@@ -87,14 +87,14 @@ def mounted(directory: Path, options: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("options", "seen", "mend"),
+    ("options", "seen", "fix"),
     [
         ("size=64k", "No space left on device", "free some space, or choose another directory"),
         ("size=64m", "GiB free", "free some space, or choose another directory"),
         ("ro", "Read-only file system", "make it writable, or choose another directory"),
     ],
 )
-def test_a_directory_that_is_full_small_or_read_only(tmp_path: Path, options: str, seen: str, mend: str) -> None:
+def test_a_directory_that_is_full_small_or_read_only(tmp_path: Path, options: str, seen: str, fix: str) -> None:
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("mounts need root")
     with mounted(tmp_path / "disk", options):
@@ -102,14 +102,14 @@ def test_a_directory_that_is_full_small_or_read_only(tmp_path: Path, options: st
         assert not list((tmp_path / "disk").iterdir())
     assert found.grade == "fail"
     assert seen in found.seen
-    assert found.mend.startswith(mend) and "output=DIRECTORY" in found.mend
+    assert found.fix.startswith(fix) and "output=DIRECTORY" in found.fix
 
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     found = doctor.disk(tmp_path / "runs")
     assert (found.grade, found.seen) == ("fail", f"{tmp_path / 'runs'} is a file")
-    assert "choose another directory" in found.mend
+    assert "choose another directory" in found.fix
 
 
 def test_a_busy_rendezvous_port() -> None:
@@ -122,7 +122,7 @@ def test_a_busy_rendezvous_port() -> None:
         holder.listen()
         found = doctor.port()
     assert (found.what, found.grade, found.seen) == ("port 29500", "warn", "Address already in use")
-    assert "MASTER_PORT=" in found.mend
+    assert "MASTER_PORT=" in found.fix
     assert doctor.port().grade == "ok"
 
 
@@ -144,7 +144,7 @@ def test_variables_that_bite(
     assert "fail  MASTER_ADDR: nowhere.invalid: " in shown and "a name or an address of the first host" in shown
     assert "warn  HF_HUB_OFFLINE: 1 -> unset HF_HUB_OFFLINE" in shown
     assert "warn  torch extensions: a lock, 120 minutes old" in shown and f"rm {lock}" in shown
-    assert shown.endswith("2 to mend, 2 to know of\n")
+    assert shown.endswith("2 to fix, 2 to know of\n")
 
 
 def test_ranks_of_a_launcher_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_ranks_of_a_launcher_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     found = doctor.cores()
-    assert found.grade == "warn" and found.mend.startswith("OMP_NUM_THREADS = cores / ranks")
+    assert found.grade == "warn" and found.fix.startswith("OMP_NUM_THREADS = cores / ranks")
 
 
 def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
         found = doctor.open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert (found.grade, found.seen) == ("warn", "at most 256") and found.mend.startswith("ulimit -n ")
+    assert (found.grade, found.seen) == ("warn", "at most 256") and found.fix.startswith("ulimit -n ")
 
 
 def test_ranks_that_are_given_a_wrong_interface(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_ranks_that_are_given_a_wrong_interface(monkeypatch: pytest.MonkeyPatch)
     (found,) = doctor.ranks("gloo")
     assert (found.what, found.grade) == ("2 ranks on gloo: meet", "fail")
     assert "nosuch0" in found.seen
-    assert found.mend.startswith("unset GLOO_SOCKET_IFNAME, or name an interface of this machine: lo")
+    assert found.fix.startswith("unset GLOO_SOCKET_IFNAME, or name an interface of this machine: lo")
 
 
 def test_ranks_that_can_not_meet_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_ranks_that_can_not_meet_in_time(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor.doctor_ranks, "_start", start_and_stop)
     (found,) = doctor.ranks("gloo", start_limit=2.0)
     assert (found.what, found.grade, found.seen) == ("2 ranks on gloo: meet", "fail", "no end within 2 s")
-    assert "loopback up" in found.mend
+    assert "loopback up" in found.fix
     assert all(rank.process.poll() is not None for rank in started)
 
 

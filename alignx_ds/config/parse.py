@@ -95,8 +95,8 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
         key, hint = f"{prefix}{name}", hints.get(str(name))
         if hint is None:
             close = difflib.get_close_matches(str(name), hints, n=1)
-            mend = f"did you mean '{prefix}{close[0]}'?" if close else "remove it"
-            problems.append(Problem(key, value, f"a known key ({', '.join(f.name for f in fields(kind))})", mend))
+            fix = f"did you mean '{prefix}{close[0]}'?" if close else "remove it"
+            problems.append(Problem(key, value, f"a known key ({', '.join(f.name for f in fields(kind))})", fix))
         elif is_dataclass(hint) and isinstance(hint, type):
             leaves += _nested(value, hint, key, problems)
         elif get_origin(hint) is dict:
@@ -179,8 +179,8 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
             raise ConfigError(*problems)
         config = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
-        mend = f"correct the value ({str(error).splitlines()[0]})"
-        raise ConfigError(Problem(error.full_key or "recipe", None, "values of the keys' types", mend)) from error
+        fix = f"correct the value ({str(error).splitlines()[0]})"
+        raise ConfigError(Problem(error.full_key or "recipe", None, "values of the keys' types", fix)) from error
     assert isinstance(config, RunConfig)
     if unfit := list(unfit_texts(asdict(config))):
         raise ConfigError(*unfit)

@@ -64,7 +64,7 @@ class Inputs:
     rows: RowSet
     injected: dict[str, list[Example]]  # axis's training rows under its own system prompt: stage 1
     train: Rows  # training rows of all experts without any system prompt: stage 2
-    kept_back: Rows  # the same of questions that are kept back to fit constants
+    calibration_rows: Rows  # the same of questions that are kept back to fit constants
     held_out: dict[str, list[Row]]  # judged, never trained on
     references: Rows  # the held-out rows that have a reference answer, without any system prompt: perplexity
     routed: Rows  # held-out prompts with the expert they belong to
@@ -183,8 +183,8 @@ def encode_rows(config: RunConfig, rows: RowSet, tokenizer: PreTrainedTokenizerB
         _add(routed, [Example(e.ids[: e.prompt_length], e.prompt_length) for e in judged], expert)
         for target, what in ((kept, "train"), (back, "calibrate")):
             if fitted.train[name].source and expert not in target.experts:
-                mend = "give more rows, or change data.calibration_share"
-                raise DataError(f"{fitted.train[name].source} ({name}): no row is left to {what} on; {mend}")
+                fix = "give more rows, or change data.calibration_share"
+                raise DataError(f"{fitted.train[name].source} ({name}): no row is left to {what} on; {fix}")
     imitated = {a: [r for r in fitted.train[a].rows if r.response] for a in config.axes}
     injected = {a: encode(imitated[a], tokenizer, config.axes[a].prompt) for a in config.axes}
     for axis, examples in injected.items():
@@ -194,7 +194,7 @@ def encode_rows(config: RunConfig, rows: RowSet, tokenizer: PreTrainedTokenizerB
         rows=fitted,
         injected=injected,
         train=kept,
-        kept_back=back,
+        calibration_rows=back,
         held_out={axis: fitted.held_out[axis].rows for axis in config.axes},
         references=references,
         routed=routed,

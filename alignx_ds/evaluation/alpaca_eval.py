@@ -98,8 +98,8 @@ def read_reference(path: Path) -> dict[str, Output]:
         )
         first = references.setdefault(output.instruction.strip(), output)
         if (first.output, first.generator) != (output.output, output.generator):
-            mend = "keep the row that answers are compared with"
-            raise DataError(f"{place}: column 'instruction' is an earlier row's, with another output; {mend}")
+            fix = "keep the row that answers are compared with"
+            raise DataError(f"{place}: column 'instruction' is an earlier row's, with another output; {fix}")
     if not references:
         raise DataError(f"{path}: no reference outputs in it; give a JSON list of instruction, output, generator")
     return references
@@ -112,8 +112,8 @@ def reference_of(row: Row, references: Mapping[str, Output]) -> Output:
         return Output(row.category, row.prompt, row.response, "reference")
     if found is None:
         where = row.place or "held-out row"
-        mend = "add its output to judges.reference or remove the row"
-        raise DataError(f"{where}: no reference output for the instruction {row.prompt[:80]!r}; {mend}")
+        fix = "add its output to judges.reference or remove the row"
+        raise DataError(f"{where}: no reference output for the instruction {row.prompt[:80]!r}; {fix}")
     return found
 
 

@@ -51,8 +51,8 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **NO_PICKLE)
         model.to(distributed.device())
     except (OSError, ValueError) as error:
-        mend = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
-        raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", mend)) from error
+        fix = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
+        raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", fix)) from error
     circumstances = {"seed": 0, "model": _model_hash(directory), "max_new_tokens": max_new_tokens}
     keep = transcripts.Answers(out, rows, circumstances)
     prompts = [row.prompt for row in rows]

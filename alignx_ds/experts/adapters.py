@@ -45,8 +45,8 @@ class Adapter:
         self.path = local_model(path, key, allowed=WANTED)
         absent = [name for name in (CONFIG, WEIGHTS) if not (self.path / name).is_file()]
         if absent:
-            mend = f"it has no {' and no '.join(absent)}; weights in another format are not read"
-            raise ConfigError(Problem(key, path, WANTED, mend))
+            fix = f"it has no {' and no '.join(absent)}; weights in another format are not read"
+            raise ConfigError(Problem(key, path, WANTED, fix))
         self.shapes = self._read_shapes()
 
     def _read_shapes(self) -> dict[str, list[int]]:
@@ -77,14 +77,14 @@ class Adapter:
         modules, unknown = _modules(base), sorted({_module(name) for name in self.shapes} - set(_modules(base)))
         if unknown:
             named = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in unknown))
-            mend = f"it changes {named}, which no expert hosts; train one on those projections only"
-            yield Problem(self.key, self.given, f"an adapter of FFN projections ({_names(base)})", mend)
+            fix = f"it changes {named}, which no expert hosts; train one on those projections only"
+            yield Problem(self.key, self.given, f"an adapter of FFN projections ({_names(base)})", fix)
         known = {name: modules[name] for name in map(_module, self.shapes) if name in modules}
         outside = sorted({layer for layer, _ in known.values()} - set(base.layers))
         if outside:
             every = sorted({layer for layer, _ in known.values()} | set(base.layers))
-            mend = f"it changes the layers {outside} as well; set model.layers={every}"
-            yield Problem(self.key, self.given, f"an adapter of the AlignX layers {base.layers}", mend)
+            fix = f"it changes the layers {outside} as well; set model.layers={every}"
+            yield Problem(self.key, self.given, f"an adapter of the AlignX layers {base.layers}", fix)
         for module, (_, projection) in known.items():
             yield from self._shape_problem(module, projection, base)
 
@@ -96,8 +96,8 @@ class Adapter:
             yield Problem(self.key, self.given, FAITHFUL, "it changes biases, which the experts share")
         start = str(self.config.get("init_lora_weights"))
         if start.startswith(CHANGING_THE_BASE):
-            mend = f"init_lora_weights={start} changes the base model itself; convert it to plain LoRA with peft"
-            yield Problem(self.key, self.given, FAITHFUL, mend)
+            fix = f"init_lora_weights={start} changes the base model itself; convert it to plain LoRA with peft"
+            yield Problem(self.key, self.given, FAITHFUL, fix)
 
     def _shape_problem(self, module: str, projection: str, base: BaseModel) -> Iterator[Problem]:
         hidden, ffn = base.config.hidden_size, base.config.intermediate_size
@@ -106,8 +106,8 @@ class Adapter:
         if a is None or b is None or len(a) != 2 or len(b) != 2:
             yield Problem(self.key, self.given, allowed, f"{module} lacks one of {' and '.join(HALVES)}")
         elif (a[1], b[0], b[1]) != (n, m, a[0]):
-            mend = f"those of {module} are {a} and {b}: it was trained on another base model"
-            yield Problem(self.key, self.given, allowed, mend)
+            fix = f"those of {module} are {a} and {b}: it was trained on another base model"
+            yield Problem(self.key, self.given, allowed, fix)
 
     def factors(self, base: BaseModel) -> dict[int, Factors]:
         """By AlignX layer; the change of a projection that the adapter leaves alone is zero. After `problems`."""

@@ -19,8 +19,8 @@ def export(root: Path, out: Path, system: str, name: str, reference: Path | None
     path = root / "answers" / f"{system}.{name}.jsonl"
     if path not in answered:
         known = ", ".join(p.stem for p in answered) or "nothing yet"
-        mend = f"choose a SYSTEM.NAME that the run has answered ({known})"
-        raise ConfigError(Problem("--system, --set", f"{system}.{name}", "answers of the run", mend))
+        fix = f"choose a SYSTEM.NAME that the run has answered ({known})"
+        raise ConfigError(Problem("--system, --set", f"{system}.{name}", "answers of the run", fix))
     for key, target in (("OUT", out), ("--own-references", own)):
         if target is not None and (target.suffix != ".json" or target.exists()):
             raise ConfigError(Problem(key, str(target), "a new .json file", "choose another; nothing was touched"))

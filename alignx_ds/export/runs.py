@@ -36,8 +36,8 @@ class FinishedRun:
     def at(cls, root: Path) -> FinishedRun:
         """Raises ConfigError or DataError."""
         if not (root / "config.yaml").is_file():
-            mend = "give the output directory of `alignx-ds align` or `alignx-ds run`"
-            raise ConfigError(Problem("RUN_DIR", str(root), "a run's directory, with a config.yaml", mend))
+            fix = "give the output directory of `alignx-ds align` or `alignx-ds run`"
+            raise ConfigError(Problem("RUN_DIR", str(root), "a run's directory, with a config.yaml", fix))
         run = cls(root, parse.load(root / "config.yaml"))
         if not manifest.is_current(run.out.model, _inputs_of(run.out.model)):
             raise DataError(f"{run.out.model}: holds no finished model; run `alignx-ds align` first")
@@ -110,8 +110,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        mend = f"it can't be made ({error.strerror}); choose another"
-        raise ConfigError(Problem("OUT", str(out), "a directory that can be written", mend)) from error
+        fix = f"it can't be made ({error.strerror}); choose another"
+        raise ConfigError(Problem("OUT", str(out), "a directory that can be written", fix)) from error
     try:
         yield partial
         if out.exists():

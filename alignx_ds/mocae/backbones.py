@@ -59,11 +59,11 @@ def backbone_of(model_type: str) -> Backbone:
     """The table's entry; raises ConfigError that lists the known architectures."""
     if model_type not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
-        mend = (
+        fix = (
             f"choose such a model, or add an entry for {model_type!r} to BACKBONES in {THIS_FILE}: the names of its "
             "decoder layers, their FFN, and the FFN's gate, up and down projections and activation"
         )
-        raise ConfigError(Problem("model.path", model_type, f"a model whose architecture is one of {known}", mend))
+        raise ConfigError(Problem("model.path", model_type, f"a model whose architecture is one of {known}", fix))
     return BACKBONES[model_type]
 
 

@@ -76,8 +76,8 @@ class CalibratedGate(nn.Module):
     def __init__(self, geometry: Geometry, settings: GateSettings) -> None:
         super().__init__()
         for name in settings.more.keys() - CALIBRATORS.keys():
-            mend = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
-            raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", mend))
+            fix = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
+            raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", fix))
         self.settings = settings
         self.router = Router(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.router.weight)

@@ -45,8 +45,8 @@ class BaseModel:
             return
         self.path = WORLD_BASE if settings.path == WORLD_MODEL else local_model(settings.path, weights=weights)
         if not (self.path / "config.json").is_file():
-            mend = "give a directory that save_pretrained wrote, a hub id, 'world' or 'scratch'"
-            raise ConfigError(Problem("model.path", settings.path, "a model with a config.json", mend))
+            fix = "give a directory that save_pretrained wrote, a hub id, 'world' or 'scratch'"
+            raise ConfigError(Problem("model.path", settings.path, "a model with a config.json", fix))
 
     @property
     def has_weights(self) -> bool:
@@ -91,8 +91,8 @@ class BaseModel:
         """One FFN weight, rounded to the training dtype (as the specialist started from it), in fp32."""
         name = self.table.weight_name(layer, projection)
         if name not in self._files:
-            mend = "its checkpoint is not of the architecture that its config.json names"
-            raise ConfigError(Problem("model.path", self.settings.path, f"a model with a weight {name}", mend))
+            fix = "its checkpoint is not of the architecture that its config.json names"
+            raise ConfigError(Problem("model.path", self.settings.path, f"a model with a weight {name}", fix))
         with safe_open(self._files[name], framework="pt") as file:
             stored: Tensor = file.get_tensor(name)
         return stored.to(dtype).float()
@@ -115,9 +115,9 @@ def local_model(path: str, key: str = "model.path", *, weights: bool = True, all
     try:
         return pretrained.check(Path(snapshot_download(path, allow_patterns=patterns)), key, path)
     except LocalEntryNotFoundError as error:
-        mend = "no such directory, and the hub can't be reached; check the path, or the network"
-        raise UnreachableError(f"{key}: got {path!r}; {mend}") from error
+        fix = "no such directory, and the hub can't be reached; check the path, or the network"
+        raise UnreachableError(f"{key}: got {path!r}; {fix}") from error
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
-        mend = f"check the path; as a hub id it could not be fetched ({reason})"
-        raise ConfigError(Problem(key, path, allowed, mend)) from error
+        fix = f"check the path; as a hub id it could not be fetched ({reason})"
+        raise ConfigError(Problem(key, path, allowed, fix)) from error

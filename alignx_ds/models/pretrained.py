@@ -18,15 +18,15 @@ def check(directory: Path, key: str, given: str) -> Path:
     """The directory, when its model is plain data. Raises ConfigError under this key."""
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _read(directory / name, key, given):
-            mend = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
-            raise ConfigError(Problem(key, given, "a model without code", mend))
+            fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
+            raise ConfigError(Problem(key, given, "a model without code", fix))
     files = _read(directory / INDEX, key, given).get("weight_map", {})
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(Problem(key, given, "a model with its weights", f"its {INDEX} names no files; save it again"))
     leaving = sorted({file for file in files.values() if Path(file).name != file or file == ".."})
     if leaving:
-        mend = f"its {INDEX} names {leaving[0]!r}, which lies elsewhere; save it again"
-        raise ConfigError(Problem(key, given, "a model with its weights beside it", mend))
+        fix = f"its {INDEX} names {leaving[0]!r}, which lies elsewhere; save it again"
+        raise ConfigError(Problem(key, given, "a model with its weights beside it", fix))
     return directory
 
 

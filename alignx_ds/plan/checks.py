@@ -65,8 +65,8 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         base = _base_model(config, weights)
         problems += [*_model(config, base), *_adapters(config, base)]
         if weights and not _from_scratch(config) and not base.has_weights:
-            mend = "save it with safetensors (save_pretrained does); weights in other formats are not read"
-            problems.append(Problem("model.path", config.model.path, "a model with safetensors weights", mend))
+            fix = "save it with safetensors (save_pretrained does); weights in other formats are not read"
+            problems.append(Problem("model.path", config.model.path, "a model with safetensors weights", fix))
     except ConfigError as error:
         problems += error.problems
     for key, stage in _stages(config).items():
@@ -97,8 +97,8 @@ def _base_model(config: RunConfig, weights: bool) -> BaseModel:
 
 
 def _unreachable(config: RunConfig) -> list[Problem]:
-    mend = "no such directory, and the hub can't be reached; check the path, or the network"
-    return [Problem("model.path", config.model.path, "a model directory, a hub id, 'world' or 'scratch'", mend)]
+    fix = "no such directory, and the hub can't be reached; check the path, or the network"
+    return [Problem("model.path", config.model.path, "a model directory, a hub id, 'world' or 'scratch'", fix)]
 
 
 def _stages(c: RunConfig) -> dict[str, Stage]:
@@ -169,8 +169,8 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
             weights = ("expert_lr_scale", "gating", "drift", "entropy", "uniform")
             not_negative |= {f"{key}.{name}": getattr(stage, name) for name in weights}
         if 0 < stage.steps < stage.warmup_steps:
-            mend = "the rate would never reach its height; lower it"
-            yield Problem(f"{key}.warmup_steps", stage.warmup_steps, f"at most {key}.steps={stage.steps}", mend)
+            fix = "the rate would never reach its height; lower it"
+            yield Problem(f"{key}.warmup_steps", stage.warmup_steps, f"at most {key}.steps={stage.steps}", fix)
     yield from (Problem(k, v, "at least 1", "raise it") for k, v in at_least_one.items() if v < 1)
     yield from (
         Problem(k, v, "0 or more", "make it 0 or positive") for k, v in not_negative.items() if not 0 <= v < inf
@@ -182,8 +182,8 @@ def _numbers(c: RunConfig) -> Iterator[Problem]:
         known = f"a calibrator of {', '.join(CALIBRATORS) or 'CALIBRATORS, which has none'}"
         yield Problem(f"gate.more.{name}", c.gate.more[name], known, "docs/extending.md says how one is added")
     if not 2 <= c.gate.scales <= MOST_SCALES:
-        mend = "a slope over scales needs two of them, and each doubles the width"
-        yield Problem("gate.scales", c.gate.scales, f"2 to {MOST_SCALES}", mend)
+        fix = "a slope over scales needs two of them, and each doubles the width"
+        yield Problem("gate.scales", c.gate.scales, f"2 to {MOST_SCALES}", fix)
     for key, share in (("calibration_share", c.data.calibration_share), ("held_out_share", c.data.held_out_share)):
         if not 0 < share < 1:
             yield Problem(f"data.{key}", share, "between 0 and 1", "0.15 is a good value")
@@ -227,8 +227,8 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         if axis.rows < 0:
             yield Problem(f"axes.{name}.rows", axis.rows, "0 or more", "0 takes data.train_rows")
         if axis.schema in QUESTIONS_ONLY:
-            mend = "give it as evaluation.sets, and train the axis on another"
-            yield Problem(f"axes.{name}.schema", axis.schema, "a schema with answers to imitate", mend)
+            fix = "give it as evaluation.sets, and train the axis on another"
+            yield Problem(f"axes.{name}.schema", axis.schema, "a schema with answers to imitate", fix)
         yield from _source(f"axes.{name}", "train", axis.train, axis.schema, axis.columns)
         yield from _held_out(f"axes.{name}", axis)
     g = c.generalist
@@ -249,8 +249,8 @@ def _held_out(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Pro
 def _sets(c: RunConfig) -> Iterator[Problem]:
     for name, s in c.evaluation.sets.items():
         if name in RESERVED or name in c.axes or not name.isidentifier():
-            mend = "rename the set; axes and systems have that name"
-            yield Problem(f"evaluation.sets.{name}", name, "a plain word of its own", mend)
+            fix = "rename the set; axes and systems have that name"
+            yield Problem(f"evaluation.sets.{name}", name, "a plain word of its own", fix)
         yield from _source(f"evaluation.sets.{name}", "source", s.source, s.schema, s.columns)
     if _from_scratch(c):
         if not c.scratch.texts:
@@ -258,8 +258,8 @@ def _sets(c: RunConfig) -> Iterator[Problem]:
         if c.scratch.vocabulary < 256 + len(SPECIAL):
             yield Problem("scratch.vocabulary", c.scratch.vocabulary, "at least 261: bytes and marks", "raise it")
         if c.scratch.heads < 1 or c.scratch.hidden % (2 * c.scratch.heads):
-            mend = "rotary positions need an even size per head; correct scratch.heads"
-            yield Problem("scratch.hidden", c.scratch.hidden, "an even multiple of scratch.heads", mend)
+            fix = "rotary positions need an even size per head; correct scratch.heads"
+            yield Problem("scratch.hidden", c.scratch.hidden, "an even multiple of scratch.heads", fix)
         for name, text in c.scratch.texts.items():
             yield from _source(f"scratch.texts.{name}", "source", text.source, text.schema, text.columns)
 
@@ -270,15 +270,15 @@ def _judges(c: RunConfig) -> Iterator[Problem]:
         yield from endpoint_problems(c.judges)
     rows = c.judges.classifier_rows
     if "offline_safety" in asked and (rows in ("", WORLD) or not names_a_source(rows)):
-        mend = "set it to BeaverTails rows that the judge may learn from"
-        yield Problem("judges.classifier_rows", rows, "a file, or a data set's id", mend)
+        fix = "set it to BeaverTails rows that the judge may learn from"
+        yield Problem("judges.classifier_rows", rows, "a file, or a data set's id", fix)
     if "offline_safety" in asked and not c.data.held_out_share <= c.judges.classifier_held_out < 1:
-        mend = "raise it, or the judge learns from questions that the axis is judged on"
+        fix = "raise it, or the judge learns from questions that the axis is judged on"
         allowed = f"at least data.held_out_share={c.data.held_out_share}, below 1"
-        yield Problem("judges.classifier_held_out", c.judges.classifier_held_out, allowed, mend)
+        yield Problem("judges.classifier_held_out", c.judges.classifier_held_out, allowed, fix)
     if "alpaca_eval" in asked and c.judges.reference and not Path(c.judges.reference).is_file():
-        mend = "no such file; leave it empty where the rows bring their own references"
-        yield Problem("judges.reference", c.judges.reference, "a file", mend)
+        fix = "no such file; leave it empty where the rows bring their own references"
+        yield Problem("judges.reference", c.judges.reference, "a file", fix)
 
 
 def _baselines(c: RunConfig) -> Iterator[Problem]:
@@ -297,8 +297,8 @@ def _source(key: str, name: str, source: str, schema: str, columns: dict[str, st
     if source == WORLD and schema not in SCHEMAS_OF_THE_WORLD:
         yield Problem(f"{key}.{name}", source, "a file", f"the world has no rows in the {schema} schema")
     if not names_a_source(source):
-        mend = "no such file; check the path"
-        yield Problem(f"{key}.{name}", source, f"a file, a data set's id, or '{WORLD}'", mend)
+        fix = "no such file; check the path"
+        yield Problem(f"{key}.{name}", source, f"a file, a data set's id, or '{WORLD}'", fix)
     if problem := schema_problem(schema, columns):
         yield Problem(f"{key}.columns", columns, "columns of the schema", problem)
 
@@ -307,8 +307,8 @@ def _batches(c: RunConfig, world_size: int) -> Iterator[Problem]:
     for key, stage in _stages(c).items():
         parts = world_size * max(1, stage.accumulation)
         if stage.batch % parts:
-            mend = f"choose {max(1, round(stage.batch / parts)) * parts}, or change launch.ranks or {key}.accumulation"
-            yield Problem(f"{key}.batch", stage.batch, f"a multiple of ranks × accumulation = {parts}", mend)
+            fix = f"choose {max(1, round(stage.batch / parts)) * parts}, or change launch.ranks or {key}.accumulation"
+            yield Problem(f"{key}.batch", stage.batch, f"a multiple of ranks × accumulation = {parts}", fix)
 
 
 def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -319,8 +319,8 @@ def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
         fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
         yield Problem("align.ep_size", ep_size, f"a divisor of the {experts} experts", f"choose one of {fitting}")
     if world_size % ep_size:
-        mend = "start as many ranks (launch.ranks), or lower align.ep_size"
-        yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", mend)
+        fix = "start as many ranks (launch.ranks), or lower align.ep_size"
+        yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", fix)
     if c.gate.top_k > experts:
         yield Problem("gate.top_k", c.gate.top_k, f"at most the {experts} experts", "lower it")
 
@@ -329,8 +329,8 @@ def _adapters(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
     for name, path in ((name, axis.adapter) for name, axis in c.axes.items() if axis.adapter):
         key = f"axes.{name}.adapter"
         if _from_scratch(c):
-            mend = "remove it: no adapter can have been trained on a model that is not there yet"
-            yield Problem(key, path, "nothing where model.path is 'scratch'", mend)
+            fix = "remove it: no adapter can have been trained on a model that is not there yet"
+            yield Problem(key, path, "nothing where model.path is 'scratch'", fix)
             continue
         try:
             yield from Adapter(path, key).problems(base)
@@ -364,15 +364,15 @@ def _deepspeed(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Proble
         return
     unfilled = engines.unfilled(template)
     if unfilled:
-        mend = f"write values; only {', '.join(engines.FILLED)} can be auto"
-        yield Problem(key, f"{path} (auto at {', '.join(unfilled)})", "values there", mend)
+        fix = f"write values; only {', '.join(engines.FILLED)} can be auto"
+        yield Problem(key, f"{path} (auto at {', '.join(unfilled)})", "values there", fix)
         return
     stage = zero.get("stage", 0)
     if stage not in allowed:
-        mend = {
+        fix = {
             "align.deepspeed": "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0; "
             "use ds_configs/stage2_moe_zero2.json",
             "scratch.train.deepspeed": "every rank saves the whole small model; use ds_configs/scratch_zero1.json",
             **{f"baselines.{name}.deepspeed": "use ds_configs/fusion_zero2.json" for name in FUSIONS},
         }.get(key, "correct the stage")
-        yield Problem(key, f"{path} (ZeRO stage {stage})", f"a ZeRO stage of {', '.join(map(str, allowed))}", mend)
+        yield Problem(key, f"{path} (ZeRO stage {stage})", f"a ZeRO stage of {', '.join(map(str, allowed))}", fix)

@@ -43,7 +43,7 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str]]:
     lines = accounts(data.rows)
     lines.append(
         f"  {'all, for stage 2':<24}{len(data.train.examples):>8,} to train on "
-        f"{len(data.kept_back.examples):>8,} kept back"
+        f"{len(data.calibration_rows.examples):>8,} kept back"
     )
     steps = {axis: steps_of(config.train, len(examples)) for axis, examples in data.injected.items()}
     lines.append(f"  {'optimizer steps':<24}" + ", ".join(f"{axis} {n:,}" for axis, n in steps.items()))

@@ -110,11 +110,11 @@ class LatentSpace:
 
 
 def fit(
-    features: Features, kept_back: Features, latent: int, settings: GateConfig, names: list[str], seed: int
+    features: Features, calibration_rows: Features, latent: int, settings: GateConfig, names: list[str], seed: int
 ) -> Geometry:
-    """The geometry of one location. `kept_back` rows only set the standardisation of the two scores."""
+    """The geometry of one location. `calibration_rows` rows only set the standardisation of the two scores."""
     _check_rows(features, latent, settings, names)
-    return geometry_in(latent_space(features, latent, seed), features, kept_back, settings, seed)
+    return geometry_in(latent_space(features, latent, seed), features, calibration_rows, settings, seed)
 
 
 def _check_rows(features: Features, latent: int, settings: GateConfig, names: list[str]) -> None:
@@ -152,7 +152,7 @@ def latent_space(features: Features, latent: int, seed: int, *, telling: bool = 
 
 
 def geometry_in(
-    space: LatentSpace, features: Features, kept_back: Features, settings: GateConfig, seed: int
+    space: LatentSpace, features: Features, calibration_rows: Features, settings: GateConfig, seed: int
 ) -> Geometry:
     """Every expert's distribution and anchors in a latent space."""
     # An expert without rows borrows everybody's: its numbers are whole, and `present` keeps queries away from it.
@@ -179,7 +179,7 @@ def geometry_in(
         score_shift=torch.zeros(2),
         score_scale=torch.ones(2),
     )
-    return _standardised(raw, torch.cat([rows for rows in kept_back.by_expert if len(rows)]))
+    return _standardised(raw, torch.cat([rows for rows in calibration_rows.by_expert if len(rows)]))
 
 
 def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:

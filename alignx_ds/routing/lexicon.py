@@ -19,8 +19,8 @@ from alignx_ds.mocae.lexical import BUCKETS, bucket_counts
 PENALTY = 10.0  # C: how little the weights are held back
 
 
-def fit_lexicon(rows: Rows, kept_back: Rows, experts: int) -> dict[str, Tensor]:
-    """A `Lexicon`'s state dict. `kept_back` rows only set the scale: their scores' standard deviation is one."""
+def fit_lexicon(rows: Rows, calibration_rows: Rows, experts: int) -> dict[str, Tensor]:
+    """A `Lexicon`'s state dict. `calibration_rows` rows only set the scale: their scores' standard deviation is one."""
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples))
     weights, bias = np.zeros((experts, BUCKETS)), np.zeros(experts)
@@ -28,7 +28,7 @@ def fit_lexicon(rows: Rows, kept_back: Rows, experts: int) -> dict[str, Tensor]:
     if len(present) > 1:
         fitted = LogisticRegression(C=PENALTY, max_iter=1000).fit(known, rows.experts)
         weights[present], bias[present] = _each_class(fitted.coef_), _each_class(fitted.intercept_[:, None])[:, 0]
-        scores = (weighing.transform(_counts(kept_back.examples)) @ weights.T + bias)[:, present]
+        scores = (weighing.transform(_counts(calibration_rows.examples)) @ weights.T + bias)[:, present]
         spread = max(float(scores.std()), 1e-6)
         weights, bias = weights / spread, bias / spread
     return {

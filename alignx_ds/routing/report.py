@@ -45,8 +45,8 @@ def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, confi
     """Temperatures are fitted on the rows kept back from training, figures are of the held-out ones. Collective."""
     pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
     lowest, gate = next(iter(gates_of(model).items()))
-    fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.kept_back, data.routed))
-    known, labels = torch.tensor(data.kept_back.experts), torch.tensor(data.routed.experts)
+    fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.calibration_rows, data.routed))
+    known, labels = torch.tensor(data.calibration_rows.experts), torch.tensor(data.routed.experts)
     temperature = float(gate.calibration_temperature)
     ablations = {}
     for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():

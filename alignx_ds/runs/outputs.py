@@ -68,27 +68,27 @@ def check_owner(config: RunConfig) -> None:
     for key, path in (("output", outputs.root), ("specialists", outputs.specialists)):
         blocking = next((p for p in (path, *path.parents) if p.exists()), path)
         if blocking.exists() and not blocking.is_dir():
-            mend = f"a file has that name: {blocking}; choose another"
-            raise ConfigError(Problem(key, str(path), "a directory", mend))
+            fix = f"a file has that name: {blocking}; choose another"
+            raise ConfigError(Problem(key, str(path), "a directory", fix))
     if config.specialists:
         _check_specialists(config, outputs.specialists)
     if not outputs.config.is_file():
         if outputs.root.is_dir() and any(outputs.root.iterdir()):
-            mend = "choose another output; nothing in it was touched"
-            raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", mend))
+            fix = "choose another output; nothing in it was touched"
+            raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", fix))
         return
     try:
         there = yaml.safe_load(outputs.config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        mend = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
-        raise ConfigError(Problem("output", config.output, "this run's own directory", mend)) from error
+        fix = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", fix)) from error
     if not isinstance(there, dict):
-        mend = "its config.yaml is not a run's; choose another output"
-        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+        fix = "its config.yaml is not a run's; choose another output"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", fix))
     different = sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
     if different:
-        mend = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
-        raise ConfigError(Problem("output", config.output, "this run's own directory", mend))
+        fix = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
+        raise ConfigError(Problem("output", config.output, "this run's own directory", fix))
 
 
 def check_room(config: RunConfig, gib: float) -> None:
@@ -98,8 +98,8 @@ def check_room(config: RunConfig, gib: float) -> None:
     there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
     free = (shutil.disk_usage(place).free + there) / 2**30
     if free < gib:
-        mend = f"only {free:.2f} GiB are free there; make room, lower checkpoints.keep, or choose another output"
-        raise ConfigError(Problem("output", config.output, f"room for about {gib:.2f} GiB", mend))
+        fix = f"only {free:.2f} GiB are free there; make room, lower checkpoints.keep, or choose another output"
+        raise ConfigError(Problem("output", config.output, f"room for about {gib:.2f} GiB", fix))
 
 
 def _check_specialists(config: RunConfig, directory: Path) -> None:
@@ -107,8 +107,8 @@ def _check_specialists(config: RunConfig, directory: Path) -> None:
     for axis in config.axes:
         place = directory / axis
         if place.exists() and not (place / manifest.NAME).is_file() and (not place.is_dir() or any(place.iterdir())):
-            mend = f"{place} holds no finished specialist; choose another directory, nothing in it was touched"
-            raise ConfigError(Problem("specialists", config.specialists, "finished specialists", mend))
+            fix = f"{place} holds no finished specialist; choose another directory, nothing in it was touched"
+            raise ConfigError(Problem("specialists", config.specialists, "finished specialists", fix))
 
 
 def claim(config: RunConfig) -> Outputs:
@@ -118,8 +118,8 @@ def claim(config: RunConfig) -> Outputs:
         outputs.root.mkdir(parents=True, exist_ok=True)
         manifest.write_text(outputs.config, to_yaml(config))
     except OSError as error:
-        mend = f"can't be written ({error.strerror}); choose another output"
-        raise ConfigError(Problem("output", config.output, "a writable directory", mend)) from error
+        fix = f"can't be written ({error.strerror}); choose another output"
+        raise ConfigError(Problem("output", config.output, "a writable directory", fix)) from error
     return outputs
 
 

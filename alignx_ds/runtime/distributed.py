@@ -186,8 +186,8 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = (None, error)
         except (OSError, SafetensorError) as error:
             what = f"{getattr(error, 'filename', None) or 'the output'}: {getattr(error, 'strerror', None) or error}"
-            mend = "make room or correct the permissions, and give the same command: it goes on"
-            outcome = (None, DataError(f"{what}; {mend}"))
+            fix = "make room or correct the permissions, and give the same command: it goes on"
+            outcome = (None, DataError(f"{what}; {fix}"))
     result, problem = broadcast(outcome)
     if problem is not None:
         raise problem

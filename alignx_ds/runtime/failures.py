@@ -1,4 +1,4 @@
-"""What the console is told of an exception: what a user can mend in a line, anything else with its traceback."""
+"""What the console is told of an exception: what a user can fix in a line, anything else with its traceback."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class AlignJob:
     base: BaseModel
     factors: dict[int, list[Factors]]
     rows: Rows  # un-injected training rows of all axes and the generalist
-    kept_back: Rows  # rows of other questions: they set the calibrators' constants and the temperature
+    calibration_rows: Rows  # rows of other questions: they set the calibrators' constants and the temperature
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def fit_calibrators(job: AlignJob) -> Fitted:
     c, pad_id = job.config, pad_token(job.base.tokenizer)
     rows = first_of_each(job.rows, c.gate.rows)
     seen = collect(model, rows, pad_id, c.evaluation.batch)
-    unseen = collect(model, job.kept_back, pad_id, c.evaluation.batch)
+    unseen = collect(model, job.calibration_rows, pad_id, c.evaluation.batch)
 
     def geometries(kind: int, latent: int) -> dict[int, Geometry]:
         return {
@@ -152,7 +152,7 @@ def fit_calibrators(job: AlignJob) -> Fitted:
 
     fitted = Fitted({}, {}, {})
     if distributed.is_main():
-        words = fit_lexicon(rows, job.kept_back, len(c.expert_names))
+        words = fit_lexicon(rows, job.calibration_rows, len(c.expert_names))
         fitted = Fitted(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), words)
     return distributed.broadcast(fitted)
 
@@ -224,7 +224,7 @@ def align(job: AlignJob, keep: KeeperOf, made_from: dict[str, Any]) -> tuple[Ali
     parameters = dict(fused.named_parameters())
     fused.load_state_dict({k: v for k, v in trained.items() if k in parameters}, strict=False)
     fused.to(distributed.device()).eval()
-    calibrate(fused, job.kept_back, pad_id, c.evaluation.batch)
+    calibrate(fused, job.calibration_rows, pad_id, c.evaluation.batch)
     return fused, losses
 
 

@@ -110,8 +110,8 @@ def _clear(job: Job, shop: Workshop) -> None:
     """An empty directory for the job; what another run may use is never removed."""
     directory = shop.directory(job.name)
     if shop.shared and directory.exists() and any(directory.iterdir()):
-        mend = f"{job.name} there was made from other inputs, or is no specialist; choose another directory"
-        raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", mend))
+        fix = f"{job.name} there was made from other inputs, or is no specialist; choose another directory"
+        raise ConfigError(Problem("specialists", str(shop.root), "specialists of this config", fix))
     if directory.exists():
         console.say(f"{job.name}: its inputs have changed, or it is unfinished: made again")
         shutil.rmtree(directory)

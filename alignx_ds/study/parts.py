@@ -35,7 +35,7 @@ class Judged:
 
     @classmethod
     def of(cls, model: AlignXForCausalLM, subject: Subject) -> Judged:
-        rows = (subject.data.kept_back, subject.data.routed)
+        rows = (subject.data.calibration_rows, subject.data.routed)
         fitted, tested = (gate_terms(model, r, subject.pad_id, subject.batch) for r in rows)
         return cls(fitted, torch.tensor(rows[0].experts), tested, torch.tensor(rows[1].experts))
 

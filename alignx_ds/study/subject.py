@@ -48,8 +48,8 @@ class Subject:
         needed = [out.model, out.specialists / sequential_name(list(settings.axes)), out.specialists / MIXED]
         for path in needed:
             if not (path / manifest.NAME).is_file():
-                mend = f"it has no {path.name}; give the command that began it again, it goes on"
-                raise _refusal(directory, mend)
+                fix = f"it has no {path.name}; give the command that began it again, it goes on"
+                raise _refusal(directory, fix)
         # The ranks that trained it are gone; all that is asked of their number is that the experts fit on them.
         material = Material.of(settings, checks.check(settings, settings.align.ep_size))
         return cls(settings, material.base, material.data, out)
@@ -142,5 +142,5 @@ def _settings(directory: Path) -> RunConfig:
     return settings
 
 
-def _refusal(directory: Path, mend: str) -> ConfigError:
-    return ConfigError(Problem("run_dir", str(directory), "the output directory of a finished run", mend))
+def _refusal(directory: Path, fix: str) -> ConfigError:
+    return ConfigError(Problem("run_dir", str(directory), "the output directory of a finished run", fix))

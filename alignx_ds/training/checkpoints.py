@@ -145,8 +145,8 @@ def _together(directory: Path, work: Callable[[], None], *, only_main: bool = Fa
     if not problems:
         return
     distributed.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
-    mend = "make room or correct the permissions, and give the same command: it goes on from the checkpoint before"
-    raise DataError(f"{directory.parent}: a checkpoint can't be written: {problems[0]}; {mend}")
+    fix = "make room or correct the permissions, and give the same command: it goes on from the checkpoint before"
+    raise DataError(f"{directory.parent}: a checkpoint can't be written: {problems[0]}; {fix}")
 
 
 def _clear(directory: Path) -> None:

@@ -89,8 +89,8 @@ def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any
     """The template with every "auto" replaced; a value that is not "auto" is left as the user wrote it."""
     places = unfilled(template)
     if places:
-        mend = f"write a value; only {', '.join(FILLED)} can be {AUTO}"
-        raise ConfigError(Problem(f"deepspeed config, {', '.join(places)}", AUTO, "a value", mend))
+        fix = f"write a value; only {', '.join(FILLED)} can be {AUTO}"
+        raise ConfigError(Problem(f"deepspeed config, {', '.join(places)}", AUTO, "a value", fix))
     result = _replace_auto(template, "", lambda path: FILLED[path](plan, world_size))
     assert isinstance(result, dict)
     return result
@@ -106,7 +106,7 @@ def read_template(path: str, key: str) -> dict[str, Any]:
         raise ConfigError(Problem(key, path, "UTF-8 text", f"re-encode it (byte {error.start})")) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ConfigError(Problem(key, path, "valid JSON", f"mend {where}: {error.msg}")) from error
+        raise ConfigError(Problem(key, path, "valid JSON", f"fix {where}: {error.msg}")) from error
     if not isinstance(template, dict):
         raise ConfigError(Problem(key, path, "a JSON object", "see ds_configs/ for examples"))
     return template

@@ -148,7 +148,7 @@ def test_calibration_is_cut_independently_of_what_is_held_out(
     set_rows(one_axis, tmp_path, asked(800))
     one_axis.data.held_out_share = one_axis.data.calibration_share = 0.3
     data = encode_rows(one_axis, read_rows(one_axis), world_tokenizer)
-    kept, back = len(data.train.examples), len(data.kept_back.examples)
+    kept, back = len(data.train.examples), len(data.calibration_rows.examples)
     assert kept + back == len(data.rows.train["kind"].rows)
     assert back / (kept + back) == pytest.approx(0.3, abs=0.06)
 
@@ -211,7 +211,7 @@ def test_questions_without_an_answer_are_routed_but_never_imitated(
     assert len(data.rows.train["kind"].rows) == 60
     assert len(data.injected["kind"]) == 30
     assert all(example.answer_length for example in data.injected["kind"])
-    silent = [e for e in (*data.train.examples, *data.kept_back.examples) if not e.answer_length]
+    silent = [e for e in (*data.train.examples, *data.calibration_rows.examples) if not e.answer_length]
     assert len(silent) == 30
     assert data.references.examples == [] and len(data.routed.examples) == 1
     one_axis.axes["kind"].train = str(write_lines(tmp_path / "unsafe.jsonl", records[1::2]))
@@ -234,7 +234,7 @@ def test_without_a_generalist_no_row_is_the_bases_own(
 ) -> None:
     set_rows(one_axis, tmp_path, asked(60))
     data = encoded(one_axis, world_tokenizer)
-    assert {*data.train.experts, *data.kept_back.experts, *data.routed.experts} == {1}
+    assert {*data.train.experts, *data.calibration_rows.experts, *data.routed.experts} == {1}
     assert data.rows.train["generalist"].records == 0
 
 

@@ -202,7 +202,7 @@ def test_a_run_reads_real_rows_of_all_axes(real_config: RunConfig, world_base: B
     for axis, examples in data.injected.items():
         assert len(examples) == sum(bool(row.response) for row in data.rows.train[axis].rows) <= 60
     assert {axis: len(rows) for axis, rows in data.held_out.items()} == dict.fromkeys(real_config.axes, 20)
-    assert len(data.train.examples) + len(data.kept_back.examples) == 60 * len(real_config.axes)
+    assert len(data.train.examples) + len(data.calibration_rows.examples) == 60 * len(real_config.axes)
 
 
 def test_held_out_questions_are_not_trained_on_but_dropped(real_config: RunConfig, tmp_path: Path) -> None:

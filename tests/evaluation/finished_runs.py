@@ -43,12 +43,12 @@ def write_model(
     config: RunConfig, base: BaseModel, directory: Path, factors: dict[int, list[Factors]], source: torch.Generator
 ) -> None:
     data = Material.of(config, base).data
-    job = AlignJob(config, base, factors, data.train, data.kept_back)
+    job = AlignJob(config, base, factors, data.train, data.calibration_rows)
     model = assemble(job, fit_calibrators(job), None).eval()
     for gate in gates_of(model).values():
         weight = 0.2 * torch.randn(gate.router.weight.shape, generator=source)
         gate.router.weight.data.copy_(weight)
-    calibrate(model, data.kept_back, 0, 64)
+    calibrate(model, data.calibration_rows, 0, 64)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
     made_of = {axis: manifest.fingerprint({"axis": axis}) for axis in config.axes}

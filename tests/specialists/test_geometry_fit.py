@@ -160,8 +160,8 @@ def test_a_fitted_gate_never_chooses_an_expert_without_rows(place: int) -> None:
 
 
 def test_rows_kept_back_may_lack_an_expert_that_was_fitted() -> None:
-    kept_back = Features([*clusters(20).by_expert[:2], torch.zeros(0, 0)])
-    made = fit(clusters(1), kept_back, K, SETTINGS, NAMES, seed=0)
+    calibration_rows = Features([*clusters(20).by_expert[:2], torch.zeros(0, 0)])
+    made = fit(clusters(1), calibration_rows, K, SETTINGS, NAMES, seed=0)
     assert made.present.tolist() == [1.0] * 3
     assert all(torch.isfinite(t).all() for t in made.tensors().values())
 

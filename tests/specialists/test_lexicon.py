@@ -37,15 +37,15 @@ def scores(lexicon: Lexicon, rows: Rows) -> torch.Tensor:
 
 
 def fitted(experts: list[int], kept: list[int] | None = None) -> tuple[Lexicon, Rows, Rows]:
-    known, kept_back = rows_of(experts, 40, 1), rows_of(kept or experts, 20, 2)
+    known, calibration_rows = rows_of(experts, 40, 1), rows_of(kept or experts, 20, 2)
     lexicon = Lexicon(4)
-    lexicon.load_state_dict(fit_lexicon(known, kept_back, 4))
-    return lexicon, known, kept_back
+    lexicon.load_state_dict(fit_lexicon(known, calibration_rows, 4))
+    return lexicon, known, calibration_rows
 
 
 @pytest.mark.parametrize("experts", [[0, 2, 3], [0, 3]])
 def test_the_scores_are_those_of_scikit_learn_but_for_their_scale(experts: list[int]) -> None:
-    lexicon, known, kept_back = fitted(experts)
+    lexicon, known, calibration_rows = fitted(experts)
     counts = [
         sparse.vstack(
             [
@@ -54,12 +54,12 @@ def test_the_scores_are_those_of_scikit_learn_but_for_their_scale(experts: list[
                 for ids in [torch.tensor([e.ids[: e.prompt_length]])]
             ]
         )
-        for rows in (known, kept_back)
+        for rows in (known, calibration_rows)
     ]
     weighing = TfidfTransformer(sublinear_tf=True).fit(counts[0])
     router = LogisticRegression(C=PENALTY, max_iter=1000).fit(weighing.transform(counts[0]), known.experts)
     expected = router.predict_log_proba(weighing.transform(counts[1]))
-    found = scores(lexicon, kept_back)[:, experts]
+    found = scores(lexicon, calibration_rows)[:, experts]
     assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-3)
     differences, wanted = found[:, :1] - found[:, 1:], expected[:, :1] - expected[:, 1:]
     scale = wanted.std() / float(differences.std(correction=0))
@@ -74,20 +74,20 @@ def test_unseen_prompts_are_told_apart() -> None:
 
 
 def test_answers_are_not_looked_at() -> None:
-    known, kept_back = rows_of([0, 2, 3], 40, 1), rows_of([0, 2, 3], 20, 2)
+    known, calibration_rows = rows_of([0, 2, 3], 40, 1), rows_of([0, 2, 3], 20, 2)
     prompts = [
         Rows([Example(e.ids[: e.prompt_length], e.prompt_length) for e in r.examples], r.experts)
-        for r in (known, kept_back)
+        for r in (known, calibration_rows)
     ]
-    for name, tensor in fit_lexicon(known, kept_back, 4).items():
+    for name, tensor in fit_lexicon(known, calibration_rows, 4).items():
         assert torch.equal(tensor, fit_lexicon(prompts[0], prompts[1], 4)[name]), name
 
 
 def test_one_expert_alone_has_nothing_to_be_told_from() -> None:
-    lexicon, _, kept_back = fitted([2])
-    assert not scores(lexicon, kept_back).any()
+    lexicon, _, calibration_rows = fitted([2])
+    assert not scores(lexicon, calibration_rows).any()
 
 
 def test_rows_kept_back_may_lack_an_expert() -> None:
-    lexicon, _, kept_back = fitted([0, 2, 3], [0, 2])
-    assert torch.isfinite(scores(lexicon, kept_back)).all()
+    lexicon, _, calibration_rows = fitted([0, 2, 3], [0, 2])
+    assert torch.isfinite(scores(lexicon, calibration_rows)).all()

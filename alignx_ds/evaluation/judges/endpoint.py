@@ -77,8 +77,8 @@ class Endpoint:
             choice = completion.choices[0]
             text = redact(choice.message.content or "")  # it is kept; a server may echo the key
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, IndexError) as error:
-            mend = "give the address that its /chat/completions lies under as judges.endpoint"
-            raise DataError(f"{self.base_url}: the reply is no chat completion; {mend}") from error
+            fix = "give the address that its /chat/completions lies under as judges.endpoint"
+            raise DataError(f"{self.base_url}: the reply is no chat completion; {fix}") from error
         tokens = choice.logprobs.content if top_logprobs and choice.logprobs else None
         likeliest = tokens[0].top_logprobs if tokens else None
         return Reply(text, {t.token: t.logprob for t in likeliest} if likeliest else None)
@@ -145,11 +145,11 @@ def problems(settings: JudgesConfig) -> list[Problem]:
     if "@" in settings.endpoint:
         found.append(Problem("judges.endpoint", "(not shown)", "no user and password", f"export the key as {KEY}"))
     elif url.scheme not in ("http", "https") or not url.netloc:
-        mend = "set it, for a local server as http://localhost:8000/v1"
-        found.append(Problem("judges.endpoint", settings.endpoint, "an OpenAI-compatible server's address", mend))
+        fix = "set it, for a local server as http://localhost:8000/v1"
+        found.append(Problem("judges.endpoint", settings.endpoint, "an OpenAI-compatible server's address", fix))
     if not settings.endpoint_model:
-        mend = "set it to a model that the endpoint serves"
-        found.append(Problem("judges.endpoint_model", settings.endpoint_model, "a model's name", mend))
+        fix = "set it to a model that the endpoint serves"
+        found.append(Problem("judges.endpoint_model", settings.endpoint_model, "a model's name", fix))
     if settings.endpoint_parallel < 1:
         found.append(Problem("judges.endpoint_parallel", settings.endpoint_parallel, "1 or more", "raise it"))
     return found

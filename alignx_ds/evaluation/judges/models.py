@@ -28,8 +28,8 @@ class LocalModel:
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
-    def problem(self, allowed: str, mend: str) -> ConfigError:
-        return ConfigError(Problem(self.key, self.path, allowed, mend))
+    def problem(self, allowed: str, fix: str) -> ConfigError:
+        return ConfigError(Problem(self.key, self.path, allowed, fix))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; `special`: with what the tokenizer puts around a text (a chat template writes that itself)."""
@@ -130,10 +130,10 @@ def _load(path: str, key: str, kind: Any) -> LocalModel:
         network, found = kind.from_pretrained(path, dtype=dtype, **NO_CODE, weights_only=True, output_loading_info=True)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
-        mend = f"give a directory that save_pretrained wrote, or a hub id that can be fetched ({reason})"
+        fix = f"give a directory that save_pretrained wrote, or a hub id that can be fetched ({reason})"
         if "tiktoken" in reason:  # which transformers falls back to, and asks for, when it can't read a tokenizer.model
-            mend = "pip install sentencepiece: its tokenizer is a SentencePiece model"
-        raise ConfigError(Problem(key, path, "a judge's model with its tokenizer", mend)) from error
+            fix = "pip install sentencepiece: its tokenizer is a SentencePiece model"
+        raise ConfigError(Problem(key, path, "a judge's model with its tokenizer", fix)) from error
     model = LocalModel(key, path, network.to(device()).eval(), tokenizer)
     if found["missing_keys"]:  # transformers fills these at random, with no more than a warning
         missing = ", ".join(sorted(found["missing_keys"])[:3])

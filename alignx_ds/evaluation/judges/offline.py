@@ -204,6 +204,6 @@ def make(settings: JudgesConfig) -> Judge:
     """Raises ConfigError when classifier_rows names no rows, DataError when they can't be used."""
     path = settings.classifier_rows
     if path in ("", WORLD) or not names_a_source(path):
-        mend = "set it to rows that say what is safe, such as BeaverTails' 30k_train"
-        raise ConfigError(Problem("judges.classifier_rows", path, "a source of BeaverTails rows", mend))
+        fix = "set it to rows that say what is safe, such as BeaverTails' 30k_train"
+        raise ConfigError(Problem("judges.classifier_rows", path, "a source of BeaverTails rows", fix))
     return OfflineSafety(read_examples(path), settings.classifier_held_out)

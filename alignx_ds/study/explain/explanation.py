@@ -64,8 +64,8 @@ def show(directory: Path, prompts: list[str], out: Path | None, *, as_json: bool
     try:
         drawn = picture.write(explanation.prompts, folder)
     except OSError as error:
-        mend = f"it can't be written ({error.strerror}); choose another --out"
-        raise ConfigError(Problem("--out", str(folder), "a writable directory", mend)) from error
+        fix = f"it can't be written ({error.strerror}); choose another --out"
+        raise ConfigError(Problem("--out", str(folder), "a writable directory", fix)) from error
     if as_json:
         print(json.dumps(as_data(explanation) | {"pictures": [str(path) for path in drawn]}, indent=2))
     else:

@@ -30,8 +30,8 @@ from alignx_ds.training.engine import dtype_of
 RUN = "RUN_DIR"
 
 
-def refusal(given: Path, mend: str) -> ConfigError:
-    return ConfigError(Problem(RUN, str(given), "the output directory of a finished run", mend))
+def refusal(given: Path, fix: str) -> ConfigError:
+    return ConfigError(Problem(RUN, str(given), "the output directory of a finished run", fix))
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class FinishedRun:
         settings = replace(parse.load(root / "config.yaml"), output=str(root))
         out = Outputs.of(settings)
         if not (out.model / manifest.NAME).is_file():
-            mend = "its run has not finished stage 2; give the command that started it again: it goes on"
-            raise refusal(root, mend)
+            fix = "its run has not finished stage 2; give the command that started it again: it goes on"
+            raise refusal(root, fix)
         pretrained.check(out.model, RUN, str(root))
         return cls(settings, out)
 
@@ -72,8 +72,8 @@ class FinishedRun:
             reason = str(error).strip().splitlines()[0]
             raise refusal(self.out.root, f"its model can't be loaded ({reason}); align it again") from error
         if found["missing_keys"]:
-            mend = f"its model has no {min(found['missing_keys'])}: another version made it; align it again"
-            raise refusal(self.out.root, mend)
+            fix = f"its model has no {min(found['missing_keys'])}: another version made it; align it again"
+            raise refusal(self.out.root, fix)
         aligned: AlignXForCausalLM = model.to(distributed.device()).eval()
         return aligned
 

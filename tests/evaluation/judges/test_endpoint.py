@@ -104,7 +104,7 @@ def test_what_may_pass_is_tried_again(server: ChatServer, status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "attempts", "mend"),
+    ("status", "attempts", "fix"),
     [
         (401, 1, "OPENAI_API_KEY"),
         (403, 1, "OPENAI_API_KEY"),
@@ -115,10 +115,10 @@ def test_what_may_pass_is_tried_again(server: ChatServer, status: int) -> None:
     ],
 )
 def test_what_does_not_pass_is_one_line_that_says_what_to_do(
-    server: ChatServer, status: int, attempts: int, mend: str
+    server: ChatServer, status: int, attempts: int, fix: str
 ) -> None:
     server.failures = [failure(status)] * 9
-    with pytest.raises(DataError, match=mend) as error:
+    with pytest.raises(DataError, match=fix) as error:
         list(Endpoint(server.url, "m", 1, retries=2).ask(said("q")))
     assert server.url in str(error.value)
     assert "\n" not in str(error.value)
