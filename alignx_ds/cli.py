@@ -315,9 +315,9 @@ def _explain(args: argparse.Namespace) -> int:
     from alignx_ds.runtime import distributed
 
     distributed.prepare_environment()  # before DeepSpeed is imported, which else says what it found, into the JSON
-    from alignx_ds.study.explain import explanation
+    from alignx_ds.study.explain import command
 
-    explanation.show(args.run, args.prompts, args.out, as_json=args.json)
+    command.show(args.run, args.prompts, args.out, as_json=args.json)
     return 0
 
 

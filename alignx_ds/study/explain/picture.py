@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,10 +13,8 @@ from alignx_ds.errors import visible
 from alignx_ds.evaluation.plots import PALETTE, STYLE, svg
 from alignx_ds.runs import manifest
 from alignx_ds.study.explain.choices import Candidate, Choice
+from alignx_ds.study.explain.explanation import Explained
 from alignx_ds.study.explain.wording import percent, quoted
-
-if TYPE_CHECKING:
-    from alignx_ds.study.explain.explanation import Explained
 
 COLOURS = dict(zip(("linear", "fractal", "natural", "lexical"), PALETTE, strict=False))
 QUIET = "#C8C8C8"  # of the experts that were not chosen

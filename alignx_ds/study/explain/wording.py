@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alignx_ds.runtime import console
 from alignx_ds.study.explain.choices import Choice
-
-if TYPE_CHECKING:
-    from alignx_ds.study.explain.explanation import Explained, Explanation
+from alignx_ds.study.explain.explanation import Explained, Explanation
 
 SURENESS = ((0.99, "is certain"), (0.9, "is sure"), (0.6, "leans one way"), (0.0, "is torn"))
 BAR = 12  # characters of a full bar
