@@ -24,7 +24,8 @@ from alignx_ds.config import parse
 from alignx_ds.data.batches import Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import Material
-from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
+from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.plan import checks
 from alignx_ds.routing.calibration import fit_temperature, router_figures
 from alignx_ds.routing.gates import gate_terms, sum_of

@@ -183,11 +183,8 @@ def figure(printed: str, name: str) -> float:
 
 def aligned_model(settings: RunConfig, base: BaseModel) -> AlignXForCausalLM:
     """The model that stage 2 would train, without its weights."""
-    gate = settings.gate
     ranks = dict.fromkeys(PROJECTIONS, settings.experts.rank)
-    shape = AlignXConfig(
-        base.config, settings.expert_names, base.layers, ranks, gate.scope, None, gate.latent, gate.output_latent
-    )
+    shape = AlignXConfig(base.config, settings.expert_names, base.layers, ranks, settings.gate)
     model = AlignXForCausalLM(shape)
     freeze_trunk(model)
     return model

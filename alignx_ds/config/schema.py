@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from alignx_ds.mocae.settings import GateSettings
+
 WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
@@ -117,21 +119,11 @@ class ExpertsConfig:
 
 
 @dataclass
-class GateConfig:
-    scope: str = "shared"  # shared (one decision, made at the lowest AlignX layer) or per_layer
-    latent: int = 64  # k, of the gate's whitened latent space
+class GateConfig(GateSettings):
+    """The gate's settings, and those that only fitting its geometry needs."""
+
     rows: int = 4096  # per expert, at most, that the geometries are fitted on
-    fractal: float = 0.6  # λ₁
-    natural: float = 0.4  # λ₂
-    lexical: float = 1.0  # λ₃, of the words' own score; 0 is the paper's gate
-    more: dict[str, float] = field(default_factory=dict)  # weights of further calibrators, by their names
-    temperature: float = 1.0  # of the linear router's softmax
-    fractal_dimensions: int = 4  # leading latent dimensions in which the fractal score lives
-    anchors: int = 64  # k-means anchors per expert
-    granularity: float = 0.05  # ε, the unit of the kernel widths: ε·2, ε·4, …
-    scales: int = 5  # how many of them
-    output_latent: int = 32  # latent size of the output calibration
-    top_k: int = 1  # experts that serve a query; training always mixes all
+    granularity: float = 0.05  # ε, the unit of the kernel widths
 
 
 @dataclass

@@ -6,7 +6,7 @@ Shapes: ... any leading dimensions, d hidden size, k latent size, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +16,9 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
+from alignx_ds.mocae.settings import GateSettings
 
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """λ₁, λ₂ and the softmax temperature of the paper, our λ₃, and how many experts a query may reach.
-
-    `more` holds the weights of further calibrators, by their names in CALIBRATORS.
-    """
-
-    fractal_weight: float = 0.6
-    natural_weight: float = 0.4
-    lexical_weight: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 1
-    more: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,9 +85,9 @@ class CalibratedGate(nn.Module):
         natural = natural_score(z, g.means.float(), g.whiteners.float(), g.log_volumes.float())
         terms = {
             "linear": self.router(z) / self.settings.temperature,
-            "fractal": self.settings.fractal_weight * (fractal - g.score_shift[0]) / g.score_scale[0],
-            "natural": self.settings.natural_weight * (natural - g.score_shift[1]) / g.score_scale[1],
-            "lexical": self.settings.lexical_weight * query.words.float(),
+            "fractal": self.settings.fractal * (fractal - g.score_shift[0]) / g.score_scale[0],
+            "natural": self.settings.natural * (natural - g.score_shift[1]) / g.score_scale[1],
+            "lexical": self.settings.lexical * query.words.float(),
         }
         terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
         return {name: term.masked_fill(g.present == 0, NEVER) for name, term in terms.items()}

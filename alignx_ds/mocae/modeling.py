@@ -18,13 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.fused import FusedMixture, stack
-from alignx_ds.mocae.gate import CalibratedGate, GateSettings
+from alignx_ds.mocae.gate import CalibratedGate
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import SUMMARIES, Channel, Routing
+from alignx_ds.mocae.settings import GateSettings
 
 
 class AlignXConfig(PreTrainedConfig):
@@ -39,13 +40,7 @@ class AlignXConfig(PreTrainedConfig):
         experts: list[str] | None = None,
         layers: list[int] | None = None,
         ranks: dict[str, int] | None = None,
-        scope: str = "shared",
-        gate: dict[str, Any] | None = None,
-        latent_size: int = 64,
-        output_latent_size: int = 32,
-        fractal_dimensions: int = 4,
-        anchors: int = 64,
-        scales: int = 5,
+        gate: GateSettings | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # A copy: transformers resets the attention implementation of a nested config, which a live model may share.
@@ -54,13 +49,7 @@ class AlignXConfig(PreTrainedConfig):
         self.experts = experts or []
         self.layers = layers or []
         self.ranks = ranks or {}
-        self.scope = scope
-        self.gate = gate or {}
-        self.latent_size = latent_size
-        self.output_latent_size = output_latent_size
-        self.fractal_dimensions = fractal_dimensions
-        self.anchors = anchors
-        self.scales = scales
+        self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
         if self.text_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(self.text_config, name))
@@ -71,7 +60,7 @@ class AlignXConfig(PreTrainedConfig):
 
     def gate_layer(self, layer: int) -> int:
         """The layer whose gate decides for `layer`: the lowest AlignX layer, or the layer itself."""
-        return self.layers[0] if self.scope == "shared" else layer
+        return self.layers[0] if self.gate["scope"] == "shared" else layer
 
 
 @dataclass(frozen=True)
@@ -134,17 +123,17 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _blank_parts(self) -> dict[int, LayerParts]:
         c, text = self.config, self.config.text_config
-        experts = len(c.experts)
+        experts, settings = len(c.experts), c.gate_settings()
 
         def blank(d: int, k: int) -> Geometry:
-            return Geometry.blank(d, k, c.fractal_dimensions, experts, c.anchors, c.scales)
+            return Geometry.blank(d, k, settings.fractal_dimensions, experts, settings.anchors, settings.scales)
 
         table = backbone_of(text.model_type)
         parts = {}
         for index in c.layers:
             ffn = table.view(table.ffn_of(self.backbone, index))
-            gate = blank(SUMMARIES * text.hidden_size, c.latent_size) if c.gate_layer(index) == index else None
-            output = blank(text.hidden_size, c.output_latent_size)
+            gate = blank(SUMMARIES * text.hidden_size, settings.latent) if c.gate_layer(index) == index else None
+            output = blank(text.hidden_size, settings.output_latent)
             parts[index] = LayerParts([Factors.zeros(ffn, c.ranks)] * experts, gate, output)
         return parts
 
@@ -159,7 +148,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return AlignXLayer(
             ffn=ffn,
             mixture=mixture,
-            calibration=OutputCalibration(parts.output, settings.fractal_weight, settings.natural_weight),
+            calibration=OutputCalibration(parts.output, settings.fractal, settings.natural),
             gate=CalibratedGate(parts.gate, settings) if parts.gate is not None else None,
             index=index,
             top_k=settings.top_k,

@@ -6,7 +6,7 @@ Rows are un-injected: the aligned model must find the axis by itself.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
-from alignx_ds.mocae.gate import GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
@@ -86,22 +85,7 @@ def model_config(job: AlignJob) -> AlignXConfig:
         experts=c.expert_names,
         layers=job.base.layers,
         ranks=ranks,
-        scope=c.gate.scope,
-        gate=asdict(
-            GateSettings(
-                fractal_weight=c.gate.fractal,
-                natural_weight=c.gate.natural,
-                lexical_weight=c.gate.lexical,
-                temperature=c.gate.temperature,
-                top_k=c.gate.top_k,
-                more=c.gate.more,
-            )
-        ),
-        latent_size=c.gate.latent,
-        output_latent_size=c.gate.output_latent,
-        fractal_dimensions=c.gate.fractal_dimensions,
-        anchors=c.gate.anchors,
-        scales=c.gate.scales,
+        gate=c.gate,
     )
 
 
@@ -121,8 +105,8 @@ def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) 
         gate_here = config.gate_layer(layer) == layer
         if fitted is None:
             hidden = config.text_config.hidden_size
-            gate = _blank(config, SUMMARIES * hidden, config.latent_size)
-            output = _blank(config, hidden, config.output_latent_size)
+            gate = _blank(job.config, SUMMARIES * hidden, job.config.gate.latent)
+            output = _blank(job.config, hidden, job.config.gate.output_latent)
         else:
             gate, output = fitted.gates[config.gate_layer(layer)], fitted.outputs[layer]
         parts[layer] = LayerParts(experts, gate if gate_here else None, output)
@@ -132,8 +116,8 @@ def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) 
     return model
 
 
-def _blank(c: AlignXConfig, d: int, latent: int) -> Geometry:
-    return Geometry.blank(d, latent, c.fractal_dimensions, len(c.experts), c.anchors, c.scales)
+def _blank(c: RunConfig, d: int, latent: int) -> Geometry:
+    return Geometry.blank(d, latent, c.gate.fractal_dimensions, len(c.expert_names), c.gate.anchors, c.gate.scales)
 
 
 def fit_calibrators(job: AlignJob) -> Fitted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, replace_ffns
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
-from alignx_ds.mocae.gate import GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.mocae.settings import GateSettings
 from suite.record import dtype_of
 from suite.shapes import config_of
 
@@ -111,12 +111,13 @@ def alignx(s: Setting, placement: Placement | None = None) -> PreTrainedModel:
         experts=["generalist", *(f"axis {i}" for i in range(AXES))],
         layers=layers,
         ranks=dict.fromkeys(PROJECTIONS, s.rank),
-        gate=asdict(GateSettings()),
-        latent_size=s.latent,
-        output_latent_size=s.output_latent,
-        fractal_dimensions=FRACTAL_DIMENSIONS,
-        anchors=ANCHORS,
-        scales=SCALES,
+        gate=GateSettings(
+            latent=s.latent,
+            output_latent=s.output_latent,
+            fractal_dimensions=FRACTAL_DIMENSIONS,
+            anchors=ANCHORS,
+            scales=SCALES,
+        ),
     )
     d, parts = s.config.hidden_size, {}
     with torch.device(s.device):

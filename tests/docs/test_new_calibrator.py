@@ -17,6 +17,7 @@ from alignx_ds.errors import ConfigError
 from alignx_ds.mocae import gate as gates
 from alignx_ds.mocae.gate import Calibrator
 from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.settings import GateSettings
 
 PAGE, TITLE = "docs/extending.md", "A new calibrator"
 TABLE = "CALIBRATORS: dict[str, Calibrator] = {}"
@@ -78,7 +79,7 @@ def test_the_losses_prior_has_it(nearest: Calibrator) -> None:
     query = gates.Query(torch.randn(5, len(geometry.centre)), torch.randn(5, 4))
     kept = []
     for more in ({}, {"nearest": 3.0}):
-        gate = gates.CalibratedGate(geometry, gates.GateSettings(more=more))
+        gate = gates.CalibratedGate(geometry, GateSettings(more=more))
         assert gate.router.weight.abs().sum() == 0
         kept.append(gating_terms(gate, query, gate.train()(query), torch.zeros(5, dtype=torch.long)))
         assert abs(float(kept[-1][2])) < 1e-5, "a router that says nothing leaves the calibrators' own gates"

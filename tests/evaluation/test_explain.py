@@ -220,7 +220,9 @@ def _without(model: Path, name: str) -> None:
 
 
 def _reshaped(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"latent_size": 5}))
+    config = json.loads(path.read_text())
+    config["gate"]["latent"] = 5
+    path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -13,7 +13,8 @@ from scipy.stats import multivariate_normal
 from tiny_models import generator, random_geometry, relative
 
 from alignx_ds.mocae.fractal import fractal_score
-from alignx_ds.mocae.gate import CalibratedGate, Decision, GateSettings, Query, keep_top
+from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, keep_top
+from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.training.losses import gating_terms
 
 

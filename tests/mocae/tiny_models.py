@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.fused import FusedMixture, unstack
-from alignx_ds.mocae.gate import GateSettings
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.mocae.settings import GateSettings
 
 VOCABULARY, HIDDEN, FFN, LAYERS, EXPERTS = 50, 32, 48, 3, 4
 ALIGNX_LAYERS = [1, 2]
@@ -155,13 +155,9 @@ def aligned_config(base: PreTrainedModel, ranks: dict[str, int], scope: str, top
         experts=["generalist", "helpful", "harmless", "honest"],
         layers=ALIGNX_LAYERS,
         ranks=ranks,
-        scope=scope,
-        gate=asdict(GateSettings(top_k=top_k)),
-        latent_size=6,
-        output_latent_size=5,
-        fractal_dimensions=3,
-        anchors=5,
-        scales=4,
+        gate=GateSettings(
+            top_k=top_k, scope=scope, latent=6, output_latent=5, fractal_dimensions=3, anchors=5, scales=4
+        ),
     )
 
 
@@ -180,11 +176,12 @@ def aligned(
     """
     ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in PROJECTIONS}
     config, table = aligned_config(base, ranks, scope, top_k), table_of(base)
+    settings = config.gate_settings()
     parts = {}
     for layer in ALIGNX_LAYERS:
         generalist = Factors.zeros(table.view(table.ffn_of(base, layer)), ranks)
-        gate = query_geometry(config.latent_size, seed=100 + layer) if config.gate_layer(layer) == layer else None
-        output = random_geometry(config.output_latent_size, seed=200 + layer)
+        gate = query_geometry(settings.latent, seed=100 + layer) if config.gate_layer(layer) == layer else None
+        output = random_geometry(settings.output_latent, seed=200 + layer)
         parts[layer] = LayerParts([generalist, *experts[layer]], gate, output)
     model = AlignXForCausalLM(config, backbone=copy.deepcopy(base), parts=parts, placement=placement)
     source = generator(7)
@@ -196,7 +193,7 @@ def aligned(
         for layer in alignx_layers(model) if trained else ():
             reinjection = layer.calibration.reinjection
             reinjection.copy_(0.1 * torch.randn(reinjection.shape, generator=source))
-            router = torch.randn(EXPERTS, config.latent_size, generator=source)
+            router = torch.randn(EXPERTS, settings.latent, generator=source)
             if layer.gate is not None:
                 layer.gate.router.weight.copy_(router)
     return model.eval()

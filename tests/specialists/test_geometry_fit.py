@@ -13,9 +13,10 @@ from torch import Tensor
 from alignx_ds.config.schema import GateConfig
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
-from alignx_ds.mocae.gate import CalibratedGate, GateSettings, Query
+from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
+from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.routing.geometry import Features, _sample, fit
 
 D, K, NAMES = 16, 5, ["generalist", "helpful", "harmless"]

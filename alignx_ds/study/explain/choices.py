@@ -93,7 +93,7 @@ def _choice(model: AlignXForCausalLM, layer: int, gate: CalibratedGate, shares: 
     order = sorted(present, key=lambda e: -confidence[e])
     words, others = [], 0.0
     if len(order) > 1:
-        weight, bias = gate.settings.lexical_weight, model.lexicon.bias.float()
+        weight, bias = gate.settings.lexical, model.lexicon.bias.float()
         words = _words(texts, weight * (shares[order[0]] - shares[order[1]]))
         others = weight * float(bias[order[0]] - bias[order[1]]) + sum(word.pull for word in words[MOST_WORDS:])
     return Choice(

@@ -32,7 +32,7 @@ def explain(run: FinishedRun, prompts: list[str]) -> Explanation:
     """The gates' decisions and everybody's greedy answers; one model is in memory at a time."""
     model = run.mixture()
     decided = [choices(model, run.tokenizer, prompt) for prompt in prompts]
-    mixed, scope = run.answers(model, prompts), str(model.config.scope)
+    mixed, scope = run.answers(model, prompts), model.config.gate_settings().scope
     del model
     said: dict[str, list[str]] = {}
     silent: dict[str, str] = {}

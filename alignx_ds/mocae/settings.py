@@ -1,0 +1,39 @@
+"""The settings of the gates and of the output calibrations, with their defaults and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
+
+from alignx_ds.mocae.bounds import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Range
+
+Scales = Annotated[
+    int, Range(least=2, most=32, fix="a slope over scales needs two of them, and each doubles the kernel's width")
+]
+
+
+@dataclass
+class GateSettings:
+    """Everything that decides the shapes and the terms of a gate and of an output calibration.
+
+    A recipe's `gate` section has these keys, an aligned model's config.json too.
+    """
+
+    fractal: NonNegativeFloat = 0.6  # λ₁
+    natural: NonNegativeFloat = 0.4  # λ₂
+    lexical: NonNegativeFloat = 1.0  # λ₃, weight of the lexical score; 0 is the paper's gate
+    temperature: PositiveFloat = 1.0  # of the linear router's softmax
+    top_k: PositiveInt = 1  # experts that serve a query; training always mixes all
+    more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names
+    scope: Annotated[str, OneOf(("shared", "per_layer"))] = (
+        "shared"  # one decision, at the lowest AlignX layer, or many
+    )
+    latent: PositiveInt = 64  # k, dimensions of a gate's whitened latent space
+    output_latent: PositiveInt = 32  # of an output calibration's
+    fractal_dimensions: PositiveInt = 4  # leading latent dimensions that the fractal score looks at
+    anchors: PositiveInt = 64  # k-means anchors per expert
+    scales: Scales = 5  # kernel widths: ε·2, ε·4, …
+
+    def as_dict(self) -> dict[str, Any]:
+        """These settings alone, without what a subclass adds."""
+        return {f.name: getattr(self, f.name) for f in fields(GateSettings)}
