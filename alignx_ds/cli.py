@@ -204,68 +204,9 @@ def run() -> NoReturn:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from alignx_ds.config import parse
-    from alignx_ds.plan import checks
-    from alignx_ds.runs import outputs
-    from alignx_ds.runtime import distributed, signals
+    from alignx_ds import pipeline
 
-    settings = parse.load(args.recipe, args.overrides)
-    if not args.dry_run:
-        distributed.join(settings.launch.timeout)
-    world_size = distributed.planned_world_size(settings.launch.ranks)
-    base = checks.check(settings, world_size, weights=not args.dry_run)
-    outputs.check_owner(settings)
-    if args.dry_run:
-        from alignx_ds.plan.dry_run import describe
-
-        print(describe(settings, base, world_size))
-        return 0
-
-    from alignx_ds.data.inputs import Material
-    from alignx_ds.plan.sizes import disk
-
-    outputs.check_room(settings, sum(disk(settings, base).values()))
-
-    material = Material.of(settings, base)
-    if not distributed.under_launcher() and settings.launch.ranks > 1:
-        return _launch(args, settings.launch.ranks)
-
-    distributed.init(settings.launch.timeout)
-    with signals.heard():
-        try:
-            from alignx_ds.evaluation import report
-            from alignx_ds.pipeline import Run
-
-            run = Run(settings, material)
-            run.base_model()
-            run.specialists()
-            if args.verb in ("align", "run"):
-                run.align()
-            if args.verb == "run":
-                run.baselines()
-                run.evaluate()
-        finally:
-            distributed.shutdown()
-    if args.verb == "run" and distributed.is_main():
-        with signals.obeyed("judgement"):  # it may take hours, and verdicts are kept as they come
-            report.show(run.report(), run.out)
-    return 0
-
-
-def _launch(args: argparse.Namespace, ranks: int) -> int:
-    """Start the same command under DeepSpeed's launcher, with the cores shared out among the ranks."""
-    import torch
-
-    from alignx_ds.runtime import distributed, launcher
-
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    program = Path(sys.executable).with_name("deepspeed")
-    command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
-    command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
-    return launcher.start([*command, args.verb, args.recipe, *args.overrides], environment)
+    return pipeline.run(args.recipe, args.overrides, until=args.verb, dry_run=args.dry_run)
 
 
 def _preview(args: argparse.Namespace) -> int:

@@ -16,12 +16,13 @@ from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import digest
 from alignx_ds.evaluation import transcripts
 from alignx_ds.evaluation.generate import answers
+from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Figures, Judge
 from alignx_ds.evaluation.likelihood import MEASURES, Likelihood, likelihoods, perplexity
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runtime import distributed
+from alignx_ds.runtime import console, distributed, signals
 from alignx_ds.runtime.console import Progress
 
 
@@ -79,6 +80,20 @@ class Examination:
             "max_new_tokens": self.config.evaluation.max_new_tokens,
         }
         return transcripts.Answers(self.out.answers / f"{system.name}.{exam.name}.jsonl", exam.rows, circumstances)
+
+    def answer(self, systems: list[System]) -> None:
+        """Every system's answers and likelihoods. Raises Stopped. Collective."""
+        answered = sum(exam.is_answered for exam in exams(self.config, self.data))
+        with console.progress("answers and likelihoods", len(systems) * (answered + 1)) as bar:
+            for system in systems:
+                signals.stop_if_asked("evaluation")
+                self.sit(system, bar)
+
+    def results(self, systems: list[System]) -> dict[str, Result]:
+        """What the judges make of the answers, by system. On one rank alone."""
+        names = sorted({exam.judge for exam in exams(self.config, self.data) if exam.is_answered})
+        judges: dict[str, Judge] = {name: registry.make(name, self.config.judges) for name in names}
+        return {system.name: self.judged(system, judges) for system in systems}
 
     def sit(self, system: System, progress: Progress) -> None:
         """Write the system's answers and likelihoods; what is there already is not made again. Collective."""

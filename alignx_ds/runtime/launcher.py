@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import psutil
+import torch
 
-from alignx_ds.runtime import signals
+from alignx_ds.runtime import distributed, signals
+
+
+def start_ranks(arguments: Sequence[str], ranks: int) -> int:
+    """Run `alignx-ds` with these arguments on so many ranks, which share this machine's cores; the exit code."""
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    program = Path(sys.executable).with_name("deepspeed")
+    command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
+    return start([*command, *arguments], environment)
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> int:

@@ -5,6 +5,7 @@ Rows are un-injected: the aligned model must find the axis by itself.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.errors import DataError
+from alignx_ds.experts.vectors import read_factors
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
@@ -34,6 +37,7 @@ from alignx_ds.routing.geometry import collect, fit
 from alignx_ds.routing.lexicon import fit_lexicon
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.context import StageContext
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import KeeperOf
 from alignx_ds.training.loop import StepLoss, micro_batches, train
@@ -75,6 +79,35 @@ class Fitted:
 
         words = {name.removeprefix("words."): t for name, t in tensors.items() if name.startswith("words.")}
         return cls(geometries("gates"), geometries("outputs"), words)
+
+
+def ensure(context: StageContext, specialists: dict[str, Path]) -> Path:
+    """The aligned model's directory: made, unless one is there of just these specialists and settings. Collective."""
+    config, base, data, directory = context.config, context.base, context.data, context.out.model
+    settings = to_dict(config)
+    inputs = {
+        "specialists": {axis: manifest.read(d)["fingerprint"] for axis, d in specialists.items()},
+        "generalist": data.digests["generalist"],
+        "align": substance(config.align),
+        **{key: settings[key] for key in ("gate", "data", "model", "seed")},
+        "deepspeed": engines.settings_of(config.align.deepspeed, "align.deepspeed"),
+    }
+    if distributed.on_main(lambda: manifest.is_current(directory, inputs)):
+        console.say(f"alignx: unchanged, reused from {directory}")
+    else:
+        factors = {layer: [read_factors(d, layer) for d in specialists.values()] for layer in base.layers}
+        job = AlignJob(config, base, factors, data.train, data.calibration_rows)
+        model, losses = align(job, context.keeper, inputs)
+
+        def save() -> None:
+            shutil.rmtree(directory, ignore_errors=True)
+            model.save_pretrained(directory)
+            base.tokenizer.save_pretrained(directory)
+            manifest.write(directory, inputs, {"losses": losses})
+
+        distributed.on_main(save)
+    context.keeper("stage2", inputs).finish()
+    return directory
 
 
 def model_config(job: AlignJob) -> AlignXConfig:

@@ -28,7 +28,8 @@ from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime import console, distributed, signals
+from alignx_ds.stages.context import StageContext
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper, KeeperOf
 from alignx_ds.training.loop import micro_batches, train
@@ -86,6 +87,53 @@ class Workshop:
             "rows": {axis: [self.digests[axis], len(self.examples[axis]), c.axes[axis].prompt] for axis in job.axes},
             "start": start,
         }
+
+
+def workshop(context: StageContext) -> Workshop:
+    data, shared = context.data, bool(context.config.specialists)
+    return Workshop(
+        context.config,
+        context.base,
+        context.out.specialists,
+        data.injected,
+        data.digests,
+        context.keeper,
+        shared=shared,
+    )
+
+
+def specialists(context: StageContext) -> dict[str, Path]:
+    """Stage 1: one fine-tune per axis; their directories. Raises Stopped. Collective."""
+    shop = workshop(context)
+    for axis in context.config.axes:
+        signals.stop_if_asked("stage 1")
+        ensure(Job(axis, (axis,), is_expert=True), shop)
+    return {axis: shop.directory(axis) for axis in context.config.axes}
+
+
+def baselines(context: StageContext) -> dict[str, Path]:
+    """The sequential and the mixed fine-tune; their directories. Collective."""
+    shop, axes = workshop(context), list(context.config.axes)
+    for job in baseline_jobs(axes):
+        ensure(job, shop)
+    return {"sequential": shop.directory(sequential_name(axes)), MIXED: shop.directory(MIXED)}
+
+
+MIXED = "mixed"
+
+
+def sequential_name(axes: list[str]) -> str:
+    """The directory of the last fine-tune of the sequence; with one axis that is its specialist."""
+    return axes[0] if len(axes) == 1 else f"sequential_{len(axes)}_{axes[-1]}"
+
+
+def baseline_jobs(axes: list[str]) -> list[Job]:
+    """One axis after another, starting from the first axis's specialist; and all axes' rows, shuffled."""
+    jobs = []
+    for count in range(2, len(axes) + 1):
+        seen = axes[:count]
+        jobs.append(Job(sequential_name(seen), (seen[-1],), start=sequential_name(seen[:-1])))
+    return [*jobs, Job(MIXED, tuple(axes))]
 
 
 def ensure(job: Job, shop: Workshop) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
 from alignx_ds.config.parse import substance, to_dict
-from alignx_ds.config.schema import FusionConfig, RunConfig
+from alignx_ds.config.schema import FUSIONS, FusionConfig, RunConfig
 from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.experts.vectors import Changes, read_task_vector
@@ -28,6 +28,7 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.context import StageContext
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import Keeper, KeeperOf
 from alignx_ds.training.loop import StepLoss, micro_batches, train
@@ -65,6 +66,16 @@ class FusionJob:
             "deepspeed": engines.settings_of(self.stage.deepspeed, f"baselines.{self.name}.deepspeed"),
             **{key: settings[key] for key in ("data", "model", "seed")},
         }
+
+
+def fusions(context: StageContext, specialists: dict[str, Path]) -> dict[str, Path]:
+    """Those fusions that the recipe asks for; their directories. Collective."""
+    directories = {name: context.out.baselines / name for name in FUSIONS if name in context.config.baselines.make}
+    for name, directory in directories.items():
+        data, of = context.data, list(specialists.values())
+        job = FusionJob(name, context.config, context.base, of, data.train, data.digests, directory)
+        ensure(job, context.keeper)
+    return directories
 
 
 def ensure(job: FusionJob, keep: KeeperOf) -> None:

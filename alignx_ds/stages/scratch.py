@@ -21,14 +21,16 @@ from alignx_ds.data.sources import digest
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.context import StageContext
 from alignx_ds.training import engine as engines
-from alignx_ds.training.keeper import Keeper, KeeperOf
+from alignx_ds.training.keeper import Keeper
 from alignx_ds.training.loop import micro_batches, train
 from alignx_ds.training.losses import language_loss
 
 
-def ensure(config: RunConfig, base: BaseModel, texts: list[Row], keep: KeeperOf) -> None:
+def ensure(context: StageContext, texts: list[Row]) -> None:
     """Train the base model unless a current one is there. Collective."""
+    config, base = context.config, context.base
     inputs = {
         "texts": digest(texts),
         "architecture": {k: v for k, v in asdict(config.scratch).items() if k not in ("texts", "train")},
@@ -38,7 +40,7 @@ def ensure(config: RunConfig, base: BaseModel, texts: list[Row], keep: KeeperOf)
         "seed": config.seed,
         "deepspeed": engines.settings_of(config.scratch.train.deepspeed, "scratch.train.deepspeed"),
     }
-    keeper = keep("base", inputs)
+    keeper = context.keeper("base", inputs)
     if distributed.on_main(lambda: manifest.is_current(base.path, inputs)):
         console.say(f"base: unchanged, reused from {base.path}")
     else:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from alignx_ds.errors import DataError
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
-from alignx_ds.stages.sequential import MIXED, sequential_name
+from alignx_ds.stages.finetune import MIXED, sequential_name
 from alignx_ds.study import drawing
 from alignx_ds.study.subject import Subject
 from alignx_ds.training.checkpoints import PREFIX

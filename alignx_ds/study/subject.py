@@ -24,7 +24,7 @@ from alignx_ds.plan import checks
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
-from alignx_ds.stages.sequential import MIXED, sequential_name
+from alignx_ds.stages.finetune import MIXED, sequential_name
 from alignx_ds.training import engine as engines
 
 FREE_JUDGES = ("task", "safety", "truth")  # a study asks about dozens of models: no judge model is called for that
