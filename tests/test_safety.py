@@ -71,8 +71,8 @@ def test_no_pickle_is_loaded_anywhere() -> None:
                 "json.load",
                 "OmegaConf.load",
                 "expert.load",
-                "config.load",
-                "fusion_training.load",
+                "fuse.load",
+                "parse.load",  # a recipe, as YAML
                 "checkpoints.load",
                 "randomness.load",
             ), place
