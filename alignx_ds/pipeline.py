@@ -84,7 +84,7 @@ def run(
         systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
         examination = Examination(config, base, data, out)
         examination.answer(systems)
-        router = router_report(load_aligned(config, aligned), data, base, config)
+        router = router_report(load_aligned(base, aligned), data, base, config)
 
     # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
     if distributed.is_main():

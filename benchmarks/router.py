@@ -26,6 +26,7 @@ from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import Material
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.models.backbone import load_aligned
 from alignx_ds.plan import checks
 from alignx_ds.routing.calibration import fit_temperature, router_figures
 from alignx_ds.routing.gates import gate_terms, sum_of
@@ -56,12 +57,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/router.json"))
     arguments = parser.parse_args()
     distributed.prepare_environment()
-    from alignx_ds.mocae.modeling import AlignXForCausalLM
     from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
 
     settings = parse.load(arguments.run / "config.yaml")
     material = Material.of(settings, checks.check(settings, settings.launch.ranks))
-    model = AlignXForCausalLM.from_pretrained(arguments.run / "model").to(distributed.device())
+    model = load_aligned(arguments.run / "model").to(distributed.device())
     data, pad_id, batch = material.data, pad_token(material.base.tokenizer), settings.evaluation.batch
     seen, back, asked = (
         next(iter(collect(model, rows, pad_id, batch)[0].values()))

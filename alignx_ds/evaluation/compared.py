@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
 from alignx_ds.config.schema import MERGES, RunConfig
 from alignx_ds.evaluation.systems import System
 from alignx_ds.experts.vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models import backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages import fuse
-from alignx_ds.training.engine import dtype_of
 
 
 @dataclass(frozen=True)
@@ -35,20 +34,20 @@ def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> li
     """In the order of the report's tables. Merges are not trained: they are made from the specialists on each load."""
     axes, specialists = list(config.axes), list(trained.specialists.values())
     of_base = {"base": base.digest, "dtype": config.model.dtype}
-    systems = [System("base", of_base, partial(load_base, config, base))]
+    systems = [System("base", of_base, partial(load_base, base))]
     for name, directory in (trained.specialists | trained.fine_tunes).items():
         identity = of_base | {"specialist": _fingerprint(directory)}
-        systems.append(System(name, identity, partial(load_specialist, config, base, directory)))
+        systems.append(System(name, identity, partial(load_specialist, base, directory)))
     of_specialists = of_base | {"specialists": {axis: _fingerprint(d) for axis, d in trained.specialists.items()}}
     for name in (name for name in MERGES if name in config.baselines.make):
         merge, settings = merge_of(name, config.baselines, axes, config.seed)
-        load = partial(load_merged, config, base, specialists, merge)
+        load = partial(load_merged, base, specialists, merge)
         systems.append(System(name, of_specialists | {name: settings}, load))
     for name, directory in trained.fusions.items():
         identity = of_base | {name: _fingerprint(directory)}
-        systems.append(System(name, identity, partial(load_fusion, config, base, name, directory)))
+        systems.append(System(name, identity, partial(load_fusion, base, name, directory)))
     identity = of_base | {"aligned": _fingerprint(trained.aligned)}
-    return [*systems, System("alignx", identity, partial(load_aligned, config, trained.aligned))]
+    return [*systems, System("alignx", identity, partial(load_aligned, base, trained.aligned))]
 
 
 def _fingerprint(directory: Path) -> str:
@@ -56,41 +55,32 @@ def _fingerprint(directory: Path) -> str:
     return found
 
 
-def load_base(config: RunConfig, base: BaseModel) -> PreTrainedModel:
+def load_base(base: BaseModel) -> PreTrainedModel:
     """The base model, on this rank's device."""
-    return _backbone(config, base).to(distributed.device())
+    return backbone.load_backbone(base).to(distributed.device())
 
 
-def load_specialist(config: RunConfig, base: BaseModel, directory: Path) -> PreTrainedModel:
+def load_specialist(base: BaseModel, directory: Path) -> PreTrainedModel:
     """The base model plus the task vector in this directory."""
-    model = _backbone(config, base)
+    model = backbone.load_backbone(base)
     add_task_vector(model, base, directory)
     return model.to(distributed.device())
 
 
-def load_merged(config: RunConfig, base: BaseModel, specialists: list[Path], merge: Merge) -> PreTrainedModel:
+def load_merged(base: BaseModel, specialists: list[Path], merge: Merge) -> PreTrainedModel:
     """The base model plus the merged task vectors of these specialists."""
-    model = _backbone(config, base)
+    model = backbone.load_backbone(base)
     add_merged(model, base, specialists, merge)
     return model.to(distributed.device())
 
 
-def load_fusion(config: RunConfig, base: BaseModel, name: str, directory: Path) -> PreTrainedModel:
+def load_fusion(base: BaseModel, name: str, directory: Path) -> PreTrainedModel:
     """The trained fusion of this name."""
-    return fuse.load(name, base, dtype_of(config.model.dtype), directory).to(distributed.device())
+    return fuse.load(name, base, directory).to(distributed.device())
 
 
-def load_aligned(config: RunConfig, directory: Path) -> AlignXForCausalLM:
+def load_aligned(base: BaseModel, directory: Path) -> AlignXForCausalLM:
     """The aligned model, ready to answer."""
-    model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(
-        directory, dtype=dtype_of(config.model.dtype), **NO_PICKLE
-    )
+    model = backbone.load_aligned(directory, base.dtype)
     model.to(distributed.device()).eval()
-    return model
-
-
-def _backbone(config: RunConfig, base: BaseModel) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=dtype_of(config.model.dtype), **NO_PICKLE
-    )
     return model

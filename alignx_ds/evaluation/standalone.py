@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from alignx_ds.config.schema import JudgesConfig
@@ -25,8 +25,9 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict
+from alignx_ds.models.backbone import load_causal_lm
 from alignx_ds.models.base import local_model
-from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runs.manifest import file_hash
 from alignx_ds.runtime import console, distributed
 
@@ -37,7 +38,6 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     """Write the model's greedy answers; returns the file. Raises ConfigError and DataError."""
     distributed.prepare_environment()
     from alignx_ds.evaluation.generate import answers
-    from alignx_ds.mocae import modeling  # noqa: F401 (registers the aligned model with the Auto classes)
 
     _check_answer(out, limit, batch, max_new_tokens)
     records = Source(source, schema, {}).records(held_out=True, count=limit or 1000, seed=0)
@@ -48,7 +48,7 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **NO_PICKLE)
+        model = load_causal_lm(directory)
         model.to(distributed.device())
     except (OSError, ValueError) as error:
         fix = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"

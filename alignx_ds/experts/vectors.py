@@ -37,7 +37,7 @@ def projections(model: nn.Module, table: Backbone, layer: int) -> dict[str, nn.P
     return {p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}
 
 
-def task_vectors(model: nn.Module, base: BaseModel, dtype: torch.dtype) -> Iterator[tuple[int, Changes]]:
+def task_vectors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Changes]]:
     """(layer, changes) of every AlignX layer; the changes are empty on ranks that do not own the layer. Collective."""
     for position, layer in enumerate(base.layers):
         changes: Changes = {}
@@ -45,7 +45,7 @@ def task_vectors(model: nn.Module, base: BaseModel, dtype: torch.dtype) -> Itera
             trained = safe_get_full_fp32_param(parameter)  # the fp32 master, whole, on every rank
             assert trained is not None, "stage 1 trains every FFN weight of the AlignX layers"
             if owner(position) == distributed.rank():
-                changes[name] = trained.float().cpu() - base.weight(layer, name, dtype)
+                changes[name] = trained.float().cpu() - base.weight(layer, name)
             del trained
         yield layer, changes
 

@@ -11,15 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL, RunConfig
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.base import WORLD_BASE
-from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
@@ -53,7 +54,7 @@ class FinishedRun:
         """The aligned model, in the dtype that it was saved in, ready to serve."""
         distributed.prepare_environment()
         logging.disable_progress_bar()
-        model: AlignXForCausalLM = AutoModelForCausalLM.from_pretrained(self.out.model, dtype="auto", **NO_PICKLE)
+        model = load_aligned(self.out.model)
         model.to(distributed.device()).eval()
         return model
 

@@ -23,6 +23,12 @@ from alignx_ds.runs.manifest import file_hash
 WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 WEIGHTS = ("model.safetensors", INDEX)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that a recipe names."""
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class BaseModel:
     def has_tokenizer(self) -> bool:
         return self._planned is None or self._planned.tokenizer is not None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the run computes in; weights on disk may be of another dtype."""
+        return dtype_of(self.settings.dtype)
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path, **NO_CODE)
@@ -87,15 +98,18 @@ class BaseModel:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
 
-    def weight(self, layer: int, projection: str, dtype: torch.dtype) -> Tensor:
-        """One FFN weight, rounded to the training dtype (as the specialist started from it), in fp32."""
+    def weight(self, layer: int, projection: str) -> Tensor:
+        """One FFN weight [m, n], fp32, rounded to the run's dtype first, as the specialist started from it.
+
+        Raises ConfigError when the checkpoint has no such weight.
+        """
         name = self.table.weight_name(layer, projection)
         if name not in self._files:
             fix = "its checkpoint is not of the architecture that its config.json names"
             raise ConfigError(Problem("model.path", self.settings.path, f"a model with a weight {name}", fix))
         with safe_open(self._files[name], framework="pt") as file:
             stored: Tensor = file.get_tensor(name)
-        return stored.to(dtype).float()
+        return stored.to(self.dtype).float()
 
     @cached_property
     def digest(self) -> dict[str, str]:

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
-from alignx_ds.training.engine import dtype_of
 
 ADAM_STATES = 2  # first and second moment, fp32
 
@@ -44,7 +43,7 @@ def _fuses(config: RunConfig) -> bool:
 def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, float]:
     """GiB per rank for weights, gradients and optimizer; activations come on top."""
     n = counts(config, base)
-    size = torch.empty((), dtype=dtype_of(config.model.dtype)).element_size()
+    size = base.dtype.itemsize
     master = 0 if size == 4 else 4
     states = 4 * ADAM_STATES + master
     stage1 = (n["base model"] * size + n["trained in stage 1"] * (size + states)) / world_size

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from alignx_ds.errors import DataError
 from alignx_ds.models import pretrained
-from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runtime import distributed
 
 
@@ -17,13 +17,13 @@ def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]
     """One greedy answer per prompt. Raises DataError when the directory holds no aligned model."""
     distributed.prepare_environment()
     from alignx_ds.evaluation.generate import answers
-    from alignx_ds.mocae.modeling import AlignXForCausalLM
+    from alignx_ds.models.backbone import load_aligned
 
     pretrained.check(Path(directory), "model", directory)
     config = Path(directory) / "config.json"
     if not config.is_file() or AutoConfig.from_pretrained(directory, **NO_CODE).model_type != "alignx":
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
     logging.disable_progress_bar()
-    model = AlignXForCausalLM.from_pretrained(directory, **NO_PICKLE).to(distributed.device())
+    model = load_aligned(Path(directory)).to(distributed.device())
     tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     return answers(model, tokenizer, prompts, batch=16, max_new_tokens=max_new_tokens)

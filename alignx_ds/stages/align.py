@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import RunConfig
@@ -28,8 +27,8 @@ from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.routing.calibration import fit_temperature
 from alignx_ds.routing.curves import RouterCurves, router_sums
 from alignx_ds.routing.gates import gate_terms, sum_of
@@ -122,15 +121,9 @@ def model_config(job: AlignJob) -> AlignXConfig:
     )
 
 
-def load_backbone(job: AlignJob) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        job.base.path, dtype=engines.dtype_of(job.config.model.dtype), **NO_PICKLE
-    )
-
-
 def assemble(job: AlignJob, fitted: Fitted | None, placement: Placement | None) -> AlignXForCausalLM:
     """The aligned model: fused, or with its experts placed over ranks; with nothing fitted its gates know nothing."""
-    config, backbone = model_config(job), load_backbone(job)
+    config, backbone = model_config(job), load_backbone(job.base)
     parts = {}
     for layer in job.base.layers:
         ffn = job.base.table.view(job.base.table.ffn_of(backbone, layer))

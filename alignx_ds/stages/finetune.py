@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
@@ -25,8 +24,8 @@ from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.vectors import add_task_vector, layer_file, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed, signals
 from alignx_ds.stages.context import StageContext
@@ -171,8 +170,8 @@ def _make(job: Job, shop: Workshop, directory: Path, keeper: Keeper) -> dict[str
     plan = engines.Plan.of(config.train, config.model.dtype, job.steps(shop))
     template = engines.read_template(config.train.deepspeed, "train.deepspeed")
     filled = engines.fill(template, plan, distributed.world_size())
-    zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained asks for it, and shards while loading
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engines.dtype_of(config.model.dtype), **NO_PICKLE)
+    zero3 = HfDeepSpeedConfig(filled)  # kept alive: from_pretrained reads it, and shards while loading
+    model = load_backbone(base)
     if job.start:
         add_task_vector(model, base, shop.directory(job.start))
     trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
@@ -212,8 +211,7 @@ def _adopt(job: Job, adapter: Adapter, base: BaseModel, directory: Path) -> dict
 def _extract(job: Job, shop: Workshop, model: Any, directory: Path) -> dict[str, Any]:
     """Stream the task vectors; for an expert also its factors, from one pass over its own rows. Collective."""
     config, base = shop.config, shop.base
-    dtype = engines.dtype_of(config.model.dtype)
-    changes = {layer: change for layer, change in task_vectors(model, base, dtype) if change}
+    changes = {layer: change for layer, change in task_vectors(model, base) if change}
     factors = {}
     if job.is_expert:
         examples = shop.examples[job.axes[0]][: config.experts.feature_rows]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
@@ -24,8 +24,8 @@ from alignx_ds.data.batches import MicroBatch, Rows
 from alignx_ds.data.encode import pad_token
 from alignx_ds.experts.vectors import Changes, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
+from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.stages.context import StageContext
@@ -97,11 +97,11 @@ def ensure(job: FusionJob, keep: KeeperOf) -> None:
     keeper.finish()
 
 
-def load(name: str, base: BaseModel, dtype: torch.dtype, directory: Path) -> PreTrainedModel:
+def load(name: str, base: BaseModel, directory: Path) -> PreTrainedModel:
     """The backbone with the trained mixtures in place of its FFNs."""
     saved = load_file(directory / WEIGHTS)
     gate = next(tensor for key, tensor in saved.items() if key.endswith(".gate.weight"))
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, **NO_PICKLE)
+    model = load_backbone(base)
     replace_ffns(model, base.table, base.layers, lambda _, ffn: FullExperts([ffn] * len(gate), SETTINGS[name]))
     expected = _mixtures(model, base)
     assert saved.keys() == expected.keys(), "the directory was made for this base and these layers"
@@ -116,9 +116,9 @@ def _mixtures(model: nn.Module, base: BaseModel) -> dict[str, Tensor]:
     return {f"{layer}.{key}": t.detach() for layer, block in layers for key, t in block.state_dict().items()}
 
 
-def assemble(base: BaseModel, dtype: torch.dtype, specialists: list[Path], settings: FusionSettings) -> PreTrainedModel:
+def assemble(base: BaseModel, specialists: list[Path], settings: FusionSettings) -> PreTrainedModel:
     """The backbone with one full FFN per specialist; layer by layer, so that no specialist is in memory as a whole."""
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, **NO_PICKLE)
+    model = load_backbone(base)
 
     def make(layer: int, ffn: FeedForward) -> FullExperts:
         return FullExperts([_specialist(ffn, read_task_vector(d, layer)) for d in specialists], settings)
@@ -144,7 +144,7 @@ def _specialist(ffn: FeedForward, change: Changes) -> FeedForward:
 def _train(job: FusionJob, keeper: Keeper) -> tuple[nn.Module, list[float | None]]:
     config, stage = job.config, job.stage
     torch.manual_seed(config.seed)  # the gates' first weights, the same on every rank
-    model = assemble(job.base, engines.dtype_of(config.model.dtype), job.specialists, SETTINGS[job.name])
+    model = assemble(job.base, job.specialists, SETTINGS[job.name])
     freeze_trunk(model, stage)
     model.to(distributed.device())
     plan = engines.Plan.of(stage, config.model.dtype, stage.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
@@ -18,14 +18,13 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.likelihood import Likelihood, likelihoods, perplexity
 from alignx_ds.experts.vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.backbone import load_aligned, load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
 from alignx_ds.plan import checks
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
 from alignx_ds.stages.finetune import MIXED, sequential_name
-from alignx_ds.training import engine as engines
 
 FREE_JUDGES = ("task", "safety", "truth")  # a study asks about dozens of models: no judge model is called for that
 SYSTEMS = ("base", "sequential", "mixed", "alignx")
@@ -68,9 +67,7 @@ class Subject:
 
     def backbone(self) -> PreTrainedModel:
         """The base model, fresh from disk."""
-        dtype = engines.dtype_of(self.config.model.dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.base.path, dtype=dtype, **NO_PICKLE)
-        return model.to(distributed.device()).eval()
+        return load_backbone(self.base).to(distributed.device()).eval()
 
     def fine_tuned(self, name: str) -> PreTrainedModel:
         """What the fine-tune of this name ended in: a specialist, a stage of the sequence, or the mixture."""
@@ -79,8 +76,7 @@ class Subject:
         return model
 
     def aligned(self) -> AlignXForCausalLM:
-        dtype = engines.dtype_of(self.config.model.dtype)
-        model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(self.out.model, dtype=dtype, **NO_PICKLE)
+        model = load_aligned(self.out.model, self.base.dtype)
         model.to(distributed.device()).eval()
         return model
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -159,7 +158,3 @@ def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> 
         {"params": [p for p in trained if not is_matrix(p)], "weight_decay": 0.0, "name": "vectors"},
     ]
     return [group for group in groups if group["params"]]
-
-
-def dtype_of(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

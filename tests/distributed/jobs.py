@@ -38,7 +38,6 @@ from problems import (
 )
 from safetensors.torch import load_file
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
-from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.data.batches import share
@@ -47,6 +46,7 @@ from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
 from alignx_ds.routing.curves import RouterCurves
 from alignx_ds.runs import manifest
@@ -222,7 +222,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
     filled = engine.fill(engine.read_template(config.train.deepspeed, "train.deepspeed"), plan, WORLD)
     filled["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest
     keeper = HfDeepSpeedConfig(filled)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=engine.dtype_of(dtype))
+    model = load_backbone(base)
     names = {base.table.weight_name(i, p): (i, p) for i in base.layers for p in PROJECTIONS}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -230,7 +230,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
     made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
     batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
     loop.train(made, batches, language_loss, plan, Progress(), Keeper("streamed"))
-    changes = dict(task_vectors(made.module, base, engine.dtype_of(dtype)))
+    changes = dict(task_vectors(made.module, base))
     whole = {}
     for index in base.layers:
         view = TABLE.view(TABLE.ffn_of(made.module, index))
@@ -238,7 +238,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
             with deepspeed.zero.GatheredParameters([view.projection(p).weight]):
                 whole[index, p] = view.projection(p).weight.detach().clone()
     made.destroy()
-    fresh = AutoModelForCausalLM.from_pretrained(base.path, dtype=engine.dtype_of(dtype))
+    fresh = load_backbone(base)
     add_task_vector(fresh, base, out / f"shop{WORLD}" / "a")
     added = {}
     for index in base.layers:

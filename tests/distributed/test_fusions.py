@@ -103,7 +103,7 @@ def first_gates(runs: Runs, name: str) -> dict[str, Tensor]:
     torch.manual_seed(SEED)
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
     base = BaseModel(config.model)
-    model = fusion_training.assemble(base, torch.float32, specialists, fusion_training.SETTINGS[name])
+    model = fusion_training.assemble(base, specialists, fusion_training.SETTINGS[name])
     layers = zip(ALIGNX_LAYERS, fusion_layers(model), strict=True)
     return {f"{i}.gate.weight": layer.gate.weight.detach().clone() for i, layer in layers}
 
@@ -142,7 +142,7 @@ def test_a_second_run_reuses_what_is_there(runs: Runs, name: str) -> None:
 def test_what_was_saved_is_loaded_again(runs: Runs, name: str) -> None:
     tensors = runs.of(1, "fusions")[0][f"{name} acc1"]["tensors"]
     base = BaseModel(fusion_config(runs.root / "base", 1).model)
-    loaded = fusion_training.load(name, base, torch.float32, runs.root / f"{name}11").eval()
+    loaded = fusion_training.load(name, base, runs.root / f"{name}11").eval()
     expected = start(name).eval()
     for index, layer in zip(ALIGNX_LAYERS, fusion_layers(expected), strict=True):
         layer.load_state_dict({k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")})

@@ -28,7 +28,7 @@ def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:
         directory = root / "specialists" / axis
         directory.mkdir(parents=True)
         for layer in base.layers:
-            shapes = {p: base.weight(layer, p, torch.float32).shape for p in PROJECTIONS}
+            shapes = {p: base.weight(layer, p).shape for p in PROJECTIONS}
             vectors = {f"task_vector.{p}": 0.1 * torch.randn(s, generator=source) for p, s in shapes.items()}
             down = {p: 0.2 * torch.randn(2, s[1], generator=source) for p, s in shapes.items()}
             up = {p: 0.2 * torch.randn(s[0], 2, generator=source) for p, s in shapes.items()}

@@ -11,21 +11,21 @@ from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
-from alignx_ds.errors import ConfigError, Problem, UserError
+from alignx_ds.errors import ConfigError, DataError, Problem, UserError
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.experts.vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
-from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_CODE, NO_PICKLE
+from alignx_ds.models.backbone import load_aligned, load_backbone
+from alignx_ds.models.base import BaseModel, dtype_of
+from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
-from alignx_ds.training.engine import dtype_of
 
 RUN = "RUN_DIR"
 
@@ -65,17 +65,11 @@ class FinishedRun:
     def mixture(self) -> AlignXForCausalLM:
         """Raises ConfigError when its weights are not those of today's modules."""
         try:
-            model, found = AlignXForCausalLM.from_pretrained(
-                self.out.model, dtype=dtype_of(self.config.model.dtype), output_loading_info=True, **NO_PICKLE
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise refusal(self.out.root, f"its model can't be loaded ({reason}); align it again") from error
-        if found["missing_keys"]:
-            fix = f"its model has no {min(found['missing_keys'])}: another version made it; align it again"
-            raise refusal(self.out.root, fix)
-        aligned: AlignXForCausalLM = model.to(distributed.device()).eval()
-        return aligned
+            model = load_aligned(self.out.model, dtype_of(self.config.model.dtype))
+        except DataError as error:
+            raise refusal(self.out.root, str(error)) from error
+        model.to(distributed.device()).eval()
+        return model
 
     @cached_property
     def base(self) -> BaseModel:
@@ -106,8 +100,7 @@ class FinishedRun:
                 yield axis, f"its files can't be read ({_line(error)})"
 
     def _specialist(self, directory: Path | None) -> PreTrainedModel:
-        dtype = dtype_of(self.config.model.dtype)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.base.path, dtype=dtype, **NO_PICKLE)
+        model = load_backbone(self.base)
         if directory is not None:
             add_task_vector(model, self.base, directory)
         return model.to(distributed.device()).eval()
