@@ -27,7 +27,7 @@ from alignx_ds.serve.generate import answer
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "alignx_ds"
-WORLD_BASE = PACKAGE / "assets/world-base"
+WORLD_BASE = PACKAGE / "models/assets/world-base"
 SOURCES = {str(p.relative_to(PACKAGE)): ast.parse(p.read_text()) for p in sorted(PACKAGE.rglob("*.py"))}
 HOSTILE = "<script>alert(1)</script>\" onload='x' ]]> --> </svg> [bold]b[/bold] [link=http://x]y[/link] &lt;"
 HUB_TOKEN, API_KEY, PASSWORD = "hf_" + "aB3" * 11, "sk-proj-" + "Xy7" * 9, "hunter2-hunter2"
