@@ -211,14 +211,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _preview(args: argparse.Namespace) -> int:
     from alignx_ds.config import parse
-    from alignx_ds.data.inputs import Material
+    from alignx_ds.data.inputs import read_inputs
     from alignx_ds.plan import checks
     from alignx_ds.plan.preview import show
     from alignx_ds.runtime import distributed
 
     settings = parse.load(args.recipe, args.overrides)
     base = checks.check(settings, distributed.planned_world_size(settings.launch.ranks), weights=False)
-    show(settings, Material.of(settings, base), args.rows)
+    show(settings, read_inputs(settings, base), args.rows)
     return 0
 
 

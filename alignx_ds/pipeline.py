@@ -9,7 +9,7 @@ from typing import Literal
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL
-from alignx_ds.data.inputs import Material
+from alignx_ds.data.inputs import read_inputs
 from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.sizes import disk
@@ -43,8 +43,8 @@ def run(
     outputs.check_room(config, sum(disk(config, base).values()))
 
     # Read the data: every rank reads all of it.
-    material = Material.of(config, base)
-    base, data = material.base, material.data
+    inputs = read_inputs(config, base)
+    base, data = inputs.base, inputs.data
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:
@@ -64,7 +64,7 @@ def run(
 
         if config.model.path == SCRATCH_MODEL:
             console.heading("Base model from scratch")
-            scratch.ensure(context, material.texts)
+            scratch.ensure(context, inputs.texts)
 
         console.heading("Stage 1: specialists")
         specialists = finetune.specialists(context)

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from alignx_ds.config import parse
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import pad_token
-from alignx_ds.data.inputs import Material
+from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.inputs import read_inputs
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.models.backbone import load_aligned
@@ -44,7 +43,7 @@ CALIBRATORS = {
 }
 
 
-def _words(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) -> Tensor:
+def _words(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int) -> Tensor:
     """[N, E] the weighted lexical score, by expert as the features are."""
     terms = next(iter(gate_terms(model, rows, pad_id, batch).values()))
     return terms["lexical"][torch.tensor(rows.experts).argsort(stable=True)]
@@ -60,9 +59,9 @@ def main() -> None:
     from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
 
     settings = parse.load(arguments.run / "config.yaml")
-    material = Material.of(settings, checks.check(settings, settings.launch.ranks))
+    inputs = read_inputs(settings, checks.check(settings, settings.launch.ranks))
     model = load_aligned(arguments.run / "model").to(distributed.device())
-    data, pad_id, batch = material.data, pad_token(material.base.tokenizer), settings.evaluation.batch
+    data, pad_id, batch = inputs.data, pad_token(inputs.base.tokenizer), settings.evaluation.batch
     seen, back, asked = (
         next(iter(collect(model, rows, pad_id, batch)[0].values()))
         for rows in (data.train, data.calibration_rows, data.routed)
@@ -72,7 +71,7 @@ def main() -> None:
         torch.cat([torch.full((len(rows),), e) for e, rows in enumerate(f.by_expert)]) for f in (back, asked)
     )
     spare_words, asked_words = (_words(model, rows, pad_id, batch) for rows in (data.calibration_rows, data.routed))
-    figures = {"TF-IDF + logistic regression": surface_router(data.rows, settings.expert_names)}
+    figures = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
         features, spare, tested = (Features([r[:, :width] for r in f.by_expert]) for f in (seen, back, asked))
         for telling in (False, True):

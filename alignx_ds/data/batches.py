@@ -1,56 +1,104 @@
-"""Encoded rows and the batches made of them. Which rows make up global batch n is a pure function of the seed,
-whatever the world size."""
+"""Examples to tensors: padded or packed batches, with labels on the answers only."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from alignx_ds.data.encode import Batch, Example
+from alignx_ds.data.encode import Example
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All [B, T] int64. Labels are IGNORED outside the answers. Packed rows have `position_ids` from 0 for each row."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_mask: Tensor
+    labels: Tensor
+    position_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in tensors.items()}
+        return Batch(**moved)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """This rank's part of one accumulation step.
 
-    `experts` [B] is the expert that each row belongs to. `lm_scale` turns this part's summed NLL into its share of
-    the global mean over answer tokens, given that DeepSpeed averages over ranks and accumulation steps.
+    `experts` [B] int64 holds the expert that each row belongs to. `lm_scale` turns this part's summed NLL into its
+    share of the global mean over answer tokens, given that DeepSpeed averages over ranks and accumulation steps.
     """
 
     batch: Batch
     experts: Tensor
     lm_scale: float
-    examples: tuple[Example, ...] = ()  # what the batch was made of,
-    numbers: tuple[int, ...] = ()  # and which of all rows they are
+    examples: tuple[Example, ...] = ()  # the rows of the batch, and
+    numbers: tuple[int, ...] = ()  # their indices among all training rows
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Encoded rows with the expert that each belongs to."""
-
-    examples: list[Example]
-    experts: list[int]
-
-
-def global_batches(rows: int, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """`steps` lists of `batch` row numbers; every row is seen once before any is seen again."""
-    assert rows > 0 and batch > 0
-    queue: list[int] = []
-    epoch = 0
-    for _ in range(steps):
-        while len(queue) < batch:
-            order = list(range(rows))
-            random.Random(f"{seed} {epoch}").shuffle(order)
-            queue, epoch = queue + order, epoch + 1
-        yield queue[:batch]
-        queue = queue[batch:]
+def collate(examples: list[Example], pad_id: int, side: str = "right") -> Batch:
+    """One example a line, padded to the longest on the left or the right."""
+    assert examples and side in ("left", "right")
+    width = max(len(e.ids) for e in examples)
+    batch = _empty_batch(len(examples), width, pad_id)
+    for line, example in enumerate(examples):
+        _write(batch, line, width - len(example.ids) if side == "left" else 0, example)
+    return batch
 
 
-def share(items: list[int], rank: int, world_size: int) -> list[int]:
-    """The rank's contiguous part of a global batch; the sizes must divide."""
-    assert len(items) % world_size == 0
-    size = len(items) // world_size
-    return items[rank * size : (rank + 1) * size]
+def pack(examples: list[Example], pad_id: int) -> Batch:
+    """Several examples a line, in lines as wide as the longest example; no example attends to another.
+
+    Position ids start at 0 for each example, and for the padding. transformers masks attention between the examples
+    by these starts, if the model is called without an attention mask.
+    """
+    assert all(e.prompt_length for e in examples), "a row's first token can't be predicted, so it has no label"
+    width = max(len(e.ids) for e in examples)
+    lines = _first_fit_decreasing(examples, width)
+    batch = _empty_batch(len(lines), width, pad_id)
+    positions = torch.zeros_like(batch.input_ids)
+    for number, line in enumerate(lines):
+        start = 0
+        for example in line:
+            end = _write(batch, number, start, example)
+            positions[number, start:end] = torch.arange(end - start)
+            start = end
+        positions[number, start:] = torch.arange(width - start)
+    return replace(batch, position_ids=positions)
+
+
+def _first_fit_decreasing(examples: list[Example], width: int) -> list[list[Example]]:
+    """Longest first, each example goes into the first line with room for it."""
+    lines: list[list[Example]] = []
+    free: list[int] = []  # by line
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        line = next((i for i, columns in enumerate(free) if columns >= len(example.ids)), len(lines))
+        if line == len(lines):
+            lines.append([])
+            free.append(width)
+        lines[line].append(example)
+        free[line] -= len(example.ids)
+    return lines
+
+
+def _empty_batch(lines: int, width: int, pad_id: int) -> Batch:
+    ids = torch.full((lines, width), pad_id)
+    return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, IGNORED))
+
+
+def _write(batch: Batch, line: int, start: int, example: Example) -> int:
+    """Fill a line's columns from `start` on; returns the column behind the example."""
+    answer, end = start + example.prompt_length, start + len(example.ids)
+    batch.input_ids[line, start:end] = torch.tensor(example.ids)
+    batch.attention_mask[line, start:end] = 1
+    batch.prompt_mask[line, start:answer] = 1
+    batch.labels[line, answer:end] = batch.input_ids[line, answer:end]
+    return end

@@ -1,229 +1,148 @@
-"""Read, check, split and encode everything that a run trains on and is judged by, before any process group starts.
+"""Everything that a run is made from, read, checked and encoded before any process group starts.
 
-Every record of every source is accounted for: it is used, or it is dropped with a reason.
+The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.config.schema import SCRATCH_MODEL, AxisConfig, GeneralistConfig, RunConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example, encode
-from alignx_ds.data.files import Placed
-from alignx_ds.data.rows import Row, split
-from alignx_ds.data.schemas import SCHEMAS, Dropped, Parsed
-from alignx_ds.data.sources import Source, digest
+from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
+from alignx_ds.data.encode import Example, LabelledExamples, encode
+from alignx_ds.data.rows import Row, digest, split_by_question
+from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
 
-HELD_OUT, CALIBRATION = "held out", "calibration"  # salts of the two splits
+CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of one expert's rows (to train on, or held out), and what became of the records that it came from."""
+class EncodedData:
+    """The splits, and their token ids for each use. Axes are keyed by name; every expert has its number."""
 
-    source: str
-    records: int
-    rows: list[Row]
-    dropped: list[Dropped]
-
-    def reasons(self) -> Counter[str]:
-        return Counter(d.reason for d in self.dropped)
-
-    def without(self, unwanted: dict[int, str]) -> Side:
-        """Without the rows at these places in the list, dropped for these reasons."""
-        kept = [row for i, row in enumerate(self.rows) if i not in unwanted]
-        lost = [Dropped(self.rows[i].place, reason) for i, reason in unwanted.items()]
-        return Side(self.source, self.records, kept, [*self.dropped, *lost])
-
-    @classmethod
-    def of(cls, source: str, records: list[Placed], parsed: Parsed) -> Side:
-        return cls(source, len(records), parsed.rows, parsed.dropped)
-
-
-@dataclass(frozen=True)
-class RowSet:
-    """By expert, the generalist first; experts without rows have empty sides. `sets` are the extra evaluation sets."""
-
-    train: dict[str, Side]
-    held_out: dict[str, Side]
-    sets: dict[str, Side]
-    asked: frozenset[str]  # every question that is judged, also of held-out rows beyond the limits: never trained on
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """By axis, and for the generalist under "generalist"."""
-
-    rows: RowSet
-    injected: dict[str, list[Example]]  # axis's training rows under its own system prompt: stage 1
-    train: Rows  # training rows of all experts without any system prompt: stage 2
-    calibration_rows: Rows  # the same of questions that are kept back to fit constants
+    splits: DataSplits
+    injected: dict[str, list[Example]]  # stage 1: an axis's training rows, with its system prompt
+    train: LabelledExamples  # stage 2: the training rows of all experts, without any system prompt
+    calibration_rows: LabelledExamples  # the calibration split, encoded like `train`: constants are fitted on it
     held_out: dict[str, list[Row]]  # judged, never trained on
-    references: Rows  # the held-out rows that have a reference answer, without any system prompt: perplexity
-    routed: Rows  # held-out prompts with the expert they belong to
-    digests: dict[str, str]
+    references: LabelledExamples  # held-out rows with a reference answer, without any system prompt: perplexity
+    routed: LabelledExamples  # held-out prompts alone: the router is measured on them
+    digests: dict[str, str]  # a hash of the training rows, by axis and for the generalist
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a run is made from, read and checked before any process group starts."""
-
+class RunInputs:
     base: BaseModel
-    data: Inputs
-    texts: list[Row]  # what a base model from scratch reads; none for a base model that is there already
-
-    @classmethod
-    def of(cls, config: RunConfig, base: BaseModel) -> Material:
-        """Raises DataError naming file, row and column, and UnreachableError when the hub keeps the tokenizer."""
-        if not base.has_tokenizer and config.model.path != SCRATCH_MODEL:
-            raise UnreachableError(
-                f"{config.model.path}: the hub can't be reached for its tokenizer; check the network"
-            )
-        rows = read_rows(config)
-        texts: list[Row] = []
-        if config.model.path == SCRATCH_MODEL:
-            texts = read_texts(config, rows.asked)
-            tokenizer = train_tokenizer(texts, config.scratch.vocabulary)
-            base = BaseModel(config.model, planned(config, tokenizer))
-        return cls(base, encode_rows(config, rows, base.tokenizer), texts)
+    data: EncodedData
+    texts: list[Row]  # what a base model from scratch is trained on; empty for a pretrained base model
 
 
-def read_rows(config: RunConfig) -> RowSet:
-    """Every source read, parsed and split by question. Raises DataError naming file, row and column."""
-    train, held_out = {}, {}
-    for name, settings in _sources(config).items():
-        train[name], held_out[name] = _sides(settings, config)
-    asked = frozenset(row.question for side in held_out.values() for row in side.rows)
-    for name, settings in _sources(config).items():
-        seen = {i: "its question is held out" for i, r in enumerate(train[name].rows) if r.question in asked}
-        train[name] = _limited(train[name].without(seen), _wanted(settings, config))
-        held_out[name] = _limited(held_out[name], config.data.held_out_rows)
-        for side, what in ((train[name], "to train on"), (held_out[name], "held out")):
-            if side.source and not side.rows:
-                raise DataError(f"{side.source} ({name}): no usable row {what}{_because(side)}")
-    trained = frozenset(row.question for side in train.values() for row in side.rows)
-    sets = {name: _extra_set(name, config, trained) for name in config.evaluation.sets}
-    return RowSet(train, held_out, sets, asked | {row.question for side in sets.values() for row in side.rows})
+def read_inputs(config: RunConfig, base: BaseModel) -> RunInputs:
+    """Raises DataError naming file, row and column, and UnreachableError when the hub's tokenizer can't be fetched."""
+    from_scratch = config.model.path == SCRATCH_MODEL
+    if not base.has_tokenizer and not from_scratch:
+        raise UnreachableError(f"{config.model.path}: the hub can't be reached for its tokenizer; check the network")
+    splits = read_splits(config)
+    texts: list[Row] = []
+    if from_scratch:
+        texts = read_texts(config, splits.judged_questions)
+        tokenizer = train_tokenizer(texts, config.scratch.vocabulary)
+        base = BaseModel(config.model, planned(config, tokenizer))
+    return RunInputs(base, encode_splits(config, splits, base.tokenizer), texts)
 
 
-def _sources(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:
-    return {"generalist": config.generalist, **config.axes}
-
-
-def _sides(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[Side, Side]:
-    if not s.train:
-        return Side("", 0, [], []), Side("", 0, [], [])
-    schema = judged_schema = SCHEMAS[s.schema]
-    seed, limit = config.seed, config.data.records
-    source = Source(s.train, s.schema, s.columns)
-    train = source.records(held_out=False, count=_wanted(s, config), seed=seed, limit=limit)
-    if s.held_out:
-        judged_schema = SCHEMAS[s.judged_as()[0]]
-        source = Source(s.held_out, *s.judged_as())
-        judged = source.records(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
-    else:
-        share = config.data.held_out_share
-        judged = [p for p in train if Row(schema.question(p[1]), "").position(HELD_OUT) < share]
-        train = [p for p in train if Row(schema.question(p[1]), "").position(HELD_OUT) >= share]
-    held_out = Side.of(s.held_out or s.train, judged, judged_schema.held_out(judged))
-    return Side.of(s.train, train, schema.parse(train)), held_out
-
-
-def _wanted(s: AxisConfig | GeneralistConfig, config: RunConfig) -> int:
-    """Training rows, at most."""
-    return (s.rows if isinstance(s, AxisConfig) else 0) or config.data.train_rows
-
-
-def _limited(side: Side, rows: int) -> Side:
-    return side.without(dict.fromkeys(range(rows, len(side.rows)), f"more than {rows} rows"))
-
-
-def _extra_set(name: str, config: RunConfig, trained: frozenset[str]) -> Side:
-    s = config.evaluation.sets[name]
-    wanted = s.rows or config.data.held_out_rows
-    records = Source(s.source, s.schema, s.columns).records(held_out=True, count=wanted, seed=config.seed)
-    side = Side.of(s.source, records, SCHEMAS[s.schema].held_out(records))
-    seen = {i: "its question is trained on" for i, row in enumerate(side.rows) if row.question in trained}
-    side = _limited(side.without(seen), wanted)
-    if not side.rows:
-        raise DataError(f"{s.source} ({name}): no usable row{_because(side)}")
-    return side
-
-
-def _because(side: Side) -> str:
-    counts = ", ".join(f"{count} × {reason}" for reason, count in side.reasons().most_common())
-    return f" of {side.records} records ({counts})" if counts else ": the source is empty"
-
-
-def encode_rows(config: RunConfig, rows: RowSet, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+def encode_splits(config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
     """Token ids of every row, with and without its axis's prompt; rows that are too long are dropped.
 
     Raises DataError when an axis is left without rows for one of its uses.
     """
-    fitted = RowSet(
-        {name: _fitting(side, tokenizer, config, _prompt(config, name)) for name, side in rows.train.items()},
-        {name: _fitting(side, tokenizer, config, None) for name, side in rows.held_out.items()},
-        {name: _fitting(side, tokenizer, config, None, prompts=True) for name, side in rows.sets.items()},
-        rows.asked,
-    )
-    kept, back, references, routed = (Rows([], []) for _ in range(4))
+    splits = _drop_long_rows(config, splits, tokenizer)
+    train, calibration = _training_examples(config, splits, tokenizer)
+    references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
-        parts = split(fitted.train[name].rows, config.data.calibration_share, CALIBRATION)
-        for target, part in zip((kept, back), parts, strict=True):
-            _add(target, encode(part, tokenizer), expert)
-        judged = encode(fitted.held_out[name].rows, tokenizer)
-        _add(references, [e for e in judged if e.answer_length], expert)
-        _add(routed, [Example(e.ids[: e.prompt_length], e.prompt_length) for e in judged], expert)
-        for target, what in ((kept, "train"), (back, "calibrate")):
-            if fitted.train[name].source and expert not in target.experts:
-                fix = "give more rows, or change data.calibration_share"
-                raise DataError(f"{fitted.train[name].source} ({name}): no row is left to {what} on; {fix}")
-    imitated = {a: [r for r in fitted.train[a].rows if r.response] for a in config.axes}
-    injected = {a: encode(imitated[a], tokenizer, config.axes[a].prompt) for a in config.axes}
-    for axis, examples in injected.items():
-        if not examples:
-            raise DataError(f"{fitted.train[axis].source} ({axis}): no row has an answer to imitate")
-    return Inputs(
-        rows=fitted,
-        injected=injected,
-        train=kept,
-        calibration_rows=back,
-        held_out={axis: fitted.held_out[axis].rows for axis in config.axes},
+        examples = encode(splits.held_out[name].rows, tokenizer)
+        references.add([e for e in examples if e.answer_length], expert)
+        routed.add([e.prompt() for e in examples], expert)
+    return EncodedData(
+        splits=splits,
+        injected=_injected_examples(config, splits, tokenizer),
+        train=train,
+        calibration_rows=calibration,
+        held_out={axis: splits.held_out[axis].rows for axis in config.axes},
         references=references,
         routed=routed,
-        digests={name: digest(side.rows) for name, side in fitted.train.items()},
+        digests={name: digest(split.rows) for name, split in splits.train.items()},
     )
 
 
-def _prompt(config: RunConfig, name: str) -> str | None:
-    return config.axes[name].prompt if name in config.axes else None
+def _training_examples(
+    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
+) -> tuple[LabelledExamples, LabelledExamples]:
+    """All experts' training rows, without any system prompt: (to train on, the calibration split)."""
+    train, calibration = LabelledExamples([], []), LabelledExamples([], [])
+    for expert, name in enumerate(config.expert_names):
+        source = splits.train[name].source
+        parts = split_by_question(splits.train[name].rows, config.data.calibration_share, CALIBRATION)
+        for target, rows, use in zip((train, calibration), parts, ("train", "calibrate"), strict=True):
+            target.add(encode(rows, tokenizer), expert)
+            if source and not rows:
+                fix = "give more rows, or change data.calibration_share"
+                raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")
+    return train, calibration
 
 
-def _fitting(
-    side: Side, tokenizer: PreTrainedTokenizerBase, config: RunConfig, system: str | None, *, prompts: bool = False
-) -> Side:
-    """Of rows that are only asked, the prompts have to fit.
+def _injected_examples(
+    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Example]]:
+    """Each axis's training rows that have an answer, with the axis's system prompt."""
+    injected = {}
+    for axis, settings in config.axes.items():
+        answered = [row for row in splits.train[axis].rows if row.response]
+        if not answered:
+            raise DataError(
+                f"{splits.train[axis].source} ({axis}): no row has an answer to imitate; give rows with one"
+            )
+        injected[axis] = encode(answered, tokenizer, settings.prompt)
+    return injected
 
-    Trained rows have to in both stages: without a system prompt a template may write a longer one of its own.
+
+def _drop_long_rows(config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
+    """Training rows have to fit with and without their system prompt: without one, a template may add a longer default.
+
+    Of the extra sets' rows only the prompts have to fit.
     """
+
+    def lengths(split: SplitRows) -> list[int]:
+        return [len(e.ids) for e in encode(split.rows, tokenizer)]
+
+    def train_lengths(axis: str, split: SplitRows) -> list[int]:
+        prompt = config.axes[axis].prompt if axis in config.axes else ""
+        if not prompt:
+            return lengths(split)
+        injected = encode(split.rows, tokenizer, prompt)
+        return [max(len(e.ids), plain) for e, plain in zip(injected, lengths(split), strict=True)]
+
+    def prompt_lengths(split: SplitRows) -> list[int]:
+        return [e.prompt_length for e in encode(split.rows, tokenizer)]
+
     limit = config.model.max_length
-    lengths = [e.prompt_length if prompts else len(e.ids) for e in encode(side.rows, tokenizer, system)]
-    if system:
-        lengths = [max(n, len(e.ids)) for n, e in zip(lengths, encode(side.rows, tokenizer), strict=True)]
+    return DataSplits(
+        {name: _no_longer_than(limit, split, train_lengths(name, split)) for name, split in splits.train.items()},
+        {name: _no_longer_than(limit, split, lengths(split)) for name, split in splits.held_out.items()},
+        {name: _no_longer_than(limit, split, prompt_lengths(split)) for name, split in splits.sets.items()},
+        splits.judged_questions,
+    )
+
+
+def _no_longer_than(limit: int, split: SplitRows, lengths: list[int]) -> SplitRows:
     long = {i: f"longer than model.max_length={limit} tokens" for i, n in enumerate(lengths) if n > limit}
-    fitted = side.without(long)
-    if side.rows and not fitted.rows:
-        raise DataError(f"{side.source}: all {len(side.rows)} rows are longer than model.max_length={limit}; raise it")
-    return fitted
-
-
-def _add(target: Rows, examples: list[Example], expert: int) -> None:
-    target.examples.extend(examples)
-    target.experts.extend([expert] * len(examples))
+    fitting = split.without(long)
+    if split.rows and not fitting.rows:
+        raise DataError(
+            f"{split.source}: all {len(split.rows)} rows are longer than model.max_length={limit}; raise it"
+        )
+    return fitting

@@ -1,9 +1,7 @@
-"""Where rows come from: a local file, a data set of the Hugging Face hub, or the embedded world."""
+"""Where records come from: a local file, a data set of the Hugging Face hub, or the embedded world."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,9 +9,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from alignx_ds.data.files import READERS, Placed, read_records
-from alignx_ds.data.rows import Row
-from alignx_ds.data.schemas import SCHEMAS, canonical
+from alignx_ds.data.files import READERS, PlacedRecord, read_records
+from alignx_ds.data.schemas import canonical
 from alignx_ds.data.world.rows import world_records
 from alignx_ds.errors import DataError, UnreachableError
 
@@ -29,16 +26,16 @@ class Source:
     schema: str
     columns: dict[str, str]
 
-    def records(self, *, held_out: bool, count: int, seed: int, limit: int = 0) -> list[Placed]:
-        """Every record, its columns named and typed as the schema says; at most `limit` are read, if that is given.
+    def records(self, *, held_out: bool, count: int, seed: int, limit: int = 0) -> list[PlacedRecord]:
+        """All records under the schema's column names, their types checked; the first `limit` alone where it is not 0.
 
-        `held_out`, `count` and `seed` ask the embedded world, which makes its rows. Raises DataError naming file, row
-        and column.
+        `held_out`, `count` and `seed` matter to the embedded world only, whose records are generated. Raises DataError
+        naming file, row and column.
         """
-        placed: Iterable[Placed]
+        placed: Iterable[PlacedRecord]
         if self.path == WORLD:
-            made = world_records(self.schema, held_out=held_out, count=count, seed=seed)
-            placed = ((f"world, row {n}", record) for n, record in enumerate(made, start=1))
+            records = world_records(self.schema, held_out=held_out, count=count, seed=seed)
+            placed = ((f"world, row {n}", record) for n, record in enumerate(records, start=1))
         elif is_file(self.path):
             placed = read_records(Path(self.path))
         else:
@@ -47,13 +44,11 @@ class Source:
 
 
 def is_file(path: str) -> bool:
-    return Path(path).suffix in READERS or os.path.isfile(
-        path
-    )  # False where pathlib raises: on names that are too long
+    return Path(path).suffix in READERS or os.path.isfile(path)  # pathlib's is_file raises on names that are too long
 
 
 def names_a_source(path: str) -> bool:
-    """Whether this can be a source: the world, a file that is there, a directory of data, or the id of a data set."""
+    """Whether this can be a source: the world, an existing file, a directory of data, or the id of a data set."""
     if path == WORLD:
         return True
     if is_file(path):
@@ -61,7 +56,7 @@ def names_a_source(path: str) -> bool:
     return os.path.isdir(path.split(":")[0]) or DATA_SET.fullmatch(path) is not None
 
 
-def _read_hub(path: str) -> Iterator[Placed]:
+def _read_hub(path: str) -> Iterator[PlacedRecord]:
     """Stream a data set of the hub, or a directory of files; the split is `train` unless the path names another."""
     import datasets
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
@@ -83,16 +78,3 @@ def _read_hub(path: str) -> Iterator[Placed]:
     except (ValueError, OverflowError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         # an unknown split or config, an unreadable file, or a script, which `datasets` does not run
         raise DataError(f"{path}: {' '.join(str(error).split())}") from error
-
-
-def digest(rows: list[Row]) -> str:
-    """A hash of everything that the rows say."""
-    text = json.dumps([row.said() for row in rows], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def schema_problem(schema: str, columns: dict[str, str]) -> str:
-    """What is wrong with a column mapping, or nothing."""
-    unknown = [name for name in columns if name not in SCHEMAS[schema].columns]
-    known = ", ".join(SCHEMAS[schema].columns)
-    return f"the {schema} schema has no column {', '.join(unknown)}; it has {known}" if unknown else ""

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.data.encode import IGNORED, Example, collate, encode, pad_token
+from alignx_ds.data.batches import IGNORED, collate
+from alignx_ds.data.encode import Example, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.protocol import Figures, percent
 from alignx_ds.runtime import distributed

@@ -17,7 +17,7 @@ import yaml
 
 from alignx_ds.config.parse import to_dict
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.inputs import Inputs
+from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import plots
 from alignx_ds.evaluation.systems import Result
 from alignx_ds.routing.report import RouterReport
@@ -38,7 +38,7 @@ class Report:
 
 def build(
     config: RunConfig,
-    data: Inputs,
+    data: EncodedData,
     results: dict[str, Result],
     router: RouterReport,
     out: Outputs,
@@ -63,7 +63,7 @@ def build(
         "router": {**router.figures, **{k: v for k, v in asdict(router).items() if k != "figures"}},
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
-        "rows": {name: _account(data, name) for name in config.expert_names if data.rows.train[name].source},
+        "rows": {name: _account(data, name) for name in config.expert_names if data.splits.train[name].source},
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
         "config": to_dict(config),
     }
@@ -87,9 +87,9 @@ def _collapse(results: dict[str, Result], axis: str) -> dict[str, float]:
     return {"specialist": own, "sequential_loses": own - after, "alignx_keeps": aligned / own if own else 0.0}
 
 
-def _account(data: Inputs, name: str) -> dict[str, Any]:
+def _account(data: EncodedData, name: str) -> dict[str, Any]:
     """What became of an expert's records."""
-    train, held_out = data.rows.train[name], data.rows.held_out[name]
+    train, held_out = data.splits.train[name], data.splits.held_out[name]
     return {
         "train": len(train.rows),
         "imitated": sum(bool(row.response) for row in train.rows),

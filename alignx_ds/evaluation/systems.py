@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
-from alignx_ds.data.inputs import Inputs
-from alignx_ds.data.rows import Row
-from alignx_ds.data.sources import digest
+from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.rows import Row, digest
 from alignx_ds.evaluation import transcripts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
@@ -57,11 +56,11 @@ class Result:
     samples: dict[str, list[tuple[Row, str]]]
 
 
-def exams(config: RunConfig, data: Inputs) -> list[Exam]:
+def exams(config: RunConfig, data: EncodedData) -> list[Exam]:
     """One per judged axis, on its held-out rows, and one per extra set."""
     axes = [Exam(name, axis.judge, data.held_out[name]) for name, axis in config.axes.items() if axis.judge]
     sets = config.evaluation.sets
-    return [*axes, *(Exam(name, s.judge, data.rows.sets[name].rows) for name, s in sets.items())]
+    return [*axes, *(Exam(name, s.judge, data.splits.sets[name].rows) for name, s in sets.items())]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Examination:
 
     config: RunConfig
     base: BaseModel
-    data: Inputs
+    data: EncodedData
     out: Outputs
 
     def answers(self, exam: Exam, system: System) -> transcripts.Answers:

@@ -46,7 +46,7 @@ class Answers:
         _append(self.path, [self._line(row, output) for row, output in zip(rows, outputs, strict=True)])
 
     def _line(self, row: Row, output: str) -> dict[str, Any]:
-        known = {k: v for k, v in row.said().items() if k != "prompt"}
+        known = {k: v for k, v in row.content().items() if k != "prompt"}
         return {"prompt": row.prompt, "output": output, **self.circumstances, "row": known}
 
 
@@ -103,7 +103,7 @@ def verdicts_of_another(path: Path, rows: Sequence[Row], outputs: Sequence[str])
 
 
 def _answer_key(row: Row, output: str) -> str:
-    return hashlib.sha256(json.dumps([row.said(), output], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([row.content(), output], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

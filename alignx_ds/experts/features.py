@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alignx_ds.data.encode import Batch, Example, collate
+from alignx_ds.data.batches import Batch, collate
+from alignx_ds.data.encode import Example
 from alignx_ds.experts.factors import LowRank, TaskFeatures
 from alignx_ds.experts.vectors import Changes
 from alignx_ds.mocae.backbones import Backbone

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.data.encode import IGNORED, Batch, Example, collate, encode_prompts, pad_token
+from alignx_ds.data.batches import IGNORED, Batch, collate
+from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.generate import left_pad
 from alignx_ds.mocae.layer import alignx_layers

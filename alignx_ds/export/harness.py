@@ -15,7 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from alignx_ds.data.encode import IGNORED, Example, collate, pad_token
+from alignx_ds.data.batches import IGNORED, collate
+from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.export.fidelity import plain, routed
 
 Request = tuple[Any, list[int], list[int]]  # its key in the harness's cache, and the ids of prompt and answer

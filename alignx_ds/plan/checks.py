@@ -19,8 +19,8 @@ from alignx_ds.config.schema import (
     TrainConfig,
 )
 from alignx_ds.config.values import unfit_numbers
-from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS
-from alignx_ds.data.sources import WORLD, names_a_source, schema_problem
+from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
+from alignx_ds.data.sources import WORLD, names_a_source
 from alignx_ds.data.texts import SPECIAL, planned
 from alignx_ds.data.world.rows import SCHEMAS_OF_THE_WORLD
 from alignx_ds.errors import ConfigError, Problem, UnreachableError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
-from alignx_ds.data.inputs import Material, RowSet, Side, read_rows
+from alignx_ds.data.inputs import read_inputs
+from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan.sizes import counts, disk, memory
@@ -34,26 +35,26 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str]]:
         )
     try:
         if unchecked:
-            rows = accounts(read_rows(config))
+            rows = accounts(read_splits(config))
             return rows, [*unchecked, "how long the rows are in tokens: its tokenizer is not there"]
-        material = Material.of(config, base)
+        inputs = read_inputs(config, base)
     except UnreachableError as error:
         return [], [*unchecked, str(error)]
-    data = material.data
-    lines = accounts(data.rows)
+    data = inputs.data
+    lines = accounts(data.splits)
     lines.append(
         f"  {'all, for stage 2':<24}{len(data.train.examples):>8,} to train on "
         f"{len(data.calibration_rows.examples):>8,} kept back"
     )
     steps = {axis: steps_of(config.train, len(examples)) for axis, examples in data.injected.items()}
     lines.append(f"  {'optimizer steps':<24}" + ", ".join(f"{axis} {n:,}" for axis, n in steps.items()))
-    if material.texts:
-        trained = steps_of(config.scratch.train, len(material.texts))
-        lines.append(f"  {'base model':<24}{len(material.texts):>8,} texts, {trained:,} steps")
+    if inputs.texts:
+        trained = steps_of(config.scratch.train, len(inputs.texts))
+        lines.append(f"  {'base model':<24}{len(inputs.texts):>8,} texts, {trained:,} steps")
     return lines, []
 
 
-def accounts(rows: RowSet) -> list[str]:
+def accounts(rows: DataSplits) -> list[str]:
     """A line for each side of each expert's rows, and one for every reason why records of it are not used."""
     lines = []
     named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
@@ -69,5 +70,5 @@ def accounts(rows: RowSet) -> list[str]:
     return lines
 
 
-def _sides(rows: RowSet) -> tuple[tuple[str, dict[str, Side]], ...]:
+def _sides(rows: DataSplits) -> tuple[tuple[str, dict[str, SplitRows]], ...]:
     return (("to train on", rows.train), ("held out", rows.held_out))

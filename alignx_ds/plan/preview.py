@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, encode
-from alignx_ds.data.inputs import Material
+from alignx_ds.data.inputs import RunInputs
 from alignx_ds.data.rows import Row
 from alignx_ds.plan.dry_run import accounts
 from alignx_ds.runtime import console
@@ -36,11 +36,11 @@ class Lengths:
         return [f"{n:,}" for n in (self.least, self.median, self.p95, self.most, self.total)]
 
 
-def show(config: RunConfig, material: Material, shown: int) -> None:
+def show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     """Print it; `shown` rows of each axis, injected, tokenized and masked."""
-    tokenizer, data = material.base.tokenizer, material.data
+    tokenizer, data = inputs.base.tokenizer, inputs.data
     console.heading("Rows")
-    for line in accounts(data.rows):
+    for line in accounts(data.splits):
         console.say(line)
     rows = []
     for axis, examples in data.injected.items():
@@ -50,7 +50,7 @@ def show(config: RunConfig, material: Material, shown: int) -> None:
     console.table("Lengths", columns, rows)
     for axis, settings in config.axes.items():
         console.heading(f"{axis}: training rows, as stage 1 sees them")
-        imitated = [row for row in data.rows.train[axis].rows if row.response][:shown]
+        imitated = [row for row in data.splits.train[axis].rows if row.response][:shown]
         for row, example in zip(imitated, encode(imitated, tokenizer, settings.prompt), strict=True):
             _row(row, example, tokenizer)
 

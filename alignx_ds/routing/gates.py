@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import collate
+from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
@@ -17,7 +17,9 @@ TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; `gate.more
 
 
 @torch.no_grad()
-def gate_terms(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) -> dict[int, dict[str, Tensor]]:
+def gate_terms(
+    model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int
+) -> dict[int, dict[str, Tensor]]:
     """By gate layer and term, [N, E] fp32 in the rows' order, from the prompts alone, as in generation. Collective."""
     model.eval()
     device, gates = distributed.device(), gates_of(model)

@@ -18,8 +18,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import GateConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import collate
+from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
 from alignx_ds.mocae.geometry import Geometry
@@ -43,7 +43,7 @@ class Features:
 
 @torch.no_grad()
 def collect(
-    model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int
+    model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int
 ) -> tuple[dict[int, Features], dict[int, Features]]:
     """(queries of each gate, outputs of each layer's mixture), by layer, from all ranks' shares. Collective."""
     device, experts = distributed.device(), len(model.config.experts)

@@ -12,14 +12,13 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example
+from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.lexical import BUCKETS, bucket_counts
 
 PENALTY = 10.0  # C: how little the weights are held back
 
 
-def fit_lexicon(rows: Rows, calibration_rows: Rows, experts: int) -> dict[str, Tensor]:
+def fit_lexicon(rows: LabelledExamples, calibration_rows: LabelledExamples, experts: int) -> dict[str, Tensor]:
     """A `Lexicon`'s state dict. `calibration_rows` rows only set the scale: their scores' standard deviation is one."""
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples))

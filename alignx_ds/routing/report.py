@@ -11,7 +11,8 @@ from sklearn.pipeline import make_pipeline
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
-from alignx_ds.data.inputs import Inputs, RowSet
+from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.splits import DataSplits
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
@@ -41,7 +42,7 @@ class RouterReport:
     surface: dict[str, float]  # the yardstick: TF-IDF and logistic regression, trained and tested on the same prompts
 
 
-def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, config: RunConfig) -> RouterReport:
+def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, config: RunConfig) -> RouterReport:
     """Temperatures are fitted on the rows kept back from training, figures are of the held-out ones. Collective."""
     pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
     lowest, gate = next(iter(gates_of(model).items()))
@@ -59,11 +60,11 @@ def router_report(model: AlignXForCausalLM, data: Inputs, base: BaseModel, confi
         temperature=temperature,
         confusion=confusion(logits, labels),
         ablations=ablations,
-        surface=surface_router(data.rows, config.expert_names),
+        surface=surface_router(data.splits, config.expert_names),
     )
 
 
-def surface_router(rows: RowSet, experts: list[str]) -> dict[str, float]:
+def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
     """A router that sees words only: TF-IDF of words and pairs, logistic regression (scikit-learn)."""
     known, asked = (
         [(row.prompt, expert) for expert, name in enumerate(experts) for row in sides[name].rows]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import MicroBatch, Rows
-from alignx_ds.data.encode import pad_token
+from alignx_ds.data.batches import MicroBatch
+from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.errors import DataError
 from alignx_ds.experts.vectors import read_factors
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
@@ -50,8 +50,8 @@ class AlignJob:
     config: RunConfig
     base: BaseModel
     factors: dict[int, list[Factors]]
-    rows: Rows  # un-injected training rows of all axes and the generalist
-    calibration_rows: Rows  # rows of other questions: they set the calibrators' constants and the temperature
+    rows: LabelledExamples  # un-injected training rows of all axes and the generalist
+    calibration_rows: LabelledExamples  # the calibration split: fits the calibrators' constants and the temperature
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def fit_calibrators(job: AlignJob) -> Fitted:
     return distributed.broadcast(fitted)
 
 
-def first_of_each(rows: Rows, count: int) -> Rows:
+def first_of_each(rows: LabelledExamples, count: int) -> LabelledExamples:
     """The first rows of every expert, at most so many: a geometry needs no more, and each costs a forward pass."""
     taken: Counter[int] = Counter()
-    kept = Rows([], [])
+    kept = LabelledExamples([], [])
     for example, expert in zip(rows.examples, rows.experts, strict=True):
         if taken[expert] < count:
             kept.examples.append(example)
@@ -277,7 +277,7 @@ def _step_loss(config: RunConfig) -> StepLoss:
     return step_loss
 
 
-def calibrate(model: AlignXForCausalLM, rows: Rows, pad_id: int, batch: int) -> None:
+def calibrate(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int) -> None:
     """Fit each gate's post-hoc temperature on rows kept back from training. Collective."""
     labels = torch.tensor(rows.experts)
     terms = gate_terms(model, rows, pad_id, batch)

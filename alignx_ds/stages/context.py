@@ -8,7 +8,7 @@ from typing import Any
 
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.inputs import Inputs
+from alignx_ds.data.inputs import EncodedData
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
@@ -19,7 +19,7 @@ from alignx_ds.training.keeper import Keeper, Keeping, Scribe, no_scribe
 class StageContext:
     config: RunConfig
     base: BaseModel
-    data: Inputs
+    data: EncodedData
     out: Outputs
 
     def keeper(self, name: str, inputs: dict[str, Any]) -> Keeper:

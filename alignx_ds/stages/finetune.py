@@ -17,8 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example, pad_token
+from alignx_ds.data.encode import Example, LabelledExamples, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
@@ -180,7 +179,7 @@ def _make(job: Job, shop: Workshop, directory: Path, keeper: Keeper) -> dict[str
     groups = engines.decay_groups(list(model.named_parameters()), plan.weight_decay)
     engine = engines.start(model, groups, filled, plan)
     pooled = [(e, 0) for axis in job.axes for e in shop.examples[axis]]
-    rows = Rows([e for e, _ in pooled], [i for _, i in pooled])
+    rows = LabelledExamples([e for e, _ in pooled], [i for _, i in pooled])
     pad_id = pad_token(base.tokenizer)
     batches = partial(micro_batches, rows, plan, pad_id, config.seed, packed=True)
     with console.progress(f"fine-tune {job.name}", plan.steps) as bar:

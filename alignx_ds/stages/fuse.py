@@ -20,8 +20,8 @@ from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSe
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
 from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import FUSIONS, FusionConfig, RunConfig
-from alignx_ds.data.batches import MicroBatch, Rows
-from alignx_ds.data.encode import pad_token
+from alignx_ds.data.batches import MicroBatch
+from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.experts.vectors import Changes, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 from alignx_ds.models.backbone import load_backbone
@@ -46,7 +46,7 @@ class FusionJob:
     config: RunConfig
     base: BaseModel
     specialists: list[Path]
-    rows: Rows  # un-injected, of all axes and the generalist, as in stage 2
+    rows: LabelledExamples  # un-injected, of all axes and the generalist, as in stage 2
     digests: dict[str, str]  # of the rows, by expert
     directory: Path
 

@@ -14,10 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example, encode, pad_token
-from alignx_ds.data.rows import Row
-from alignx_ds.data.sources import digest
+from alignx_ds.data.encode import Example, LabelledExamples, encode, pad_token
+from alignx_ds.data.rows import Row, digest
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
@@ -67,7 +65,7 @@ def _train(config: RunConfig, base: BaseModel, texts: list[Row], keeper: Keeper)
     model = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
     groups = engines.decay_groups(list(model.named_parameters()), plan.weight_decay)
     engine = engines.start(model, groups, filled, plan)
-    rows = Rows(examples, [0] * len(examples))
+    rows = LabelledExamples(examples, [0] * len(examples))
     batches = partial(micro_batches, rows, plan, pad_token(base.tokenizer), config.seed, packed=True)
     with console.progress("train the base model", plan.steps) as bar:
         losses = train(engine, batches, language_loss, plan, bar, keeper)

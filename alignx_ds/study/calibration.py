@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example
+from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.mocae.layer import gates_of
@@ -86,7 +85,7 @@ def _router(model: AlignXForCausalLM, subject: Subject, shots: Shots, back: Owne
         logits, labels = [], []
         for owned in (back, subject.held_out()):
             examples = [shots.encoded(row, shots.examples(name, row, count), ())[0] for name, row in owned]
-            rows = Rows(examples, [names.index(name) for name, _ in owned])
+            rows = LabelledExamples(examples, [names.index(name) for name, _ in owned])
             logits.append(sum_of(gate_terms(model, rows, subject.pad_id, subject.batch)[lowest]))
             labels.append(torch.tensor(rows.experts))
         refitted = fit_temperature(logits[0], labels[0])

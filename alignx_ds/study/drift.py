@@ -20,7 +20,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignx_ds.data.encode import collate
+from alignx_ds.data.batches import collate
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.routing import prompt_summary
 from alignx_ds.runtime import console, distributed

@@ -12,8 +12,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import collate
+from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.calibration import fit_temperature, router_figures
@@ -121,7 +121,7 @@ def routers_alone(model: AlignXForCausalLM, subject: Subject) -> dict[int, Tenso
 
 
 @torch.no_grad()
-def _latents(model: AlignXForCausalLM, rows: Rows, subject: Subject) -> dict[int, Tensor]:
+def _latents(model: AlignXForCausalLM, rows: LabelledExamples, subject: Subject) -> dict[int, Tensor]:
     """By gate layer, [N, k]: the whitened latents of the rows' prompts."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in gates_of(model)}
     for start in range(0, len(rows.examples), subject.batch):

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
-from alignx_ds.data.inputs import CALIBRATION, Inputs, Material
-from alignx_ds.data.rows import Row, split
+from alignx_ds.data.inputs import CALIBRATION, EncodedData, read_inputs
+from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
@@ -36,7 +36,7 @@ class Subject:
 
     config: RunConfig
     base: BaseModel
-    data: Inputs
+    data: EncodedData
     out: Outputs
 
     @classmethod
@@ -50,8 +50,8 @@ class Subject:
                 fix = f"it has no {path.name}; give the command that began it again, it goes on"
                 raise _refusal(directory, fix)
         # The ranks that trained it are gone; all that is asked of their number is that the experts fit on them.
-        material = Material.of(settings, checks.check(settings, settings.align.ep_size))
-        return cls(settings, material.base, material.data, out)
+        inputs = read_inputs(settings, checks.check(settings, settings.align.ep_size))
+        return cls(settings, inputs.base, inputs.data, out)
 
     @property
     def axes(self) -> list[str]:
@@ -118,14 +118,14 @@ class Subject:
 
     def held_out(self) -> list[tuple[str, Row]]:
         """(expert's name, row) of every held-out row, in the order of `data.routed`."""
-        sides = self.data.rows.held_out
+        sides = self.data.splits.held_out
         return [(name, row) for name in self.config.expert_names for row in sides[name].rows]
 
     def training(self) -> dict[str, tuple[list[Row], list[Row]]]:
         """By expert's name: (rows trained on, rows kept back from training)."""
         share = self.config.data.calibration_share
-        sides = self.data.rows.train
-        return {name: split(sides[name].rows, share, CALIBRATION) for name in self.config.expert_names}
+        sides = self.data.splits.train
+        return {name: split_by_question(sides[name].rows, share, CALIBRATION) for name in self.config.expert_names}
 
 
 def _settings(directory: Path) -> RunConfig:

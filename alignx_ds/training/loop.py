@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignx_ds.data.batches import MicroBatch, Rows, global_batches, share
-from alignx_ds.data.encode import collate, pack
+from alignx_ds.data.batches import MicroBatch, collate, pack
+from alignx_ds.data.encode import LabelledExamples
+from alignx_ds.data.sampling import global_batches, share
 from alignx_ds.runtime import distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
@@ -25,7 +26,7 @@ Batches = Callable[[int], Iterator[list[MicroBatch]]]  # from the number of step
 
 
 def micro_batches(
-    rows: Rows, plan: Plan, pad_id: int, seed: int, start: int = 0, *, packed: bool = False
+    rows: LabelledExamples, plan: Plan, pad_id: int, seed: int, start: int = 0, *, packed: bool = False
 ) -> Iterator[list[MicroBatch]]:
     """For each optimizer step after `start`, this rank's micro batches. The global batch is the same at any world size.
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignx_ds.config.schema import AlignConfig
-from alignx_ds.data.batches import MicroBatch
-from alignx_ds.data.encode import IGNORED
+from alignx_ds.data.batches import IGNORED, MicroBatch
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM

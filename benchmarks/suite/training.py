@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
-from alignx_ds.data.batches import MicroBatch, Rows
-from alignx_ds.data.encode import Example
+from alignx_ds.data.batches import MicroBatch
+from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
@@ -36,7 +36,7 @@ def ep_sizes(world: int) -> list[int]:
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
-def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> Rows:
+def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> LabelledExamples:
     """As `ROWS` says, of greatest length L."""
     source = torch.Generator().manual_seed(seed)
 
@@ -48,7 +48,7 @@ def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> R
         size = draw(max(4, length // 4), length)
         ids = torch.randint(3, vocabulary, (size,), generator=source).tolist()
         examples.append(Example(tuple(ids), draw(size // 4, 3 * size // 4)))
-    return Rows(examples, [draw(0, EXPERTS - 1) for _ in range(count)])
+    return LabelledExamples(examples, [draw(0, EXPERTS - 1) for _ in range(count)])
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Trainee:
     engine: Any
     plan: engines.Plan
     step_loss: StepLoss
-    rows: Rows
+    rows: LabelledExamples
     packed: bool
     keeper: Any = None  # what makes transformers shard; forgotten with the engine
 
@@ -90,7 +90,7 @@ def here(setting: Setting) -> Setting:
     return replace(setting, device=str(distributed.device()))
 
 
-def stage1(setting: Setting, rows: Rows, batch: int, zero: int) -> Trainee:
+def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> Trainee:
     """A specialist's fine-tune: the upper half's FFNs, from stage 1's JSON with this ZeRO stage."""
     from alignx_ds.training.losses import language_loss
 
@@ -111,7 +111,7 @@ def stage1(setting: Setting, rows: Rows, batch: int, zero: int) -> Trainee:
     return Trainee(engine, plan, language_loss, rows, True, keeper)
 
 
-def stage2(setting: Setting, rows: Rows, batch: int, ep_size: int) -> Trainee:
+def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int) -> Trainee:
     """The calibrated mixture on the expert-parallel path: the project's own groups, losses and JSON."""
     config = RunConfig(align=AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=0.1))
     plan = _plan(config.align, setting)

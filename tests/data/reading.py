@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from alignx_ds.data.files import Placed
+from alignx_ds.data.files import PlacedRecord
+from alignx_ds.data.parsers import Parsed
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.data.schemas import SCHEMAS, Parsed
+from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 
 GOOD: dict[str, Record] = {
@@ -34,7 +35,7 @@ GOOD: dict[str, Record] = {
 }
 
 
-def placed(*records: Record) -> list[Placed]:
+def placed(*records: Record) -> list[PlacedRecord]:
     return [(f"rows.json, row {n}", record) for n, record in enumerate(records, start=1)]
 
 
@@ -42,7 +43,7 @@ def answer(prompt: str, response: str, is_safe: bool) -> Record:
     return {"prompt": prompt, "response": response, "category": {}, "is_safe": is_safe}
 
 
-def read(source: str | Path, schema: str, columns: dict[str, str] | None = None, limit: int = 0) -> list[Placed]:
+def read(source: str | Path, schema: str, columns: dict[str, str] | None = None, limit: int = 0) -> list[PlacedRecord]:
     return Source(str(source), schema, columns or {}).records(held_out=False, count=10**6, seed=0, limit=limit)
 
 
@@ -60,7 +61,7 @@ def world_rows(schema: str, *, held_out: bool, limit: int, seed: int = 0) -> lis
     return parse(records).rows[:limit]
 
 
-def assert_all_accounted_for(records: list[Placed], made: Parsed) -> None:
+def assert_all_accounted_for(records: list[PlacedRecord], made: Parsed) -> None:
     """Every record, by its place, is either a row or dropped with a reason, and never both."""
     used, dropped = [row.place for row in made.rows], [d.place for d in made.dropped]
     assert sorted([*used, *dropped]) == sorted(place for place, _ in records)

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
 from alignx_ds.data.encode import Example, encode
-from alignx_ds.data.inputs import CALIBRATION, HELD_OUT, Inputs, RowSet, Side, encode_rows, read_rows
+from alignx_ds.data.inputs import CALIBRATION, EncodedData, encode_splits
 from alignx_ds.data.rows import Record, Row
+from alignx_ds.data.splits import HELD_OUT, DataSplits, SplitRows, read_splits
 from alignx_ds.errors import DataError
 from alignx_ds.plan.dry_run import accounts
 
@@ -49,11 +50,11 @@ def set_rows(config: RunConfig, directory: Path, train: list[Record], held_out: 
     axis.held_out = "" if held_out is None else str(write_lines(directory / "held_out.jsonl", held_out))
 
 
-def sides(rows: RowSet) -> list[Side]:
+def sides(rows: DataSplits) -> list[SplitRows]:
     return [*rows.train.values(), *rows.held_out.values(), *rows.sets.values()]
 
 
-def assert_accounted_for(rows: RowSet) -> None:
+def assert_accounted_for(rows: DataSplits) -> None:
     for side in sides(rows):
         assert len(side.rows) + len(side.dropped) == side.records
         places = [row.place for row in side.rows] + [d.place for d in side.dropped]
@@ -61,10 +62,10 @@ def assert_accounted_for(rows: RowSet) -> None:
         assert sum(side.reasons().values()) == len(side.dropped)
 
 
-def assert_nothing_held_out_is_learned(rows: RowSet) -> None:
+def assert_nothing_held_out_is_learned(rows: DataSplits) -> None:
     judged = {row.question for side in rows.held_out.values() for row in side.rows}
-    assert judged <= rows.asked
-    assert not rows.asked & {row.question for side in rows.train.values() for row in side.rows}
+    assert judged <= rows.judged_questions
+    assert not rows.judged_questions & {row.question for side in rows.train.values() for row in side.rows}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,7 +86,7 @@ def test_used_and_dropped_are_all_there_are(
     one_axis.data.held_out_share = 0.5
     one_axis.data.train_rows, one_axis.data.held_out_rows, one_axis.data.records = limits
     try:
-        rows = read_rows(one_axis)
+        rows = read_splits(one_axis)
     except DataError:  # a side is left without rows
         return
     assert_accounted_for(rows)
@@ -101,7 +102,7 @@ def test_a_source_is_split_by_question(one_axis: RunConfig, tmp_path: Path) -> N
     records = asked(800)
     again = [r | {"prompt": f" {r['prompt'].upper()}".replace(" ", "  ")} for r in records]
     set_rows(one_axis, tmp_path, [*records, *again])
-    rows = read_rows(one_axis)
+    rows = read_splits(one_axis)
     assert_accounted_for(rows)
     assert_nothing_held_out_is_learned(rows)
     trained, judged = rows.train["kind"].rows, rows.held_out["kind"].rows
@@ -115,7 +116,7 @@ def test_all_answers_to_a_question_are_on_one_side(one_axis: RunConfig, tmp_path
     records = [answer(r["prompt"], f"{safe}", safe) for r in asked(100) for safe in (True, False)]
     one_axis.axes["kind"].schema = "beavertails"
     set_rows(one_axis, tmp_path, records)
-    rows = read_rows(one_axis)
+    rows = read_splits(one_axis)
     assert_accounted_for(rows)
     assert_nothing_held_out_is_learned(rows)
     assert {row.harmful for row in (*rows.train["kind"].rows, *rows.held_out["kind"].rows)} == {True}
@@ -130,10 +131,10 @@ def test_a_question_held_out_of_one_axis_is_trained_on_in_none(one_axis: RunConf
     one_axis.axes["other"] = AxisConfig(prompt="", schema="plain", train=path)
     one_axis.generalist = GeneralistConfig(train=path)
     one_axis.data.held_out_rows = 3
-    rows = read_rows(one_axis)
+    rows = read_splits(one_axis)
     assert_accounted_for(rows)
     assert_nothing_held_out_is_learned(rows)
-    assert {Row(r["prompt"], "").question for r in shared} <= rows.asked
+    assert {Row(r["prompt"], "").question for r in shared} <= rows.judged_questions
     for name in ("other", "generalist"):
         lost = rows.train[name].reasons()["its question is held out"]
         elsewhere = sum(row.position(HELD_OUT) < 0.15 for row in (Row(r["prompt"], "") for r in shared))
@@ -147,15 +148,15 @@ def test_calibration_is_cut_independently_of_what_is_held_out(
     assert HELD_OUT != CALIBRATION
     set_rows(one_axis, tmp_path, asked(800))
     one_axis.data.held_out_share = one_axis.data.calibration_share = 0.3
-    data = encode_rows(one_axis, read_rows(one_axis), world_tokenizer)
+    data = encode_splits(one_axis, read_splits(one_axis), world_tokenizer)
     kept, back = len(data.train.examples), len(data.calibration_rows.examples)
-    assert kept + back == len(data.rows.train["kind"].rows)
+    assert kept + back == len(data.splits.train["kind"].rows)
     assert back / (kept + back) == pytest.approx(0.3, abs=0.06)
 
 
-def encoded(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    data = encode_rows(config, read_rows(config), tokenizer)
-    assert_accounted_for(data.rows)
+def encoded(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
+    data = encode_splits(config, read_splits(config), tokenizer)
+    assert_accounted_for(data.splits)
     return data
 
 
@@ -170,7 +171,7 @@ def test_a_row_may_just_fill_the_length_and_no_more(
     assert len(encoded(one_axis, world_tokenizer).injected["kind"]) == 40
     one_axis.model.max_length -= 1
     data = encoded(one_axis, world_tokenizer)
-    (lost,) = data.rows.train["kind"].dropped
+    (lost,) = data.splits.train["kind"].dropped
     assert lost.place.endswith("train.jsonl, row 8")
     assert lost.reason == f"longer than model.max_length={one_axis.model.max_length} tokens"
     assert len(data.injected["kind"]) == 39
@@ -208,7 +209,7 @@ def test_questions_without_an_answer_are_routed_but_never_imitated(
     one_axis.axes["kind"].schema = "beavertails"
     set_rows(one_axis, tmp_path, records, [answer("good night", "bad", False)])
     data = encoded(one_axis, world_tokenizer)
-    assert len(data.rows.train["kind"].rows) == 60
+    assert len(data.splits.train["kind"].rows) == 60
     assert len(data.injected["kind"]) == 30
     assert all(example.answer_length for example in data.injected["kind"])
     silent = [e for e in (*data.train.examples, *data.calibration_rows.examples) if not e.answer_length]
@@ -235,7 +236,7 @@ def test_without_a_generalist_no_row_is_the_bases_own(
     set_rows(one_axis, tmp_path, asked(60))
     data = encoded(one_axis, world_tokenizer)
     assert {*data.train.experts, *data.calibration_rows.experts, *data.routed.experts} == {1}
-    assert data.rows.train["generalist"].records == 0
+    assert data.splits.train["generalist"].records == 0
 
 
 def test_extra_sets_are_accounted_for(one_axis: RunConfig, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_extra_sets_are_accounted_for(one_axis: RunConfig, tmp_path: Path) -> No
     prompts = [{"prompt": p, "label": "safe"} for p in ("a", "", "b", "c")]
     source = str(write_json(tmp_path / "x.json", prompts))
     one_axis.evaluation.sets = {"x": SetConfig("xstest", source, "refusal", rows=2)}
-    rows = read_rows(one_axis)
+    rows = read_splits(one_axis)
     assert_accounted_for(rows)
     assert [row.prompt for row in rows.sets["x"].rows] == ["a", "b"]
     assert rows.sets["x"].reasons() == {"empty prompt": 1, "more than 2 rows": 1}
@@ -259,10 +260,10 @@ def test_a_side_without_rows_is_refused_with_the_reasons(
     empty = [{"prompt": "x", "response": ""}] * 2
     set_rows(one_axis, tmp_path, asked(train) or empty, asked(held_out, start=100) or empty)
     with pytest.raises(DataError, match=rf"\(kind\): no usable row {what} of 2 records \(2 × empty response\)"):
-        read_rows(one_axis)
+        read_splits(one_axis)
     set_rows(one_axis, tmp_path, asked(train), asked(held_out, start=100))
     with pytest.raises(DataError, match=rf"\(kind\): no usable row {what}: the source is empty"):
-        read_rows(one_axis)
+        read_splits(one_axis)
 
 
 def test_digests_follow_the_training_rows(
@@ -278,11 +279,11 @@ def test_digests_follow_the_training_rows(
 
 
 def test_a_side_forgets_nothing() -> None:
-    side = Side("s", 2, [Row("a", "b", place="1"), Row("c", "d", place="2")], [])
+    side = SplitRows("s", 2, [Row("a", "b", place="1"), Row("c", "d", place="2")], [])
     assert side.without({}) == side
     shorter = side.without({0: "why not"})
     assert [row.place for row in shorter.rows] == ["2"] and shorter.reasons() == {"why not": 1}
-    assert replace(shorter, rows=[], dropped=[]) == Side("s", 2, [], [])
+    assert replace(shorter, rows=[], dropped=[]) == SplitRows("s", 2, [], [])
 
 
 def test_a_set_loses_the_questions_that_an_axis_is_trained_on(one_axis: RunConfig, tmp_path: Path) -> None:
@@ -290,10 +291,10 @@ def test_a_set_loses_the_questions_that_an_axis_is_trained_on(one_axis: RunConfi
     set_rows(one_axis, tmp_path, asked(40))
     again = [{"prompt": r["prompt"].upper(), "label": "safe", "response": "x"} for r in asked(50)]
     one_axis.evaluation.sets = {"x": SetConfig("xstest", str(write_lines(tmp_path / "set.jsonl", again)), "refusal")}
-    rows = read_rows(one_axis)
+    rows = read_splits(one_axis)
     trained = {row.question for row in rows.train["kind"].rows}
     kept = [row.question for row in rows.sets["x"].rows]
     assert trained and not trained & set(kept)
     assert len(kept) == 50 - len(trained)
     assert rows.sets["x"].reasons() == {"its question is trained on": len(trained)}
-    assert set(kept) <= rows.asked, "a base model from scratch does not read them either"
+    assert set(kept) <= rows.judged_questions, "a base model from scratch does not read them either"

@@ -10,7 +10,8 @@ from reading import world_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alignx_ds.data.encode import IGNORED, Example, collate, encode, encode_prompts, pack, pad_token
+from alignx_ds.data.batches import IGNORED, collate, pack
+from alignx_ds.data.encode import Example, encode, encode_prompts, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.generate import left_pad
 

@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, VOCABULARY, base_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import MicroBatch
-from alignx_ds.data.encode import IGNORED, Batch, Example, collate, pack
+from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, collate, pack
+from alignx_ds.data.encode import Example
 from alignx_ds.training.losses import language_loss
 
 PAD = 0

@@ -12,9 +12,10 @@ import pytest
 from reading import parsed, read, write_json
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
-from alignx_ds.data.inputs import Material, RowSet, read_rows
-from alignx_ds.data.rows import Record, split
+from alignx_ds.data.inputs import read_inputs
+from alignx_ds.data.rows import Record, split_by_question
 from alignx_ds.data.schemas import SCHEMAS
+from alignx_ds.data.splits import DataSplits, read_splits
 from alignx_ds.models.base import BaseModel
 
 DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -102,7 +103,7 @@ def test_beavertails_trains_on_its_safe_answers_and_keeps_the_other_questions() 
 def test_beavertails_judges_each_prompt_once() -> None:
     records, made = records_of(BEAVERTAILS), parsed(BEAVERTAILS, "beavertails", held_out=True)
     assert Counter(row.prompt for row in made.rows) == Counter({r["prompt"].strip() for r in records})
-    assert {d.reason for d in made.dropped} == {"another answer to a question that is there"}
+    assert {d.reason for d in made.dropped} == {"another answer to the same question"}
     harmful = {r["prompt"].strip() for r in records if any(r["category"].values())}  # is_safe: no category is true
     assert {row.prompt for row in made.rows if row.harmful} == harmful
     safe = {r["prompt"].strip() for r in records if r["is_safe"]}
@@ -150,7 +151,7 @@ def test_preferences_have_a_worse_answer() -> None:
 
 def test_a_split_by_question_leaves_about_its_share() -> None:
     rows = parsed(BEAVERTAILS, "beavertails").rows
-    kept, back = split(rows, 0.15, "salt")
+    kept, back = split_by_question(rows, 0.15, "salt")
     assert not {r.question for r in kept} & {r.question for r in back}
     assert len(back) / len(rows) == pytest.approx(0.15, abs=0.05)
 
@@ -175,7 +176,7 @@ def real_config(tiny_config: RunConfig) -> RunConfig:
     return tiny_config
 
 
-def assert_all_accounted_for(rows: RowSet, config: RunConfig) -> None:
+def assert_all_accounted_for(rows: DataSplits, config: RunConfig) -> None:
     for name, axis in config.axes.items():
         sides = (rows.train[name], rows.held_out[name])
         read_from = {axis.train, axis.held_out or axis.train}
@@ -186,9 +187,9 @@ def assert_all_accounted_for(rows: RowSet, config: RunConfig) -> None:
 
 
 def test_no_real_record_disappears_between_the_file_and_the_rows(real_config: RunConfig) -> None:
-    rows = read_rows(real_config)
+    rows = read_splits(real_config)
     assert_all_accounted_for(rows, real_config)
-    assert not rows.asked & {row.question for side in rows.train.values() for row in side.rows}
+    assert not rows.judged_questions & {row.question for side in rows.train.values() for row in side.rows}
     assert len(rows.train["honest"].rows) + len(rows.held_out["honest"].rows) == 817
     for side in rows.held_out.values():
         assert not side.source or side.rows
@@ -197,10 +198,10 @@ def test_no_real_record_disappears_between_the_file_and_the_rows(real_config: Ru
 def test_a_run_reads_real_rows_of_all_axes(real_config: RunConfig, world_base: BaseModel) -> None:
     """The world's model is too small for them; its tokenizer still reads every row from end to end."""
     real_config.data.train_rows, real_config.data.held_out_rows = 60, 20
-    data = Material.of(real_config, world_base).data
-    assert_all_accounted_for(data.rows, real_config)
+    data = read_inputs(real_config, world_base).data
+    assert_all_accounted_for(data.splits, real_config)
     for axis, examples in data.injected.items():
-        assert len(examples) == sum(bool(row.response) for row in data.rows.train[axis].rows) <= 60
+        assert len(examples) == sum(bool(row.response) for row in data.splits.train[axis].rows) <= 60
     assert {axis: len(rows) for axis, rows in data.held_out.items()} == dict.fromkeys(real_config.axes, 20)
     assert len(data.train.examples) + len(data.calibration_rows.examples) == 60 * len(real_config.axes)
 
@@ -209,7 +210,7 @@ def test_held_out_questions_are_not_trained_on_but_dropped(real_config: RunConfi
     records = records_of(TRUTHFULQA)
     judged = write_json(tmp_path / "judged.json", [r | {"Question": r["Question"].upper()} for r in records[:100]])
     real_config.axes["honest"].held_out = str(judged)
-    rows = read_rows(real_config)
+    rows = read_splits(real_config)
     assert_all_accounted_for(rows, real_config)
     dropped = rows.train["honest"].dropped
     assert [d.place for d in dropped] == [f"{TRUTHFULQA}, row {n}" for n in range(1, 101)]

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alignx_ds.data.batches import MicroBatch, Rows, global_batches, share
-from alignx_ds.data.encode import IGNORED, Example
+from alignx_ds.data.batches import IGNORED, MicroBatch
+from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.data.sampling import global_batches, share
 from alignx_ds.runtime import distributed
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.loop import micro_batches
@@ -37,9 +38,9 @@ def plan(batch: int, accumulation: int, steps: int) -> Plan:
     return Plan(1e-3, batch, accumulation, steps, warmup_steps=0, weight_decay=0.0, clip=1.0, bf16=False)
 
 
-def rows(count: int) -> Rows:
+def rows(count: int) -> LabelledExamples:
     """Row n is n + 1 answer tokens long (modulo 5) after a prompt that says n, and belongs to expert n modulo 4."""
-    return Rows([Example((n, *[1] * (1 + n % 5)), 1) for n in range(count)], [n % 4 for n in range(count)])
+    return LabelledExamples([Example((n, *[1] * (1 + n % 5)), 1) for n in range(count)], [n % 4 for n in range(count)])
 
 
 @given(SIZES, SIZES, SEEDS)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reading import GOOD, answer, assert_all_accounted_for, placed
 
+from alignx_ds.data.parsers import NO_OUTPUT, Parsed
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.data.schemas import NO_OUTPUT, SCHEMAS, Parsed, canonical
+from alignx_ds.data.schemas import SCHEMAS, canonical
 from alignx_ds.errors import DataError
 
 COLUMNS = [(schema, column) for schema, record in GOOD.items() for column in record]

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reading import parsed, read, world_rows, write_lines
 
-from alignx_ds.data.rows import Row, split
-from alignx_ds.data.schemas import SCHEMAS
-from alignx_ds.data.sources import digest, schema_problem
+from alignx_ds.data.rows import Row, digest, split_by_question
+from alignx_ds.data.schemas import SCHEMAS, schema_problem
 from alignx_ds.data.world.files import FILES, write_files
 from alignx_ds.errors import DataError
 
@@ -84,7 +83,7 @@ def test_a_mapping_of_columns_that_the_schema_has_not_is_named(schema: str) -> N
 @given(prompts=QUESTIONS, share=st.floats(0.0, 1.0))
 def test_no_question_is_on_both_sides_of_a_split(prompts: list[str], share: float) -> None:
     rows = [Row(prompt, f"answer {n}") for n, prompt in enumerate(prompts)]
-    kept, back = split(rows, share, "salt")
+    kept, back = split_by_question(rows, share, "salt")
     assert not {r.question for r in kept} & {r.question for r in back}
     assert sorted((*kept, *back), key=rows.index) == rows
 
@@ -97,19 +96,19 @@ def test_case_and_spacing_do_not_make_another_question(words: list[str], share: 
     if "".join(words).casefold() == "".join(words).swapcase().casefold().upper().casefold():
         assert one.question == other.question
         assert one.position("salt") == other.position("salt")
-        assert 0 in map(len, split([one, other], share, "salt"))
+        assert 0 in map(len, split_by_question([one, other], share, "salt"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15, 0.5, 1.0])
 def test_a_split_holds_back_the_share_it_was_asked_for(share: float) -> None:
     rows = [Row(f"question {n}", "answer") for n in range(4000)]
-    _, back = split(rows, share, "salt")
+    _, back = split_by_question(rows, share, "salt")
     assert len(back) / len(rows) == pytest.approx(share, abs=0.03)
 
 
 def test_splits_of_different_salts_are_independent() -> None:
     rows = [Row(f"question {n}", "answer") for n in range(4000)]
-    kept, back = split(rows, 0.5, "one")
+    kept, back = split_by_question(rows, 0.5, "one")
     for part in (kept, back):
-        _, again = split(part, 0.5, "another")
+        _, again = split_by_question(part, 0.5, "another")
         assert len(again) / len(part) == pytest.approx(0.5, abs=0.04)

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds.data.batches import share
+from alignx_ds.data.sampling import share
 from alignx_ds.experts.vectors import add_task_vector, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers

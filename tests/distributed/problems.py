@@ -42,8 +42,9 @@ from alignx_ds.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from alignx_ds.data.batches import Rows, global_batches, share
-from alignx_ds.data.encode import Batch, Example, collate
+from alignx_ds.data.batches import Batch, collate
+from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.data.sampling import global_batches, share
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
@@ -74,11 +75,11 @@ WALKS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "wi
 PROMPTS = [4, 2, 6, 3, 4, 2, 6, 3]
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([9, 5, 14, 7, 6, 12, 8, 10], 31), PROMPTS, strict=True)]
 LABELS = [3, 3, 0, 1, 2, 1, 0, 3]
-STAGE_ROWS = Rows(
+STAGE_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([7, 9, 5, 11] * 7, 51)],
     [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 1, 2, 3, 3] * 2,
 )  # every expert's rows fall to every rank
-KEPT_BACK = Rows(
+KEPT_BACK = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
 )
 WAYS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation

@@ -17,8 +17,8 @@ from torch import Tensor
 from worlds import Runs
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
-from alignx_ds.data.batches import global_batches
-from alignx_ds.data.encode import collate
+from alignx_ds.data.batches import collate
+from alignx_ds.data.sampling import global_batches
 from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.models.base import BaseModel
 from alignx_ds.stages import fuse as fusion_training

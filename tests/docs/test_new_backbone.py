@@ -18,7 +18,8 @@ from tiny_models import (
     relative,
 )
 
-from alignx_ds.data.encode import Example, collate, pack
+from alignx_ds.data.batches import collate, pack
+from alignx_ds.data.encode import Example
 from alignx_ds.mocae.backbones import BACKBONES, Backbone
 from alignx_ds.mocae.modeling import Placement
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.inputs import Material
+from alignx_ds.data.inputs import read_inputs
 from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.layer import gates_of
@@ -42,7 +42,7 @@ def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:
 def write_model(
     config: RunConfig, base: BaseModel, directory: Path, factors: dict[int, list[Factors]], source: torch.Generator
 ) -> None:
-    data = Material.of(config, base).data
+    data = read_inputs(config, base).data
     job = AlignJob(config, base, factors, data.train, data.calibration_rows)
     model = assemble(job, fit_calibrators(job), None).eval()
     for gate in gates_of(model).values():

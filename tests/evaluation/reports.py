@@ -8,10 +8,11 @@ from pathlib import Path
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.inputs import Inputs, RowSet, Side
+from alignx_ds.data.encode import LabelledExamples
+from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.parsers import Dropped
 from alignx_ds.data.rows import Row
-from alignx_ds.data.schemas import Dropped
+from alignx_ds.data.splits import DataSplits, SplitRows
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges.protocol import Figures
 from alignx_ds.evaluation.report import Report
@@ -89,20 +90,20 @@ def result(name: str, settings: RunConfig, figures: dict[str, Figures]) -> Resul
     return Result(found | figures, dict(zip(AXES, PERPLEXITY[name], strict=True)), samples)
 
 
-def inputs(settings: RunConfig) -> Inputs:
+def inputs(settings: RunConfig) -> EncodedData:
     """Three rows of every expert to train on, one of them without an answer, and one held out."""
     rows = [Row("a", "b"), Row("c", "d"), Row("e", "")]
     train, held_out = (
         {
-            name: Side("file", 9, list(kept), [Dropped("row", reason) for reason in DROPPED[part].elements()])
+            name: SplitRows("file", 9, list(kept), [Dropped("row", reason) for reason in DROPPED[part].elements()])
             for name in settings.expert_names
         }
         for part, kept in (("train", rows), ("held_out", rows[:1]))
     )
     if not settings.generalist.train:
-        train["generalist"] = held_out["generalist"] = Side("", 0, [], [])
-    none = Rows([], [])
-    return Inputs(RowSet(train, held_out, {}, frozenset()), {}, none, none, {}, none, none, {})
+        train["generalist"] = held_out["generalist"] = SplitRows("", 0, [], [])
+    none = LabelledExamples([], [])
+    return EncodedData(DataSplits(train, held_out, {}, frozenset()), {}, none, none, {}, none, none, {})
 
 
 def finish(root: Path, *overrides: str, figures: dict[str, dict[str, Figures]] | None = None) -> tuple[Report, Outputs]:

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM
 from alignx_ds import cli
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example, encode_prompts, pad_token
+from alignx_ds.data.encode import Example, LabelledExamples, encode_prompts, pad_token
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.experts.vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -80,7 +79,7 @@ def test_the_numbers_are_those_of_the_gates(run: FinishedRun) -> None:
     """As the temperature was fitted: in batches, padded on the other side, by another path."""
     model, names = run.mixture(), run.config.expert_names
     examples = [Example(tuple(ids), len(ids)) for ids in encode_prompts(PROMPTS, run.tokenizer)]
-    terms = gate_terms(model, Rows(examples, [0] * len(PROMPTS)), pad_token(run.tokenizer), 2)
+    terms = gate_terms(model, LabelledExamples(examples, [0] * len(PROMPTS)), pad_token(run.tokenizer), 2)
     gates = gates_of(model)
     for number, prompt in enumerate(PROMPTS):
         explained = choices(model, run.tokenizer, prompt)

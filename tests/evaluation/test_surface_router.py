@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from alignx_ds.data.inputs import RowSet, Side
 from alignx_ds.data.rows import Row
+from alignx_ds.data.splits import DataSplits, SplitRows
 from alignx_ds.routing.report import surface_router
 
 EXPERTS = ["generalist", "helpful", "harmless", "honest"]
@@ -21,16 +21,16 @@ WORDS = {
 SHARED = "the a dog cat and of it".split()
 
 
-def side(name: str, count: int, seed: int) -> Side:
+def side(name: str, count: int, seed: int) -> SplitRows:
     source = random.Random(f"{name}{seed}")
     rows = [Row(" ".join(source.choices(WORDS[name], k=3) + source.choices(SHARED, k=4)), "") for _ in range(count)]
-    return Side("file" if rows else "", count, rows, [])
+    return SplitRows("file" if rows else "", count, rows, [])
 
 
-def rows(sizes: dict[str, int]) -> RowSet:
+def rows(sizes: dict[str, int]) -> DataSplits:
     train = {name: side(name, sizes.get(name, 0), 1) for name in EXPERTS}
     held_out = {name: side(name, sizes.get(name, 0) // 2, 2) for name in EXPERTS}
-    return RowSet(train, held_out, {}, frozenset())
+    return DataSplits(train, held_out, {}, frozenset())
 
 
 SIZES = {"generalist": 40, "helpful": 80, "harmless": 40, "honest": 40}
@@ -47,7 +47,7 @@ def test_words_that_tell_the_axis_beat_the_majority() -> None:
 def test_words_that_tell_nothing_do_not_beat_it() -> None:
     """The same prompts for every expert: nobody can tell them apart."""
     one = side("helpful", 40, 1)
-    same = RowSet(dict.fromkeys(EXPERTS, one), dict.fromkeys(EXPERTS, one), {}, frozenset())
+    same = DataSplits(dict.fromkeys(EXPERTS, one), dict.fromkeys(EXPERTS, one), {}, frozenset())
     figures = surface_router(same, EXPERTS)
     assert figures["accuracy"] == pytest.approx(0.25, abs=0.1)
     assert figures["nll"] == pytest.approx(torch.tensor(4.0).log().item(), abs=0.02)
@@ -67,5 +67,5 @@ def test_it_is_tested_on_held_out_prompts_only() -> None:
     """Held-out rows of another axis's words: what it learned is wrong there."""
     given = rows(SIZES)
     swapped = {**given.held_out, "helpful": given.held_out["honest"], "honest": given.held_out["helpful"]}
-    figures = surface_router(RowSet(given.train, swapped, {}, frozenset()), EXPERTS)
+    figures = surface_router(DataSplits(given.train, swapped, {}, frozenset()), EXPERTS)
     assert figures["accuracy"] < 0.55

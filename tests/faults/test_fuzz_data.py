@@ -22,10 +22,10 @@ from pyarrow import parquet
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.files import READERS
-from alignx_ds.data.inputs import read_rows
 from alignx_ds.data.rows import Record
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
+from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import DataError
 
 FUZZ = int(os.environ.get("ALIGNX_FUZZ", "1"))
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[str, bytes, str]] = {  # name of the file, its content, a
     "mixed line endings of CSV": (".csv", b"prompt,response\r\na,b\nc,d\re,f", ""),
     "a key twice": (".jsonl", b'{"prompt": "a", "prompt": "b", "response": "r"}', ", row 1: column 'prompt' is"),
     "a key twice in the second row": (".json", f'[{ROW}, {{"prompt": "a", "response": "b", "response": "c"}}]'.encode(),
-                                      ", row 2: column 'response' is there twice"),
+                                      ", row 2: column 'response' occurs twice"),
     "a key twice within": (".json", b'[{"prompt": "a", "x": [{"y": 1, "y": 2}]}]', "column 'y' is there"),
     "a column twice": (".csv", b"prompt,prompt,response\na,b,c\n", ": 2 columns are called 'prompt'"),
     "empty columns": (".csv", b"prompt,response,,\na,b,,\n", ""),
@@ -308,6 +308,6 @@ def test_duplicate_rows_are_all_accounted_for(
     path.write_bytes(as_lines([{"prompt": f"p{n}", "response": "r"} for n in [*range(40), *copies]]))
     tiny_config.generalist = GeneralistConfig()
     tiny_config.axes = {"kind": AxisConfig(prompt="be kind", schema="plain", train=str(path))}
-    rows = read_rows(tiny_config)
+    rows = read_splits(tiny_config)
     used = [rows.train["kind"], rows.held_out["kind"]]
     assert sum(len(side.rows) + len(side.dropped) for side in used) == 40 + len(copies)

@@ -24,8 +24,7 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import ModelConfig
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example
+from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.experts.factors import TaskFeatures
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.vectors import add_task_vector, layer_file, read_factors, read_task_vector
@@ -73,7 +72,7 @@ def test_expert_factors_weigh_every_token_once_and_no_padding() -> None:
 def test_geometry_features_are_each_row_s_own_with_its_expert_forced(scope: str) -> None:
     base = base_model()
     model = aligned(base, low_rank_experts(base), scope=scope)
-    rows = Rows(EXAMPLES, [1, 3, 0, 1, 1])  # nothing belongs to expert 2
+    rows = LabelledExamples(EXAMPLES, [1, 3, 0, 1, 1])  # nothing belongs to expert 2
     queries, outputs = collect(model, rows, pad_id=0, batch=2)
     assert sorted(queries) == (ALIGNX_LAYERS if scope == "per_layer" else ALIGNX_LAYERS[:1])
     assert sorted(outputs) == ALIGNX_LAYERS

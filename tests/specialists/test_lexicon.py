@@ -10,16 +10,15 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from tiny_models import generator
 
-from alignx_ds.data.batches import Rows
-from alignx_ds.data.encode import Example
+from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.lexical import Lexicon, bucket_counts
 from alignx_ds.routing.lexicon import PENALTY, fit_lexicon
 
 TOPICS = {0: range(0, 30), 2: range(20, 50), 3: range(40, 70)}  # tokens that an expert's prompts are made of
 
 
-def rows_of(experts: list[int], count: int, seed: int) -> Rows:
-    source, made = generator(seed), Rows([], [])
+def rows_of(experts: list[int], count: int, seed: int) -> LabelledExamples:
+    source, made = generator(seed), LabelledExamples([], [])
     for expert in experts:
         for _ in range(count):
             topic = torch.tensor(list(TOPICS[expert]))
@@ -31,12 +30,12 @@ def rows_of(experts: list[int], count: int, seed: int) -> Rows:
     return made
 
 
-def scores(lexicon: Lexicon, rows: Rows) -> torch.Tensor:
+def scores(lexicon: Lexicon, rows: LabelledExamples) -> torch.Tensor:
     prompts = [torch.tensor([e.ids[: e.prompt_length]]) for e in rows.examples]
     return torch.cat([lexicon(ids, torch.ones_like(ids)) for ids in prompts])
 
 
-def fitted(experts: list[int], kept: list[int] | None = None) -> tuple[Lexicon, Rows, Rows]:
+def fitted(experts: list[int], kept: list[int] | None = None) -> tuple[Lexicon, LabelledExamples, LabelledExamples]:
     known, calibration_rows = rows_of(experts, 40, 1), rows_of(kept or experts, 20, 2)
     lexicon = Lexicon(4)
     lexicon.load_state_dict(fit_lexicon(known, calibration_rows, 4))
@@ -76,7 +75,7 @@ def test_unseen_prompts_are_told_apart() -> None:
 def test_answers_are_not_looked_at() -> None:
     known, calibration_rows = rows_of([0, 2, 3], 40, 1), rows_of([0, 2, 3], 20, 2)
     prompts = [
-        Rows([Example(e.ids[: e.prompt_length], e.prompt_length) for e in r.examples], r.experts)
+        LabelledExamples([Example(e.ids[: e.prompt_length], e.prompt_length) for e in r.examples], r.experts)
         for r in (known, calibration_rows)
     ]
     for name, tensor in fit_lexicon(known, calibration_rows, 4).items():

@@ -21,8 +21,8 @@ from tiny_models import (
 from torch import Tensor
 
 from alignx_ds.config.schema import AlignConfig
-from alignx_ds.data.batches import MicroBatch
-from alignx_ds.data.encode import IGNORED, Batch, Example, collate, pack
+from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, collate, pack
+from alignx_ds.data.encode import Example
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement

@@ -10,8 +10,8 @@ from direct import direct_figures
 from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
 from torch import Tensor
 
-from alignx_ds.data.batches import MicroBatch
-from alignx_ds.data.encode import Batch, Example, collate
+from alignx_ds.data.batches import Batch, MicroBatch, collate
+from alignx_ds.data.encode import Example
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture

@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from alignx_ds.config.schema import JudgesConfig
-from alignx_ds.data.rows import Row, split
+from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.evaluation.judges.refusal import Refusal, classify, make
 
 DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
@@ -94,7 +94,7 @@ def labelled() -> list[tuple[Row, str, str]]:
 def test_agreement_with_people(half: str, at_least: float) -> None:
     """The phrases were written with one half of the prompts in view; GPT-4 agrees with people on 0.936 of all."""
     rows = [row for row, _, _ in labelled()]
-    unseen, seen = split(rows, 0.5, "develop")
+    unseen, seen = split_by_question(rows, 0.5, "develop")
     chosen = {row.question for row in (seen if half == "developed on" else unseen)}
     pairs = [(people, ours) for row, people, ours in labelled() if row.question in chosen]
     refused = [(people != "full_compliance", ours != "full_compliance") for people, ours in pairs]
