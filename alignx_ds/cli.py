@@ -7,8 +7,6 @@ with everything saved: the same command goes on.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -184,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - what nobody foresaw is raised again
         from alignx_ds.runtime import distributed
 
-        return distributed.fail(error)
+        return distributed.handle_failure(error)
     from alignx_ds.runtime import console, distributed
 
     console.note(f"stopped in {where}; the same command goes on from there")
@@ -193,14 +191,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The program. One rank of several ends without tearing down what C++ still holds: threads of gloo and of the store
-    may be alive then, and an abort at the very end would make a finished run a failed one."""
+    """The program."""
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    from alignx_ds.runtime import distributed
+
+    distributed.exit_rank(code)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -253,9 +248,6 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from alignx_ds.runtime import distributed
-
-    distributed.prepare_environment()  # before DeepSpeed is imported, which else says what it found, into the JSON
     from alignx_ds.study.explain import command
 
     command.show(args.run, args.prompts, args.out, as_json=args.json)
@@ -278,9 +270,6 @@ def _world(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
-    from alignx_ds.runtime import distributed
-
-    distributed.prepare_environment()
     from alignx_ds.study import command
 
     command.study(args.what, args.run_dir, args.out)

@@ -10,11 +10,17 @@ from typing import Literal
 from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL
 from alignx_ds.data.inputs import read_inputs
+from alignx_ds.evaluation import report
+from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
+from alignx_ds.evaluation.systems import Examination
 from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.sizes import disk
+from alignx_ds.routing.report import router_report
 from alignx_ds.runs import outputs
 from alignx_ds.runtime import console, distributed, launcher, signals
+from alignx_ds.stages import align, finetune, fuse, scratch
+from alignx_ds.stages.context import StageContext
 
 Until = Literal["specialists", "align", "run"]
 
@@ -33,7 +39,7 @@ def run(
     # Check: nothing is written before everything is known to be usable.
     config = parse.load(recipe, list(overrides))
     if not dry_run:
-        distributed.join(config.launch.timeout)
+        distributed.start_failure_detection(config.launch.timeout)
     world_size = distributed.planned_world_size(config.launch.ranks)
     base = checks.check(config, world_size, weights=not dry_run)
     outputs.check_owner(config)
@@ -51,13 +57,6 @@ def run(
         return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
 
     with _process_group(config.launch.timeout):
-        from alignx_ds.evaluation import report  # these import deepspeed, which must find its accelerator chosen
-        from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
-        from alignx_ds.evaluation.systems import Examination
-        from alignx_ds.routing.report import router_report
-        from alignx_ds.stages import align, finetune, fuse, scratch
-        from alignx_ds.stages.context import StageContext
-
         started, ranks = time.monotonic(), distributed.world_size()
         out = distributed.on_main(lambda: outputs.claim(config))
         context = StageContext(config, base, data, out)
@@ -88,7 +87,7 @@ def run(
 
     # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
     if distributed.is_main():
-        with signals.obeyed("judgement"):  # verdicts are saved as they come
+        with signals.immediate_stop("judgement"):  # verdicts are saved as they come
             results = examination.results(systems)
             found = report.build(config, data, results, router, out, time.monotonic() - started, ranks)
             report.write(found, out)
@@ -99,8 +98,8 @@ def run(
 @contextmanager
 def _process_group(timeout: int) -> Iterator[None]:
     """Within it all ranks work together, and a signal asks them to save their state and end."""
-    distributed.init(timeout)
-    with signals.heard():
+    distributed.init_process_group(timeout)
+    with signals.graceful_stop():
         try:
             yield
         finally:

@@ -15,7 +15,6 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,16 +23,15 @@ from alignx_ds.config import parse
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.plan import checks
 from alignx_ds.routing.calibration import fit_temperature, router_figures
 from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
 from alignx_ds.routing.report import surface_router
 from alignx_ds.runtime import console, distributed
-
-if TYPE_CHECKING:
-    from alignx_ds.mocae.modeling import AlignXForCausalLM
 
 CALIBRATORS = {
     "fractal": ("fractal",),
@@ -55,9 +53,6 @@ def main() -> None:
     parser.add_argument("--latent", type=int, nargs="+", default=[16, 64, 128])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/router.json"))
     arguments = parser.parse_args()
-    distributed.prepare_environment()
-    from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
-
     settings = parse.load(arguments.run / "config.yaml")
     inputs = read_inputs(settings, checks.check(settings, settings.launch.ranks))
     model = load_aligned(arguments.run / "model").to(distributed.device())

@@ -30,6 +30,7 @@ from rich.text import Text
 from alignx_ds.doctor import ranks as doctor_ranks
 from alignx_ds.errors import EXIT_CODE
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 from alignx_ds.runtime.interfaces import interface_towards
 
 OURS = "alignx-ds"
@@ -119,17 +120,14 @@ def mpi() -> Iterator[Finding]:
 
 
 def accelerator() -> Iterator[Finding]:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as every run does; otherwise DeepSpeed wonders aloud
-    from deepspeed.accelerator import get_accelerator
-
-    name = get_accelerator().device_name()
+    chosen = load_deepspeed().accelerator.get_accelerator()
+    name = chosen.device_name()
     count = torch.cuda.device_count()
     if name != "cuda" and (count or Path("/proc/driver/nvidia/version").exists()):
         fix = "unset DS_ACCELERATOR" if count else "install a torch built for CUDA, and a driver that fits it"
         yield Finding("accelerator", "warn", f"{name}, though the machine has a GPU", fix)
         return
-    bf16 = bool(get_accelerator().is_bf16_supported())
+    bf16 = bool(chosen.is_bf16_supported())
     kind = f"{name}, {count} devices" if count else f"{name}, no GPU"
     fix = "" if bf16 else "set model.dtype=float32: bfloat16 is not supported here"
     yield Finding("accelerator", "ok" if bf16 else "warn", f"{kind}, bfloat16 {'yes' if bf16 else 'no'}", fix)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as torch_dist
 
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 STEPS = ("meet", "all_reduce", "all_to_all", "MoE dispatch")
 HIDDEN, TOKENS, RANKS = 8, 6, 2
@@ -102,12 +103,7 @@ def _wait(running: list[_Rank], steps: int, limit: float) -> str:
 
 def meet(backend: str) -> None:
     """The process group, with a first exchange: NCCL connects at the first one only."""
-    distributed.prepare_environment()
-    import deepspeed
-    from deepspeed import ops
-
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in distributed.init: nothing is to be compiled
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=20))
+    load_deepspeed().init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=20))
     torch_dist.barrier()
 
 
@@ -128,14 +124,16 @@ def all_to_all(device: torch.device) -> None:
 
 def moe_dispatch(device: torch.device) -> None:
     """An expert per rank that multiplies by 1 and by 2: a mixture of both lies between, and is one factor per token."""
-    from deepspeed.moe.layer import MoE
-
     rank = torch_dist.get_rank()
     expert = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
     torch.nn.init.eye_(expert.weight)
     with torch.no_grad():
         expert.weight.mul_(rank + 1)
-    layer = MoE(HIDDEN, expert, num_experts=RANKS, ep_size=RANKS, k=2, min_capacity=0, drop_tokens=False).to(device)
+    layer = (
+        load_deepspeed()
+        .moe.layer.MoE(HIDDEN, expert, num_experts=RANKS, ep_size=RANKS, k=2, min_capacity=0, drop_tokens=False)
+        .to(device)
+    )
     layer.set_deepspeed_parallelism()
     tokens = torch.rand(1, TOKENS, HIDDEN, device=device) + 0.5
     factors = (layer(tokens)[0] / tokens).detach()

@@ -30,8 +30,8 @@ def answers(
     made: list[str] = distributed.on_main(lambda: keep.kept() if keep is not None else [])
     step, decoder = batch * distributed.world_size(), Decoder(model, compiled=compiled)
     for start in range(len(made), len(prompts), step):
-        signals.stop_if_asked(f"answers, after {start} of {len(prompts)}")
-        own = distributed.mine(prompts[start : start + step])
+        signals.stop_if_requested(f"answers, after {start} of {len(prompts)}")
+        own = distributed.rank_share(prompts[start : start + step])
         part = distributed.interleave(
             distributed.gather(_decode(decoder, tokenizer, own, max_new_tokens) if own else [])
         )

@@ -35,7 +35,7 @@ class Likelihood:
 def likelihoods(model: PreTrainedModel, examples: Sequence[Example], pad_id: int, batch: int) -> list[Likelihood]:
     """One per example, in order, on every rank. An aligned model routes by the prompt alone. Collective."""
     model.eval()
-    own = distributed.mine(list(range(len(examples))))
+    own = distributed.rank_share(list(range(len(examples))))
     by_length = sorted(own, key=lambda i: len(examples[i].ids))
     found: dict[int, Likelihood] = {}
     for start in range(0, len(by_length), batch):

@@ -21,6 +21,7 @@ from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
+from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
@@ -36,9 +37,6 @@ SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # they judge al
 
 def answer(model_path: str, source: str, schema: str, out: Path, limit: int, batch: int, max_new_tokens: int) -> Path:
     """Write the model's greedy answers; returns the file. Raises ConfigError and DataError."""
-    distributed.prepare_environment()
-    from alignx_ds.evaluation.generate import answers
-
     _check_answer(out, limit, batch, max_new_tokens)
     records = Source(source, schema, {}).records(held_out=True, count=limit or 1000, seed=0)
     rows = SCHEMAS[schema].held_out(records).rows[: limit or None]

@@ -85,7 +85,7 @@ class Examination:
         answered = sum(exam.is_answered for exam in exams(self.config, self.data))
         with console.progress("answers and likelihoods", len(systems) * (answered + 1)) as bar:
             for system in systems:
-                signals.stop_if_asked("evaluation")
+                signals.stop_if_requested("evaluation")
                 self.sit(system, bar)
 
     def results(self, systems: list[System]) -> dict[str, Result]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 Changes = dict[str, Tensor]  # by projection, [m, n] fp32
 
@@ -42,7 +41,9 @@ def task_vectors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Chang
     for position, layer in enumerate(base.layers):
         changes: Changes = {}
         for name, parameter in projections(model, base.table, layer).items():
-            trained = safe_get_full_fp32_param(parameter)  # the fp32 master, whole, on every rank
+            trained = load_deepspeed().utils.safe_get_full_fp32_param(
+                parameter
+            )  # the fp32 master, whole, on every rank
             assert trained is not None, "stage 1 trains every FFN weight of the AlignX layers"
             if owner(position) == distributed.rank():
                 changes[name] = trained.float().cpu() - base.weight(layer, name)
@@ -68,7 +69,7 @@ def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
     """θ₀ + τ in place, whether or not ZeRO-3 has sharded the model. Collective under ZeRO-3."""
     for layer in base.layers:
         weights = projections(model, base.table, layer)
-        with deepspeed.zero.GatheredParameters(list(weights.values()), modifier_rank=0):
+        with load_deepspeed().zero.GatheredParameters(list(weights.values()), modifier_rank=0):
             sharded = any(hasattr(w, "ds_id") for w in weights.values())
             if not sharded or distributed.is_main():
                 for name, change in read_task_vector(directory, layer).items():

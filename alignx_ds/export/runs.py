@@ -24,6 +24,7 @@ from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import choose_accelerator
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class FinishedRun:
     @cached_property
     def model(self) -> AlignXForCausalLM:
         """The aligned model, in the dtype that it was saved in, ready to serve."""
-        distributed.prepare_environment()
+        choose_accelerator()  # save_pretrained, with which exports end, imports DeepSpeed
         logging.disable_progress_bar()
         model = load_aligned(self.out.model)
         model.to(distributed.device()).eval()

@@ -23,7 +23,7 @@ def gate_terms(
     """By gate layer and term, [N, E] fp32 in the rows' order, from the prompts alone, as in generation. Collective."""
     model.eval()
     device, gates = distributed.device(), gates_of(model)
-    own = distributed.mine(list(range(len(rows.examples))))
+    own = distributed.rank_share(list(range(len(rows.examples))))
     made: dict[int, list[Tensor]] = {index: [] for index in gates}
     names = (*TERMS, *next(iter(gates.values())).settings.more)
     for start in range(0, len(own), batch):

@@ -56,7 +56,7 @@ def collect(
         for index, layer in zip(model.config.layers, alignx_layers(model), strict=True)
     ]
     model.eval()
-    own = distributed.mine(list(range(len(rows.examples))))
+    own = distributed.rank_share(list(range(len(rows.examples))))
     own.sort(key=lambda i: len(rows.examples[i].ids))  # little padding; `_pool` puts the rows back in order
     for start in range(0, len(own), batch):
         chosen = own[start : start + batch]

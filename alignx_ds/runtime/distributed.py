@@ -9,16 +9,18 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from safetensors import SafetensorError
 
 from alignx_ds.errors import DataError, UserError
+from alignx_ds.runtime.deepspeed import load_deepspeed
+from alignx_ds.runtime.exit import exit_now
 from alignx_ds.runtime.failures import failure_of
 from alignx_ds.runtime.interfaces import interface_towards
-from alignx_ds.runtime.lifeline import meeting
+from alignx_ds.runtime.lifeline import rendezvous
 
 T = TypeVar("T")
 
@@ -35,16 +37,13 @@ def under_launcher() -> bool:
 
 
 def planned_world_size(ranks: int) -> int:
-    """How many ranks the run will have: the launcher's, or those it is going to start itself."""
-    given = os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return int(given) if given else ranks
+    """The number of ranks of the run: the launcher's, or else `ranks`, which the command starts itself."""
+    launched = os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    return int(launched) if launched else ranks
 
 
-def prepare_environment() -> None:
-    """Before deepspeed is imported: choose the accelerator, and translate mpirun's variables."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves the time that deepspeed.initialize takes
+def _set_rank_variables() -> None:
+    """Set what torch and DeepSpeed read to find the other ranks, as far as the launcher has not."""
     # DeepSpeed's own MPI discovery imports mpi4py, whose finaliser blocks the other ranks when one fails.
     for name, source in _OPENMPI.items():
         if source in os.environ:
@@ -54,8 +53,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
-    if towards_first := interface_towards(os.environ["MASTER_ADDR"]):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", towards_first)
+    if interface := interface_towards(os.environ["MASTER_ADDR"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, alone)
 
@@ -66,47 +65,43 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(timeout: int) -> None:
-    """From here on a failure of any rank ends all of them. Raises UserError when rank 0 can't be reached.
+def start_failure_detection(timeout: int) -> None:
+    """From now on a failure of any rank ends all of them. Raises UserError when rank 0 can't be reached.
 
-    Waits for rank 0 alone; `init` waits for all.
+    Waits for rank 0 only; `init_process_group` waits for all ranks.
     """
-    if under_launcher() and planned_world_size(1) > 1 and not meeting.joined():
-        prepare_environment()
-        # What is no number of seconds is refused with the config's other problems.
-        meeting.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), max(1, timeout))
+    if under_launcher() and planned_world_size(1) > 1 and not rendezvous.is_connected():
+        _set_rank_variables()
+        # A timeout that is no valid number of seconds is reported later, with the config's other problems.
+        rendezvous.connect(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), max(1, timeout))
         sys.excepthook = _uncaught
 
 
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python would only print."""
-    if meeting.joined() and not meeting.parted():
-        fail(error)
+    """Replaces Python's hook, which prints a traceback but does not end the other ranks."""
+    if rendezvous.is_connected() and not rendezvous.is_finished():
+        handle_failure(error)
     sys.__excepthook__(kind, error, trace)
 
 
-def init(timeout: int) -> None:
+def init_process_group(timeout: int) -> None:
     """Start DeepSpeed's process group; gloo on CPUs. No rank waits longer than `timeout` seconds for the others."""
-    prepare_environment()
-    join(timeout)
-    meeting.all_have_come(timeout)
-    import deepspeed
-    from deepspeed import ops
-
-    # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    quiet()
+    _set_rank_variables()
+    start_failure_detection(timeout)
+    rendezvous.wait_for_all_ranks(timeout)
+    deepspeed = load_deepspeed()
+    silence_libraries()
     if not torch_dist.is_initialized():
-        patience = timedelta(seconds=timeout)
-        # DeepSpeed makes the groups of experts without a timeout: they take torch's own default.
+        limit = timedelta(seconds=timeout)
+        # DeepSpeed makes the expert groups without a timeout, so they take torch's default.
         for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-            setattr(torch_dist.distributed_c10d, name, patience)
+            setattr(torch_dist.distributed_c10d, name, limit)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=patience)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
 
 
-def quiet() -> None:
-    """Leave the terminal to our own headings and progress bars."""
+def silence_libraries() -> None:
+    """Keep the libraries' progress bars and deprecation warnings off the terminal."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -114,25 +109,40 @@ def quiet() -> None:
 
 
 def shutdown() -> None:
-    """The end of a run. Where an exception is on its way, nothing: it ends all ranks, and may not be held up."""
+    """End the process group. Does nothing while an exception propagates: that ends all ranks and must not block."""
     if sys.exc_info()[0] is not None:
         return
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-    meeting.part()
+    rendezvous.finish()
 
 
-def fail(error: BaseException) -> int:
-    """Tell the console once, whichever ranks fail, and end them all. Where this rank is the only one, or has parted
-    from the others, an error that was foreseen gives the exit code, and any other is raised again."""
-    failure = failure_of(error, meeting.patience())
-    if under_launcher() and planned_world_size(1) > 1 and not meeting.parted():
-        prepare_environment()
-        meeting.fail(failure, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+def handle_failure(error: BaseException) -> int:
+    """Print the error once, however many ranks fail, and end them all.
+
+    Returns the exit code where this is the only rank or the others have finished; there an error that is not the
+    user's to fix is raised again.
+    """
+    failure = failure_of(error, rendezvous.collective_timeout())
+    if under_launcher() and planned_world_size(1) > 1 and not rendezvous.is_finished():
+        _set_rank_variables()
+        rendezvous.report_failure(failure, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if failure.traceback:
         raise error
     print(failure.lines(), end="", file=sys.stderr)
     return failure.code
+
+
+def exit_rank(code: int) -> NoReturn:
+    """End this process after its work. The last call of every program that runs as a rank.
+
+    One rank of several skips the interpreter's teardown. C++ threads of gloo and of torch's store may still run then,
+    and destroying what they use would abort a rank that has finished its work.
+    """
+    rendezvous.finish()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        exit_now(code)
+    sys.exit(code)
 
 
 def rank() -> int:
@@ -177,7 +187,7 @@ def broadcast(item: T) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do it on rank 0; every rank gets the result, or raises the same UserError: nobody is left waiting."""
+    """Do it on rank 0; every rank gets the result, or raises the same UserError, so that no rank waits in vain."""
     outcome: tuple[T | None, UserError | None] = (None, None)
     if is_main():
         try:
@@ -186,7 +196,7 @@ def on_main(work: Callable[[], T]) -> T:
             outcome = (None, error)
         except (OSError, SafetensorError) as error:
             what = f"{getattr(error, 'filename', None) or 'the output'}: {getattr(error, 'strerror', None) or error}"
-            fix = "make room or correct the permissions, and give the same command: it goes on"
+            fix = "free disk space or correct the permissions, and give the same command: it continues from there"
             outcome = (None, DataError(f"{what}; {fix}"))
     result, problem = broadcast(outcome)
     if problem is not None:
@@ -194,13 +204,13 @@ def on_main(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def mine(items: list[T]) -> list[T]:
-    """This rank's share, strided; `interleave` puts the gathered shares back in order."""
+def rank_share(items: list[T]) -> list[T]:
+    """This rank's items, strided; `interleave` puts the gathered shares back in order."""
     return items[rank() :: world_size()]
 
 
 def interleave(shares: list[list[T]]) -> list[T]:
-    """Undo `mine` on gathered shares."""
+    """Undo `rank_share` on gathered shares."""
     merged: list[T] = []
     for i in range(max(len(s) for s in shares)):
         merged += [share[i] for share in shares if i < len(share)]

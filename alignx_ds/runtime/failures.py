@@ -1,39 +1,53 @@
-"""What the console is told of an exception: what a user can fix in a line, anything else with its traceback."""
+"""What is printed when a run fails: one line for what a user can fix, a traceback for anything else."""
 
 from __future__ import annotations
 
 import re
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from alignx_ds.errors import EXIT_CODE, UserError
-from alignx_ds.runtime.lifeline.failure import Failure
 
-CRASHED, INTERRUPTED = 1, 130
+CRASHED, INTERRUPTED = 1, 130  # exit codes
 PACKAGE = Path(__file__).parents[1]
-NO_MEMORY = re.compile("can't allocate memory|cannot allocate memory", re.IGNORECASE)  # torch's on CPUs: a RuntimeError
-NO_ANSWER = re.compile("timed out waiting|wait timeout|timed out after", re.IGNORECASE)  # gloo's, and the store's
+# On CPUs torch raises plain RuntimeErrors, which only their text tells apart.
+OUT_OF_MEMORY = re.compile("can't allocate memory|cannot allocate memory", re.IGNORECASE)
+TIMED_OUT = re.compile("timed out waiting|wait timeout|timed out after", re.IGNORECASE)  # gloo's and the store's
 LESS_MEMORY = "raise train.accumulation or align.accumulation, lower evaluation.batch, or start more ranks"
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a process ends with an error: the message to print, its exit code, and a traceback if it needs one."""
+
+    message: str
+    code: int
+    traceback: str = ""
+
+    def lines(self, prefix: str = "") -> str:
+        """The message as printed: each of its lines is marked as an error."""
+        return "".join(f"alignx-ds: error: {prefix}{line}\n" for line in self.message.splitlines() or [""])
+
+
 def failure_of(error: BaseException, timeout: int) -> Failure:
-    """`timeout`: seconds that a collective may take."""
+    """`timeout`: the seconds after which a collective gives up (launch.timeout)."""
     if isinstance(error, UserError):
         return Failure(str(error), EXIT_CODE)
-    said = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", INTERRUPTED)
+    text = " ".join(str(error).split())
     if _is_out_of_memory(error):
-        return Failure(
-            f"out of memory {_place(error.__traceback__)}: {said or 'no more to be had'}; {LESS_MEMORY}", CRASHED
-        )
-    message = f"{type(error).__name__}: {said}"
-    if isinstance(error, RuntimeError) and NO_ANSWER.search(said):
+        place = _innermost_function(error.__traceback__)
+        return Failure(f"out of memory {place}: {text or 'an allocation failed'}; {LESS_MEMORY}", CRASHED)
+    message = f"{type(error).__name__}: {text}"
+    if isinstance(error, RuntimeError) and TIMED_OUT.search(text):
         message += (
-            f"\na rank did not answer within launch.timeout={timeout} seconds: stuck, or far slower than the others"
+            f"\na rank did not answer within launch.timeout={timeout} seconds: it hangs or is far slower than the "
+            "others; raise launch.timeout if it is only slow"
         )
     return Failure(message, CRASHED, "".join(traceback.format_exception(error)))
 
@@ -41,11 +55,11 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def _place(trace: TracebackType | None) -> str:
-    """The innermost of our own functions; of a script that only uses them, its innermost."""
+def _innermost_function(trace: TracebackType | None) -> str:
+    """The innermost function of this package, or of the script that uses it."""
     frames = traceback.extract_tb(trace)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
     if not own:

@@ -1,4 +1,4 @@
-"""The `deepspeed` launcher, with ranks that get our signals: by itself it dies of them and leaves its ranks alone."""
+"""Runs the `deepspeed` launcher and forwards signals to its ranks: by itself it exits and leaves them running."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def start_ranks(arguments: Sequence[str], ranks: int) -> int:
     program = Path(sys.executable).with_name("deepspeed")
     command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
     command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
-    return start([*command, *arguments], environment)
+    return run_launcher([*command, *arguments], environment)
 
 
-def start(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """The exit code of the ranks, when all of them have ended."""
+def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Wait until all ranks have ended; returns their exit code."""
     launcher = subprocess.Popen(command, env=environment)
 
-    def hand_on(signum: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for process in _ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signum)
+                process.send_signal(number)
 
-    with signals.handled(hand_on):
+    with signals.signal_handler(forward):
         try:
             return launcher.wait()
         except BaseException:
@@ -46,7 +46,7 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _ranks(launcher: int) -> list[psutil.Process]:
-    """`deepspeed` starts one process for each node, and that one the node's ranks."""
+    """`deepspeed` starts one process for each node, and that process starts the node's ranks."""
     with suppress(psutil.NoSuchProcess):
         return [rank for node in psutil.Process(launcher).children() for rank in node.children()]
     return []

@@ -1,7 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to save what is under way and end; a second one ends it at once.
-
-The wish is heard by a thread of its own, so that the second signal works while a collective blocks the main thread.
-"""
+"""SIGTERM and SIGUSR1 ask a run to save its state and stop; a second signal ends it at once."""
 
 from __future__ import annotations
 
@@ -13,21 +10,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 from alignx_ds.errors import Stopped
 from alignx_ds.runtime import distributed
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the second as a warning before the time limit
-ONE_WISH = 2.0  # seconds: a launcher passes on what the scheduler has sent to all processes already
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 as a warning before the time limit
+# Signals within so many seconds are one request: a launcher forwards what the scheduler has sent to all processes.
+SAME_REQUEST = 2.0
 
-_asked: list[tuple[int, float]] = []  # (signal, when) of the first one
+_requests: list[float] = []  # the time of the first signal, if there was one
 
 
 @contextmanager
-def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Within it this is what the two signals do. In the main thread of a process."""
-    before = {number: signal.signal(number, handler) for number in ASKING}
+def signal_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block the two signals call this handler. For the main thread only."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -36,61 +34,65 @@ def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
-    """Within it the two signals are wishes."""
-    heard_by, told = socket.socketpair()
-    told.setblocking(False)
-    wake_before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(heard_by,), daemon=True).start()
+def graceful_stop() -> Iterator[None]:
+    """Within the block a signal requests a stop, which the run makes at its next `stop_if_requested`.
+
+    A thread reads the signals from a socket, because Python runs signal handlers in the main thread only, which may be
+    blocked in a collective when the second signal arrives.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    wakeup_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_read_signals, args=(receiver,), daemon=True).start()
     try:
-        with handled(_pass):
+        with signal_handler(_ignore):
             yield
     finally:
-        signal.set_wakeup_fd(wake_before)
-        told.close()
-        _asked.clear()
+        signal.set_wakeup_fd(wakeup_before)
+        sender.close()
+        _requests.clear()
 
 
 @contextmanager
-def obeyed(where: str) -> Iterator[None]:
-    """Within it the first signal raises Stopped at once: for work that is kept as it is made, on one rank alone."""
+def immediate_stop(where: str) -> Iterator[None]:
+    """Within the block the first signal raises Stopped at once: for work on one rank that saves every result."""
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(where)
 
-    with handled(stop):
+    with signal_handler(stop):
         yield
 
 
-def asked() -> bool:
-    """Whether this rank has been asked to end."""
-    return bool(_asked)
+def stop_requested() -> bool:
+    """Whether this rank has received one of the signals."""
+    return bool(_requests)
 
 
-def stop_if_asked(where: str) -> None:
-    """Between two steps of a run. Raises Stopped on all ranks when any has been asked. Collective."""
-    if any(distributed.gather(asked())):
+def stop_if_requested(where: str) -> None:
+    """Raises Stopped on all ranks when any rank has received a signal. Collective; called between two steps."""
+    if any(distributed.gather(stop_requested())):
         raise Stopped(where)
 
 
-def _pass(number: int, frame: Any) -> None:
-    """Python wants a handler, or it would not write to the wake-up socket."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Without a Python handler nothing would be written to the wake-up socket."""
 
 
-def _listen(heard_by: socket.socket) -> None:
-    with heard_by:
-        while numbers := heard_by.recv(16):
+def _read_signals(receiver: socket.socket) -> None:
+    with receiver:
+        while numbers := receiver.recv(16):
             for number in numbers:
-                if number in ASKING:
-                    _hear(number)
+                if number in STOP_SIGNALS:
+                    _request_stop(number)
 
 
-def _hear(number: int) -> None:
+def _request_stop(number: int) -> None:
     now = time.monotonic()
-    if not _asked:
-        _asked.append((number, now))
+    if not _requests:
+        _requests.append(now)
         if distributed.is_main():
-            what = "what is under way is saved at the end of its step; a second signal ends the run at once"
-            print(f"alignx-ds: {signal.Signals(number).name}: {what}", file=sys.stderr, flush=True)
-    elif now - _asked[0][1] > ONE_WISH:
+            consequence = "stopping after the current step, with everything saved; a second signal ends the run at once"
+            print(f"alignx-ds: {signal.Signals(number).name}: {consequence}", file=sys.stderr, flush=True)
+    elif now - _requests[0] > SAME_REQUEST:
         os._exit(128 + number)

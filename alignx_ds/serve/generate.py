@@ -8,17 +8,15 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from alignx_ds.errors import DataError
+from alignx_ds.evaluation.generate import answers
 from alignx_ds.models import pretrained
+from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runtime import distributed
 
 
 def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]:
     """One greedy answer per prompt. Raises DataError when the directory holds no aligned model."""
-    distributed.prepare_environment()
-    from alignx_ds.evaluation.generate import answers
-    from alignx_ds.models.backbone import load_aligned
-
     pretrained.check(Path(directory), "model", directory)
     config = Path(directory) / "config.json"
     if not config.is_file() or AutoConfig.from_pretrained(directory, **NO_CODE).model_type != "alignx":

@@ -36,6 +36,7 @@ from alignx_ds.routing.geometry import collect, fit
 from alignx_ds.routing.lexicon import fit_lexicon
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 from alignx_ds.stages.context import StageContext
 from alignx_ds.training import engine as engines
 from alignx_ds.training.keeper import KeeperOf
@@ -240,28 +241,23 @@ def align(job: AlignJob, keep: KeeperOf, made_from: dict[str, Any]) -> tuple[Ali
 
 def make_expert_groups(ep_size: int) -> None:
     """DeepSpeed makes missing groups itself, but announces it from every rank."""
-    from deepspeed.utils import groups
-
+    groups = load_deepspeed().utils.groups
     if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Experts apart, because DeepSpeed reduces them over their own group, and at their own learning rate."""
-    from deepspeed.moe.utils import (
-        is_moe_param,
-        split_params_into_different_moe_groups_for_optimizer,
-    )
-
+    moe = load_deepspeed().moe.utils
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    dense = engines.decay_groups([(n, p) for n, p in named if not is_moe_param(p)], config.align.weight_decay)
+    dense = engines.decay_groups([(n, p) for n, p in named if not moe.is_moe_param(p)], config.align.weight_decay)
     expert = {
-        "params": [p for _, p in named if is_moe_param(p)],
+        "params": [p for _, p in named if moe.is_moe_param(p)],
         "lr": config.align.lr * config.align.expert_lr_scale,
         "weight_decay": 0.0,
         "name": "experts",
     }
-    groups: list[dict[str, Any]] = split_params_into_different_moe_groups_for_optimizer([*dense, expert])
+    groups: list[dict[str, Any]] = moe.split_params_into_different_moe_groups_for_optimizer([*dense, expert])
     return [group for group in groups if group["params"]]
 
 

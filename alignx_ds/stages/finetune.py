@@ -104,7 +104,7 @@ def specialists(context: StageContext) -> dict[str, Path]:
     """Stage 1: one fine-tune per axis; their directories. Raises Stopped. Collective."""
     shop = workshop(context)
     for axis in context.config.axes:
-        signals.stop_if_asked("stage 1")
+        signals.stop_if_requested("stage 1")
         ensure(Job(axis, (axis,), is_expert=True), shop)
     return {axis: shop.directory(axis) for axis in context.config.axes}
 

@@ -24,7 +24,7 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
 
 def study(what: str, directory: Path, out: Path | None) -> list[Path]:
     """The files that were written. Raises ConfigError when the directory holds no finished run."""
-    distributed.quiet()
+    distributed.silence_libraries()
     target = out if out is not None else directory / "study"
     subject = Subject.of(directory)
     record.check_writable(target)

@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, Any] | str:
 
 def _damage(path: Path, files: dict[str, str]) -> str:
     """The first thing that is wrong with the files, looked at by all ranks in shares. Collective."""
-    damages = [manifest.damage(path, name, files[name]) for name in distributed.mine(sorted(files))]
+    damages = [manifest.damage(path, name, files[name]) for name in distributed.rank_share(sorted(files))]
     return next((d for share in distributed.gather(damages) for d in share if d), "")
 
 

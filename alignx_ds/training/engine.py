@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from alignx_ds.config.schema import AlignConfig, FusionConfig, TrainConfig
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 AUTO = "auto"
 MERELY_HOW = frozenset(
@@ -136,9 +137,7 @@ def schedule(plan: Plan) -> Any:
 
 def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], plan: Plan) -> Any:
     """`deepspeed.initialize` with the filled config, our schedule and these parameter groups."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = load_deepspeed().initialize(
         model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False
     )
     # Off unless fp16, and then a NaN goes into the weights; with experts apart the ranks would not even agree on it.

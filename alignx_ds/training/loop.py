@@ -68,7 +68,7 @@ def train(
             each.append(float(loss.detach()))
             for name, value in logged.items():
                 terms[name] = terms.get(name, 0.0) + value / len(parts)
-        asked = {STOP: float(signals.asked())}
+        asked = {STOP: float(signals.stop_requested())}
         mean = _mean_over_ranks({"loss": sum(each) / len(parts), **terms, **asked})
         stop = mean.pop(STOP) > 0
         applied = engine.was_step_applied()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 WEIGHT = "weight"  # beside the optimizer's own kinds of state, e.g. exp_avg
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -31,16 +32,14 @@ class Trained:
 
 def gather(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """("kind/name", whole fp32 tensor on the CPU) of those that this rank writes, one at a time. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    kinds = _kinds(engine)
+    kinds, parameters = _kinds(engine), load_deepspeed().utils
     _link(engine.optimizer)
     for trained in _trained(engine.module):
         for kind in (WEIGHT, *kinds):
             if kind == WEIGHT:
-                whole = safe_get_full_fp32_param(trained.parameter)
+                whole = parameters.safe_get_full_fp32_param(trained.parameter)
             else:
-                whole = safe_get_full_optimizer_state(trained.parameter, kind)
+                whole = parameters.safe_get_full_optimizer_state(trained.parameter, kind)
             if trained.is_mine:
                 yield f"{kind}/{trained.name}", whole.detach().to("cpu", torch.float32, copy=True)
 
@@ -76,14 +75,12 @@ def restore(engine: Any, saved: dict[str, Any], read: Callable[[str], Tensor]) -
 
 
 def _trained(module: Any) -> list[Trained]:
-    from deepspeed import comm
-    from deepspeed.moe.utils import is_moe_param
-    from deepspeed.utils import groups
-
+    deepspeed = load_deepspeed()
+    comm, groups = deepspeed.comm, deepspeed.utils.groups
     experts = _expert_names(module)
     found = []
     for number, (name, p) in enumerate((n, p) for n, p in module.named_parameters() if p.requires_grad):
-        if is_moe_param(p):
+        if deepspeed.moe.utils.is_moe_param(p):
             group = groups._get_expert_data_parallel_group(p.group_name)
             rank, size = comm.get_rank(group=group), comm.get_world_size(group=group)
         else:
@@ -135,15 +132,13 @@ def _link(zero: Any) -> None:
 
 
 def _set(parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     if hasattr(parameter, "ds_id"):
         _set_shard(parameter, kind, value)
     elif kind == WEIGHT:
-        safe_set_full_fp32_param(parameter, value)
+        load_deepspeed().utils.safe_set_full_fp32_param(parameter, value)
         parameter.data.copy_(value)  # the weights that the forward pass reads are apart from the fp32 ones
     else:
-        safe_set_full_optimizer_state(parameter, value, kind)
+        load_deepspeed().utils.safe_set_full_optimizer_state(parameter, value, kind)
 
 
 def _set_shard(parameter: Any, kind: str, value: Tensor) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 THREADS = 1  # of a CPU's rank, so that more ranks are more cores
 STALE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
@@ -85,12 +85,12 @@ def _found(directory: Path, ranks: int) -> Path:
     return directory / f"found.{ranks}.json"
 
 
-def work(directory: Path, measure: Callable[[], Any]) -> None:
-    """A rank's whole life; what rank 0 has measured is left in the directory."""
+def work(directory: Path, measure: Callable[[], Any]) -> NoReturn:
+    """The program of one rank; rank 0 writes what it has measured into the directory. Does not return."""
     from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init(LaunchConfig.timeout)
+    distributed.init_process_group(LaunchConfig.timeout)
     import torch
 
     if torch.cuda.is_available():
@@ -100,6 +100,7 @@ def work(directory: Path, measure: Callable[[], Any]) -> None:
         _found(directory, distributed.world_size()).write_text(json.dumps(found), encoding="utf-8")
     distributed.barrier()
     distributed.shutdown()
+    distributed.exit_rank(0)
 
 
 class Turns:

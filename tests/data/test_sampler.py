@@ -111,11 +111,11 @@ def test_every_answer_token_of_a_step_weighs_the_same(world_size: int, accumulat
 
 @settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 6))
-def test_interleave_undoes_mine(items: list[int], world_size: int) -> None:
+def test_interleave_undoes_rank_share(items: list[int], world_size: int) -> None:
     shares = []
     for rank in range(world_size):
         with as_rank(rank, world_size):
-            shares.append(distributed.mine(items))
+            shares.append(distributed.rank_share(items))
     assert distributed.interleave(shares) == items
     assert Counter(n for s in shares for n in s) == Counter(items)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

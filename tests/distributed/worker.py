@@ -13,7 +13,7 @@ def main(directory: Path, names: list[str]) -> None:
     from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init(LaunchConfig.timeout)
+    distributed.init_process_group(LaunchConfig.timeout)
     import torch
     from jobs import JOBS
 
@@ -24,6 +24,7 @@ def main(directory: Path, names: list[str]) -> None:
         partial.rename(partial.with_suffix(".pt"))
     distributed.barrier()
     distributed.shutdown()
+    distributed.exit_rank(0)
 
 
 if __name__ == "__main__":

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 HERE = Path(__file__).parent
+if TYPE_CHECKING:
+    from recording import Record
+
 sys.path[:0] = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parent / "mocae")]
-
-Record = Callable[..., None]
-
-
-def write(area: str, fault: str, seen: str, lost: str = "nothing") -> None:
-    """A line of the table."""
-    if path := os.environ.get("FAULTS_RECORD"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"area": area, "fault": fault, "seen": seen, "lost": lost}) + "\n")
 
 
 @pytest.fixture
 def record() -> Record:
     """`record(area, fault, seen, lost)`, once everything has been asserted."""
+    from recording import write
+
     return write
 
 
@@ -33,6 +28,8 @@ def record() -> Record:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Where what was seen does not depend on the run, `@pytest.mark.tried(…)` says it: nothing to lose there."""
     outcome = yield
+    from recording import write
+
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.when == "call" and report.passed:
         for mark in item.iter_markers("tried"):

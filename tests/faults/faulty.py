@@ -115,9 +115,6 @@ def poison(kind: str, here: list[Any], now: list[Any], *, every: bool) -> None:
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     fault = json.loads(os.environ.get("FAULT", "null"))
-    from alignx_ds.runtime import distributed
-
-    distributed.prepare_environment()
     if fault and os.environ["RANK"] == str(fault["rank"]):
         install(fault)
     from alignx_ds.cli import run

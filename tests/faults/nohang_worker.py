@@ -35,7 +35,7 @@ def work(fault: str, where: str, timeout: int) -> None:
     struck = where == "all" or rank == int(where)
     if fault == "bad-start" and struck:  # before anything else
         strike("data")
-    distributed.init(timeout)
+    distributed.init_process_group(timeout)
     try:
         total = torch.ones(1000)
         for step in range(30):
@@ -55,11 +55,11 @@ def main(fault: str, where: str, timeout: str) -> int:
     try:
         work(fault, where, int(timeout))
     except Exception as error:  # noqa: BLE001 - as the command line does
-        return distributed.fail(error)
+        return distributed.handle_failure(error)
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "uncaught":  # as a script that has no handler of its own
         work("exception", sys.argv[2], int(sys.argv[3]))
-    sys.exit(main(*sys.argv[1:]))
+    distributed.exit_rank(main(*sys.argv[1:]))

@@ -118,6 +118,7 @@ if __name__ == "__main__":
     from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 
-    distributed.init(LaunchConfig.timeout)
+    distributed.init_process_group(LaunchConfig.timeout)
     main(Path(sys.argv[1]), *sys.argv[2:6], int(sys.argv[6]))
     distributed.shutdown()
+    distributed.exit_rank(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from command import Command, results
-from conftest import Record
+from recording import Record
 
 from alignx_ds.errors import EXIT_CODE, EXIT_STOPPED
 

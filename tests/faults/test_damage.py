@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import Command, results
-from conftest import Record
+from recording import Record
 
 
 def truncate(checkpoint: Path) -> None:

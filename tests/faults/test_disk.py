@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import Command, results, wait_for
-from conftest import Record
+from recording import Record
 
 Mount = Callable[..., Path]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from command import SMALL, Command, results
-from conftest import Record
+from recording import Record
 
 from alignx_ds.config import parse
 from alignx_ds.models.base import BaseModel

@@ -87,7 +87,9 @@ def test_out_of_memory_says_where_and_what_to_change(console: Path) -> None:
 def test_a_killed_rank_ends_the_others(console: Path) -> None:
     ended = start(worker("kill"), 2, console)
     (line,) = errors(ended)
-    assert line.startswith("rank 1: ended without a word on host ") and line.endswith("killed, or out of memory")
+    assert line.startswith("rank 1: ended without an error message on host ") and line.endswith(
+        "killed, or out of memory"
+    )
     assert ended.codes == [1, -signal.SIGKILL]
 
 
@@ -95,7 +97,7 @@ def test_a_killed_rank_ends_the_others(console: Path) -> None:
 @pytest.mark.faults
 def test_the_end_of_rank_zero_ends_the_others(console: Path) -> None:
     ended = start(worker("kill", "0"), 3, console)
-    assert errors(ended) == ["rank 0: ended without a word: killed, or out of memory"]
+    assert errors(ended) == ["rank 0: ended without an error message: killed, or out of memory"]
     assert ended.codes == [-signal.SIGKILL, 1, 1]
 
 
@@ -116,7 +118,7 @@ def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None
 def test_a_rank_that_never_comes_is_named(console: Path) -> None:
     ended = start(worker("none", timeout=2), 2, console, of=3)
     (line,) = errors(ended)
-    for part in ("only 2 of 3 ranks came to 127.0.0.1:", "launch.timeout=2 seconds", "(missing: 2)", "check"):
+    for part in ("only 2 of 3 ranks connected to 127.0.0.1:", "launch.timeout=2 seconds", "(missing: 2)", "check"):
         assert part in line
     assert ended.codes == [2, 2]
 
@@ -128,8 +130,8 @@ def test_a_rank_that_never_comes_is_named(console: Path) -> None:
 def test_a_wrong_address_is_named(console: Path) -> None:
     ended = start(worker("none", timeout=2), 2, console, master="nohost.invalid")
     zero, one = sorted(errors(ended))
-    assert zero.startswith("only 1 of 2 ranks came to nohost.invalid:")
-    assert one.startswith("rank 1: 1 of 2 ranks is here, and rank 0 can't be met at nohost.invalid:")
+    assert zero.startswith("only 1 of 2 ranks connected to nohost.invalid:")
+    assert one.startswith("rank 1: rank 0 of 2 can't be reached at nohost.invalid:")
     assert ended.codes == [2, 2]
     assert "c10d" not in ended.console and "Traceback" not in ended.console
 

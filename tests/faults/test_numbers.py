@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command import Command, results
-from conftest import Record
+from recording import Record
 from safetensors.torch import load_file
 
 

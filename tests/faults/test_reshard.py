@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Record
 from problems import write_base
 from ranks import start
+from recording import Record
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("reshard_worker.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from command import SMALL, Command, results, wait_for
-from conftest import Record
+from recording import Record
 
 from alignx_ds.errors import EXIT_STOPPED
 

@@ -17,7 +17,9 @@ MPI_FLAGS = "--oversubscribe" + (" --allow-run-as-root" if os.geteuid() == 0 els
 STUB = HERE / "stub"
 pytestmark = pytest.mark.timeout(300)
 # What runs the launcher as `alignx-ds run` does, around a program that starts at once.
-LAUNCH = "import os, sys; from alignx_ds import launcher; sys.exit(launcher.start(sys.argv[1:], os.environ))"
+LAUNCH = (
+    "import os, sys; from alignx_ds.runtime import launcher; sys.exit(launcher.run_launcher(sys.argv[1:], os.environ))"
+)
 
 
 def test_mpirun_makes_what_deepspeed_makes(one_node: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def show(directory: Path, prompts: list[str], out: Path | None, *, as_json: bool
     """Print the explanation, as text or as JSON, and draw it into `out`. Raises ConfigError."""
     if unfit := [p for p in prompts if not _is_text(p)]:
         raise ConfigError(Problem("prompt", unfit[0], "text", "it is not valid UTF-8; type it anew"))
-    distributed.quiet()
+    distributed.silence_libraries()
     explanation = explain(FinishedRun.open(directory), prompts)
     folder = out or directory / "explain"
     try:

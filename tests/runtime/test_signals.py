@@ -1,4 +1,4 @@
-"""What a process makes of SIGTERM and SIGUSR1, in processes of their own."""
+"""How a process reacts to SIGTERM and SIGUSR1; each test starts one of its own."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import pytest
 
 PROGRAM = """
 import sys, time
-from alignx_ds import signals
+from alignx_ds.runtime import signals
 from alignx_ds.errors import Stopped
-with signals.heard():
+with signals.graceful_stop():
     print("up", flush=True)
     end = time.monotonic() + 20
-    while not signals.asked() and time.monotonic() < end:
+    while not signals.stop_requested() and time.monotonic() < end:
         time.sleep(0.01)
     print("asked", flush=True)
     if "stuck" in sys.argv:
         time.sleep(20)
     try:
-        signals.stop_if_asked("here")
+        signals.stop_if_requested("here")
     except Stopped as stopped:
         print("stopped", stopped, flush=True)
-assert not signals.asked(), "a later run in the same process starts anew"
-with signals.obeyed("there"):
+assert not signals.stop_requested(), "a later run in the same process starts anew"
+with signals.immediate_stop("there"):
     try:
         print("again", flush=True)
         time.sleep(20)
@@ -37,7 +37,7 @@ with signals.obeyed("there"):
 
 
 def started(*arguments: str) -> subprocess.Popen[str]:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     line = [sys.executable, "-c", PROGRAM, *arguments]
     return subprocess.Popen(line, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -48,11 +48,11 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_a_wish(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop(number: signal.Signals) -> None:
     with started() as process:
         assert next_line(process) == "up"
         process.send_signal(number)
-        process.send_signal(number)  # passed on by a launcher as well: still the same wish
+        process.send_signal(number)  # forwarded by a launcher as well: the same request
         assert [next_line(process), next_line(process), next_line(process)] == ["asked", "stopped here", "again"]
         process.send_signal(number)
         out, errors = process.communicate(timeout=20)

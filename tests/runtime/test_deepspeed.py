@@ -1,0 +1,61 @@
+"""DeepSpeed is imported when it is used, and in one place, so that no order of imports matters."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "alignx_ds"
+# mocae/ imports nothing of the project; its expert parallelism needs process groups, so DeepSpeed is imported by then.
+IMPORTERS = {"runtime/deepspeed.py", "mocae/parallel.py"}
+OPTIONAL = ["alignx_ds.export.harness"]  # a plugin of lm_eval's command, which imports lm_eval
+
+IMPORT_ALL = f"""
+import importlib, pkgutil, sys
+import alignx_ds
+for module in pkgutil.walk_packages(alignx_ds.__path__, "alignx_ds."):
+    if module.name not in {[*OPTIONAL, "alignx_ds.__main__"]}:
+        importlib.import_module(module.name)
+print(*({{"deepspeed", "mpi4py", "alignx_ds.training.engine"}} & set(sys.modules)))
+"""
+TIMEOUTS = """
+from alignx_ds.runtime import distributed
+distributed.init_process_group(77)
+import torch
+from deepspeed import comm
+for group in (torch.distributed.group.WORLD, comm.new_group([0])):
+    print(int(group._get_backend(torch.device("cpu")).options._timeout.total_seconds()))
+distributed.shutdown()
+"""
+
+
+def output_of(program: str) -> list[str]:
+    outside = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment = outside | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_importing_every_module_imports_neither_deepspeed_nor_mpi4py() -> None:
+    assert output_of(IMPORT_ALL) == ["alignx_ds.training.engine"]
+
+
+def test_deepspeed_is_imported_in_one_place() -> None:
+    importers = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "deepspeed" for name in names):
+                importers.add(str(path.relative_to(PACKAGE)))
+    assert importers == IMPORTERS
+
+
+def test_all_process_groups_have_the_timeout_of_the_config() -> None:
+    assert output_of(TIMEOUTS) == ["77", "77"]
