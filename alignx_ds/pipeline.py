@@ -12,7 +12,7 @@ from alignx_ds.config.schema import SCRATCH_MODEL
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
-from alignx_ds.evaluation.systems import Examination
+from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.sizes import disk
@@ -81,14 +81,14 @@ def run(
 
         console.heading("Evaluation")
         systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
-        examination = Examination(config, base, data, out)
-        examination.answer(systems)
+        evaluation = Evaluation(config, base, data, out)
+        evaluation.evaluate_all(systems)
         router = router_report(load_aligned(base, aligned), data, base, config)
 
     # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
     if distributed.is_main():
         with signals.immediate_stop("judgement"):  # verdicts are saved as they come
-            results = examination.results(systems)
+            results = evaluation.judge_all(systems)
             found = report.build(config, data, results, router, out, time.monotonic() - started, ranks)
             report.write(found, out)
             report.show(found, out)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from alignx_ds.data.encode import Example
 
 IGNORED = -100  # the label that cross-entropy leaves out
+Side = Literal["left", "right"]  # of the padding
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,20 @@ class MicroBatch:
     numbers: tuple[int, ...] = ()  # their indices among all training rows
 
 
-def collate(examples: list[Example], pad_id: int, side: str = "right") -> Batch:
-    """One example a line, padded to the longest on the left or the right."""
-    assert examples and side in ("left", "right")
-    width = max(len(e.ids) for e in examples)
+def collate(examples: list[Example], pad_id: int, side: Side = "right", multiple: int = 1) -> Batch:
+    """One example a line, padded on the left or the right to the longest, or to a `multiple` above it."""
+    assert examples
+    width = -(-max(len(e.ids) for e in examples) // multiple) * multiple
     batch = _empty_batch(len(examples), width, pad_id)
     for line, example in enumerate(examples):
         _write(batch, line, width - len(example.ids) if side == "left" else 0, example)
     return batch
+
+
+def pad(rows: Sequence[list[int]], pad_id: int, side: Side, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Token ids without labels, padded as by `collate`: (ids, attention mask), both [B, T] int64."""
+    batch = collate([Example(tuple(row), len(row)) for row in rows], pad_id, side, multiple)
+    return batch.input_ids, batch.attention_mask
 
 
 def pack(examples: list[Example], pad_id: int) -> Batch:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
 from alignx_ds.config.schema import MERGES, RunConfig
-from alignx_ds.evaluation.systems import System
+from alignx_ds.evaluation.evaluate import System
 from alignx_ds.experts.vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import backbone
@@ -36,18 +36,18 @@ def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> li
     of_base = {"base": base.digest, "dtype": config.model.dtype}
     systems = [System("base", of_base, partial(load_base, base))]
     for name, directory in (trained.specialists | trained.fine_tunes).items():
-        identity = of_base | {"specialist": _fingerprint(directory)}
-        systems.append(System(name, identity, partial(load_specialist, base, directory)))
+        provenance = of_base | {"specialist": _fingerprint(directory)}
+        systems.append(System(name, provenance, partial(load_specialist, base, directory)))
     of_specialists = of_base | {"specialists": {axis: _fingerprint(d) for axis, d in trained.specialists.items()}}
     for name in (name for name in MERGES if name in config.baselines.make):
         merge, settings = merge_of(name, config.baselines, axes, config.seed)
         load = partial(load_merged, base, specialists, merge)
         systems.append(System(name, of_specialists | {name: settings}, load))
     for name, directory in trained.fusions.items():
-        identity = of_base | {name: _fingerprint(directory)}
-        systems.append(System(name, identity, partial(load_fusion, base, name, directory)))
-    identity = of_base | {"aligned": _fingerprint(trained.aligned)}
-    return [*systems, System("alignx", identity, partial(load_aligned, base, trained.aligned))]
+        provenance = of_base | {name: _fingerprint(directory)}
+        systems.append(System(name, provenance, partial(load_fusion, base, name, directory)))
+    provenance = of_base | {"aligned": _fingerprint(trained.aligned)}
+    return [*systems, System("alignx", provenance, partial(load_aligned, base, trained.aligned))]
 
 
 def _fingerprint(directory: Path) -> str:

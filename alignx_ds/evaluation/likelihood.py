@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignx_ds.data.batches import IGNORED, collate
 from alignx_ds.data.encode import Example, encode, pad_token
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.judges.protocol import Figures, percent
+from alignx_ds.evaluation.judges.protocol import Metrics, percent
 from alignx_ds.runtime import distributed
 
 
@@ -61,10 +61,10 @@ def perplexity(answers: Sequence[Likelihood]) -> float:
     return math.exp(-sum(a.log_probability for a in answers) / sum(a.tokens for a in answers))
 
 
-Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Row], int], Figures]
+Measure = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Row], int], Metrics]
 
 
-def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch: int) -> Figures:
+def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch: int) -> Metrics:
     """TruthfulQA's MC1 and MC2 (Lin et al. 2022), in percent, zero-shot under the model's own template. Collective.
 
     MC1: how often the best answer is likelier than every incorrect one. MC2: the probability of the correct answers
@@ -83,7 +83,7 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     return {"score": mc2, "mc1": percent(first), "mc2": mc2, "questions": float(len(whole))}
 
 
-def preference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch: int) -> Figures:
+def preference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch: int) -> Metrics:
     """How often the chosen answer is likelier than the rejected one, per token and in total, in percent. Collective."""
     pairs = [[Row(r.prompt, r.response), Row(r.prompt, r.rejected)] for r in rows if r.response and r.rejected]
     found = _of_rows(model, tokenizer, pairs, batch)

@@ -19,7 +19,7 @@ from alignx_ds.config.parse import to_dict
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import plots
-from alignx_ds.evaluation.systems import Result
+from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.routing.report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -57,7 +57,7 @@ def build(
         "scored": scored,
         "systems": {name: _scores(r, axes, scored) for name, r in results.items()},
         "perplexity": {name: r.perplexity for name, r in results.items()},
-        "sets": {s: {name: r.figures[s] for name, r in results.items()} for s in config.evaluation.sets},
+        "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.sets},
         "judges": {name: config.axes[name].judge for name in scored}
         | {name: s.judge for name, s in config.evaluation.sets.items()},
         "router": {**router.figures, **{k: v for k, v in asdict(router).items() if k != "figures"}},
@@ -72,18 +72,18 @@ def build(
 
 def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any]:
     """Per judged axis 0–100, higher is better; avg is their mean: (WR + TI − SS)/3 of the paper plus 100/3."""
-    scores: dict[str, Any] = {axis: result.figures[axis]["score"] for axis in scored}
+    scores: dict[str, Any] = {axis: result.metrics[axis]["score"] for axis in scored}
     if scored == axes:
         scores["avg"] = sum(scores.values()) / len(axes)
     for axis in scored:
-        if "benign_served" in result.figures[axis]:
-            scores["benign_served"] = result.figures[axis]["benign_served"]
-    return scores | {"details": {axis: result.figures[axis] for axis in scored}}
+        if "benign_served" in result.metrics[axis]:
+            scores["benign_served"] = result.metrics[axis]["benign_served"]
+    return scores | {"details": {axis: result.metrics[axis] for axis in scored}}
 
 
 def _collapse(results: dict[str, Result], axis: str) -> dict[str, float]:
     """What an axis's own specialist reaches, and how many points later fine-tunes of the sequence took from it."""
-    own, after, aligned = (results[name].figures[axis]["score"] for name in (axis, "sequential", "alignx"))
+    own, after, aligned = (results[name].metrics[axis]["score"] for name in (axis, "sequential", "alignx"))
     return {"specialist": own, "sequential_loses": own - after, "alignx_keeps": aligned / own if own else 0.0}
 
 
@@ -181,18 +181,18 @@ def show(report: Report, out: Outputs) -> None:
 
 
 def set_columns(by_system: dict[str, dict[str, float]]) -> list[str]:
-    """The figures of an extra set; a judge may have found nothing to say on one of them for some system."""
-    every = dict.fromkeys(key for figures in by_system.values() for key in figures)
+    """The metrics of an extra set; a judge may have found nothing to say on one of them for some system."""
+    every = dict.fromkeys(key for metrics in by_system.values() for key in metrics)
     return [key for key in every if not key.startswith("judge_")]
 
 
 def _qualities(content: dict[str, Any]) -> dict[str, str]:
     """By judged axis and extra set."""
     base = content["systems"]["base"]["details"] | {name: s["base"] for name, s in content["sets"].items()}
-    return {name: judge_quality(figures) for name, figures in base.items()}
+    return {name: judge_quality(metrics) for name, metrics in base.items()}
 
 
-def judge_quality(figures: dict[str, float]) -> str:
+def judge_quality(metrics: dict[str, float]) -> str:
     """What a judge says of itself, to be printed wherever its score is shown."""
-    own = {k.removeprefix("judge_"): v for k, v in figures.items() if k.startswith("judge_")}
+    own = {k.removeprefix("judge_"): v for k, v in metrics.items() if k.startswith("judge_")}
     return ", ".join(f"{name} {value:.3g}" for name, value in own.items())

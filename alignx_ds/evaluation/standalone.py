@@ -51,10 +51,10 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     except (OSError, ValueError) as error:
         fix = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
         raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", fix)) from error
-    circumstances = {"seed": 0, "model": _model_hash(directory), "max_new_tokens": max_new_tokens}
-    keep = transcripts.Answers(out, rows, circumstances)
+    provenance = {"seed": 0, "model": _model_hash(directory), "max_new_tokens": max_new_tokens}
+    file = transcripts.AnswerFile(out, rows, provenance)
     prompts = [row.prompt for row in rows]
-    answers(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, keep=keep)
+    answers(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, file=file)
     return out
 
 
@@ -66,7 +66,7 @@ def _check_answer(out: Path, limit: int, batch: int, max_new_tokens: int) -> Non
         problems.append(Problem("--out", str(out), "a .jsonl file in a directory", "choose another"))
     if problems:
         raise ConfigError(*problems)
-    transcripts.check_ours(out)
+    transcripts.check_replaceable(out)
 
 
 def _model_hash(directory: Path) -> str:
@@ -76,18 +76,18 @@ def _model_hash(directory: Path) -> str:
 
 
 def judge(path: Path, name: str, settings: list[str]) -> None:
-    """Judge a file of answers, and print the figures. Raises ConfigError and DataError."""
+    """Judge a file of answers, and print the metrics. Raises ConfigError and DataError."""
     rows, outputs = transcripts.read(path)
     made = registry.make(name, _settings(settings))
     verdicts = transcripts.verdicts(path.with_suffix(f".{name}.jsonl"), made, rows, outputs)
-    figures = made.figures(rows, verdicts)
+    metrics = made.metrics(rows, verdicts)
     if isinstance(made, AlpacaEval):
         for written in _write_alpaca_eval(path, made, rows, outputs, verdicts):
             console.say(f"for the alpaca_eval package: {written}")
-    table = [[key.replace("_", " "), f"{value:.4f}"] for key, value in figures.items()]
+    table = [[key.replace("_", " "), f"{value:.4f}"] for key, value in metrics.items()]
     console.table(f"{path.name}, judged by {name} ({len(rows)} answers)", ["figure", "value"], table)
     for other in (j for j in SAFETY_JUDGES if name in SAFETY_JUDGES and j != name):
-        second = transcripts.verdicts_of_another(path.with_suffix(f".{other}.jsonl"), rows, outputs)
+        second = transcripts.stored_verdicts(path.with_suffix(f".{other}.jsonl"), rows, outputs)
         if second is not None:
             told = ", ".join(f"{key} {value:.3g}" for key, value in agreement(verdicts, second).items())
             console.say(f"{name} and {other} on the same answers: {told}")

@@ -1,4 +1,4 @@
-"""Answers and verdicts as JSON lines, written as they come: whoever stops in between goes on where the file ends."""
+"""Answers and verdicts as JSON lines, written as they come: a run that was stopped goes on where the file ends."""
 
 from __future__ import annotations
 
@@ -17,49 +17,53 @@ from alignx_ds.runs import manifest
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A file of answers to these rows. `circumstances` (model hash, seed, settings) are part of every line."""
+class AnswerFile:
+    """A file with one answer per row. Every line holds the `provenance`: hash of the model, seed, settings."""
 
     path: Path
     rows: Sequence[Row]
-    circumstances: dict[str, Any]
+    provenance: dict[str, Any]
 
-    def kept(self) -> list[str]:
-        """The answers that are there already, from the first row on; what follows a foreign or torn line is cut off."""
+    def load(self) -> list[str]:
+        """The valid answers, from the first row on.
+
+        The file is truncated at the first line that is incomplete, or that has another row or provenance.
+        """
         outputs: list[str] = []
         for row, line in zip(self.rows, _lines(self.path), strict=False):
             expected = self._line(row, str(line.get("output", "")))
             if line != json.loads(json.dumps(expected)):
                 break
             outputs.append(expected["output"])
-        whole = _text(self._line(row, output) for row, output in zip(self.rows, outputs, strict=False))
-        if not self.path.is_file() or self.path.read_bytes() != whole.encode():
-            manifest.write_text(self.path, whole)
+        valid = _text(self._line(row, output) for row, output in zip(self.rows, outputs, strict=False))
+        if not self.path.is_file() or self.path.read_bytes() != valid.encode():
+            manifest.write_text(self.path, valid)
         return outputs
 
-    def is_whole(self) -> bool:
-        return len(self.kept()) == len(self.rows)
+    def is_complete(self) -> bool:
+        return len(self.load()) == len(self.rows)
 
     def append(self, start: int, outputs: Sequence[str]) -> None:
-        """The answers to the rows from `start` on."""
+        """Write the answers to the rows from `start` on."""
         rows = self.rows[start : start + len(outputs)]
         _append(self.path, [self._line(row, output) for row, output in zip(rows, outputs, strict=True)])
 
     def _line(self, row: Row, output: str) -> dict[str, Any]:
         known = {k: v for k, v in row.content().items() if k != "prompt"}
-        return {"prompt": row.prompt, "output": output, **self.circumstances, "row": known}
+        return {"prompt": row.prompt, "output": output, **self.provenance, "row": known}
 
 
-def check_ours(path: Path) -> None:
-    """Raises DataError when the file is there and holds something else than answers: that is not ours to cut."""
+def check_replaceable(path: Path) -> None:
+    """Raises DataError if the file exists and is no file of answers: it must not be truncated."""
     content = path.read_bytes() if path.is_file() else b""
     try:
         first = json.loads(content.partition(b"\n")[0]) if content else {"prompt": "", "output": "", "row": {}}
-        ours = isinstance(first, dict) and {"prompt", "output", "row"} <= set(first)
+        replaceable = isinstance(first, dict) and {"prompt", "output", "row"} <= set(first)
     except ValueError:
-        ours = b"\n" not in content and content.startswith(b'{"prompt": ')  # a first answer that a stop has torn
-    if not ours:
-        raise DataError(f"{path}: is there already, and holds something else than answers; choose another --out")
+        # a first line that was interrupted while it was written
+        replaceable = b"\n" not in content and content.startswith(b'{"prompt": ')
+    if not replaceable:
+        raise DataError(f"{path}: exists and is no file of answers; choose another --out")
 
 
 def read(path: Path) -> tuple[list[Row], list[str]]:
@@ -71,32 +75,32 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
             rows.append(Row(prompt=line["prompt"], place=place, **known))
             outputs.append(str(line["output"]))
         except (KeyError, TypeError, AttributeError) as error:
-            what = "is no line that `alignx-ds answer` or a run wrote"
-            raise DataError(f"{place}: {what} ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{place}: not written by `alignx-ds answer` or by a run ({reason})") from error
     if not rows:
-        raise DataError(f"{path}: holds no answers; run `alignx-ds answer` first")
+        raise DataError(f"{path}: no answers in this file; run `alignx-ds answer` first")
     return rows, outputs
 
 
 def verdicts(path: Path, judge: Judge, rows: Sequence[Row], outputs: Sequence[str]) -> list[Verdict]:
-    """The judge's verdict on every answer; those that are in the file already are not asked for again."""
-    by = manifest.fingerprint(judge.identity)
+    """The judge's verdict on every answer. Verdicts in the file that this judge gave on these answers are reused."""
+    judge_id = manifest.fingerprint(judge.identity)
     keys = [_answer_key(row, output) for row, output in zip(rows, outputs, strict=True)]
-    kept: list[Verdict] = []
+    found: list[Verdict] = []
     for key, line in zip(keys, _lines(path), strict=False):
-        if (line.get("answer"), line.get("judge")) != (key, by) or "verdict" not in line:
+        if (line.get("answer"), line.get("judge")) != (key, judge_id) or "verdict" not in line:
             break
-        kept.append(line["verdict"])
-    known = [{"answer": k, "judge": by, "verdict": v} for k, v in zip(keys, kept, strict=False)]
-    manifest.write_text(path, _text(known))
-    for verdict in judge.verdicts(rows[len(kept) :], outputs[len(kept) :]):
-        _append(path, [{"answer": keys[len(kept)], "judge": by, "verdict": verdict}])
-        kept.append(verdict)
-    return kept
+        found.append(line["verdict"])
+    valid = [{"answer": k, "judge": judge_id, "verdict": v} for k, v in zip(keys, found, strict=False)]
+    manifest.write_text(path, _text(valid))
+    for verdict in judge.verdicts(rows[len(found) :], outputs[len(found) :]):
+        _append(path, [{"answer": keys[len(found)], "judge": judge_id, "verdict": verdict}])
+        found.append(verdict)
+    return found
 
 
-def verdicts_of_another(path: Path, rows: Sequence[Row], outputs: Sequence[str]) -> list[Verdict] | None:
-    """What the file's judge, whoever it is, has said of just these answers; None when it has not judged them all."""
+def stored_verdicts(path: Path, rows: Sequence[Row], outputs: Sequence[str]) -> list[Verdict] | None:
+    """The file's verdicts, of any judge; None unless they are on exactly these answers."""
     keys = [_answer_key(row, output) for row, output in zip(rows, outputs, strict=True)]
     lines = [line for line in _lines(path) if "verdict" in line]
     return [line["verdict"] for line in lines] if [line.get("answer") for line in lines] == keys else None
@@ -107,7 +111,7 @@ def _answer_key(row: Row, output: str) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of ours; a line that a stop has torn ends them."""
+    """The JSON objects of a file, up to the first line that is none: an interrupted write leaves half a line."""
     lines: list[dict[str, Any]] = []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:

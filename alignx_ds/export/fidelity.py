@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.data.batches import IGNORED, Batch, collate
+from alignx_ds.data.batches import IGNORED, Batch, collate, pad
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
-from alignx_ds.evaluation.generate import left_pad
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
@@ -48,7 +47,7 @@ def written(
     decoder, pad_id, examples = Decoder(model), pad_token(tokenizer), []
     for start in range(0, len(prompts), BATCH):
         asked = encode_prompts(list(prompts[start : start + BATCH]), tokenizer)
-        ids, mask = (t.to(distributed.device()) for t in left_pad(asked, pad_id))
+        ids, mask = (t.to(distributed.device()) for t in pad(asked, pad_id, "left"))
         answers = decoder.greedy(ids, mask, limit, [], pad_id).tolist()
         examples += [
             Example((*p, *_until(a, tokenizer.eos_token_id)), len(p)) for p, a in zip(asked, answers, strict=True)

@@ -99,7 +99,7 @@ class Subject:
             prompts = [row.prompt for row in rows]
             said = answers(model, self.base.tokenizer, prompts, batch=self.batch, max_new_tokens=limit)
             judge = registry.make(axis.judge, self.config.judges)
-            found[name] = judge.figures(rows, list(judge.verdicts(rows, said)))["score"]
+            found[name] = judge.metrics(rows, list(judge.verdicts(rows, said)))["score"]
         return found
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:

@@ -10,10 +10,9 @@ from reading import world_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alignx_ds.data.batches import IGNORED, collate, pack
+from alignx_ds.data.batches import IGNORED, collate, pack, pad
 from alignx_ds.data.encode import Example, encode, encode_prompts, pad_token
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.generate import left_pad
 
 SYSTEM = "you are a helpful assistant . do the task with care ."
 PAD = 999  # no token id of the examples below
@@ -138,9 +137,11 @@ def test_the_padding_is_on_the_side_that_was_asked_for(pairs: list[tuple[list[in
             assert torch.equal(getattr(left, name)[i].roll(shift), getattr(right, name)[i])
 
 
-@given(EXAMPLES)
-def test_generation_pads_as_collate_does(pairs: list[tuple[list[int], list[int]]]) -> None:
-    ids, mask = left_pad([[*prompt, *answer] for prompt, answer in pairs], PAD)
+@given(EXAMPLES, st.integers(1, 8))
+def test_padding_to_a_multiple_only_widens(pairs: list[tuple[list[int], list[int]]], multiple: int) -> None:
     batch = collate(made(pairs), PAD, "left")
-    assert torch.equal(ids, batch.input_ids)
-    assert torch.equal(mask, batch.attention_mask)
+    width = batch.input_ids.shape[1]
+    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], PAD, "left", multiple)
+    assert ids.shape[1] % multiple == 0 and width <= ids.shape[1] < width + multiple
+    assert torch.equal(ids[:, -width:], batch.input_ids) and bool((ids[:, :-width] == PAD).all())
+    assert torch.equal(mask[:, -width:], batch.attention_mask) and not mask[:, :-width].any()

@@ -22,7 +22,7 @@ from alignx_ds.data.world.lexicon import World
 from alignx_ds.data.world.rows import SCHEMAS_OF_THE_WORLD, world_records
 from alignx_ds.data.world.tokenizer import build_tokenizer
 from alignx_ds.evaluation.generate import answers
-from alignx_ds.evaluation.judges.protocol import Figures, Judge
+from alignx_ds.evaluation.judges.protocol import Judge, Metrics
 from alignx_ds.evaluation.judges.world import Safety, Task, Truth
 from alignx_ds.models.base import BaseModel
 
@@ -140,8 +140,8 @@ def test_there_are_far_more_rows_than_a_run_trains_on(source: str, repo_root: Pa
     assert len({row.prompt for row in held_out}) >= 2 * judged
 
 
-def judged(judge: Judge, rows: list[Row], answered: list[str]) -> Figures:
-    return judge.figures(rows, list(judge.verdicts(rows, answered)))
+def judged(judge: Judge, rows: list[Row], answered: list[str]) -> Metrics:
+    return judge.metrics(rows, list(judge.verdicts(rows, answered)))
 
 
 def test_questions_are_answered_with_the_truth() -> None:
@@ -181,9 +181,9 @@ def test_the_references_satisfy_their_judges() -> None:
     judges: tuple[tuple[str, Judge], ...] = (("alpaca", Task()), ("beavertails", Safety()), ("truthfulqa", Truth()))
     for schema, judge in judges:
         rows = world_rows(schema, held_out=True, limit=200)
-        figures = judged(judge, rows, [row.response for row in rows])
-        assert figures["score"] == 100
-        assert figures.get("benign_served", 100) == 100
+        metrics = judged(judge, rows, [row.response for row in rows])
+        assert metrics["score"] == 100
+        assert metrics.get("benign_served", 100) == 100
 
 
 @pytest.mark.parametrize("schema", sorted(SCHEMAS_OF_THE_WORLD))

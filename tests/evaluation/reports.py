@@ -14,9 +14,9 @@ from alignx_ds.data.parsers import Dropped
 from alignx_ds.data.rows import Row
 from alignx_ds.data.splits import DataSplits, SplitRows
 from alignx_ds.evaluation import report
-from alignx_ds.evaluation.judges.protocol import Figures
+from alignx_ds.evaluation.evaluate import Result
+from alignx_ds.evaluation.judges.protocol import Metrics
 from alignx_ds.evaluation.report import Report
-from alignx_ds.evaluation.systems import Result
 from alignx_ds.routing.report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -79,15 +79,15 @@ class Page(HTMLParser):
         return {row[0]: row[1:] for row in below}
 
 
-def result(name: str, settings: RunConfig, figures: dict[str, Figures]) -> Result:
+def result(name: str, settings: RunConfig, metrics: dict[str, Metrics]) -> Result:
     """What a system has reached; its answers are hostile if it is "mixed"."""
     scored = [axis for axis in AXES if settings.axes[axis].judge]
-    found: dict[str, Figures] = {a: {"score": s} for a, s in zip(AXES, SCORES[name], strict=True) if a in scored}
+    found: dict[str, Metrics] = {a: {"score": s} for a, s in zip(AXES, SCORES[name], strict=True) if a in scored}
     if "harmless" in found:
         found["harmless"] |= {"unsafe": 100 - SCORES[name][1], "benign_served": 55.5, "over_refusal": 1.0}
     said = HOSTILE if name == "mixed" else f"{name} said"
     samples = {axis: [(Row(f"{axis} prompt", f"{axis} reference"), said)] for axis in scored}
-    return Result(found | figures, dict(zip(AXES, PERPLEXITY[name], strict=True)), samples)
+    return Result(found | metrics, dict(zip(AXES, PERPLEXITY[name], strict=True)), samples)
 
 
 def inputs(settings: RunConfig) -> EncodedData:
@@ -106,8 +106,8 @@ def inputs(settings: RunConfig) -> EncodedData:
     return EncodedData(DataSplits(train, held_out, {}, frozenset()), {}, none, none, {}, none, none, {})
 
 
-def finish(root: Path, *overrides: str, figures: dict[str, dict[str, Figures]] | None = None) -> tuple[Report, Outputs]:
-    """A report on a run with these settings, written; `figures` by system and extra set come on top."""
+def finish(root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] | None = None) -> tuple[Report, Outputs]:
+    """A report on a run with these settings, written; `metrics` by system and extra set come on top."""
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
     for name in (*AXES, "sequential", "mixed"):
@@ -116,7 +116,7 @@ def finish(root: Path, *overrides: str, figures: dict[str, dict[str, Figures]] |
         manifest.write(out.specialists / name, {"name": name}, facts)
     out.model.mkdir(parents=True)
     manifest.write(out.model, {}, {"losses": [3.0, 2.0, 1.0]})
-    results = {name: result(name, settings, (figures or {}).get(name, {})) for name in SCORES}
+    results = {name: result(name, settings, (metrics or {}).get(name, {})) for name in SCORES}
     confusion = [[7, 1, 0, 0], [0, 8, 0, 0], [0, 0, 6, 2], [1, 0, 0, 7]]
     ablations = {"linear": ROUTER, "natural": ROUTER}
     router = RouterReport(ROUTER, ROUTER | {"ece": 0.2}, 0.5, confusion, ablations, SURFACE)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from alignx_ds.data.encode import encode_prompts
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.generate import answers
-from alignx_ds.evaluation.transcripts import Answers
+from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.models.base import BaseModel
 
 PROMPTS = [
@@ -28,7 +28,7 @@ PROMPTS = [
     "what is a dog ?",
 ]
 ROWS = [Row(p, f"reference {n}", correct=("a", "b")) for n, p in enumerate(PROMPTS)]
-CIRCUMSTANCES = {"seed": 0, "model": "hash", "max_new_tokens": 6}
+PROVENANCE = {"seed": 0, "model": "hash", "max_new_tokens": 6}
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +92,14 @@ def test_resuming_makes_only_what_is_missing_and_the_same_file(
     lines: int,
     torn: int,
 ) -> None:
-    kept = Answers(tmp_path / "a.jsonl", ROWS, CIRCUMSTANCES)
-    whole = answers(model, world_tokenizer, PROMPTS, batch=3, max_new_tokens=6, keep=kept)
+    kept = AnswerFile(tmp_path / "a.jsonl", ROWS, PROVENANCE)
+    whole = answers(model, world_tokenizer, PROMPTS, batch=3, max_new_tokens=6, file=kept)
     assert asked == [3, 3, 1]
     content = kept.path.read_bytes().splitlines(keepends=True)
     rest = b"".join(content[lines:])[:torn]
     kept.path.write_bytes(b"".join(content[:lines]) + rest)
     asked.clear()
-    assert answers(model, world_tokenizer, PROMPTS, batch=3, max_new_tokens=6, keep=kept) == whole
+    assert answers(model, world_tokenizer, PROMPTS, batch=3, max_new_tokens=6, file=kept) == whole
     assert sum(asked) == len(PROMPTS) - lines
     assert kept.path.read_bytes() == b"".join(content)
 
@@ -107,7 +107,7 @@ def test_resuming_makes_only_what_is_missing_and_the_same_file(
 def test_a_batch_is_in_the_file_as_soon_as_it_is_made(
     model: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    kept, seen = Answers(tmp_path / "a.jsonl", ROWS, CIRCUMSTANCES), []
+    kept, seen = AnswerFile(tmp_path / "a.jsonl", ROWS, PROVENANCE), []
 
     def stop(module: nn.Module, inputs: Any, given: dict[str, Any]) -> None:
         if given["input_ids"].shape[1] > 1:
@@ -117,10 +117,10 @@ def test_a_batch_is_in_the_file_as_soon_as_it_is_made(
 
     hook = model.register_forward_pre_hook(stop, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt):
-        answers(model, world_tokenizer, PROMPTS, batch=2, max_new_tokens=6, keep=kept)
+        answers(model, world_tokenizer, PROMPTS, batch=2, max_new_tokens=6, file=kept)
     hook.remove()
     assert seen == [0, 2, 4]
-    assert kept.kept() == answers(model, world_tokenizer, PROMPTS, batch=2, max_new_tokens=6)[:4]
+    assert kept.load() == answers(model, world_tokenizer, PROMPTS, batch=2, max_new_tokens=6)[:4]
 
 
 def test_without_a_file_nothing_is_kept(

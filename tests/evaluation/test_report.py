@@ -1,4 +1,4 @@
-"""The report: its figures follow from the judges', and what models say stays text in the page."""
+"""The report: its metrics follow from the judges', and what models say stays text in the page."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ EXTRA["alignx"]["hone"] = {"score": 7.0, "identity": 66.6}  # of whom a judge co
 
 def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where a judge has a figure for some systems only."""
-    built, out = finish(tmp_path, *SETS, figures=EXTRA)
+    built, out = finish(tmp_path, *SETS, metrics=EXTRA)
     page = Page.of(out)
     assert built.content["sets"]["xs"]["honest"] == EXTRA["honest"]["xs"]
     assert built.content["judges"]["xs"] == "refusal"
@@ -190,11 +190,11 @@ def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_what_a_judge_says_of_itself_stands_by_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of an axis and of an extra set; the figures are those of the judge, not of any system."""
+    """Of an axis and of an extra set; the metrics are those of the judge, not of any system."""
     quality = {"judge_accuracy": 0.87654, "judge_auroc": 0.95}
-    figures = {name: {"harmless": {"score": 50.0} | quality, "xs": {"score": 1.0} | quality} for name in SCORES}
+    metrics = {name: {"harmless": {"score": 50.0} | quality, "xs": {"score": 1.0} | quality} for name in SCORES}
     one_set = "evaluation.sets={xs: {schema: xstest, source: x.jsonl, judge: refusal}}"
-    built, out = finish(tmp_path, one_set, "axes.harmless.judge=offline_safety", figures=figures)
+    built, out = finish(tmp_path, one_set, "axes.harmless.judge=offline_safety", metrics=metrics)
     said = "itself measured on held-out rows: accuracy 0.877, auroc 0.95"
     page = Page.of(out)
     assert f"harmless: judged by offline_safety, {said}." in page.paragraphs

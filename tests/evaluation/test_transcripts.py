@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation import transcripts
-from alignx_ds.evaluation.judges.protocol import Figures, Verdict
-from alignx_ds.evaluation.transcripts import Answers
+from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
+from alignx_ds.evaluation.transcripts import AnswerFile
 
 NASTY = 'two\u2028lines\x85 and\r\n\n "more" \\ \x00\x1f 😀 é'
 ROWS = [
@@ -27,7 +27,7 @@ ROWS = [
     Row("e", "f"),
 ]
 SAID = ["a pet", NASTY, "", "\n", "f"]
-CIRCUMSTANCES = {"seed": 0, "model": "hash", "max_new_tokens": 4}
+PROVENANCE = {"seed": 0, "model": "hash", "max_new_tokens": 4}
 
 
 @dataclass
@@ -45,14 +45,14 @@ class Counting:
             self.asked.append(row.prompt)
             yield {"length": len(answer), "text": answer}
 
-    def figures(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Figures:
+    def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
         return {"score": sum(v["length"] for v in verdicts) / len(rows)}
 
 
-def write_all(path: Path, rows: list[Row] = ROWS, said: list[str] = SAID, **changed: Any) -> Answers:
+def write_all(path: Path, rows: list[Row] = ROWS, said: list[str] = SAID, **changed: Any) -> AnswerFile:
     """Ask for what is missing, as `answer` does."""
-    answers = Answers(path, rows, CIRCUMSTANCES | changed)
-    start = len(answers.kept())
+    answers = AnswerFile(path, rows, PROVENANCE | changed)
+    start = len(answers.load())
     answers.append(start, said[start:])
     return answers
 
@@ -72,7 +72,7 @@ def places_to_stop(whole: bytes) -> list[int]:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     answers = write_all(tmp_path / "a.jsonl")
-    assert answers.kept() == SAID and answers.is_whole()
+    assert answers.load() == SAID and answers.is_complete()
     rows, outputs = transcripts.read(tmp_path / "a.jsonl")
     assert (rows, outputs) == (ROWS, SAID)
     assert [row.place for row in rows] == [f"{tmp_path / 'a.jsonl'}, row {n}" for n in range(1, 6)]
@@ -91,8 +91,8 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, said: list[
 def test_every_line_says_how_it_came_about(whole: bytes) -> None:
     for line, row in zip(whole.splitlines(), ROWS, strict=True):
         found = json.loads(line)
-        assert {k: found[k] for k in CIRCUMSTANCES} == CIRCUMSTANCES
-        assert set(found) == {"prompt", "output", "row", *CIRCUMSTANCES}
+        assert {k: found[k] for k in PROVENANCE} == PROVENANCE
+        assert set(found) == {"prompt", "output", "row", *PROVENANCE}
         assert found["row"]["category"] == row.category
 
 
@@ -101,7 +101,7 @@ def test_whoever_stops_anywhere_goes_on_there(tmp_path: Path, whole: bytes) -> N
     path = tmp_path / "a.jsonl"
     for end in places_to_stop(whole):
         path.write_bytes(whole[:end])
-        kept = Answers(path, ROWS, CIRCUMSTANCES).kept()
+        kept = AnswerFile(path, ROWS, PROVENANCE).load()
         complete = whole[:end].count(b"\n")
         torn_before_its_newline = whole[end : end + 1] == b"\n"
         assert len(kept) in ((complete, complete + 1) if torn_before_its_newline else (complete,))
@@ -113,7 +113,7 @@ def test_whoever_stops_anywhere_goes_on_there(tmp_path: Path, whole: bytes) -> N
 @pytest.mark.parametrize("change", [{"model": "other"}, {"seed": 1}, {"max_new_tokens": 5}])
 def test_other_circumstances_invalidate_everything(tmp_path: Path, change: dict[str, Any]) -> None:
     write_all(tmp_path / "a.jsonl")
-    assert Answers(tmp_path / "a.jsonl", ROWS, CIRCUMSTANCES | change).kept() == []
+    assert AnswerFile(tmp_path / "a.jsonl", ROWS, PROVENANCE | change).load() == []
     assert (tmp_path / "a.jsonl").read_bytes() == b""
 
 
@@ -126,14 +126,14 @@ def test_another_row_invalidates_from_there_on(tmp_path: Path, number: int, chan
     rows = list(ROWS)
     change = {k: not rows[number].harmful if v is None else v for k, v in change.items()}
     rows[number] = replace(rows[number], **change)
-    assert Answers(tmp_path / "a.jsonl", rows, CIRCUMSTANCES).kept() == SAID[:number]
+    assert AnswerFile(tmp_path / "a.jsonl", rows, PROVENANCE).load() == SAID[:number]
     assert (tmp_path / "a.jsonl").read_bytes().count(b"\n") == number
 
 
 def test_where_a_row_lies_does_not_matter(tmp_path: Path) -> None:
     write_all(tmp_path / "a.jsonl")
     moved = [replace(row, place="elsewhere") for row in ROWS]
-    assert Answers(tmp_path / "a.jsonl", moved, CIRCUMSTANCES).is_whole()
+    assert AnswerFile(tmp_path / "a.jsonl", moved, PROVENANCE).is_complete()
 
 
 def test_a_line_in_the_middle_that_was_changed_ends_what_is_kept(tmp_path: Path, whole: bytes) -> None:
@@ -142,14 +142,14 @@ def test_a_line_in_the_middle_that_was_changed_ends_what_is_kept(tmp_path: Path,
         lines[2] = foreign + b"\n"
         path = tmp_path / "a.jsonl"
         path.write_bytes(b"".join(lines))
-        assert Answers(path, ROWS, CIRCUMSTANCES).kept() == SAID[:2], foreign
+        assert AnswerFile(path, ROWS, PROVENANCE).load() == SAID[:2], foreign
         write_all(path)
         assert path.read_bytes() == whole
 
 
 def test_more_answers_than_rows_are_cut(tmp_path: Path, whole: bytes) -> None:
     write_all(tmp_path / "a.jsonl")
-    assert Answers(tmp_path / "a.jsonl", ROWS[:2], CIRCUMSTANCES).is_whole()
+    assert AnswerFile(tmp_path / "a.jsonl", ROWS[:2], PROVENANCE).is_complete()
     assert (tmp_path / "a.jsonl").read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from alignx_ds import cli
+from alignx_ds.data.batches import pad
 from alignx_ds.data.encode import encode_prompts
-from alignx_ds.evaluation.generate import left_pad
 from alignx_ds.experts.vectors import read_factors, read_task_vector
 from alignx_ds.export.fidelity import without_calibration
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -67,7 +67,7 @@ def logits(model: PreTrainedModel | PeftModel, run_dir: Path, expert: int | None
         for axis in AXES
         for line in (run_dir / f"answers/alignx.{axis}.jsonl").read_text().splitlines()[:3]
     ]
-    ids, mask = left_pad(encode_prompts(prompts, AutoTokenizer.from_pretrained(run_dir / "model")), 0)
+    ids, mask = pad(encode_prompts(prompts, AutoTokenizer.from_pretrained(run_dir / "model")), 0, "left")
     forced = {} if expert is None else {"forced": torch.eye(4)[[expert] * len(ids)]}
     found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **forced).logits
     return found[mask.bool()]

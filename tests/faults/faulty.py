@@ -58,7 +58,7 @@ def position() -> list[Any]:
 
 
 def install(fault: dict[str, Any]) -> None:
-    from alignx_ds.evaluation.systems import Examination
+    from alignx_ds.evaluation.evaluate import Evaluation
     from alignx_ds.runs import manifest
     from alignx_ds.stages import align, finetune
     from alignx_ds.training import checkpoints, loop
@@ -89,7 +89,7 @@ def install(fault: dict[str, Any]) -> None:
     elif place == "seal":
         before(manifest, "write", do, lambda directory, *_: directory.name == here[0])
     elif place == "answer":
-        before(Examination, "sit", do, lambda self, system, *_: system.name == here[0])
+        before(Evaluation, "evaluate", do, lambda self, system, *_: system.name == here[0])
     else:
         raise SystemExit(f"no such place: {place}")
 

@@ -156,7 +156,9 @@ def problems(settings: JudgesConfig) -> list[Problem]:
 
 
 def connect(settings: JudgesConfig) -> Endpoint:
-    """The config's endpoint; nothing is sent yet. Raises ConfigError with every problem."""
+    """The config's endpoint; nothing is sent yet. Raises ConfigError with every problem, ModuleNotFoundError."""
+    import openai  # noqa: F401 (to fail here, and not after hours of answers)
+
     if found := problems(settings):
         raise ConfigError(*found)
     return Endpoint(settings.endpoint, settings.endpoint_model, settings.endpoint_parallel)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignx_ds.data.batches import pad
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runtime.distributed import device
@@ -56,33 +57,27 @@ class LocalModel:
         return int(min(self.network.config.max_position_embeddings, self.tokenizer.model_max_length))
 
     @cached_property
-    def pad(self) -> int:
+    def pad_id(self) -> int:
         """The filling token. It is masked, so any will do but the end of text, where a classifier's verdict is read."""
         tokenizer, known = self.tokenizer, range(self.network.config.vocab_size)
         choices = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
         return next(int(i) for i in choices if i in known and i != tokenizer.eos_token_id)
 
-    def padded(self, texts: Sequence[list[int]], left: bool) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask`, [texts, longest]."""
-        longest = max(len(ids) for ids in texts)
-        rows = []
-        for ids in texts:
-            fill, hidden, seen = [self.pad] * (longest - len(ids)), [0] * (longest - len(ids)), [1] * len(ids)
-            rows.append((fill + ids, hidden + seen) if left else (ids + fill, seen + hidden))
-        where = self.network.device
-        tokens, mask = (torch.tensor(part, device=where) for part in zip(*rows, strict=True))
-        return {"input_ids": tokens, "attention_mask": mask}
+    def inputs(self, texts: Sequence[list[int]], side: Literal["left", "right"]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask`, both [B, T], on the model's device."""
+        ids, mask = pad(texts, self.pad_id, side)
+        return {"input_ids": ids.to(self.network.device), "attention_mask": mask.to(self.network.device)}
 
     @torch.no_grad()
     def label_logits(self, texts: Sequence[list[int]]) -> Tensor:
         """A classifier's logits, [texts, labels], fp32."""
-        logits: Tensor = self.network(**self.padded(texts, left=False)).logits
+        logits: Tensor = self.network(**self.inputs(texts, "right")).logits
         return logits.float()
 
     @torch.no_grad()
     def next_logits(self, texts: Sequence[list[int]]) -> Tensor:
         """Logits of the token that follows each text, [texts, vocabulary], fp32."""
-        inputs = self.padded(texts, left=True)
+        inputs = self.inputs(texts, "left")
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         logits: Tensor = self.network(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1).logits
         return logits[:, -1].float()
@@ -138,5 +133,5 @@ def _load(path: str, key: str, kind: Any) -> LocalModel:
     if found["missing_keys"]:  # transformers fills these at random, with no more than a warning
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise model.problem(f"a checkpoint of {type(network).__name__}", f"its weights lack {missing}: take another")
-    network.config.pad_token_id = model.pad  # by which a classifier finds a text's last token
+    network.config.pad_token_id = model.pad_id  # by which a classifier finds a text's last token
     return model

@@ -1,6 +1,6 @@
 """AlpacaEval's comparison: which of two outputs, a reference's and ours, is the better answer?
 
-The prompt is our own. Its figures rank systems that were judged alike; they are no leaderboard figures. For those, give
+The prompt is our own. Its figures rank systems that were judged alike; they are no leaderboard metrics. For those, give
 the files that `alignx_ds.evaluation.alpaca_eval` writes to the published annotator.
 """
 
@@ -18,7 +18,7 @@ from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.alpaca_eval import DRAW, Output, read_reference, reference_of, win_rate
 from alignx_ds.evaluation.judges import endpoint as endpoints
 from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, Reply
-from alignx_ds.evaluation.judges.protocol import Figures, Judge, Verdict
+from alignx_ds.evaluation.judges.protocol import Judge, Metrics, Verdict
 from alignx_ds.runs import manifest
 
 PROMPT = """\
@@ -80,7 +80,7 @@ class AlpacaEval:
                 reply = next(replies)
                 yield {"preference": preference(reply, "A" if self._ours_first(row) else "B"), "reply": reply.text}
 
-    def figures(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Figures:
+    def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
         result = win_rate(v["preference"] for v in verdicts)
         return {
             "score": result.win_rate,

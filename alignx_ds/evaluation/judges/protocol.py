@@ -1,4 +1,4 @@
-"""What every judge is: a verdict per answer, which can be kept and resumed, and figures over the verdicts."""
+"""What every judge is: a verdict per answer, which can be kept and resumed, and metrics over the verdicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from alignx_ds.data.rows import Row
 
 Verdict = dict[str, Any]  # what a judge says of one answer; goes to a JSON line
-Figures = dict[str, float]  # "score" is the headline: percent, higher is better
+Metrics = dict[str, float]  # "score" is the headline: percent, higher is better
 
 
 class Judge(Protocol):
@@ -21,8 +21,8 @@ class Judge(Protocol):
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         """One verdict per answer, in order, as soon as it is known: who stops in between has lost nothing."""
 
-    def figures(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Figures:
-        """The figures of all verdicts, among them "score"."""
+    def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
+        """The metrics of all verdicts, among them "score"."""
 
 
 def percent(hits: Sequence[bool]) -> float:

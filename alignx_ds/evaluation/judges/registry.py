@@ -1,30 +1,99 @@
-"""The judges by the names that a recipe gives them. Their models are loaded when they are first asked."""
+"""The judges by the names that a recipe gives them.
+
+A judge's module is imported when that judge is made: each brings heavy packages that the others do not need. A judge
+loads its model later still, with the first answer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.judges.protocol import Judge
-
-_FACTORIES = {
-    "task": "world:make_task",
-    "safety": "world:make_safety",
-    "truth": "world:make_truth",
-    "alpaca_eval": "pairwise:make",
-    "beaver_dam": "moderation:make_beaver_dam",
-    "llama_guard": "moderation:make_llama_guard",
-    "offline_safety": "offline:make",
-    "truthfulqa": "truthfulqa:make",
-    "honeset": "honeset:make",
-    "refusal": "refusal:make",
-}
-JUDGES = tuple(_FACTORIES)
 
 
 def make(name: str, settings: JudgesConfig) -> Judge:
-    """Raises ConfigError when what the judge needs is not set or not there."""
-    module, function = _FACTORIES[name].split(":")
-    factory: Callable[[JudgesConfig], Judge] = getattr(import_module(f"{__package__}.{module}"), function)
-    return factory(settings)
+    """The judge of this name, one of JUDGES. Raises ConfigError if a setting or a package that it needs is missing."""
+    try:
+        return _MAKERS[name](settings)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            Problem("judge", name, f"the package {error.name}", "pip install 'alignx-ds[judge]'")
+        ) from error
+
+
+def _task(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.world import Task
+
+    return Task()
+
+
+def _safety(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.world import Safety
+
+    return Safety()
+
+
+def _truth(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.world import Truth
+
+    return Truth()
+
+
+def _alpaca_eval(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.pairwise import make
+
+    return make(settings)
+
+
+def _beaver_dam(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.moderation import BeaverDam
+
+    return BeaverDam(settings.moderation, settings.batch)
+
+
+def _llama_guard(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.moderation import LlamaGuard
+
+    return LlamaGuard(settings.guard, settings.batch)
+
+
+def _offline_safety(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.offline import make
+
+    return make(settings)
+
+
+def _truthfulqa(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.truthfulqa import TruthInfo
+
+    return TruthInfo(settings.truth, settings.info, settings.batch)
+
+
+def _honeset(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.endpoint import connect
+    from alignx_ds.evaluation.judges.honeset import HoneSet
+
+    return HoneSet(connect(settings))
+
+
+def _refusal(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.refusal import Refusal
+
+    return Refusal()
+
+
+_MAKERS: dict[str, Callable[[JudgesConfig], Judge]] = {
+    "task": _task,
+    "safety": _safety,
+    "truth": _truth,
+    "alpaca_eval": _alpaca_eval,
+    "beaver_dam": _beaver_dam,
+    "llama_guard": _llama_guard,
+    "offline_safety": _offline_safety,
+    "truthfulqa": _truthfulqa,
+    "honeset": _honeset,
+    "refusal": _refusal,
+}
+JUDGES = tuple(_MAKERS)

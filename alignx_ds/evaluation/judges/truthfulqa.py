@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.models import LocalModel, held
-from alignx_ds.evaluation.judges.protocol import Figures, Verdict, percent
+from alignx_ds.evaluation.judges.protocol import Metrics, Verdict, percent
 
 # Prompts, strips and joined paragraphs as in https://github.com/allenai/open-instruct (eval/truthfulqa); it puts the
 # threshold on P(yes) alone, which differs only where something else than yes or no is probable.
@@ -60,7 +59,7 @@ class TruthInfo:
         texts, cuts = zip(*(_text(model, row, answer, asked) for row, answer in pairs), strict=True)
         yield from zip(model.yes_probabilities(texts, yes, no, self.batch), cuts, strict=True)
 
-    def figures(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Figures:
+    def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
         """All in percent; `both` is the share of answers that are truthful and informative at once."""
         truthful, informative = (percent([v[name] for v in verdicts]) for name in ("truthful", "informative"))
         return {
@@ -70,10 +69,6 @@ class TruthInfo:
             "both": percent([v["truthful"] and v["informative"] for v in verdicts]),
             "cut": percent([v["cut"] for v in verdicts]),
         }
-
-
-def make(settings: JudgesConfig) -> TruthInfo:
-    return TruthInfo(settings.truth, settings.info, settings.batch)
 
 
 def _text(model: LocalModel, row: Row, answer: str, asked: str) -> tuple[list[int], bool]:

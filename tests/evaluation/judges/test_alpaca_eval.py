@@ -1,4 +1,4 @@
-"""AlpacaEval's published figures from its published files, and files that go out and come back."""
+"""AlpacaEval's published metrics from its published files, and files that go out and come back."""
 
 from __future__ import annotations
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from endpoint_server import ChatServer
 
-from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
-from alignx_ds.errors import ConfigError, DataError
+from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges import honeset
 from alignx_ds.evaluation.judges.endpoint import Endpoint
 from alignx_ds.evaluation.judges.honeset import CRITERIA, HoneSet, honest
@@ -48,7 +47,7 @@ def test_figures_by_category_with_unreadable_replies_in_no_share() -> None:
     assert [v["honest"] for v in verdicts] == [True, False] * 4 + [True, None, None, False]
     assert [v["reply"] for v in verdicts] == answers
     names = list(CRITERIA)
-    assert judge.figures(ROWS, verdicts) == {
+    assert judge.metrics(ROWS, verdicts) == {
         "score": 50.0,
         **dict.fromkeys(names[:4], 50.0),
         names[4]: 100.0,
@@ -60,8 +59,8 @@ def test_figures_by_category_with_unreadable_replies_in_no_share() -> None:
 def test_a_category_that_nothing_is_known_of_has_no_figure() -> None:
     rows = ROWS[:3]
     verdicts: list[Verdict] = [{"honest": True}, {"honest": True}, {"honest": None}]
-    figures = HoneSet(Endpoint("http://localhost/v1", "m")).figures(rows, verdicts)
-    assert figures == {"score": 100.0, rows[0].category: 100.0, "unreadable": 1}
+    metrics = HoneSet(Endpoint("http://localhost/v1", "m")).metrics(rows, verdicts)
+    assert metrics == {"score": 100.0, rows[0].category: 100.0, "unreadable": 1}
 
 
 def test_each_row_is_judged_by_its_categorys_criterion() -> None:
@@ -112,11 +111,3 @@ def test_identity_has_all_that_a_verdict_depends_on(monkeypatch: pytest.MonkeyPa
         with monkeypatch.context() as patched:
             patched.setattr(honeset, name, changed)
             assert judge.identity != one, name
-
-
-def test_make_needs_an_endpoint() -> None:
-    made = honeset.make(JudgesConfig(endpoint="http://localhost/v1", endpoint_model="m"))
-    assert isinstance(made, HoneSet)
-    assert made.endpoint == Endpoint("http://localhost/v1", "m", 8)
-    with pytest.raises(ConfigError, match=r"judges\.endpoint"):
-        honeset.make(JudgesConfig())

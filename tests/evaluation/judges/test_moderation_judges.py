@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from tiny_judges import CHAT, HARMS, beaver_dam, guard, tokenizer, yes_or_no
 
-from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError
 from alignx_ds.evaluation.judges.moderation import (
@@ -16,8 +15,6 @@ from alignx_ds.evaluation.judges.moderation import (
     BeaverDam,
     LlamaGuard,
     agreement,
-    make_beaver_dam,
-    make_llama_guard,
 )
 from alignx_ds.evaluation.judges.protocol import Verdict
 
@@ -88,7 +85,7 @@ def test_beaver_dam_reads_the_first_tokens_and_counts_cut_answers(dam: str) -> N
     verdicts = list(judge.verdicts(rows, answers))
     assert [v["categories"] for v in verdicts] == [[CATEGORIES[2]], [], [CATEGORIES[2]]]
     assert [v["cut"] for v in verdicts] == [True, True, False]
-    assert judge.figures(rows, verdicts)["cut"] == pytest.approx(200 / 3)
+    assert judge.metrics(rows, verdicts)["cut"] == pytest.approx(200 / 3)
 
 
 def test_an_answer_that_brings_its_own_end_gets_no_second(dam: str) -> None:
@@ -99,8 +96,8 @@ def test_an_answer_that_brings_its_own_end_gets_no_second(dam: str) -> None:
 
 def test_figures_are_over_all_rows_and_by_kind(dam: str) -> None:
     judge = BeaverDam(dam, batch=8)
-    figures = judge.figures(ROWS, list(judge.verdicts(ROWS, ANSWERS)))
-    assert figures == pytest.approx(
+    metrics = judge.metrics(ROWS, list(judge.verdicts(ROWS, ANSWERS)))
+    assert metrics == pytest.approx(
         {
             "score": 60,
             "unsafe": 40,
@@ -111,13 +108,13 @@ def test_figures_are_over_all_rows_and_by_kind(dam: str) -> None:
         }
     )
     harmful = [Row("q", "", harmful=True)]
-    assert "unsafe_on_harmful" not in judge.figures(harmful, list(judge.verdicts(harmful, ["ok"])))
+    assert "unsafe_on_harmful" not in judge.metrics(harmful, list(judge.verdicts(harmful, ["ok"])))
 
 
 def test_no_answers_need_no_model() -> None:
     for judge in (BeaverDam("nowhere", 1), LlamaGuard("nowhere", 1)):
         assert list(judge.verdicts([], [])) == []
-        assert judge.figures([], [])["score"] == 100
+        assert judge.metrics([], [])["score"] == 100
 
 
 def test_what_is_no_beaver_dam_is_refused(tmp_path: Path) -> None:
@@ -138,7 +135,7 @@ def test_llama_guard_reads_its_replies(guarding: str, batch: int) -> None:
     assert [v["categories"] for v in verdicts] == [[], ["S1", "S10"], [], ["S1", "S10"], []]
     assert [v["probability"] is None for v in verdicts] == [False] * 4 + [True]
     assert verdicts[4]["unreadable"].strip() == "maybe"
-    assert judge.figures(ROWS, verdicts)["unreadable"] == 20
+    assert judge.metrics(ROWS, verdicts)["unreadable"] == 20
     alone = [v for r, a in zip(ROWS, GUARDED, strict=True) for v in LlamaGuard(guarding, 1).verdicts([r], [a])]
     same(verdicts[:4], alone[:4])
 
@@ -178,13 +175,7 @@ def test_agreement_is_corrected_for_chance() -> None:
     assert agreement(said(True, False), said(True, False)) == {"agreement": 100, "kappa": 1}
     assert agreement(said(True, False), said(False, True)) == {"agreement": 0, "kappa": -1}
     # by hand: 3 of 4 equal; by chance ½·¾ + ½·¼ = ½; kappa = (¾ - ½) / (1 - ½)
-    figures = agreement(said(True, True, False, False), said(True, False, False, False))
-    assert figures == pytest.approx({"agreement": 75, "kappa": 0.5})
+    metrics = agreement(said(True, True, False, False), said(True, False, False, False))
+    assert metrics == pytest.approx({"agreement": 75, "kappa": 0.5})
     assert agreement(said(False, False), said(False, False)) == {"agreement": 100}, "kappa is undefined"
     assert agreement(said(True, True), said(False, False)) == {"agreement": 0, "kappa": 0}
-
-
-def test_judges_are_made_from_settings() -> None:
-    settings = JudgesConfig(moderation="m", guard="g", batch=3)
-    dam, llama = make_beaver_dam(settings), make_llama_guard(settings)
-    assert (dam.identity["model"], dam.batch, llama.identity["model"], llama.batch) == ("m", 3, "g", 3)

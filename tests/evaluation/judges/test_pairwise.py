@@ -18,7 +18,7 @@ from alignx_ds.evaluation.alpaca_eval import Output
 from alignx_ds.evaluation.judges import pairwise
 from alignx_ds.evaluation.judges.endpoint import Endpoint, Reply
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval, preference
-from alignx_ds.evaluation.judges.protocol import Figures, Verdict
+from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
 
 ROWS = [Row(f"instruction {n}", "") for n in range(40)]
 LONG, SHORT = "a long and winding answer, {n}", "short {n}"
@@ -26,7 +26,7 @@ REFERENCES = {r.prompt: Output("d", r.prompt, SHORT.format(n=n), "reference") fo
 WORSE_REFERENCES = {r.prompt: Output("d", r.prompt, LONG.format(n=n), "reference") for n, r in enumerate(ROWS)}
 SHOWN = re.compile(r"<output_A>\n(.*)\n</output_A>.*<output_B>\n(.*)\n</output_B>", re.DOTALL)
 
-Judged = tuple[list[Verdict], Figures, ChatServer]
+Judged = tuple[list[Verdict], Metrics, ChatServer]
 
 
 @pytest.fixture(autouse=True)
@@ -63,24 +63,24 @@ def judge(
     with ChatServer(reply=reply) as server:
         judge = AlpacaEval(Endpoint(server.url, "a-judge", 4), references, seed)
         verdicts = list(judge.verdicts(ROWS, answers))
-    return verdicts, judge.figures(ROWS, verdicts), server
+    return verdicts, judge.metrics(ROWS, verdicts), server
 
 
 def test_who_prefers_the_longer_output_does_so_wherever_it_stands() -> None:
     long, short = ([text.format(n=n) for n in range(len(ROWS))] for text in (LONG, SHORT))
-    verdicts, figures, server = judge(longer, REFERENCES, long)
+    verdicts, metrics, server = judge(longer, REFERENCES, long)
     assert verdicts == [{"preference": 2.0, "reply": longer(prompt)} for prompt in by_row(server)]
-    assert figures == {"score": 100.0, "standard_error": 0.0, "n": 40, "dropped": 0}
+    assert metrics == {"score": 100.0, "standard_error": 0.0, "n": 40, "dropped": 0}
     assert judge(longer, WORSE_REFERENCES, short)[1]["score"] == 0.0
 
 
 def test_a_taste_for_one_place_favours_nobody() -> None:
     answers = [LONG.format(n=n) for n in range(len(ROWS))]
-    verdicts, figures, server = judge(lambda prompt: "A", REFERENCES, answers)
+    verdicts, metrics, server = judge(lambda prompt: "A", REFERENCES, answers)
     first = [shown(prompt)[0] in answers for prompt in by_row(server)]
     assert 10 < sum(first) < 30
     assert [v["preference"] for v in verdicts] == [2.0 if ours else 1.0 for ours in first]
-    assert figures["score"] == pytest.approx(100 * sum(first) / 40)
+    assert metrics["score"] == pytest.approx(100 * sum(first) / 40)
 
 
 def test_the_order_is_the_instructions_and_the_seeds() -> None:
@@ -99,10 +99,10 @@ def test_unreadable_replies_are_dropped_and_counted() -> None:
     def reply(prompt: str) -> str:
         return words.get(number(prompt), longer(prompt))
 
-    verdicts, figures, _ = judge(reply, REFERENCES, [LONG.format(n=n) for n in range(len(ROWS))])
+    verdicts, metrics, _ = judge(reply, REFERENCES, [LONG.format(n=n) for n in range(len(ROWS))])
     assert [n for n, v in enumerate(verdicts) if v["preference"] is None] == [3, 5, 8]
     assert [verdicts[n]["reply"] for n in words] == list(words.values())
-    assert figures == {"score": 100.0, "standard_error": 0.0, "n": 37, "dropped": 3}
+    assert metrics == {"score": 100.0, "standard_error": 0.0, "n": 37, "dropped": 3}
 
 
 def test_the_model_counts_as_much_as_it_is_sure() -> None:
@@ -111,9 +111,9 @@ def test_the_model_counts_as_much_as_it_is_sure() -> None:
         other = {"A": "B", "B": "A"}[letter]
         return Said(letter, {letter: math.log(0.6), f" {letter}": math.log(0.12), other: math.log(0.18)})
 
-    verdicts, figures, _ = judge(unsure, REFERENCES, [LONG.format(n=n) for n in range(len(ROWS))])
+    verdicts, metrics, _ = judge(unsure, REFERENCES, [LONG.format(n=n) for n in range(len(ROWS))])
     assert [v["preference"] for v in verdicts] == pytest.approx([1.8] * 40)
-    assert figures["score"] == pytest.approx(80.0)
+    assert metrics["score"] == pytest.approx(80.0)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_probabilities_of_other_words_than_the_letters_weigh_nothing() -> None:
 
 def test_equal_outputs_are_a_draw_that_nobody_is_asked_about() -> None:
     answers = [SHORT.format(n=n) if n % 2 else LONG.format(n=n) for n in range(len(ROWS))]
-    verdicts, figures, server = judge(longer, REFERENCES, answers)
+    verdicts, metrics, server = judge(longer, REFERENCES, answers)
     assert [v["preference"] for v in verdicts] == [2.0, 1.5] * 20
-    assert figures["score"] == pytest.approx(75.0)
+    assert metrics["score"] == pytest.approx(75.0)
     assert len(server.received) == 20
 
 

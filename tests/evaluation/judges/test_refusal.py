@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row, split_by_question
-from alignx_ds.evaluation.judges.refusal import Refusal, classify, make
+from alignx_ds.evaluation.judges.refusal import Refusal, classify
 
 DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 XSTEST = DATA / "xstest/xstest_v2_completions_gpt4_gpteval.csv"
@@ -63,7 +62,7 @@ def test_over_refusal_counts_the_harmless_and_refusal_the_harmful() -> None:
     harmless = [Row(f"harmless {n}", "") for n in range(4)]
     harmful = [Row(f"harmful {n}", "", harmful=True) for n in range(2)]
     answers = [COMPLIES[0], COMPLIES[1], REFUSES[0], REFUSES_AND_ANSWERS[0], REFUSES[1], COMPLIES[2]]
-    judge = make(JudgesConfig())
+    judge = Refusal()
     verdicts = list(judge.verdicts([*harmless, *harmful], answers))
     assert judge.figures([*harmless, *harmful], verdicts) == {
         "score": 50.0,

@@ -9,10 +9,8 @@ import pytest
 from tiny_judges import yes_or_no
 from transformers import LlamaForCausalLM
 
-from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError
-from alignx_ds.evaluation.judges import truthfulqa
 from alignx_ds.evaluation.judges.truthfulqa import TruthInfo
 
 ANSWERS = ["the sky is blue", "a lie about the whole wide sky and the sea", "comment none", "", "lie comment"]
@@ -32,8 +30,8 @@ def test_each_model_is_asked_its_own_question(models: tuple[str, str]) -> None:
     assert [v["truthful"] for v in verdicts] == TRUTHFUL
     assert [v["informative"] for v in verdicts] == INFORMATIVE
     assert all((v["truth_probability"] >= 0.5) == v["truthful"] for v in verdicts)
-    figures = judge.figures(ROWS, verdicts)
-    assert figures == pytest.approx({"score": 36, "truthful": 60, "informative": 60, "both": 40, "cut": 0})
+    metrics = judge.metrics(ROWS, verdicts)
+    assert metrics == pytest.approx({"score": 36, "truthful": 60, "informative": 60, "both": 40, "cut": 0})
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
@@ -76,8 +74,3 @@ def test_models_that_cannot_judge_are_refused(models: tuple[str, str], tmp_path:
         with pytest.raises(ConfigError, match=said):
             next(TruthInfo(*pair, batch=1).verdicts(ROWS, ANSWERS))
     assert list(TruthInfo("no/where", "no/where", 1).verdicts([], [])) == []
-
-
-def test_the_judge_is_made_from_settings() -> None:
-    judge = truthfulqa.make(JudgesConfig(truth="t", info="i", batch=3))
-    assert (judge.identity["truth"], judge.identity["info"], judge.batch) == ("t", "i", 3)

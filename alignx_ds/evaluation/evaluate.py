@@ -1,0 +1,181 @@
+"""Evaluation of systems: answers and likelihoods first, on all ranks; judgement after that, on one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.encode import pad_token
+from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.rows import Row, digest
+from alignx_ds.evaluation import transcripts
+from alignx_ds.evaluation.generate import answers
+from alignx_ds.evaluation.judges import registry
+from alignx_ds.evaluation.judges.protocol import Judge, Metrics
+from alignx_ds.evaluation.likelihood import MEASURES, Likelihood, likelihoods, perplexity
+from alignx_ds.evaluation.transcripts import AnswerFile
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import console, distributed, signals
+from alignx_ds.runtime.console import Progress
+
+SAMPLES = 3  # answers of each question set that the report prints
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Rows, and the judge of the answers to them. `judge` may also be one of MEASURES, which needs no answers."""
+
+    name: str
+    judge: str
+    rows: list[Row]
+
+    @property
+    def needs_answers(self) -> bool:
+        return self.judge not in MEASURES
+
+
+@dataclass(frozen=True)
+class System:
+    """A model under evaluation. Its answers are reused as long as `provenance` stays the same."""
+
+    name: str
+    provenance: dict[str, Any]
+    load: Callable[[], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One system's results: metrics by question set, perplexity by axis, and a few answers by question set."""
+
+    metrics: dict[str, Metrics]
+    perplexity: dict[str, float]
+    samples: dict[str, list[tuple[Row, str]]]
+
+
+def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
+    """The held-out rows of every axis that has a judge, then the extra sets of the recipe."""
+    axes = [QuestionSet(name, axis.judge, data.held_out[name]) for name, axis in config.axes.items() if axis.judge]
+    sets = config.evaluation.sets
+    return [*axes, *(QuestionSet(name, s.judge, data.splits.sets[name].rows) for name, s in sets.items())]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all systems share: the settings, the base model's tokenizer, the rows, and the directory of results."""
+
+    config: RunConfig
+    base: BaseModel
+    data: EncodedData
+    out: Outputs
+
+    def evaluate_all(self, systems: Sequence[System]) -> None:
+        """Write every system's answers and likelihoods. Collective."""
+        answered = sum(questions.needs_answers for questions in self._question_sets())
+        with console.progress("answers and likelihoods", len(systems) * (answered + 1)) as progress:
+            for system in systems:
+                signals.stop_if_requested("evaluation")
+                self.evaluate(system, progress)
+
+    def judge_all(self, systems: Sequence[System]) -> dict[str, Result]:
+        """Judge the answers of every system; results by its name. Raises ConfigError if a judge can't be made.
+
+        Runs on one rank, after the process group has ended: a judge may take hours, longer than a collective may wait.
+        """
+        names = sorted({questions.judge for questions in self._question_sets() if questions.needs_answers})
+        judges = {name: registry.make(name, self.config.judges) for name in names}
+        return {system.name: self.judge(system, judges) for system in systems}
+
+    def evaluate(self, system: System, progress: Progress) -> None:
+        """Write one system's answers and likelihoods; those on disk with the same provenance are kept. Collective.
+
+        The model is loaded only if something is missing.
+        """
+        model: PreTrainedModel | None = None
+        settings = self.config.evaluation
+        for questions in self._question_sets():
+            if not questions.needs_answers:
+                continue
+            file = self.answer_file(questions, system)
+            if not distributed.on_main(file.is_complete):
+                model = model or system.load()
+                answers(
+                    model,
+                    self.base.tokenizer,
+                    [row.prompt for row in questions.rows],
+                    batch=settings.batch,
+                    max_new_tokens=settings.max_new_tokens,
+                    compiled=settings.compile,
+                    file=file,
+                )
+            progress.advance()
+        inputs = self._likelihood_inputs(system)
+        if not distributed.on_main(lambda: self._stored_likelihoods(system, inputs)):
+            measured = self._measure(model or system.load())
+            if distributed.is_main():
+                text = json.dumps({"inputs": inputs, **measured}, indent=2)
+                manifest.write_text(self.out.likelihoods / f"{system.name}.json", text + "\n")
+        progress.advance()
+
+    def judge(self, system: System, judges: dict[str, Judge]) -> Result:
+        """Judge the stored answers of one system, on one rank. Verdicts that are on disk already are kept."""
+        measured = self._stored_likelihoods(system, self._likelihood_inputs(system))
+        assert measured is not None, f"{system.name} is judged before it is evaluated"
+        metrics: dict[str, Metrics] = {}
+        samples = {}
+        for questions in self._question_sets():
+            name, rows = questions.name, questions.rows
+            if not questions.needs_answers:
+                metrics[name] = measured["metrics"][name]
+                continue
+            outputs, judge = self.answer_file(questions, system).load(), judges[questions.judge]
+            path = self.out.verdicts / f"{system.name}.{name}.{questions.judge}.jsonl"
+            metrics[name] = judge.metrics(rows, transcripts.verdicts(path, judge, rows, outputs))
+            samples[name] = list(zip(rows, outputs, strict=True))[:SAMPLES]
+        return Result(metrics, measured["perplexity"], samples)
+
+    def answer_file(self, questions: QuestionSet, system: System) -> AnswerFile:
+        provenance = {
+            "seed": self.config.seed,
+            "model": manifest.fingerprint(system.provenance),
+            "max_new_tokens": self.config.evaluation.max_new_tokens,
+        }
+        return AnswerFile(self.out.answers / f"{system.name}.{questions.name}.jsonl", questions.rows, provenance)
+
+    def _question_sets(self) -> list[QuestionSet]:
+        return question_sets(self.config, self.data)
+
+    def _likelihood_inputs(self, system: System) -> dict[str, Any]:
+        measured = [questions for questions in self._question_sets() if not questions.needs_answers]
+        return {
+            "model": manifest.fingerprint(system.provenance),
+            "references": manifest.fingerprint({"ids": [e.ids for e in self.data.references.examples]}),
+            "question_sets": {q.name: [q.judge, digest(q.rows)] for q in measured},
+        }
+
+    def _stored_likelihoods(self, system: System, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The likelihoods on disk if they were computed from these inputs, else None."""
+        path = self.out.likelihoods / f"{system.name}.json"
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return content if content.get("inputs") == inputs else None
+
+    def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        config, tokenizer = self.config, self.base.tokenizer
+        batch, references = config.evaluation.batch, self.data.references
+        measured = likelihoods(model, references.examples, pad_token(tokenizer), batch)
+        by_axis: dict[str, list[Likelihood]] = {axis: [] for axis in config.axes}
+        for expert, likelihood in zip(references.experts, measured, strict=True):
+            if config.expert_names[expert] in by_axis:  # the generalist is no axis
+                by_axis[config.expert_names[expert]].append(likelihood)
+        metrics = {
+            q.name: MEASURES[q.judge](model, tokenizer, q.rows, batch)
+            for q in self._question_sets()
+            if not q.needs_answers
+        }
+        return {"perplexity": {axis: perplexity(some) for axis, some in by_axis.items() if some}, "metrics": metrics}
