@@ -1,13 +1,8 @@
-"""Lets these tests import the tiny models and each other's parts, and share the ranks that they start."""
+"""The ranks that these tests start, which they share."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "mocae")]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from direct import direct_figures
+from direct_figures import direct_figures
 from safetensors.torch import save_file
 from tiny_models import (
     ALIGNX_LAYERS,

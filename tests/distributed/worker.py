@@ -9,7 +9,7 @@ from pathlib import Path
 
 def main(directory: Path, names: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
-    sys.path.insert(0, str(Path(__file__).parents[1] / "mocae"))
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # what tests share
     from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "mocae")]
-
 SHOWN = (
     "launch",
     "docs",

@@ -1,4 +1,4 @@
-"""A finished run, tiny, made once through the command line; and the tiny models."""
+"""A finished run, tiny, made once through the command line."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "mocae"))
 
 SMALL = (
     *("launch.ranks=1", "align.ep_size=1", "data.train_rows=80", "data.held_out_rows=12", "baselines.make=[]"),

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 if TYPE_CHECKING:
     from recording import Record
 
-sys.path[:0] = [str(HERE), str(HERE.parent / "distributed"), str(HERE.parent / "mocae")]
+sys.path.insert(0, str(HERE.parent / "distributed"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from direct import direct_figures
+from direct_figures import direct_figures
 from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
 from torch import Tensor
 
