@@ -1,4 +1,4 @@
-"""What a user sees on the terminal: headings, progress bars and tables, from rank 0 only."""
+"""Terminal output of rank 0: headings, progress bars, tables and warnings. The other ranks print nothing."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rich.text import Text
 from alignx_ds.errors import visible
 from alignx_ds.runtime import distributed
 
-WIDE = 100  # characters
+WIDE = 100  # characters; a line of this length has room for more than the essentials
 _console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass
 class Progress:
-    """A handle to advance; silent off rank 0."""
+    """A handle that advances the bar; without a bar it does nothing."""
 
     bar: Bar | None = None
     task: int = 0
@@ -35,7 +35,7 @@ class Progress:
 
 
 def say(text: str | Text) -> None:
-    """A plain text is printed as it is: what data says in brackets is no markup, and its control characters show."""
+    """Print to stdout. A plain string may hold data: brackets are no markup, control characters are escaped."""
     if distributed.is_main():
         _console.print(plain(text) if isinstance(text, str) else text)
 
@@ -45,7 +45,7 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def note(text: str) -> None:
-    """Into the stream of errors, so that it is not lost where the ordinary output is."""
+    """Print to stderr, so that it is seen where stdout is redirected."""
     if distributed.is_main():
         print(f"alignx-ds: {text}", file=sys.stderr, flush=True)
 
@@ -60,7 +60,7 @@ def heading(text: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Progress]:
-    """A bar on a terminal; where there is none, one line when the step is done."""
+    """Show a progress bar on a terminal; elsewhere print one line at the end."""
     if not distributed.is_main():
         yield Progress()
         return
@@ -76,14 +76,13 @@ def progress(title: str, total: int) -> Iterator[Progress]:
 
 
 def is_wide() -> bool:
-    """Whether a line has room for more than what is needed."""
     return _console.width >= WIDE
 
 
 def table(
     title: str, columns: list[str], rows: list[list[str]], *, texts: tuple[int, ...] = (0,), light: bool = False
 ) -> None:
-    """The columns at these places are texts, the others are figures. `light`: no frame, and long texts are folded."""
+    """Print a table. `texts`: which columns are left-aligned, by index. `light`: no frame, long cells folded."""
     grid = Table(title=plain(title, "italic") if title else None, title_justify="left", header_style="bold")
     if light:
         grid.box, grid.pad_edge = box.SIMPLE_HEAD if _console.is_terminal and is_wide() else None, False

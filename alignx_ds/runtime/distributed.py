@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -60,9 +62,12 @@ def _set_rank_variables() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A random free TCP port below those that systems give to outgoing connections, which could take it before use."""
+    while True:
+        port = 15000 + secrets.randbelow(15000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 def start_failure_detection(timeout: int) -> None:

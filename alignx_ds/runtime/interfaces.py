@@ -1,4 +1,4 @@
-"""Which of our addresses and network interfaces leads to another host: the host's own name often means the loopback."""
+"""The address and the network interface that lead to another host: a host's own name often resolves to its loopback."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import psutil
 
 
 def address_towards(host: str) -> str:
-    """Our own address on the way there; empty where the host is unknown."""
+    """This host's own address on the route to `host`; empty if the host is unknown."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing: it only asks for the route
+            probe.connect(target)  # sends nothing: it only looks up the route
             return str(probe.getsockname()[0])
     except OSError:
         return ""
 
 
 def interface_towards(host: str) -> str:
-    """The name of the interface; empty where it is the loopback, or the host is unknown."""
+    """The name of the interface on the route to `host`; empty for the loopback or an unknown host."""
     own = address_towards(host)
     if not own or ipaddress.ip_address(own.split("%")[0]).is_loopback:
         return ""

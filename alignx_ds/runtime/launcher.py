@@ -17,7 +17,7 @@ from alignx_ds.runtime import distributed, signals
 
 
 def start_ranks(arguments: Sequence[str], ranks: int) -> int:
-    """Run `alignx-ds` with these arguments on so many ranks, which share this machine's cores; the exit code."""
+    """Run `alignx-ds` with these arguments on this machine, on that many ranks; returns their exit code."""
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -29,7 +29,7 @@ def start_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Wait until all ranks have ended; returns their exit code."""
+    """Run the launcher's command until all ranks have ended; returns their exit code."""
     launcher = subprocess.Popen(command, env=environment)
 
     def forward(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranks import free_port
+from alignx_ds.runtime.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds within which all ranks have to end once one has
