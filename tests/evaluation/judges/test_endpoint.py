@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, Reply, connect
 
+LIMIT = 30.0  # seconds
 SECRET = "sk-not-to-be-seen-0123456789"
 
 
@@ -47,8 +49,16 @@ def test_replies_come_in_order_whatever_order_they_were_made_in() -> None:
 
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_as_many_requests_are_under_way_as_allowed_and_no_more(server: ChatServer, parallel: int) -> None:
-    server.delay = 0.1
-    assert len(list(Endpoint(server.url, "m", parallel).ask(said(*"abcdefgh")))) == 8
+    """The server answers nothing before so many have come; a moment more would show one too many."""
+    together = threading.Barrier(parallel)
+
+    def when_all_are_here(prompt: str) -> str:
+        together.wait(LIMIT)
+        time.sleep(0.1)
+        return prompt
+
+    server.reply = when_all_are_here
+    assert len(list(Endpoint(server.url, "m", parallel).ask(said(*"abcdef")))) == 6
     assert server.busiest == parallel
 
 
@@ -73,14 +83,19 @@ def test_replies_are_there_before_the_last_conversation_is_known(server: ChatSer
 
 
 def test_who_stops_cancels_what_was_not_sent_yet() -> None:
-    def slow_but_the_first(prompt: str) -> str:
-        time.sleep(0.0 if prompt == "a" else 0.5)
+    closing = threading.Event()
+
+    def held_but_the_first(prompt: str) -> str:
+        assert prompt == "a" or closing.wait(LIMIT)
         return prompt
 
-    with ChatServer(reply=slow_but_the_first) as server:
+    with ChatServer(reply=held_but_the_first) as server:
         replies = Endpoint(server.url, "m", 2).ask(said(*"abcd"))
         assert next(replies).text == "a"
+        while len(server.received) < 3:
+            time.sleep(0.01)
         assert isinstance(replies, Generator)
+        threading.Timer(0.5, closing.set).start()  # `close` waits for the requests that were sent
         replies.close()
     assert sorted(r.prompt for r in server.received) == ["a", "b", "c"], "d was still waiting for its turn"
 
