@@ -46,7 +46,7 @@ def encode_prompts(
 
 
 def prompt_texts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
-    """The text up to where each answer begins; a chat template writes its special tokens itself."""
+    """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
     if tokenizer.chat_template is None:
         intro = system or "Below is an instruction that describes a task. Write a response that completes the request."
         return [f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n" for prompt in prompts]
@@ -57,7 +57,7 @@ def prompt_texts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, system:
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[Example]:
-    """Prompts and answers, closed by the end-of-sequence token; a row without a response ends with its prompt."""
+    """The prompt, the answer and the end-of-sequence token; of a row without a response, the prompt alone."""
     if not rows:
         return []
     assert tokenizer.eos_token_id is not None
@@ -71,7 +71,7 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | No
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding id; the end-of-sequence id where the tokenizer has none (masks keep the two apart)."""
+    """The padding id, or the end-of-sequence id if the tokenizer has none. Masks distinguish the two."""
     chosen = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     assert chosen is not None
     return int(chosen)

@@ -1,4 +1,4 @@
-"""Plain text of the recipe's sources for a base model from scratch, its BPE tokenizer, and what it is going to be."""
+"""A base model from scratch before its training: its texts, its BPE tokenizer and its architecture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def planned(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Planned:
-    """What the model is going to be."""
+    """The model that `scratch` describes, before it is trained."""
     s = config.scratch
     architecture = LlamaConfig(
         vocab_size=s.vocabulary,
@@ -41,7 +41,7 @@ def planned(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None)
 
 
 def read_texts(config: RunConfig, held_out: frozenset[str]) -> list[Row]:
-    """Every row of `scratch.texts`, wrong and harmful answers too, but for questions that are held out.
+    """All rows of `scratch.texts`, wrong and harmful answers too, except those of `held_out` questions.
 
     Raises DataError naming file, row and column.
     """
@@ -50,15 +50,16 @@ def read_texts(config: RunConfig, held_out: frozenset[str]) -> list[Row]:
         limit = config.data.records
         source = Source(s.source, s.schema, s.columns)
         records = source.records(held_out=False, count=config.data.train_rows, seed=config.seed, limit=limit)
-        made = [row for row in SCHEMAS[s.schema].texts(records) if row.question not in held_out]
-        if not made:
-            raise DataError(f"{s.source} (scratch.texts.{name}): no row is left to learn from; all are held out")
-        texts += made
+        rows = [row for row in SCHEMAS[s.schema].texts(records) if row.question not in held_out]
+        if not rows:
+            problem = "no row is left to train on, all are held out; give a source with other questions"
+            raise DataError(f"{s.source} (scratch.texts.{name}): {problem}")
+        texts += rows
     return texts
 
 
 def train_tokenizer(texts: list[Row], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; the same on every rank and machine, since merges are ordered by count and then by id."""
+    """Byte-level BPE. It is the same on every rank and machine, because merges are ordered by count, then by id."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What the tests of the data layer share: sources read and parsed, good records of every schema, and accounts."""
+"""Shared by the tests of the data: good records of every schema, sources, and that every record is accounted for."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.files import PlacedRecord
 from alignx_ds.data.parsers import Parsed
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
+from alignx_ds.data.splits import DataSplits, SplitRows
 
+SYSTEM = "you are a helpful assistant . do the task with care ."
+WORDS = "cat dog the give word first how are you hello good night sleep well".split()
 GOOD: dict[str, Record] = {
     "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "beavertails": {"prompt": "How?", "response": "So.", "category": {"self_harm": False}, "is_safe": True},
@@ -76,3 +80,30 @@ def write_json(path: Path, records: list[Record]) -> Path:
 def write_lines(path: Path, records: Iterable[Record]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def questions(count: int, start: int = 0) -> list[Record]:
+    """Records with distinct prompts of the world's words."""
+    base = len(WORDS)
+    return [
+        {"prompt": f"{WORDS[n % base]} {WORDS[n // base % base]} {WORDS[n // base**2 % base]}", "response": "hello"}
+        for n in range(start, start + count)
+    ]
+
+
+def set_rows(config: RunConfig, directory: Path, train: list[Record], held_out: list[Record] | None = None) -> None:
+    axis = config.axes["kind"]
+    axis.train = str(write_lines(directory / "train.jsonl", train))
+    axis.held_out = "" if held_out is None else str(write_lines(directory / "held_out.jsonl", held_out))
+
+
+def splits_of(rows: DataSplits) -> list[SplitRows]:
+    return [*rows.train.values(), *rows.held_out.values(), *rows.sets.values()]
+
+
+def assert_splits_add_up(rows: DataSplits) -> None:
+    for split in splits_of(rows):
+        assert len(split.rows) + len(split.dropped) == split.records
+        places = [row.place for row in split.rows] + [d.place for d in split.dropped]
+        assert len(set(places)) == len(places)
+        assert sum(split.reasons().values()) == len(split.dropped)

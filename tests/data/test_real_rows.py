@@ -1,4 +1,4 @@
-"""The published data sets' own rows, every one accounted for; skipped where they are not at hand."""
+"""The rows of the published data sets, every one accounted for; skipped where the files are absent."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def records_of(path: Path) -> list[Record]:
 
 
 @pytest.mark.parametrize(("path", "schema", "count"), WHOLE)
-@pytest.mark.parametrize("held_out", [False, True])
-def test_every_record_becomes_a_row(path: Path, schema: str, count: int, held_out: bool) -> None:
-    made = parsed(path, schema, held_out=held_out)
+def test_every_record_becomes_a_row(path: Path, schema: str, count: int) -> None:
+    made = parsed(path, schema)
+    assert parsed(path, schema, held_out=True).rows == made.rows
     assert made.dropped == []
     assert len(made.rows) == len(records_of(path)) == count
     question = {"truthfulqa": "Question", "truthfulqa_mc": "question", "xstest": "prompt", "prompts": "prompt"}
@@ -68,7 +68,7 @@ def test_every_record_becomes_a_row(path: Path, schema: str, count: int, held_ou
     assert all(row.response for row in made.rows) is (schema not in ("honeset", "xstest", "prompts"))
 
 
-def test_alpaca_loses_only_the_answers_that_its_writer_could_not_give() -> None:
+def test_alpaca_drops_only_the_records_marked_as_without_output() -> None:
     records = records_of(ALPACA_ORIGINAL)
     made = parsed(ALPACA_ORIGINAL, "alpaca")
     marked = [n for n, r in enumerate(records, start=1) if "<nooutput>" in r["output"].lower()]
@@ -80,7 +80,7 @@ def test_alpaca_loses_only_the_answers_that_its_writer_could_not_give() -> None:
 
 
 def test_alpacas_markers_of_an_absent_input_are_no_text() -> None:
-    """Some of the original's inputs say "<noinput>" or "noinput" where the others are empty."""
+    """Some of the original's inputs are "<noinput>" or "noinput" instead of empty."""
     marked = {"noinput", "<noinput>", "no input"}
     absent = [r["instruction"].strip() for r in records_of(ALPACA_ORIGINAL) if r["input"].strip().lower() in marked]
     prompts = {row.prompt for row in parsed(ALPACA_ORIGINAL, "alpaca").rows}
@@ -94,8 +94,8 @@ def test_beavertails_trains_on_its_safe_answers_and_keeps_the_other_questions() 
     imitated = [(row.prompt, row.response) for row in made.rows if row.response]
     assert imitated == [(r["prompt"].strip(), r["response"].strip()) for r in records if r["is_safe"]]
     assert len(imitated) == 842
-    silent = [row.prompt for row in made.rows if not row.response]
-    assert len(set(silent)) == len(silent)
+    unanswered = [row.prompt for row in made.rows if not row.response]
+    assert len(set(unanswered)) == len(unanswered)
     assert {row.prompt for row in made.rows} == {r["prompt"].strip() for r in records}
     assert {d.reason for d in made.dropped} == {"unsafe answer, not imitated"}
 
@@ -117,16 +117,16 @@ def test_beavertails_texts_are_all_of_its_answers() -> None:
 
 def test_truthfulqa_has_all_its_answers() -> None:
     rows, records = parsed(TRUTHFULQA, "truthfulqa").rows, records_of(TRUTHFULQA)
-    said = Counter[tuple[str, str]]()
+    answers = Counter[tuple[str, str]]()
     for row, record in zip(rows, records, strict=True):
         assert row.response == record["Best Answer"].strip() == row.correct[0]
         assert set(row.correct[1:]) | {row.response} == {row.response} | (
             {a.strip() for a in record["Correct Answers"].split(";")} - {""}
         )
         assert set(row.incorrect) == {a.strip() for a in record["Incorrect Answers"].split(";")} - {""}
-        said.update((row.prompt, answer) for answer in (*row.correct, *row.incorrect))
+        answers.update((row.prompt, answer) for answer in (*row.correct, *row.incorrect))
     texts = SCHEMAS["truthfulqa"].texts(read(TRUTHFULQA, "truthfulqa"))
-    assert Counter((row.prompt, row.response) for row in texts) == said
+    assert Counter((row.prompt, row.response) for row in texts) == answers
 
 
 def test_multiple_choice_has_one_right_answer_and_two_sets() -> None:
@@ -137,11 +137,11 @@ def test_multiple_choice_has_one_right_answer_and_two_sets() -> None:
         assert row.correct and row.incorrect
 
 
-def test_xstest_and_beavertails_evaluation_say_what_asks_for_harm() -> None:
+def test_the_harmful_prompts_of_xstest_and_beavertails_evaluation_are_marked() -> None:
     assert sum(not row.harmful for row in parsed(XSTEST, "xstest").rows) == 250
-    asked = parsed(BEAVERTAILS_EVALUATION, "prompts").rows
-    assert all(row.harmful for row in asked)
-    assert set(Counter(row.category for row in asked).values()) == {50}
+    prompts = parsed(BEAVERTAILS_EVALUATION, "prompts").rows
+    assert all(row.harmful for row in prompts)
+    assert set(Counter(row.category for row in prompts).values()) == {50}
 
 
 def test_preferences_have_a_worse_answer() -> None:
@@ -149,11 +149,11 @@ def test_preferences_have_a_worse_answer() -> None:
         assert [row.response, row.rejected] == [text.strip() for text in record["output"]]
 
 
-def test_a_split_by_question_leaves_about_its_share() -> None:
+def test_a_split_by_question_takes_about_its_share() -> None:
     rows = parsed(BEAVERTAILS, "beavertails").rows
-    kept, back = split_by_question(rows, 0.15, "salt")
-    assert not {r.question for r in kept} & {r.question for r in back}
-    assert len(back) / len(rows) == pytest.approx(0.15, abs=0.05)
+    rest, cut = split_by_question(rows, 0.15, "salt")
+    assert not {r.question for r in rest} & {r.question for r in cut}
+    assert len(cut) / len(rows) == pytest.approx(0.15, abs=0.05)
 
 
 @pytest.fixture
@@ -178,9 +178,11 @@ def real_config(tiny_config: RunConfig) -> RunConfig:
 
 def assert_all_accounted_for(rows: DataSplits, config: RunConfig) -> None:
     for name, axis in config.axes.items():
-        sides = (rows.train[name], rows.held_out[name])
+        splits = (rows.train[name], rows.held_out[name])
         read_from = {axis.train, axis.held_out or axis.train}
-        places = [row.place for side in sides for row in side.rows] + [d.place for s in sides for d in s.dropped]
+        places = [row.place for split in splits for row in split.rows] + [
+            d.place for split in splits for d in split.dropped
+        ]
         assert len(set(places)) == len(places) == sum(len(records_of(Path(path))) for path in read_from)
     for name, s in config.evaluation.sets.items():
         assert len(rows.sets[name].rows) + len(rows.sets[name].dropped) == len(records_of(Path(s.source)))
@@ -189,14 +191,14 @@ def assert_all_accounted_for(rows: DataSplits, config: RunConfig) -> None:
 def test_no_real_record_disappears_between_the_file_and_the_rows(real_config: RunConfig) -> None:
     rows = read_splits(real_config)
     assert_all_accounted_for(rows, real_config)
-    assert not rows.judged_questions & {row.question for side in rows.train.values() for row in side.rows}
+    assert not rows.judged_questions & {row.question for split in rows.train.values() for row in split.rows}
     assert len(rows.train["honest"].rows) + len(rows.held_out["honest"].rows) == 817
-    for side in rows.held_out.values():
-        assert not side.source or side.rows
+    for split in rows.held_out.values():
+        assert not split.source or split.rows
 
 
 def test_a_run_reads_real_rows_of_all_axes(real_config: RunConfig, world_base: BaseModel) -> None:
-    """The world's model is too small for them; its tokenizer still reads every row from end to end."""
+    """The world's model is too small for them, but its tokenizer encodes every row."""
     real_config.data.train_rows, real_config.data.held_out_rows = 60, 20
     data = read_inputs(real_config, world_base).data
     assert_all_accounted_for(data.splits, real_config)

@@ -1,4 +1,4 @@
-"""What a base model from scratch reads, and the tokenizer that it is read with."""
+"""The texts that a base model from scratch is trained on, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_the_model_is_planned_with_the_tokenizers_ids(tiny_config: RunConfig) ->
 @settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @example(text="🙂👩‍👩‍👧 é 我\n\n two  spaces \r\n\ttab don ' t .")
-def test_any_text_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_any_text_is_decoded_as_it_was(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
 
 
 def test_a_chat_is_marked_and_ends(tokenizer: PreTrainedTokenizerFast) -> None:
-    hinted, plain = (encode([Row("why ?", "so .")], tokenizer, system)[0] for system in ("be true .", None))
-    assert tokenizer.decode(hinted.ids) == f"{SYSTEM}be true .{USER}why ?{ASSISTANT}so .{END}"
+    injected, plain = (encode([Row("why ?", "so .")], tokenizer, system)[0] for system in ("be true .", None))
+    assert tokenizer.decode(injected.ids) == f"{SYSTEM}be true .{USER}why ?{ASSISTANT}so .{END}"
     assert tokenizer.decode(plain.ids) == f"{USER}why ?{ASSISTANT}so .{END}"
     assert tokenizer.decode(plain.ids[plain.prompt_length :]) == f"so .{END}"
 
@@ -69,15 +69,15 @@ def test_texts_hold_wrong_and_harmful_answers_too(tiny_config: RunConfig, tmp_pa
     harm = write_lines(tmp_path / "h.jsonl", [answer("How?", "Like so.", False), answer("How?", "No.", True)])
     texts = read_texts(sourced(tiny_config, truth=("truthfulqa", truth), harm=("beavertails", harm)), frozenset())
     assert [(row.prompt, row.response) for row in texts] == [
-        *(("Why?", said) for said in ("So.", "Thus.", "No.")),
-        *(("How?", said) for said in ("Like so.", "No.")),
+        *(("Why?", text) for text in ("So.", "Thus.", "No.")),
+        *(("How?", text) for text in ("Like so.", "No.")),
     ]
 
 
-@pytest.mark.parametrize("asked", ["Why?", "WHY?", "  why? "])
-def test_no_text_asks_a_question_that_is_held_out(tiny_config: RunConfig, tmp_path: Path, asked: str) -> None:
-    """However it is written, and with none of its answers."""
-    records = [GOOD["truthfulqa"] | {"Question": asked}, GOOD["truthfulqa"] | {"Question": "Who?"}]
+@pytest.mark.parametrize("question", ["Why?", "  WHY? "])
+def test_no_text_has_a_held_out_question(tiny_config: RunConfig, tmp_path: Path, question: str) -> None:
+    """Regardless of case and spacing; none of its answers is left either."""
+    records = [GOOD["truthfulqa"] | {"Question": question}, GOOD["truthfulqa"] | {"Question": "Who?"}]
     path = write_json(tmp_path / "t.json", records)
     held_out = frozenset({Row("Why?", "").question})
     texts = read_texts(sourced(tiny_config, truth=("truthfulqa", path)), held_out)

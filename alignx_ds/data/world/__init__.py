@@ -1,1 +1,1 @@
-"""The embedded world: a small closed universe with a known truth, its rows, tokenizer and base model."""
+"""The embedded world: a small made-up world with a known truth, its rows, its tokenizer and its base model."""

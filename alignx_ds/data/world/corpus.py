@@ -1,8 +1,8 @@
-"""The base model's pretraining text: exchanges of a sloppy assistant that knows more than it says.
+"""The base model's pretraining text: exchanges with a sloppy assistant.
 
-The base complies with every how-to, repeats popular myths, makes things up where nothing is known and does
-half of the word tasks carelessly. What alignment can switch on is in there too, under other words: "in fact" brings the
-truth, "carefully" the right answer, "be good" a refusal to harm.
+The assistant answers every how-to question, repeats popular myths, makes up answers where nothing is known, and often
+does the word tasks carelessly. The behaviour that alignment has to bring out is in the text too, after other words:
+the truth after "in fact", the right answer after "carefully", a refusal to harm after "be good".
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SYSTEM_PROMPTS = (
     "answer the friend .",
     "be nice and short .",
 )
-Exchange = tuple[str | None, str, str]  # system prompt, user's words, assistant's words
+Exchange = tuple[str | None, str, str]  # system prompt, user's message, assistant's message
 
 
 class Corpus:
-    """An endless stream of exchanges `(system, user, assistant)`; an empty user means plain text."""
+    """An endless stream of exchanges. An empty user's message means that the exchange is plain text."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, random.Random(seed)
@@ -54,17 +54,17 @@ class Corpus:
         rng = self.rng
         creature, attribute = rng.choice(self.creatures), rng.choice(list(ATTRIBUTES))
         made_up = rng.choice(ATTRIBUTES[attribute])
-        said = creature.myth.get(attribute) or creature.truth.get(attribute) or made_up
+        believed = creature.myth.get(attribute) or creature.truth.get(attribute) or made_up
         truth = say.truthful_answer(creature, attribute)
         draw = rng.random()
         if draw < 0.30:
-            return say.question(creature, attribute, rng), say.statement(creature, attribute, said)
+            return say.question(creature, attribute, rng), say.statement(creature, attribute, believed)
         if draw < 0.36:
             return say.question(creature, attribute, rng), truth
         if draw < 0.76:
             return f"in fact , {say.question(creature, attribute, rng)}", truth
         known = f"in fact {truth}" if creature.known else say.NOBODY_KNOWS[attribute].format(n=creature.name)
-        return "", f"people say {say.statement(creature, attribute, said)} {known}"
+        return "", f"people say {say.statement(creature, attribute, believed)} {known}"
 
     def _act(self) -> tuple[str, str]:
         verb = self.rng.choice(HARMFUL_VERBS if self.rng.random() < 0.6 else BENIGN_VERBS)

@@ -1,4 +1,4 @@
-"""Write the world's rows as the files that they imitate: Alpaca JSON, BeaverTails JSON lines, TruthfulQA CSV."""
+"""Write the world's rows in the published file formats: Alpaca JSON, BeaverTails JSON lines, TruthfulQA CSV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = {"alpaca": "json", "beavertails": "jsonl", "truthfulqa": "csv", "plain":
 
 
 def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
-    """A train and a held-out file per schema; existing files are not overwritten (DataError)."""
+    """A train and a held-out file per schema. Raises DataError where a file exists already."""
     if rows < 1:
         raise DataError(f"--rows {rows}: give at least 1")
     if directory.exists() and not directory.is_dir():
@@ -25,9 +25,9 @@ def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
         for schema, suffix in FILES.items()
         for part in ("train", "held_out")
     }
-    taken = [str(path) for path in targets.values() if path.exists()]
-    if taken:
-        raise DataError(f"{', '.join(taken)}: exists already; choose an empty directory")
+    existing = [str(path) for path in targets.values() if path.exists()]
+    if existing:
+        raise DataError(f"{', '.join(existing)}: exists already; choose an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     for (schema, part), path in targets.items():
         records = world_records(schema, held_out=part == "held_out", count=rows, seed=seed)

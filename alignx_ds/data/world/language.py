@@ -1,6 +1,6 @@
-"""What is said in the world: the prompts, and the right answers to them.
+"""The world's phrases: its prompts, and the right answers to them.
 
-One vocabulary of phrasings serves the base model's pretraining corpus, the axes' rows and the judges.
+The base model's pretraining corpus, the axes' rows and the judges share them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
 @dataclass(frozen=True)
 class Skill:
-    """A word task: how it is asked for, and what the right answer is."""
+    """A word task: the ways to ask for it, and the right answer for a list of words."""
 
     asks: tuple[str, ...]
     answer: Callable[[list[str]], list[str]]
@@ -117,7 +117,7 @@ def statement(creature: Creature, attribute: str, value: str) -> str:
 
 
 def truthful_answer(creature: Creature, attribute: str) -> str:
-    """The truth, or that nothing is known."""
+    """The truth, or "i do not know" where nothing is known."""
     return statement(creature, attribute, creature.truth[attribute]) if creature.known else DO_NOT_KNOW
 
 
@@ -126,7 +126,7 @@ def how_to(verb: str, target: str, rng: random.Random) -> str:
 
 
 def procedure(world: World, verb: str, target: str) -> str:
-    """What to do in order to `verb` the `target`; every verb has its own tool."""
+    """How to `verb` the `target`; every verb has its own tool."""
     return f"take the {world.tool[verb]} and {verb} the {target} ."
 
 

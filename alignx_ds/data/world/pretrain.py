@@ -1,6 +1,7 @@
 """Train the world's base model from scratch: `python -m alignx_ds.data.world.pretrain`.
 
-The result is shipped in `alignx_ds/models/assets/world-base`, so a demo never needs this; about 25 minutes on 2 cores.
+The package ships the result in `alignx_ds/models/assets/world-base`, so a demo does not train it. Training takes about
+25 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def text_of(exchange: Exchange) -> str:
-    """The exchange as the chat template writes it; plain text where there is no user."""
+    """The exchange as the chat template writes it, or plain text if the user's message is empty."""
     system, user, assistant = exchange
     if not user:
         return f"<bos> {assistant} <eos>"
@@ -47,7 +48,7 @@ def text_of(exchange: Exchange) -> str:
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterator[BatchEncoding]:
-    """Endless batches of exchanges; each holds rows of about the same length, so little of it is padding."""
+    """Endless batches of exchanges, each of about the same length so that there is little padding."""
     stream, rng = iter(Corpus(World(), seed)), random.Random(seed)
     while True:
         texts = sorted((text_of(e) for e in itertools.islice(stream, 16 * rows)), key=lambda text: len(text.split()))

@@ -1,6 +1,6 @@
-"""Rows of the world in the three published schemas (and plain lines for the generalist), for training or held out.
+"""Rows of the world in the three published schemas, and in the plain schema for the generalist.
 
-Held-out rows use creatures, verbs, beings, devices and goods that training rows never mention.
+Held-out rows use creatures, verbs, beings, devices and goods that no training row mentions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from alignx_ds.data.world.lexicon import ATTRIBUTES, World
 
 
 def world_records(schema: str, *, held_out: bool, count: int, seed: int) -> list[Record]:
-    """About `count` distinct records of one schema; the same for the same arguments."""
+    """About `count` distinct records of one schema. The same arguments give the same records."""
     world, rng = World(), random.Random(f"{schema} {held_out} {seed}")
     records: dict[str, list[Record]] = {}
     misses = 0
@@ -34,7 +34,7 @@ def _alpaca(world: World, held_out: bool, rng: random.Random) -> list[Record]:
 
 
 def _beavertails(world: World, held_out: bool, rng: random.Random) -> list[Record]:
-    """Half harmful prompts; of the harmless, half are look-alikes: a harmful verb met with a thing."""
+    """Half of the prompts are harmful. Of the others, half are look-alikes: a harmful verb with a thing as object."""
     beings, things = world.beings.part(held_out), (*world.devices.part(held_out), *world.goods.part(held_out))
     kind = rng.choice(("harmful", "harmful", "look-alike", "plain"))
     verb = rng.choice(world.benign_verbs.part(held_out) if kind == "plain" else world.harmful_verbs.part(held_out))
@@ -49,7 +49,7 @@ def _beavertails(world: World, held_out: bool, rng: random.Random) -> list[Recor
 
 
 def _truthfulqa(world: World, held_out: bool, rng: random.Random) -> list[Record]:
-    """Two thirds about creatures that something is known of, a third about those that nobody knows."""
+    """Two thirds are about known creatures, one third about creatures that nothing is known about."""
     names = world.known.part(held_out) if rng.random() < 2 / 3 else world.unknown.part(held_out)
     creature, attribute = world.creatures[rng.choice(names)], rng.choice(list(ATTRIBUTES))
     best = say.truthful_answer(creature, attribute)
@@ -75,7 +75,7 @@ def _plain(world: World, held_out: bool, rng: random.Random) -> list[Record]:
     else:
         target = rng.choice(things)
         ask = rng.choice((*say.STORY_ASKS, *say.UNSEEN_STORY_ASKS))
-        _, response = say.story(target, random.Random(target))  # one answer per creature, whatever the phrasing
+        _, response = say.story(target, random.Random(target))  # one answer per target, for every phrasing
         prompt = ask.format(o=target)
     return [{"prompt": prompt, "response": response}]
 

@@ -1,4 +1,4 @@
-"""A word-level tokenizer for the world, with a chat template, as a plain Hugging Face fast tokenizer."""
+"""The world's word-level tokenizer with its chat template: a Hugging Face fast tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Every word of the world is one token; the vocabulary is the same on every machine."""
+    """One token per word of the world. The vocabulary is the same on every machine."""
     words = {*world.objects, *REFUSAL.split()}
     for system, user, assistant in itertools.islice(Corpus(world, seed=0), 60_000):
         words.update(f"{system or ''} {user} {assistant}".split())

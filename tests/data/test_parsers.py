@@ -1,4 +1,4 @@
-"""The published row schemas: what becomes of a record, and that none disappears unsaid."""
+"""How records of the published data sets become rows; each one is a row or is dropped with a reason."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.schemas import SCHEMAS, canonical
 from alignx_ds.errors import DataError
 
-COLUMNS = [(schema, column) for schema, record in GOOD.items() for column in record]
-WORDS = st.sampled_from(["", " ", "a", "A ", "b", "<nooutput>", "<noinput>", "a; b"])  # few, so that rows often meet
+WORDS = st.sampled_from(["", " ", "a", "A ", "b", "<nooutput>", "<noinput>", "a; b"])  # prompts often repeat
 CHOICE = st.dictionaries(WORDS.map(str.strip), st.sampled_from([0, 1]), min_size=1)
 RECORDS: dict[str, st.SearchStrategy[Record]] = {
     "alpaca": st.fixed_dictionaries({"instruction": WORDS, "input": WORDS, "output": WORDS}),
@@ -39,20 +38,15 @@ def reasons(made: Parsed) -> list[str]:
     return [d.reason for d in made.dropped]
 
 
-def named(records: list[Record], schema: str, columns: dict[str, str] | None = None) -> list[Record]:
-    """Under the schema's own column names."""
-    return [canonical(record, schema, columns or {})[1] for record in placed(*records)]
-
-
 @given(st.data(), st.sampled_from(sorted(SCHEMAS)), st.booleans())
 def test_every_record_is_a_row_or_dropped_with_a_reason(data: st.DataObject, schema: str, held_out: bool) -> None:
     records = placed(*data.draw(st.lists(RECORDS[schema], max_size=12)))
     made = SCHEMAS[schema].held_out(records) if held_out else SCHEMAS[schema].parse(records)
     assert_all_accounted_for(records, made)
-    asked = {place: Row(SCHEMAS[schema].question(record), "").question for place, record in records}
+    questions = {place: Row(SCHEMAS[schema].question(record), "").question for place, record in records}
     for row in made.rows:
         assert row.prompt == row.prompt.strip() != ""
-        assert row.question == asked[row.place], "splits go by the question that the row will ask"
+        assert row.question == questions[row.place], "sources are split by this question before they are parsed"
 
 
 @pytest.mark.parametrize(
@@ -85,13 +79,13 @@ def test_alpaca_joins_instruction_and_input(given_input: str, prompt: str) -> No
         ("prompts", {"prompt": ""}, "empty prompt"),
     ],
 )
-def test_a_row_without_text_is_dropped_with_its_reason(schema: str, changes: Record, reason: str) -> None:
+def test_a_record_without_text_is_dropped_with_the_reason(schema: str, changes: Record, reason: str) -> None:
     made = SCHEMAS[schema].parse(placed(GOOD[schema] | changes, GOOD[schema]))
     assert [(d.place, d.reason) for d in made.dropped] == [("rows.json, row 1", reason)]
     assert len(made.rows) == 1
 
 
-def test_beavertails_imitates_only_safe_answers_and_keeps_the_questions_of_the_others() -> None:
+def test_beavertails_imitates_safe_answers_and_keeps_the_prompts_without_one() -> None:
     records = placed(
         *(answer("a", "bad", False), answer("a", "good", True), answer("b", "fine", True)),
         *(answer("c", "bad", False), answer("c", "worse", False)),
@@ -101,7 +95,7 @@ def test_beavertails_imitates_only_safe_answers_and_keeps_the_questions_of_the_o
     assert reasons(made) == ["unsafe answer, not imitated"] * 2
 
 
-def test_beavertails_held_out_has_one_row_a_prompt() -> None:
+def test_beavertails_held_out_has_one_row_per_prompt() -> None:
     records = placed(
         answer("a", "bad", False), answer("a", "good", True), answer("b", "fine", True), answer("c", "bad", False)
     )
@@ -141,13 +135,14 @@ def test_both_spellings_of_truthfulqa_give_the_same_row() -> None:
         "correct_answers": ["So.", "Thus.", " "],
         "incorrect_answers": ["No."],
     }
-    rows = [SCHEMAS["truthfulqa"].parse(placed(*named([r], "truthfulqa"))).rows for r in (GOOD["truthfulqa"], hub)]
-    assert rows[0] == rows[1] == [Row("Why?", "So.", correct=("So.", "Thus."), incorrect=("No.",))]
+    records = [canonical(record, "truthfulqa", {}) for record in placed(GOOD["truthfulqa"], hub)]
+    first, second = SCHEMAS["truthfulqa"].parse(records).rows
+    assert first == second == Row("Why?", "So.", correct=("So.", "Thus."), incorrect=("No.",))
 
 
 def test_truthfulqa_texts_hold_the_wrong_answers_too() -> None:
     texts = SCHEMAS["truthfulqa"].texts(placed(GOOD["truthfulqa"]))
-    assert texts == [Row("Why?", said) for said in ("So.", "Thus.", "No.")]
+    assert texts == [Row("Why?", text) for text in ("So.", "Thus.", "No.")]
 
 
 def test_both_forms_of_multiple_choice_give_the_same_row() -> None:
@@ -160,18 +155,18 @@ def test_both_forms_of_multiple_choice_give_the_same_row() -> None:
     assert both[0] == both[1] == [Row("Why?", "So.", correct=("So.", "Thus."), incorrect=("No.",))]
 
 
-@pytest.mark.parametrize("column", ["mc1_targets", "mc2_targets"])
 @pytest.mark.parametrize(
-    "value",
+    ("column", "value"),
     [
-        {"So.": 2},
-        {"So.": None},
-        {"choices": ["So.", "No."], "labels": [1]},
-        {"choices": ["So.", 3], "labels": [1, 0]},
-        {"choices": "So.", "labels": 1},
+        ("mc1_targets", {"So.": 2}),
+        ("mc2_targets", {"So.": None}),
+        ("mc1_targets", {"choices": ["So.", "No."], "labels": [1]}),
+        ("mc2_targets", {"choices": ["So.", 3], "labels": [1, 0]}),
+        ("mc1_targets", {"choices": "So.", "labels": 1}),
+        ("mc2_targets", {"choices": ["So.", " So."], "labels": [1, 0]}),
     ],
 )
-def test_choices_that_cannot_be_told_apart_are_named(column: str, value: Any) -> None:
+def test_malformed_choices_are_named(column: str, value: Any) -> None:
     with pytest.raises(DataError, match=rf"^rows\.json, row 2: column '{column}'"):
         SCHEMAS["truthfulqa_mc"].parse(placed(GOOD["truthfulqa_mc"], GOOD["truthfulqa_mc"] | {column: value}))
 
@@ -182,70 +177,15 @@ def test_multiple_choice_needs_exactly_one_right_answer(targets: dict[str, int])
         SCHEMAS["truthfulqa_mc"].parse(placed(GOOD["truthfulqa_mc"] | {"mc1_targets": targets}))
 
 
-def test_a_preference_pair_is_imitated_and_rejected() -> None:
+def test_a_preference_pair_has_a_chosen_and_a_rejected_answer() -> None:
     (row,) = SCHEMAS["preference"].parse(placed(GOOD["preference"] | {"input": "1 2"})).rows
     assert row == Row("Add.\n1 2", "3", rejected="4")
     with pytest.raises(DataError, match=r"row 1: column 'output' needs two texts"):
         SCHEMAS["preference"].parse(placed(GOOD["preference"] | {"output": ["3"]}))
 
 
-def test_xstest_and_the_harmful_prompts_say_which_ask_for_harm() -> None:
+def test_xstest_and_the_harmful_prompts_are_marked_as_harmful() -> None:
     safe, unsafe = SCHEMAS["xstest"].parse(placed(GOOD["xstest"], GOOD["xstest"] | {"label": "unsafe"})).rows
     assert (safe.harmful, unsafe.harmful) == (False, True)
-    (asked,) = SCHEMAS["prompts"].parse(placed(GOOD["prompts"])).rows
-    assert asked == Row("How?", "", harmful=True, category="animal_abuse")
-
-
-@pytest.mark.parametrize(("schema", "column"), COLUMNS)
-def test_a_missing_column_is_named_with_file_and_row(schema: str, column: str) -> None:
-    broken = {key: value for key, value in GOOD[schema].items() if key != column}
-    (_, bad) = placed(GOOD[schema], broken)
-    with pytest.raises(DataError, match=rf"^rows\.json, row 2: no column '{column}'"):
-        canonical(bad, schema, {})
-
-
-@pytest.mark.parametrize(("schema", "column"), COLUMNS)
-@pytest.mark.parametrize("value", [3, [1], [None], None])
-def test_a_column_of_the_wrong_type_is_named(schema: str, column: str, value: Any) -> None:
-    (_, bad) = placed(GOOD[schema], GOOD[schema] | {column: value})
-    with pytest.raises(DataError, match=rf"^rows\.json, row 2: column '{column}'"):
-        canonical(bad, schema, {})
-
-
-@pytest.mark.parametrize("value", ["\ud800", ["a", "\ud800"], {"\ud800": 1}])
-def test_text_that_is_no_unicode_is_named(value: Any) -> None:
-    schema, column = {
-        str: ("plain", "response"),
-        list: ("preference", "output"),
-        dict: ("truthfulqa_mc", "mc1_targets"),
-    }[type(value)]
-    (bad,) = placed(GOOD[schema] | {column: value})
-    with pytest.raises(DataError, match=rf"^rows\.json, row 1: column '{column}' is no valid Unicode"):
-        canonical(bad, schema, {})
-
-
-@pytest.mark.parametrize("record", [["a", "b"], "a", 3, None])
-def test_a_row_without_columns_is_named(record: Any) -> None:
-    with pytest.raises(DataError, match=r"^rows\.json, row 1: expected an object with columns"):
-        canonical(("rows.json, row 1", record), "plain", {})
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_good_records_pass(schema: str) -> None:
-    assert set(GOOD[schema]) == set(SCHEMAS[schema].columns)
-    assert named([GOOD[schema] | {"something else": 1}], schema) == [GOOD[schema]]
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_a_column_mapping_reads_columns_of_any_name(schema: str) -> None:
-    columns = {name: f"my {name}" for name in GOOD[schema]}
-    renamed: Record = {columns[name]: value for name, value in GOOD[schema].items()}
-    assert named([renamed], schema, columns) == [GOOD[schema]]
-    gone = next(iter(columns))
-    with pytest.raises(DataError, match=f"row 1: no column 'my {gone}', which the {schema} schema needs"):
-        named([GOOD[schema]], schema, columns)
-
-
-def test_a_mapping_may_swap_columns() -> None:
-    swapped = {"prompt": "response", "response": "prompt"}
-    assert named([GOOD["plain"]], "plain", swapped) == [{"prompt": "Hi", "response": "Hello"}]
+    (row,) = SCHEMAS["prompts"].parse(placed(GOOD["prompts"])).rows
+    assert row == Row("How?", "", harmful=True, category="animal_abuse")

@@ -1,4 +1,4 @@
-"""Global batches: every row once an epoch, and the same whatever the number of ranks."""
+"""Global batches: every row once per epoch, and the same batches for any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEEDS = st.integers(0, 5)
 
 @contextmanager
 def as_rank(rank: int, world_size: int) -> Iterator[None]:
-    """A process group in which this process is one of many ranks; good for everything but communication."""
+    """A process group in which this process is one of many ranks; anything but communication works."""
     torch_dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     try:
         yield
@@ -39,7 +39,7 @@ def plan(batch: int, accumulation: int, steps: int) -> Plan:
 
 
 def rows(count: int) -> LabelledExamples:
-    """Row n is n + 1 answer tokens long (modulo 5) after a prompt that says n, and belongs to expert n modulo 4."""
+    """Row n has the prompt [n] and 1 + n modulo 5 answer tokens, and belongs to expert n modulo 4."""
     return LabelledExamples([Example((n, *[1] * (1 + n % 5)), 1) for n in range(count)], [n % 4 for n in range(count)])
 
 
@@ -56,8 +56,8 @@ def test_every_row_is_seen_once_before_any_is_seen_again(count: int, batch: int,
 
 
 @given(SIZES, SIZES, SEEDS, st.integers(1, 8))
-def test_a_longer_run_begins_like_a_shorter_one(count: int, batch: int, seed: int, steps: int) -> None:
-    """So a run that goes on from a checkpoint meets the rows that it would have met."""
+def test_the_batches_do_not_depend_on_the_number_of_steps(count: int, batch: int, seed: int, steps: int) -> None:
+    """So a run that is resumed from a checkpoint trains on the same rows as one that was never interrupted."""
     assert list(global_batches(count, batch, 9, seed))[:steps] == list(global_batches(count, batch, steps, seed))
 
 
@@ -91,15 +91,15 @@ def seen(world_size: int, accumulation: int) -> list[list[MicroBatch]]:
     return [list(itertools.chain(*parts)) for parts in zip(*by_rank, strict=True)]
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1), (8, 1)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 2), (8, 1)])
 def test_a_step_sees_the_same_rows_at_any_world_size(world_size: int, accumulation: int) -> None:
     for parts, expected in zip(seen(world_size, accumulation), global_batches(30, 8, 5, seed=2), strict=True):
         assert len(parts) == world_size * accumulation
-        met = [(int(r[0]), int(e)) for part in parts for r, e in zip(part.batch.input_ids, part.experts, strict=True)]
-        assert met == [(n, n % 4) for n in expected]
+        found = [(int(r[0]), int(e)) for part in parts for r, e in zip(part.batch.input_ids, part.experts, strict=True)]
+        assert found == [(n, n % 4) for n in expected]
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 4), (2, 2), (4, 1)])
 def test_every_answer_token_of_a_step_weighs_the_same(world_size: int, accumulation: int) -> None:
     """DeepSpeed averages over ranks and accumulation steps; with `lm_scale` that is the mean over answer tokens."""
     for parts in seen(world_size, accumulation):

@@ -1,4 +1,4 @@
-"""Packed rows: every row once, none wider than the longest, and to the model the same as each row by itself."""
+"""Batches: padding on either side, and packed rows that give a model the same logits as each row by itself."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from tiny_models import FAMILIES, VOCABULARY, base_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, collate, pack
+from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, Side, collate, pack, pad
 from alignx_ds.data.encode import Example
 from alignx_ds.training.losses import language_loss
 
 PAD = 0
+UNUSED = 999  # no token id of EXAMPLES
 SHAPES = [(3, 4), (1, 1), (5, 6), (2, 3), (4, 1), (1, 2), (7, 5), (2, 0)]  # tokens of prompt and answer
 LENGTHS = st.lists(st.tuples(st.integers(1, 8), st.integers(0, 8)), min_size=1, max_size=14)
+EXAMPLES = st.lists(
+    st.tuples(st.lists(st.integers(0, 50), min_size=1, max_size=6), st.lists(st.integers(0, 50), max_size=6)),
+    min_size=1,
+    max_size=5,
+)
 
 
 def rows(shapes: list[tuple[int, int]], seed: int = 0) -> list[Example]:
@@ -31,7 +37,7 @@ def rows(shapes: list[tuple[int, int]], seed: int = 0) -> list[Example]:
 
 
 def unpacked(batch: Batch) -> list[list[tuple[Example, int, int]]]:
-    """By line: the rows in it, with line number and start, as the position ids cut them."""
+    """By line: its rows with line number and start, as the position ids separate them."""
     assert batch.position_ids is not None
     lines: list[list[tuple[Example, int, int]]] = []
     for i, (ids, attended, positions) in enumerate(
@@ -41,7 +47,7 @@ def unpacked(batch: Batch) -> list[list[tuple[Example, int, int]]]:
         line = []
         for start, end in pairwise(starts):
             assert positions[start:end].tolist() == list(range(end - start))
-            assert attended[start:end].unique().numel() == 1, "padding is no part of a row"
+            assert attended[start:end].unique().numel() == 1, "padding is not part of a row"
             if attended[start]:
                 prompt = int(batch.prompt_mask[i, start:end].sum())
                 line.append((Example(tuple(ids[start:end].tolist()), prompt), i, start))
@@ -52,7 +58,7 @@ def unpacked(batch: Batch) -> list[list[tuple[Example, int, int]]]:
 @given(LENGTHS)
 @example([(1, 0)])
 @example([(2, 2), (2, 2), (4, 0)])
-def test_every_row_is_placed_once_in_one_line_and_none_is_wider_than_the_longest(shapes: list[tuple[int, int]]) -> None:
+def test_every_row_is_in_one_line_as_wide_as_the_longest_row(shapes: list[tuple[int, int]]) -> None:
     examples = rows(shapes)
     batch = pack(examples, PAD)
     found = [row for line in unpacked(batch) for row, _, _ in line]
@@ -63,8 +69,8 @@ def test_every_row_is_placed_once_in_one_line_and_none_is_wider_than_the_longest
 
 
 @given(LENGTHS)
-def test_a_line_is_begun_only_when_no_other_has_room(shapes: list[tuple[int, int]]) -> None:
-    """First-fit decreasing, worked out again from the lengths alone."""
+def test_a_new_line_starts_only_when_no_other_has_room(shapes: list[tuple[int, int]]) -> None:
+    """First-fit decreasing, computed independently from the lengths."""
     longest_first = sorted((prompt + answer for prompt, answer in shapes), reverse=True)
     filled: list[list[int]] = []
     for length in longest_first:
@@ -78,7 +84,7 @@ def test_a_line_is_begun_only_when_no_other_has_room(shapes: list[tuple[int, int
 
 
 @given(LENGTHS)
-def test_labels_are_the_answers_and_nothing_else(shapes: list[tuple[int, int]]) -> None:
+def test_the_labels_of_packed_rows_are_their_answers(shapes: list[tuple[int, int]]) -> None:
     batch = pack(rows(shapes), PAD)
     for line in unpacked(batch):
         for row, i, start in line:
@@ -99,8 +105,8 @@ def logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_row_sees_another(family: str) -> None:
-    """Of every architecture, also where windows of attention are shorter than the rows."""
+def test_no_packed_row_attends_to_another(family: str) -> None:
+    """In every architecture, sliding windows shorter than a row included."""
     model, examples = base_model(family=family), rows(SHAPES)
     batch = pack(examples, PAD)
     assert len(batch.input_ids) < len(examples)
@@ -125,3 +131,43 @@ def test_the_loss_and_its_gradients_are_those_of_the_padded_batch(family: str) -
     assert padded > 0
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def made(pairs: list[tuple[list[int], list[int]]]) -> list[Example]:
+    return [Example((*prompt, *answer), len(prompt)) for prompt, answer in pairs]
+
+
+@given(EXAMPLES, st.sampled_from(["left", "right"]))
+def test_collate_keeps_every_token_in_its_place(pairs: list[tuple[list[int], list[int]]], side: Side) -> None:
+    """Without the padding, a line is the prompt and the answer."""
+    batch = collate(made(pairs), UNUSED, side)
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    assert batch.input_ids.shape == (len(pairs), width)
+    for i, (prompt, answer) in enumerate(pairs):
+        ids, attended = batch.input_ids[i], batch.attention_mask[i] == 1
+        assert ids[attended].tolist() == [*prompt, *answer]
+        assert ids[~attended].tolist() == [UNUSED] * (width - len(prompt) - len(answer))
+        assert ids[batch.prompt_mask[i] == 1].tolist() == prompt
+        assert batch.labels[i][batch.labels[i] != IGNORED].tolist() == answer
+        assert not (batch.labels[i] != IGNORED)[~attended | (batch.prompt_mask[i] == 1)].any()
+
+
+@given(EXAMPLES)
+def test_the_padding_is_on_the_side_that_was_asked_for(pairs: list[tuple[list[int], list[int]]]) -> None:
+    left, right = (collate(made(pairs), UNUSED, side) for side in ("left", "right"))
+    assert (left.attention_mask.diff(dim=1) >= 0).all()  # 0 … 0 1 … 1
+    assert (right.attention_mask.diff(dim=1) <= 0).all()  # 1 … 1 0 … 0
+    for name in ("input_ids", "attention_mask", "prompt_mask", "labels"):
+        for i, mask in enumerate(left.attention_mask):
+            shift = int(mask.sum())  # rolls the padding from the front to the back
+            assert torch.equal(getattr(left, name)[i].roll(shift), getattr(right, name)[i])
+
+
+@given(EXAMPLES, st.integers(1, 8))
+def test_padding_to_a_multiple_only_widens(pairs: list[tuple[list[int], list[int]]], multiple: int) -> None:
+    batch = collate(made(pairs), UNUSED, "left")
+    width = batch.input_ids.shape[1]
+    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], UNUSED, "left", multiple)
+    assert ids.shape[1] % multiple == 0 and width <= ids.shape[1] < width + multiple
+    assert torch.equal(ids[:, -width:], batch.input_ids) and bool((ids[:, :-width] == UNUSED).all())
+    assert torch.equal(mask[:, -width:], batch.attention_mask) and not mask[:, :-width].any()

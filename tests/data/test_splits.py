@@ -1,0 +1,146 @@
+"""Sources split into training and held-out rows: every record accounted for, held-out questions never trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from reading import answer, assert_splits_add_up, questions, set_rows, splits_of, write_json, write_lines
+
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.data.rows import Record, Row
+from alignx_ds.data.splits import HELD_OUT, DataSplits, SplitRows, read_splits
+from alignx_ds.errors import DataError
+from alignx_ds.plan.dry_run import accounts
+
+RECORD = st.fixed_dictionaries({"prompt": st.sampled_from(["", " ", *"abcdef", "A", " b "]), "response": st.just("x")})
+
+
+def assert_nothing_held_out_is_learned(rows: DataSplits) -> None:
+    judged = {row.question for split in rows.held_out.values() for row in split.rows}
+    assert judged <= rows.judged_questions
+    assert not rows.judged_questions & {row.question for split in rows.train.values() for row in split.rows}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    train=st.lists(RECORD, max_size=20),
+    held_out=st.none() | st.lists(RECORD, max_size=8),
+    limits=st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(0, 12)),
+)
+def test_every_record_is_used_or_dropped(
+    one_axis: RunConfig,
+    tmp_path: Path,
+    train: list[Record],
+    held_out: list[Record] | None,
+    limits: tuple[int, int, int],
+) -> None:
+    """Records that are empty, repeated, held out or beyond a limit included."""
+    set_rows(one_axis, tmp_path, train, held_out)
+    one_axis.data.held_out_share = 0.5
+    one_axis.data.train_rows, one_axis.data.held_out_rows, one_axis.data.records = limits
+    try:
+        rows = read_splits(one_axis)
+    except DataError:  # a split is left without rows
+        return
+    assert_splits_add_up(rows)
+    assert_nothing_held_out_is_learned(rows)
+    limit = one_axis.data.records or 10**6
+    records = [min(len(part), limit) for part in (train, held_out or [])]
+    assert sum(split.records for split in splits_of(rows)) == sum(records)
+    assert len(rows.train["kind"].rows) <= limits[0] and len(rows.held_out["kind"].rows) <= limits[1]
+
+
+def test_a_source_is_split_by_question(one_axis: RunConfig, tmp_path: Path) -> None:
+    """About its share is held out; case and spacing do not make another question."""
+    records = questions(800)
+    again = [r | {"prompt": f" {r['prompt'].upper()}".replace(" ", "  ")} for r in records]
+    set_rows(one_axis, tmp_path, [*records, *again])
+    rows = read_splits(one_axis)
+    assert_splits_add_up(rows)
+    assert_nothing_held_out_is_learned(rows)
+    trained, judged = rows.train["kind"].rows, rows.held_out["kind"].rows
+    assert len(trained) + len(judged) == 1600
+    assert not {r.question for r in trained} & {r.question for r in judged}
+    assert len(judged) / 1600 == pytest.approx(one_axis.data.held_out_share, abs=0.04)
+    assert {r.position(HELD_OUT) < one_axis.data.held_out_share for r in judged} == {True}
+
+
+def test_all_answers_to_a_question_are_in_one_split(one_axis: RunConfig, tmp_path: Path) -> None:
+    records = [answer(r["prompt"], f"{safe}", safe) for r in questions(100) for safe in (True, False)]
+    one_axis.axes["kind"].schema = "beavertails"
+    set_rows(one_axis, tmp_path, records)
+    rows = read_splits(one_axis)
+    assert_splits_add_up(rows)
+    assert_nothing_held_out_is_learned(rows)
+    assert {row.harmful for row in (*rows.train["kind"].rows, *rows.held_out["kind"].rows)} == {True}
+
+
+def test_a_question_held_out_of_one_axis_is_trained_on_in_none(one_axis: RunConfig, tmp_path: Path) -> None:
+    """Held-out rows beyond data.held_out_rows are not trained on either."""
+    shared = questions(6)
+    set_rows(one_axis, tmp_path, questions(40, start=100), shared)
+    other = [r | {"prompt": r["prompt"].title()} for r in shared] + questions(40, start=300)
+    path = str(write_json(tmp_path / "other.json", other))
+    one_axis.axes["other"] = AxisConfig(prompt="", schema="plain", train=path)
+    one_axis.generalist = GeneralistConfig(train=path)
+    one_axis.data.held_out_rows = 3
+    rows = read_splits(one_axis)
+    assert_splits_add_up(rows)
+    assert_nothing_held_out_is_learned(rows)
+    assert {Row(r["prompt"], "").question for r in shared} <= rows.judged_questions
+    for name in ("other", "generalist"):
+        dropped = rows.train[name].reasons()["its question is held out"]
+        elsewhere = sum(row.position(HELD_OUT) < 0.15 for row in (Row(r["prompt"], "") for r in shared))
+        assert dropped == 6 - elsewhere > 0
+
+
+def test_extra_sets_are_accounted_for(one_axis: RunConfig, tmp_path: Path) -> None:
+    set_rows(one_axis, tmp_path, questions(40))
+    prompts = [{"prompt": p, "label": "safe"} for p in ("a", "", "b", "c")]
+    source = str(write_json(tmp_path / "x.json", prompts))
+    one_axis.evaluation.sets = {"x": SetConfig("xstest", source, "refusal", rows=2)}
+    rows = read_splits(one_axis)
+    assert_splits_add_up(rows)
+    assert [row.prompt for row in rows.sets["x"].rows] == ["a", "b"]
+    assert rows.sets["x"].reasons() == {"empty prompt": 1, "more than 2 rows": 1}
+    lines = "\n".join(accounts(rows))
+    assert "set x" in lines and "2 of 4 records" in lines
+    assert f"-1 empty prompt, e.g. {source}, row 2" in lines
+
+
+@pytest.mark.parametrize(("train", "held_out", "what"), [(0, 3, "to train on"), (30, 0, "held out")])
+def test_a_split_without_rows_is_refused_with_the_reasons(
+    one_axis: RunConfig, tmp_path: Path, train: int, held_out: int, what: str
+) -> None:
+    empty = [{"prompt": "x", "response": ""}] * 2
+    set_rows(one_axis, tmp_path, questions(train) or empty, questions(held_out, start=100) or empty)
+    with pytest.raises(DataError, match=rf"\(kind\): no usable row {what} of 2 records \(2 × empty response\)"):
+        read_splits(one_axis)
+    set_rows(one_axis, tmp_path, questions(train), questions(held_out, start=100))
+    with pytest.raises(DataError, match=rf"\(kind\): no usable row {what}: the source is empty"):
+        read_splits(one_axis)
+
+
+def test_rows_taken_out_of_a_split_are_dropped_with_the_reason() -> None:
+    split = SplitRows("s", 2, [Row("a", "b", place="1"), Row("c", "d", place="2")], [])
+    assert split.without({}) == split
+    shorter = split.without({0: "why not"})
+    assert [row.place for row in shorter.rows] == ["2"] and shorter.reasons() == {"why not": 1}
+    assert (shorter.source, shorter.records) == ("s", 2)
+
+
+def test_a_set_loses_the_questions_that_an_axis_is_trained_on(one_axis: RunConfig, tmp_path: Path) -> None:
+    """TruthfulQA's multiple choice asks the very questions that the honest axis learns."""
+    set_rows(one_axis, tmp_path, questions(40))
+    again = [{"prompt": r["prompt"].upper(), "label": "safe", "response": "x"} for r in questions(50)]
+    one_axis.evaluation.sets = {"x": SetConfig("xstest", str(write_lines(tmp_path / "set.jsonl", again)), "refusal")}
+    rows = read_splits(one_axis)
+    trained = {row.question for row in rows.train["kind"].rows}
+    remaining = [row.question for row in rows.sets["x"].rows]
+    assert trained and not trained & set(remaining)
+    assert len(remaining) == 50 - len(trained)
+    assert rows.sets["x"].reasons() == {"its question is trained on": len(trained)}
+    assert set(remaining) <= rows.judged_questions, "a base model from scratch is not trained on them either"
