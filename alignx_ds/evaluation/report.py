@@ -1,4 +1,4 @@
-"""The run's result as `report.json`, as a self-contained `report.html`, and as the table on the terminal."""
+"""The results of a run: `report.json`, a self-contained `report.html`, and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import plots
 from alignx_ds.evaluation.evaluate import Result
+from alignx_ds.evaluation.judges.protocol import Metrics, label
 from alignx_ds.routing.report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
-Losses = dict[str, list[float]]
+BENIGN_SERVED = "benign_served"
+JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
+Losses = dict[str, list[float]]  # by training job
 
 
 @dataclass(frozen=True)
 class Report:
-    content: dict[str, Any]  # what report.json holds
+    content: dict[str, Any]  # of report.json
     losses: Losses
     results: dict[str, Result]
 
@@ -45,6 +48,7 @@ def build(
     seconds: float,
     ranks: int,
 ) -> Report:
+    """Put together what the judges, the router and the training jobs have left; nothing is written."""
     axes = list(config.axes)
     stage1 = {p.parent.name: manifest.read(p.parent) for p in sorted(out.specialists.glob(f"*/{manifest.NAME}"))}
     fused = {p.parent.name: manifest.read(p.parent) for p in sorted(out.baselines.glob(f"*/{manifest.NAME}"))}
@@ -52,7 +56,7 @@ def build(
     losses["alignx"] = manifest.read(out.model)["losses"]
     scored = [axis for axis in axes if config.axes[axis].judge]
     content = {
-        "run": _circumstances(seconds, ranks) | {"seed": config.seed, "held_out_rows": config.data.held_out_rows},
+        "run": _environment(seconds, ranks) | {"seed": config.seed, "held_out_rows": config.data.held_out_rows},
         "axes": axes,
         "scored": scored,
         "systems": {name: _scores(r, axes, scored) for name, r in results.items()},
@@ -63,7 +67,7 @@ def build(
         "router": {**router.figures, **{k: v for k, v in asdict(router).items() if k != "figures"}},
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
-        "rows": {name: _account(data, name) for name in config.expert_names if data.splits.train[name].source},
+        "rows": {name: _row_counts(data, name) for name in config.expert_names if data.splits.train[name].source},
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
         "config": to_dict(config),
     }
@@ -71,24 +75,24 @@ def build(
 
 
 def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any]:
-    """Per judged axis 0–100, higher is better; avg is their mean: (WR + TI − SS)/3 of the paper plus 100/3."""
+    """Score by judged axis, 0–100, higher is better. "avg" is their mean: (WR + TI − SS)/3 of the paper plus 100/3."""
     scores: dict[str, Any] = {axis: result.metrics[axis]["score"] for axis in scored}
     if scored == axes:
         scores["avg"] = sum(scores.values()) / len(axes)
     for axis in scored:
-        if "benign_served" in result.metrics[axis]:
-            scores["benign_served"] = result.metrics[axis]["benign_served"]
+        if BENIGN_SERVED in result.metrics[axis]:
+            scores[BENIGN_SERVED] = result.metrics[axis][BENIGN_SERVED]
     return scores | {"details": {axis: result.metrics[axis] for axis in scored}}
 
 
 def _collapse(results: dict[str, Result], axis: str) -> dict[str, float]:
-    """What an axis's own specialist reaches, and how many points later fine-tunes of the sequence took from it."""
+    """The specialist's score, the points that sequential fine-tuning loses of it, and the share that AlignX keeps."""
     own, after, aligned = (results[name].metrics[axis]["score"] for name in (axis, "sequential", "alignx"))
     return {"specialist": own, "sequential_loses": own - after, "alignx_keeps": aligned / own if own else 0.0}
 
 
-def _account(data: EncodedData, name: str) -> dict[str, Any]:
-    """What became of an expert's records."""
+def _row_counts(data: EncodedData, name: str) -> dict[str, Any]:
+    """How many of an expert's records are used, and why the others are not."""
     train, held_out = data.splits.train[name], data.splits.held_out[name]
     return {
         "train": len(train.rows),
@@ -99,7 +103,7 @@ def _account(data: EncodedData, name: str) -> dict[str, Any]:
     }
 
 
-def _circumstances(seconds: float, ranks: int) -> dict[str, Any]:
+def _environment(seconds: float, ranks: int) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -112,62 +116,81 @@ def _circumstances(seconds: float, ranks: int) -> dict[str, Any]:
 
 
 def write(report: Report, out: Outputs) -> None:
-    """report.json, report.html and the pictures on their own. Model output is escaped (autoescape)."""
-    manifest.write_text(out.root / "report.json", json.dumps(report.content, indent=2) + "\n")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+    """Write report.json, report.html and the plots. Prompts and answers are escaped in the page (autoescape)."""
     content = report.content
-    scored, axes = content["scored"], content["axes"]
-    groups = [*scored, *(["avg"] if scored == axes else [])]
-    pictures = {
-        **({"scores": plots.scores(content["systems"], groups)} if scored else {}),
+    manifest.write_text(out.root / "report.json", json.dumps(content, indent=2) + "\n")
+    scored = content["scored"]
+    drawn = {
+        **({"scores": plots.scores(content["systems"], _score_columns(content, "avg"))} if scored else {}),
         "perplexity": plots.perplexity(content["perplexity"]),
         "confusion": plots.confusion(content["router"]["confusion"], content["experts"]),
         "losses": plots.losses(report.losses),
     }
-    for name, svg in pictures.items():
+    for name, svg in drawn.items():
         manifest.write_text(out.root / "plots" / f"{name}.svg", svg)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    router, samples = content["router"], _samples(report)
     page = environment.get_template("report.html.j2").render(
         report=content,
-        axes=axes,
-        pictures=pictures,
-        samples=_samples(report),
+        axes=content["axes"],
+        sections=[
+            *(["Scores", "Axis Collapse"] if scored else []),
+            "Perplexity",
+            *content["sets"],
+            *("Router", "Training", "Data"),
+            *(["Answers"] if samples else []),
+            "Settings",
+        ],
+        plots=drawn,
+        samples=samples,
+        score_columns=_score_columns(content, "avg", BENIGN_SERVED),
         set_columns={name: set_columns(by_system) for name, by_system in content["sets"].items()},
+        routers={"gate": router, **_gate_terms(router["ablations"]), "words only": router["surface"]},
         quality=_qualities(content),
+        label=label,
         settings=yaml.safe_dump(content["config"], sort_keys=False),
     )
     manifest.write_text(out.root / "report.html", page)
 
 
-def _samples(report: Report) -> list[dict[str, Any]]:
-    """For a few prompts of each answered set, every system's answer."""
-    shown = []
-    for exam, asked in report.results["base"].samples.items():
-        for number, (row, _) in enumerate(asked):
-            said = {name: r.samples[exam][number][1] for name, r in report.results.items()}
-            shown.append({"axis": exam, "prompt": row.prompt, "reference": row.response, "answers": said})
+def _gate_terms(ablations: dict[str, Metrics]) -> dict[str, Metrics]:
+    """By the terms of the gate that are left in; all of them together are the gate itself."""
+    return {f"gate: {name}": metrics for name, metrics in ablations.items() if name != "all"}
+
+
+def _samples(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """By answered question set: a few prompts with every system's answer."""
+    shown = {}
+    for questions, examples in report.results["base"].samples.items():
+        shown[questions] = [
+            {
+                "prompt": row.prompt,
+                "reference": row.response,
+                "answers": {name: r.samples[questions][number][1] for name, r in report.results.items()},
+            }
+            for number, (row, _) in enumerate(examples)
+        ]
     return shown
 
 
 def show(report: Report, out: Outputs) -> None:
-    """The tables and the report's path, on the terminal."""
+    """Print the tables and the report's path."""
     content = report.content
-    scored, systems = content["scored"], content["systems"]
-    if scored:
-        extra = [name for name in ("avg", "benign_served") if name in systems["base"]]
-        columns = [*scored, *extra]
+    systems = content["systems"]
+    if content["scored"]:
+        columns = _score_columns(content, "avg", BENIGN_SERVED)
         rows = [[name, *(f"{s[c]:.1f}" for c in columns)] for name, s in systems.items()]
-        console.table(
-            "Held-out rows, no hint of the axis in the prompt (0–100, higher is better)", ["system", *columns], rows
-        )
+        title = "Held-out rows, no hint of the axis in the prompt (0–100, higher is better)"
+        console.table(title, ["system", *map(label, columns)], rows)
     rows = [[name, *(f"{value:.2f}" for value in p.values())] for name, p in content["perplexity"].items()]
     columns = ["system", *content["perplexity"]["base"]]
     console.table("Perplexity of held-out reference answers (lower is better)", columns, rows)
     for name, by_system in content["sets"].items():
         columns = set_columns(by_system)
-        rows = [[system, *(f"{f[c]:.1f}" if c in f else "–" for c in columns)] for system, f in by_system.items()]
-        console.table(f"{name}, judged by {content['judges'][name]}", ["system", *columns], rows)
+        rows = [[system, *(f"{m[c]:.1f}" if c in m else "–" for c in columns)] for system, m in by_system.items()]
+        console.table(f"{name}, judged by {content['judges'][name]}", ["system", *map(label, columns)], rows)
     for name, quality in _qualities(content).items():
         if quality:
             console.say(f"{name} is judged by {content['judges'][name]}, itself measured on held-out rows: {quality}")
@@ -180,19 +203,24 @@ def show(report: Report, out: Outputs) -> None:
     console.say(f"{content['run']['seconds']:.0f} s; report: {out.root / 'report.html'} and {out.root / 'report.json'}")
 
 
-def set_columns(by_system: dict[str, dict[str, float]]) -> list[str]:
-    """The metrics of an extra set; a judge may have found nothing to say on one of them for some system."""
+def _score_columns(content: dict[str, Any], *extra: str) -> list[str]:
+    """The judged axes, and those of the `extra` columns that this run has."""
+    return [*content["scored"], *(name for name in extra if name in content["systems"]["base"])]
+
+
+def set_columns(by_system: dict[str, Metrics]) -> list[str]:
+    """The metrics of an extra question set. Some systems may lack some: HoneSet has one per category that was asked."""
     every = dict.fromkeys(key for metrics in by_system.values() for key in metrics)
-    return [key for key in every if not key.startswith("judge_")]
+    return [key for key in every if not key.startswith(JUDGE_PREFIX)]
 
 
 def _qualities(content: dict[str, Any]) -> dict[str, str]:
-    """By judged axis and extra set."""
+    """By judged axis and extra question set."""
     base = content["systems"]["base"]["details"] | {name: s["base"] for name, s in content["sets"].items()}
     return {name: judge_quality(metrics) for name, metrics in base.items()}
 
 
-def judge_quality(metrics: dict[str, float]) -> str:
-    """What a judge says of itself, to be printed wherever its score is shown."""
-    own = {k.removeprefix("judge_"): v for k, v in metrics.items() if k.startswith("judge_")}
+def judge_quality(metrics: Metrics) -> str:
+    """The judge's own metrics on held-out rows as text, "" if it has none; shown wherever its score is."""
+    own = {k.removeprefix(JUDGE_PREFIX): v for k, v in metrics.items() if k.startswith(JUDGE_PREFIX)}
     return ", ".join(f"{name} {value:.3g}" for name, value in own.items())

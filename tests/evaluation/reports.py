@@ -39,34 +39,57 @@ SURFACE = {"accuracy": 0.7, "ece": 0.05, "brier": 0.4, "nll": 0.6}
 DROPPED = {"train": Counter({"empty output": 2, HOSTILE: 1}), "held_out": Counter({"more than 20 rows": 3})}
 
 
+VOID = {"meta", "br", "path", "use", "rect", "image"}  # elements without an end tag, in HTML or as SVG text has them
+
+
 class Page(HTMLParser):
-    """The tags of a page, its headings, its tables' cells, and the text of its paragraphs."""
+    """The tags of a page, its style sheet, and the text of its headings, paragraphs, list items and table cells.
+
+    `cut_off` holds the tables, plots and preformatted texts that no container with scroll bars surrounds.
+    """
+
+    TEXTS = ("td", "th", "p", "li", "h2", "summary", "style")
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.rows: list[list[str]] = []
-        self.paragraphs: list[str] = []
-        self.headings: list[str] = []
+        self.texts: dict[str, list[str]] = {tag: [] for tag in self.TEXTS}
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.cut_off: list[str] = []
+        self.open: list[tuple[str, str]] = []  # (tag, class) of the elements around
         self.inside = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
         self.tags.append(tag)
+        self.ids.add(values.get("id") or "")
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"] or "")
+        if tag not in VOID:
+            self.open.append((tag, values.get("class") or ""))
+        if tag in ("table", "svg", "pre") and not any("scroll" in kind.split() for _, kind in self.open):
+            self.cut_off.append(tag)
         if tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th", "p", "h2"):
+        if tag in self.TEXTS:
             self.inside = tag
-            target = self.rows[-1] if tag in ("td", "th") else self.paragraphs if tag == "p" else self.headings
-            target.append("")
+            (self.rows[-1] if tag in ("td", "th") else self.texts[tag]).append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         self.inside = "" if tag == self.inside else self.inside
+        if tag in [name for name, _ in self.open]:
+            while self.open.pop()[0] != tag:
+                pass
 
     def handle_data(self, data: str) -> None:
         if self.inside:
-            kinds = {"p": self.paragraphs, "h2": self.headings}
-            (kinds.get(self.inside) or self.rows[-1])[-1] += data
+            (self.rows[-1] if self.inside in ("td", "th") else self.texts[self.inside])[-1] += data
 
     @classmethod
     def of(cls, out: Outputs) -> Page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def page(made: Made) -> Page:
     return Page.of(made[1])
 
 
-def test_figures_follow_from_the_judges(made: Made) -> None:
+def test_scores_follow_from_the_judges(made: Made) -> None:
     systems = made[0].content["systems"]
     assert list(systems) == list(SCORES)
     for name, (helpful, harmless, honest) in SCORES.items():
@@ -77,7 +78,7 @@ def test_prompts_references_and_settings_are_escaped_too(made: Made, tmp_path: P
     report.write(changed, Outputs(tmp_path, tmp_path / "specialists"))
     page = Page.of(Outputs(tmp_path, tmp_path / "specialists"))
     assert not {"script", "b"} & set(page.tags)
-    assert ["honest", HOSTILE] in page.rows
+    assert HOSTILE in page.texts["summary"]
     assert ["reference", HOSTILE] in page.rows
 
 
@@ -86,7 +87,28 @@ def test_the_page_loads_nothing_from_elsewhere(page: Page) -> None:
     assert page.tags.count("svg") == 4
 
 
-def test_the_pages_table_shows_the_figures(page: Page) -> None:
+def test_the_contents_lead_to_every_section(page: Page) -> None:
+    assert len(page.links) == len(page.texts["h2"]) - 1, "one link for each heading but that of the contents"
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+    listed = page.texts["li"][: len(page.links)]
+    assert [text.strip() for text in listed] == page.texts["h2"][1:]
+
+
+def test_nothing_is_wider_than_a_phone(page: Page) -> None:
+    """Tables, plots and preformatted text scroll inside containers of their own; other text may break anywhere.
+
+    No browser takes part. In Chromium, at 400 px, the page that these rules make is 400 px wide.
+    """
+    assert {"table", "svg", "pre"} <= set(page.tags) and page.cut_off == []
+    css = page.texts["style"][0].partition("@media")[0]  # plots have style elements too
+    rules = {selector.strip(): rule for selector, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", css)}
+    assert "overflow-x: auto" in rules[".scroll"] and "max-width: 100%" in rules[".scroll"]
+    assert "overflow-wrap: anywhere" in rules["body"]
+    fixed = re.findall(r"([^{}]+)\{[^{}]*(?<![-\w])(?:min-)?width: [\d.]+(?:rem|px)", css)
+    assert [selector.strip() for selector in fixed] == ["figure.wide svg"], "which is inside a container that scrolls"
+
+
+def test_the_pages_table_shows_the_scores(page: Page) -> None:
     table = page.table(["system", *AXES, "avg", "benign served"])
     for name, scores in SCORES.items():
         expected = [f"{score:.1f}" for score in scores]
@@ -94,10 +116,9 @@ def test_the_pages_table_shows_the_figures(page: Page) -> None:
 
 
 def test_the_page_shows_every_systems_answer_to_a_prompt(page: Page) -> None:
-    rows = page.rows
-    start = rows.index(["harmless", "harmless prompt"])
-    assert rows[start + 1] == ["reference", "harmless reference"]
-    shown = dict(rows[start + 2 : start + 2 + len(SCORES)])
+    assert "harmless prompt" in page.texts["summary"]
+    start = page.rows.index(["reference", "harmless reference"])
+    shown = dict(page.rows[start + 1 : start + 1 + len(SCORES)])
     assert shown == {name: HOSTILE if name == "mixed" else f"{name} said" for name in SCORES}
 
 
@@ -143,7 +164,7 @@ def test_without_judges_perplexity_is_what_is_shown(tmp_path: Path, capsys: pyte
     content, page = built.content, Page.of(out)
     assert (content["scored"], content["collapse"], content["judges"]) == ([], {}, {})
     assert all(scores == {"details": {}} for scores in content["systems"].values())
-    assert page.headings == ["Perplexity", "Router", "Training", "Rows", "Settings"]
+    assert page.texts["h2"] == ["Contents", "Perplexity", "Router", "Training", "Data", "Settings"]
     assert page.tags.count("svg") == 3
     report.show(built, out)
     printed = capsys.readouterr().out
@@ -177,7 +198,7 @@ def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Capt
     page = Page.of(out)
     assert built.content["sets"]["xs"]["honest"] == EXTRA["honest"]["xs"]
     assert built.content["judges"]["xs"] == "refusal"
-    assert {"xs", "hone"} <= set(page.headings)
+    assert {"xs", "hone"} <= set(page.texts["h2"])
     assert "xs" not in built.content["scored"]
     refusals, honesty = page.table(["system", "score", "over refusal"]), page.table(["system", "score", "identity"])
     for n, name in enumerate(SCORES):
@@ -197,9 +218,9 @@ def test_what_a_judge_says_of_itself_stands_by_its_scores(tmp_path: Path, capsys
     built, out = finish(tmp_path, one_set, "axes.harmless.judge=offline_safety", metrics=metrics)
     said = "itself measured on held-out rows: accuracy 0.877, auroc 0.95"
     page = Page.of(out)
-    assert f"harmless: judged by offline_safety, {said}." in page.paragraphs
-    assert f"Judged by refusal, {said}." in page.paragraphs
-    assert "helpful: judged by task." in page.paragraphs, "an exact judge has nothing to say"
+    assert f"harmless: judged by offline_safety, {said}." in page.texts["li"]
+    assert f"An extra question set, judged by refusal, {said}." in page.texts["p"]
+    assert "helpful: judged by task." in page.texts["li"], "an exact judge has no metrics of its own"
     assert page.table(["system", "score"])["base"] == ["1.0"]
     report.show(built, out)
     printed = capsys.readouterr().out.replace("\n", "")

@@ -1,4 +1,4 @@
-"""What every judge is: a verdict per answer, which can be kept and resumed, and metrics over the verdicts."""
+"""What every judge has: a verdict on each answer, which is stored, and metrics over all verdicts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ from typing import Any, Protocol
 
 from alignx_ds.data.rows import Row
 
-Verdict = dict[str, Any]  # what a judge says of one answer; goes to a JSON line
-Metrics = dict[str, float]  # "score" is the headline: percent, higher is better
+Verdict = dict[str, Any]  # on one answer; a JSON line of the file of verdicts
+Metrics = dict[str, float]  # by name; "score" is the main one: percent, higher is better
 
 
 class Judge(Protocol):
-    """Judges answers that were written before, on any machine, at any time."""
+    """Judges answers that are on disk already, so on any machine and at any time."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that a verdict depends on beside row and answer: the judge's model, its prompt, its threshold."""
+        """All that a verdict depends on besides row and answer: the judge's model, its prompt, its threshold."""
 
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
-        """One verdict per answer, in order, as soon as it is known: who stops in between has lost nothing."""
+        """One verdict per answer, in order, each as soon as it is known, so that it can be stored at once."""
 
     def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
-        """The metrics of all verdicts, among them "score"."""
+        """Metrics over all verdicts, among them "score"."""
 
 
 def percent(hits: Sequence[bool]) -> float:
     """100 · mean; 0 for none."""
     return 100.0 * sum(hits) / len(hits) if hits else 0.0
+
+
+def label(metric: str) -> str:
+    """A metric's name in tables for readers: "benign_served" is "benign served"."""
+    return metric.replace("_", " ")
