@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Okabe and Ito's palette: readers with any colour vision can distinguish its colours.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#999999", "#000000")
@@ -65,8 +66,7 @@ def _bars(panels: dict[str, dict[str, float]], origin: float, label: Callable[[f
     columns = min(PANELS_PER_LINE, len(panels))
     lines = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, lines * (0.27 * len(names) + 0.8)), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.08)
+        figure = Figure(figsize=(9.5, lines * (0.27 * len(names) + 0.8)), layout=ConstrainedLayoutEngine(wspace=0.08))
         plots = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
         for number, (title, values) in enumerate(panels.items()):
             colour = AVERAGE if title == "avg" else PALETTE[number % len(PALETTE)]
@@ -126,7 +126,7 @@ def losses(curves: dict[str, list[float]]) -> str:
         plot = figure.subplots()
         for number, (name, values) in enumerate(curves.items()):
             dashes = ("-", "--", ":")[number // len(colours) % 3]
-            style = {"color": colours[number % len(colours)], "linestyle": dashes, "linewidth": 1.1}
+            style: dict[str, Any] = {"color": colours[number % len(colours)], "linestyle": dashes, "linewidth": 1.1}
             if name == OURS:
                 style = {"color": "black", "linewidth": 1.8}
             plot.plot(range(1, len(values) + 1), values, label=name, **style)
