@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,9 @@ class Step:
 
 def attempt(backend: str, start_limit: float, step_limit: float) -> Iterator[Step]:
     """The steps up to the first that fails. The first takes longest: it imports torch and DeepSpeed."""
+    if problem := loopback_problem():  # the ranks would wait for their time limit
+        yield Step(STEPS[0], 0.0, problem)
+        return
     with tempfile.TemporaryDirectory(prefix="alignx-doctor-") as scratch:
         running = _start(backend, Path(scratch))
         try:
@@ -51,6 +55,16 @@ def attempt(backend: str, start_limit: float, step_limit: float) -> Iterator[Ste
         finally:
             for rank in running:
                 rank.end()
+
+
+def loopback_problem() -> str:
+    """Why this machine can't connect to itself; empty if it can."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10.0).close()
+    except OSError as error:
+        return f"no connection to 127.0.0.1: {error}"
+    return ""
 
 
 @dataclass(frozen=True)

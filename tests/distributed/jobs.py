@@ -40,6 +40,7 @@ from safetensors.torch import load_file
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import share
 from alignx_ds.experts.vectors import add_task_vector, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -153,7 +154,7 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
         forced_rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
         batches: loop.Batches = lambda start: forced_rows  # noqa: E731
     else:
-        batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+        batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
     loss = forced_loss(config) if forced else align._step_loss(config)
     keeper = Keeper("steps", scribe=RouterCurves(NAMES, scribe))
     losses = loop.train(made, batches, loss, plan, Progress(), keeper)
@@ -228,7 +229,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
         parameter.requires_grad_(name in names)
     sharded = all(p.numel() == 0 for p in model.parameters()) if WORLD > 1 else True
     made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
-    batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+    batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
     loop.train(made, batches, language_loss, plan, Progress(), Keeper("streamed"))
     changes = dict(task_vectors(made.module, base))
     whole = {}
@@ -258,7 +259,7 @@ def fusions(out: Path) -> dict[str, Any]:
         for accumulation in (1, 2)[: 3 - WORLD]:
             config = fusion_config(out / "base", accumulation)
             directory = out / f"{name}{WORLD}{accumulation}"
-            base, rows = BaseModel(config.model), loop.Rows(EXAMPLES, LABELS)
+            base, rows = BaseModel(config.model), LabelledExamples(EXAMPLES, LABELS)
             job = fusion_training.FusionJob(name, config, base, specialists, rows, {"rows": "1"}, directory)
             written = []
             for _ in range(2):

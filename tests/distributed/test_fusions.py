@@ -18,6 +18,7 @@ from worlds import Runs
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
 from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches
 from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.models.base import BaseModel
@@ -190,4 +191,4 @@ def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
 
 
 def _rows() -> Any:
-    return fusion_training.Rows(EXAMPLES, LABELS)
+    return LabelledExamples(EXAMPLES, LABELS)

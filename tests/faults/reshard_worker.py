@@ -73,6 +73,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
     from problems import EXAMPLES, LABELS, PAD, SEED
 
     from alignx_ds.config.schema import CheckpointsConfig
+    from alignx_ds.data.encode import LabelledExamples
     from alignx_ds.runtime import distributed
     from alignx_ds.runtime.console import Progress
     from alignx_ds.training import checkpoints, loop, state
@@ -97,7 +98,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
             return losses
 
     keeping = Keeping(root, root / "nonfinite", CheckpointsConfig(every=steps, keep=9), "stop", "", SEED)
-    batches = partial(loop.micro_batches, loop.Rows(EXAMPLES, LABELS), plan, PAD, SEED)
+    batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
 
     def until(start: int) -> Any:
         for number, step in enumerate(batches(start), start=start):
