@@ -2,4 +2,4 @@
 
 from alignx_ds.models import registration
 
-registration.install()
+registration.register()

@@ -269,7 +269,5 @@ def _mark_initialised(layer: AlignXLayer) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-AutoConfig.register(
-    AlignXConfig.model_type, AlignXConfig, exist_ok=True
-)  # alignx_ds.models.registration brought us here
+AutoConfig.register(AlignXConfig.model_type, AlignXConfig, exist_ok=True)
 AutoModelForCausalLM.register(AlignXConfig, AlignXForCausalLM, exist_ok=True)
