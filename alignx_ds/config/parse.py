@@ -18,8 +18,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alignx_ds.config.schema import SPREAD, AlignConfig, FusionConfig, RunConfig, TrainConfig
-from alignx_ds.config.values import unfit_texts
+from alignx_ds.config.bounds import unfit_texts
+from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 
 # What reading YAML raises; ValueError on bytes that are not UTF-8 and on numbers of thousands of digits.
@@ -182,7 +182,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
         fix = f"correct the value ({str(error).splitlines()[0]})"
         raise ConfigError(Problem(error.full_key or "recipe", None, "values of the keys' types", fix)) from error
     assert isinstance(config, RunConfig)
-    if unfit := list(unfit_texts(asdict(config))):
+    if unfit := list(unfit_texts(config)):
         raise ConfigError(*unfit)
     return config
 
@@ -203,6 +203,6 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def substance(stage: TrainConfig | AlignConfig | FusionConfig) -> dict[str, Any]:
+def substance(stage: OptimizerConfig) -> dict[str, Any]:
     """The settings of a stage that its result depends on, whatever ranks it runs on."""
     return {key: value for key, value in asdict(stage).items() if key not in SPREAD}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from alignx_ds.config.bounds import unfit_texts, violations
 from alignx_ds.config.schema import JudgesConfig
-from alignx_ds.config.values import unfit_texts
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
@@ -120,9 +120,6 @@ def _settings(given: list[str]) -> JudgesConfig:
         reason = " ".join(str(error).split("full_key:")[0].split())
         raise ConfigError(Problem("judges", " ".join(given), f"keys of judges ({known})", reason)) from error
     assert isinstance(settings, JudgesConfig)
-    if unfit := list(unfit_texts({"judges": asdict(settings)})):
-        raise ConfigError(*unfit)
-    counts = {"batch": settings.batch, "endpoint_parallel": settings.endpoint_parallel}
-    if wrong := [Problem(f"judges.{k}", n, "at least 1", "raise it") for k, n in counts.items() if n < 1]:
+    if wrong := [*unfit_texts(settings, "judges."), *violations(settings, {}, "judges.")]:
         raise ConfigError(*wrong)
     return settings

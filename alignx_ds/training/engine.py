@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from alignx_ds.config.schema import AlignConfig, FusionConfig, TrainConfig
+from alignx_ds.config.schema import OptimizerConfig, TrainConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
@@ -46,8 +46,8 @@ class Plan:
     bf16: bool
 
     @classmethod
-    def of(cls, stage: TrainConfig | AlignConfig | FusionConfig, dtype: str, steps: int) -> Plan:
-        shared = ("lr", "batch", "accumulation", "warmup_steps", "weight_decay", "clip")
+    def of(cls, stage: OptimizerConfig, dtype: str, steps: int) -> Plan:
+        shared = {f.name for f in fields(OptimizerConfig)} & {f.name for f in fields(cls)}
         return cls(**{name: getattr(stage, name) for name in shared}, steps=steps, bf16=dtype == "bfloat16")
 
     def micro_batch(self, world_size: int) -> int:

@@ -34,7 +34,7 @@ TESTED = {  # commands that other tests run, by how they begin
     "alignx-ds study": (
         "tests/study/test_studies.py::test_a_study_says_how_it_was_made_names_no_place_and_leaves_the_run_alone"
     ),
-    "alignx-ds doctor": "tests/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
+    "alignx-ds doctor": "tests/doctor/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
     "launch/mpi.sh": "tests/launchers/test_launchers.py::test_mpirun_makes_what_deepspeed_makes",
     "launch/multinode.sh": "tests/launchers/test_two_hosts.py::test_both_stages_make_what_they_make_on_one_node",
     "torchrun --nproc_per_node": "tests/launchers/test_launchers.py::test_torchrun_makes_what_deepspeed_makes",

@@ -150,8 +150,6 @@ def problems(settings: JudgesConfig) -> list[Problem]:
     if not settings.endpoint_model:
         fix = "set it to a model that the endpoint serves"
         found.append(Problem("judges.endpoint_model", settings.endpoint_model, "a model's name", fix))
-    if settings.endpoint_parallel < 1:
-        found.append(Problem("judges.endpoint_parallel", settings.endpoint_parallel, "1 or more", "raise it"))
     return found
 
 

@@ -21,7 +21,7 @@ PARAMETERS = {
     "gemma-7b": "8,537,680,896",
     "deepseek-llm-7b": "6,910,365,696",
 }
-RECIPES = Path(__file__).resolve().parents[1] / "launch/recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "launch/recipes"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -44,44 +44,13 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "launch.ranks=0",
-        "launch.timeout=0",
-        "data.train_rows=0",
-        "data.held_out_rows=-1",
         "train.steps=-1",
-        "data.records=-1",
-        "train.accumulation=0",
-        "align.steps=0",
-        "align.ep_size=0",
-        "experts.rank=-1",
-        "experts.feature_rows=0",
-        "gate.anchors=0",
         "gate.scales=1",
-        "gate.top_k=0",
-        "evaluation.batch=0",
-        "seed=-1",
-        "train.warmup_steps=-1",
-        "align.drift=-0.1",
-        "align.entropy=nan",
-        "align.prior=inf",
         "gate.fractal=inf",
-        "train.weight_decay=inf",
-        "train.lr=0",
         "train.lr=nan",
-        "align.lr=inf",
-        "gate.temperature=0",
-        "gate.granularity=-0.05",
-        "data.calibration_share=0",
         "data.calibration_share=1",
-        "data.held_out_share=0",
-        "data.held_out_share=1",
         "model.dtype=float16",
-        "gate.scope=global",
-        "generalist.schema=chat",
-        "axes.honest.schema=chat",
-        "axes.honest.held_out_schema=chat",
         "axes.honest.judge=gpt",
-        "axes.honest.rows=-1",
         "axes.honest.train=nowhere.csv",
         "generalist.held_out=nowhere.jsonl",
         "model.layers=[5]",
@@ -91,25 +60,17 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "gate.latent=129",
         "gate.output_latent=129",
         "gate.top_k=5",
+        "gate.more.nearest=0.5",
+        "align.ep_size=0",
         "train.deepspeed=nowhere.json",
         "baselines.make=[ties,slerp]",
         "baselines.make=[dare,dare]",
-        "baselines.arithmetic_scale=0",
-        "baselines.ties_scale=-1",
-        "baselines.dare_scale=nan",
-        "baselines.ties_density=0",
-        "baselines.dare_density=1.01",
-        "baselines.h3fusion.steps=0",
-        "baselines.h3fusion.lr=0",
-        "baselines.h3fusion.drift=-0.1",
         "baselines.trinityx.uniform=inf",
-        "baselines.trinityx.expert_lr_scale=-1",
-        "baselines.trinityx.warmup_steps=-1",
-        "baselines.trinityx.batch=0",
         "baselines.h3fusion.deepspeed=nowhere.json",
     ],
 )
-def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteRecipe, override: str) -> None:
+def test_a_value_that_cannot_be_is_named_and_nothing_else(write_recipe: WriteRecipe, override: str) -> None:
+    """A bound of each kind, and every rule that looks at a file, at the model or at another key."""
     key, value = override.split("=")
     found = problems(parse.load(write_recipe(override)))
     assert list(found) == [key]
@@ -120,14 +81,9 @@ def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteReci
     "override",
     [
         "experts.rank=0",
-        "train.steps=0",
-        "data.records=5",
-        "data.held_out_share=0.5",
         "axes.honest.judge=''",
         "generalist={}",
-        "align.expert_lr_scale=0",
         "gate.fractal=0",
-        "train.weight_decay=0",
         "model.layers=[]",
         "model.layers=[4,0]",
         "gate.latent=128",
@@ -136,7 +92,6 @@ def test_a_value_out_of_bounds_is_named_and_nothing_else(write_recipe: WriteReci
         "model.dtype=bfloat16",
         "baselines.make=[]",
         "baselines.ties_density=1",
-        "baselines.trinityx.expert_lr_scale=0",
         "baselines.h3fusion.deepspeed=ds_configs/scratch_zero1.json",
     ],
 )
@@ -158,10 +113,13 @@ def test_an_axis_may_not_take_a_name_that_files_or_systems_have(tiny_config: Run
 
 
 def test_a_baseline_that_is_not_made_is_not_looked_at(write_recipe: WriteRecipe) -> None:
-    broken = ("baselines.h3fusion.steps=0", "baselines.h3fusion.batch=7", "baselines.h3fusion.deepspeed=nowhere.json")
+    """Apart from the bounds, which hold for every value."""
+    broken = ("baselines.h3fusion.batch=7", "baselines.h3fusion.deepspeed=nowhere.json")
     assert problems(parse.load(write_recipe("baselines.make=[ties]", *broken)), 2) == {}
     found = problems(parse.load(write_recipe("baselines.make=[h3fusion]", *broken)), 2)
-    assert list(found) == ["baselines.h3fusion.steps", "baselines.h3fusion.batch", "baselines.h3fusion.deepspeed"]
+    assert list(found) == ["baselines.h3fusion.batch", "baselines.h3fusion.deepspeed"]
+    unused = write_recipe("baselines.make=[ties]", "baselines.h3fusion.steps=0")
+    assert list(problems(parse.load(unused))) == ["baselines.h3fusion.steps"]
 
 
 def test_a_fusion_does_not_run_under_zero3(write_recipe: WriteRecipe) -> None:
@@ -256,14 +214,10 @@ def test_a_set_to_be_judged_on_is_not_trained_on(write_recipe: WriteRecipe) -> N
     assert "a schema with answers to imitate" in found["axes.honest.schema"]
 
 
-@pytest.mark.parametrize("epochs", ["0", "-1", "nan", "inf"])
-def test_epochs_count_where_there_are_no_steps(write_recipe: WriteRecipe, epochs: str) -> None:
-    override = f"train.epochs={epochs}"
-    assert list(problems(parse.load(write_recipe(override, "train.steps=0")))) == ["train.epochs"]
-    assert list(problems(parse.load(write_recipe(override, "train.steps=1")))) == [
-        "train.epochs"
-        for _ in range(epochs in ("nan", "inf"))  # what is no number is refused, needed or not
-    ]
+def test_epochs_count_where_there_are_no_steps(write_recipe: WriteRecipe) -> None:
+    assert list(problems(parse.load(write_recipe("train.epochs=0", "train.steps=0")))) == ["train.epochs"]
+    assert problems(parse.load(write_recipe("train.epochs=0", "train.steps=1"))) == {}
+    assert list(problems(parse.load(write_recipe("train.epochs=nan", "train.steps=1")))) == ["train.epochs"]
 
 
 def test_a_mapping_of_unknown_columns_is_named_with_the_known_ones(write_recipe: WriteRecipe) -> None:

@@ -32,7 +32,7 @@ def the(findings: Iterator[Finding], what: str) -> Finding:
 def diagnosis(directory: Path, *before: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it."""
     line = [*before, sys.executable, "-m", "alignx_ds", "doctor", str(directory)]
-    repo = Path(__file__).resolve().parents[1]
+    repo = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(repo), **more}
     return subprocess.run(line, cwd=repo, env=environment, capture_output=True, text=True, timeout=180, check=False)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from reading import write_json
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds import cli
@@ -37,7 +37,8 @@ def preview(
     """Previews a recipe of one axis with these records, and checks that nothing is written."""
 
     def show(records: list[Record], *options: str) -> str:
-        source = write_json(tmp_path / "rows.json", records)
+        source = tmp_path / "rows.json"
+        source.write_text(json.dumps(records), encoding="utf-8")
         recipe = write_recipe()
         values = OmegaConf.to_container(OmegaConf.load(recipe))
         assert isinstance(values, dict)

@@ -1,0 +1,106 @@
+"""Problems of what a config reads: rows of the axes and of the generalist, sets of questions, texts, judges' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignx_ds.config.schema import FUSIONS, MERGES, AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
+from alignx_ds.data.sources import WORLD, names_a_source
+from alignx_ds.data.world.rows import SCHEMAS_OF_THE_WORLD
+from alignx_ds.errors import Problem
+from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
+
+ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
+RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", *MERGES, *FUSIONS})
+
+
+def problems(c: RunConfig) -> Iterator[Problem]:
+    yield from _axes(c)
+    yield from _generalist(c.generalist)
+    yield from _sets(c)
+    yield from _texts(c)
+    yield from _judges(c)
+
+
+def _axes(c: RunConfig) -> Iterator[Problem]:
+    if not c.axes:
+        yield Problem("axes", {}, "at least one axis", "add an entry, e.g. axes.helpful in launch/recipes/world.yaml")
+    for name, axis in c.axes.items():
+        key = f"axes.{name}"
+        if name in RESERVED or not name.isidentifier():
+            yield Problem(key, name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis")
+        if axis.schema in QUESTIONS_ONLY:
+            fix = "list it under evaluation.sets, and train the axis on another source"
+            yield Problem(f"{key}.schema", axis.schema, "a schema with answers to imitate", fix)
+        yield from _source(key, "train", axis.train, axis.schema, axis.columns)
+        yield from _held_out(key, axis)
+
+
+def _generalist(g: GeneralistConfig) -> Iterator[Problem]:
+    if g.train:
+        yield from _source("generalist", "train", g.train, g.schema, g.columns)
+        yield from _held_out("generalist", g)
+    elif g.held_out:
+        fix = "set generalist.train too, or remove generalist.held_out"
+        yield Problem("generalist.held_out", g.held_out, "nothing without generalist.train", fix)
+
+
+def _held_out(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:
+    if settings.held_out:
+        yield from _source(key, "held_out", settings.held_out, *settings.judged_as())
+    elif settings.train == WORLD:
+        yield Problem(f"{key}.held_out", "", WORLD, "set it to 'world': the world generates its held-out rows")
+
+
+def _sets(c: RunConfig) -> Iterator[Problem]:
+    for name, s in c.evaluation.sets.items():
+        if name in RESERVED or name in c.axes or not name.isidentifier():
+            fix = "rename the set; an axis or a system may have this name already"
+            yield Problem(f"evaluation.sets.{name}", name, "a plain word of its own", fix)
+        yield from _source(f"evaluation.sets.{name}", "source", s.source, s.schema, s.columns)
+
+
+def _texts(c: RunConfig) -> Iterator[Problem]:
+    if not c.from_scratch:
+        return
+    if not c.scratch.texts:
+        yield Problem("scratch.texts", {}, "at least one source", "name what the base model is trained on")
+    for name, text in c.scratch.texts.items():
+        yield from _source(f"scratch.texts.{name}", "source", text.source, text.schema, text.columns)
+
+
+def _source(key: str, name: str, source: str, schema: str, columns: dict[str, str]) -> Iterator[Problem]:
+    if schema not in SCHEMAS:
+        return
+    if source == WORLD and schema not in SCHEMAS_OF_THE_WORLD:
+        yield Problem(f"{key}.{name}", source, "a file", f"the world has no rows in the {schema} schema")
+    if not names_a_source(source):
+        fix = "no such file; check the path"
+        yield Problem(f"{key}.{name}", source, f"a file, a data set's id, or '{WORLD}'", fix)
+    if problem := schema_problem(schema, columns):
+        yield Problem(f"{key}.columns", columns, "columns of the schema", problem)
+
+
+def _judges(c: RunConfig) -> Iterator[Problem]:
+    """Of the judges that this config names; the settings of the others are not used."""
+    named = {axis.judge for axis in c.axes.values()} | {s.judge for s in c.evaluation.sets.values()}
+    if named & ENDPOINT_JUDGES:
+        yield from endpoint_problems(c.judges)
+    if "offline_safety" in named:
+        yield from _classifier(c)
+    if "alpaca_eval" in named and c.judges.reference and not Path(c.judges.reference).is_file():
+        fix = "no such file; leave it empty if the rows have their own references"
+        yield Problem("judges.reference", c.judges.reference, "a file", fix)
+
+
+def _classifier(c: RunConfig) -> Iterator[Problem]:
+    rows = c.judges.classifier_rows
+    if rows in ("", WORLD) or not names_a_source(rows):
+        fix = "set it to BeaverTails rows that the judge may learn from"
+        yield Problem("judges.classifier_rows", rows, "a file, or a data set's id", fix)
+    if c.judges.classifier_held_out < c.data.held_out_share:
+        fix = "raise it, or the judge learns from questions that the axis is judged on"
+        allowed = f"at least data.held_out_share={c.data.held_out_share}"
+        yield Problem("judges.classifier_held_out", c.judges.classifier_held_out, allowed, fix)

@@ -1,0 +1,82 @@
+"""Problems of the training stages: steps, batches over ranks, expert parallelism, and the DeepSpeed JSONs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from alignx_ds.config.schema import FUSIONS, OptimizerConfig, RunConfig, TrainConfig
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.training import engine as engines
+
+ZERO_STAGES = {"train": (1, 2, 3)}  # by the key of a stage's settings
+ANY_OTHER = (1, 2)
+ZERO_FIXES = {
+    "align.deepspeed": "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0; "
+    "use ds_configs/stage2_moe_zero2.json",
+    "scratch.train.deepspeed": "every rank saves the whole small model; use ds_configs/scratch_zero1.json",
+    **{f"baselines.{name}.deepspeed": "use ds_configs/fusion_zero2.json" for name in FUSIONS},
+}
+
+
+def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Of the stages that this config runs."""
+    if len(set(c.baselines.make)) != len(c.baselines.make):
+        yield Problem("baselines.make", c.baselines.make, "distinct names", "remove what is repeated")
+    yield from _expert_parallel(c, world_size)
+    for key, stage in stages(c).items():
+        yield from _steps(key, stage)
+        yield from _batch(key, stage, world_size)
+        yield from _deepspeed(f"{key}.deepspeed", stage.deepspeed, ZERO_STAGES.get(key, ANY_OTHER))
+
+
+def stages(c: RunConfig) -> dict[str, OptimizerConfig]:
+    """The training stages of the run, by the key of their settings."""
+    first: dict[str, OptimizerConfig] = {"scratch.train": c.scratch.train} if c.from_scratch else {}
+    fusions = {f"baselines.{name}": getattr(c.baselines, name) for name in FUSIONS if name in c.baselines.make}
+    return {**first, "train": c.train, **fusions, "align": c.align}
+
+
+def _steps(key: str, stage: Any) -> Iterator[Problem]:
+    if 0 < stage.steps < stage.warmup_steps:
+        fix = "lower it: the learning rate would never reach its peak"
+        yield Problem(f"{key}.warmup_steps", stage.warmup_steps, f"at most {key}.steps={stage.steps}", fix)
+    if isinstance(stage, TrainConfig) and not stage.steps and not stage.epochs:
+        yield Problem(f"{key}.epochs", stage.epochs, f"above 0 where {key}.steps is 0", f"raise it, or set {key}.steps")
+
+
+def _batch(key: str, stage: OptimizerConfig, world_size: int) -> Iterator[Problem]:
+    parts = world_size * max(1, stage.accumulation)
+    if stage.batch % parts:
+        fix = f"choose {max(1, round(stage.batch / parts)) * parts}, or change launch.ranks or {key}.accumulation"
+        yield Problem(f"{key}.batch", stage.batch, f"a multiple of ranks × accumulation = {parts}", fix)
+
+
+def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
+    experts, ep_size = len(c.expert_names), c.align.ep_size
+    if ep_size < 1:
+        return
+    if experts % ep_size:
+        fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        yield Problem("align.ep_size", ep_size, f"a divisor of the {experts} experts", f"choose one of {fitting}")
+    if world_size % ep_size:
+        fix = "start as many ranks (launch.ranks), or lower align.ep_size"
+        yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", fix)
+
+
+def _deepspeed(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Problem]:
+    try:
+        template = engines.read_template(path, key)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    zero = template.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        given = f"{path} (zero_optimization {zero!r})"
+        yield Problem(key, given, "a JSON object there", "see ds_configs/ for examples")
+    elif unfilled := engines.unfilled(template):
+        fix = f"write values; only {', '.join(engines.FILLED)} can be auto"
+        yield Problem(key, f"{path} (auto at {', '.join(unfilled)})", "values there", fix)
+    elif (stage := zero.get("stage", 0)) not in allowed:
+        given, expected = f"{path} (ZeRO stage {stage})", f"a ZeRO stage of {', '.join(map(str, allowed))}"
+        yield Problem(key, given, expected, ZERO_FIXES.get(key, "correct the stage"))
