@@ -31,6 +31,7 @@ from alignx_ds.doctor import ranks as doctor_ranks
 from alignx_ds.errors import EXIT_CODE
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
+from alignx_ds.runtime.extras import EXTRAS
 from alignx_ds.runtime.interfaces import interface_towards
 
 OURS = "alignx-ds"
@@ -88,7 +89,7 @@ def versions() -> Iterator[Finding]:
     yield Finding("Python", "ok" if good else "fail", f"{python} ({wanted})", "" if good else f"use Python {wanted}")
     fitting: list[str] = []
     for requirement in map(Requirement, needed):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *EXTRAS)):
             continue
         name, specifier = requirement.name, requirement.specifier
         fix = f"pip install '{name}{specifier}'"

@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 
 from alignx_ds.errors import EXIT_CODE, UserError
+from alignx_ds.runtime.extras import missing_package
 
 CRASHED, INTERRUPTED = 1, 130  # exit codes
 PACKAGE = Path(__file__).parents[1]
@@ -37,6 +38,8 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
     """`timeout`: the seconds after which a collective gives up (launch.timeout)."""
     if isinstance(error, UserError):
         return Failure(str(error), EXIT_CODE)
+    if missing := missing_package(error):
+        return Failure(missing, EXIT_CODE)
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", INTERRUPTED)
     text = " ".join(str(error).split())

