@@ -18,7 +18,7 @@ class RanksError(AssertionError):
 
 
 def start(
-    script: Path, ranks: int, *arguments: str, logs: Path, timeout: float = 150.0, launcher: bool = False
+    script: Path, ranks: int, *arguments: str, logs: Path, timeout: float = 240.0, launcher: bool = False
 ) -> None:
     """Returns when every rank has ended well; otherwise kills all of them and raises RanksError."""
     logs.mkdir(parents=True, exist_ok=True)

@@ -1,37 +1,54 @@
-"""The helper that starts ranks: a hang or a failure of one is a failure that shows what each of them wrote."""
+"""The helper that starts ranks: its error shows what every rank wrote, and it leaves nothing running."""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 from ranks import RanksError, start
 
-SCRIPT = """
-import os, subprocess, sys
-rank = os.environ["RANK"]
-print(f"rank {rank} of {os.environ['WORLD_SIZE']} speaks", file=sys.stderr, flush=True)
-if sys.argv[1] == "fail" and rank == "1":
+CHILD = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w')); time.sleep(100)"
+SCRIPT = f"""
+import os, pathlib, subprocess, sys, time
+rank, how, directory = os.environ["RANK"], sys.argv[1], pathlib.Path(sys.argv[2])
+print(f"output of rank {{rank}} of {{os.environ['WORLD_SIZE']}}", file=sys.stderr, flush=True)
+if how == "fail" and rank == "1":
+    while not (directory / "0").exists():
+        time.sleep(0.01)
     sys.exit(3)
-if sys.argv[1] != "end":
-    subprocess.run([sys.executable, "-c", f"import time; time.sleep(3); open({sys.argv[2]!r}, 'w')"])
+if how != "end":
+    subprocess.run([sys.executable, "-c", {CHILD!r}, str(directory / rank)])
 """
 
 
-@pytest.mark.parametrize(("how", "complaint"), [("fail", "exit codes {'rank1': 3}"), ("hang", "still running after")])
-def test_failures_and_hangs_are_told_and_leave_nothing_running(tmp_path: Path, how: str, complaint: str) -> None:
-    script, survivor = tmp_path / "script.py", tmp_path / "survivor"
+def is_running(process: int) -> bool:
+    """Whether it runs; one that has ended may wait for its parent to notice."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("how", "message"), [("fail", "exit codes {'rank1': 3}"), ("hang", "still running after")])
+def test_a_failure_or_a_hang_shows_all_output_and_leaves_nothing_running(
+    tmp_path: Path, how: str, message: str
+) -> None:
+    script, started = tmp_path / "script.py", tmp_path / "started"
     script.write_text(SCRIPT)
+    started.mkdir()
     with pytest.raises(RanksError) as caught:
-        start(script, 2, how, str(survivor), logs=tmp_path / "logs", timeout=1.5)
-    for text in (complaint, "rank 0 of 2 speaks", "rank 1 of 2 speaks"):
+        start(script, 2, how, str(started), logs=tmp_path / "logs", timeout=60.0 if how == "fail" else 4.0)
+    for text in (message, "output of rank 0 of 2", "output of rank 1 of 2"):
         assert text in str(caught.value)
-    time.sleep(3.0)
-    assert not survivor.exists()  # what a rank had started was ended too
+    children = [int(text) for path in started.iterdir() if (text := path.read_text())]
+    assert children or how == "hang"
+    deadline = time.monotonic() + 20.0  # killed processes take a moment to end
+    while any(map(is_running, children)):
+        assert time.monotonic() < deadline, "what a rank had started was ended too"
+        time.sleep(0.01)
 
 
 def test_ranks_that_end_well_are_no_failure(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    start(script, 2, "end", logs=tmp_path / "logs", timeout=20.0)
+    start(script, 2, "end", os.devnull, logs=tmp_path / "logs", timeout=60.0)

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
 
@@ -13,6 +14,7 @@ import torch
 
 from alignx_ds.errors import DataError
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 
 def strike(fault: str) -> None:
@@ -30,9 +32,19 @@ def strike(fault: str) -> None:
         time.sleep(60.0)
 
 
+def wait_for_all_started() -> None:
+    """Some tests have time limits shorter than the time by which one rank may import DeepSpeed later than another."""
+    load_deepspeed()
+    if directory := os.environ.get("READY_DIRECTORY"):
+        (Path(directory) / os.environ["RANK"]).touch()
+        while len(os.listdir(directory)) < int(os.environ["STARTED_RANKS"]):
+            time.sleep(0.01)
+
+
 def work(fault: str, where: str, timeout: int) -> None:
     rank = int(os.environ["RANK"])
     struck = where == "all" or rank == int(where)
+    wait_for_all_started()
     if fault == "bad-start" and struck:  # before anything else
         strike("data")
     distributed.init_process_group(timeout)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,8 +47,10 @@ def start(
 ) -> Ended:
     """`python ARGUMENTS` on each of so many ranks `of` a world, a rank in `alone` with arguments of its own."""
     world = {"WORLD_SIZE": str(of or ranks), "MASTER_ADDR": master, "MASTER_PORT": str(free_port())}
+    ready = tempfile.TemporaryDirectory()
+    world |= {"READY_DIRECTORY": ready.name, "STARTED_RANKS": str(ranks)}
     commands = [[sys.executable, *(alone or {}).get(rank, arguments)] for rank in range(ranks)]
-    with console.open("wb") as stream:
+    with ready, console.open("wb") as stream:
         running = [
             subprocess.Popen(
                 command,

@@ -69,4 +69,4 @@ def test_a_second_one_ends_the_process_at_once() -> None:
         before = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 128 + signal.SIGTERM
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 10, "not at the end of the 20 s"
