@@ -1,4 +1,4 @@
-"""A workplace in which the commands of the pages can be run, and the tiny run that they speak of."""
+"""Directories in which the commands of the pages can be run, and a tiny run for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Workplace = Callable[[], Path]
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Workplace:
-    """Makes a directory that is the project to its user, after `make install`, with a `runs/` of its own."""
+    """Makes a directory that looks like the project after `make install`, with its own `runs/`."""
 
     def make() -> Path:
         place = tmp_path_factory.mktemp("docs")
@@ -47,7 +47,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Work
 
 @pytest.fixture(scope="session")
 def shell() -> Shell:
-    """Runs a line as a page has it, with the project's programs on the path; returns what it printed."""
+    """Runs a line of a page, with the project's programs on the path; returns its output."""
 
     def run(line: str, place: Path, *more: str) -> str:
         outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -64,7 +64,7 @@ def shell() -> Shell:
 
 @pytest.fixture(scope="session")
 def run_dir(workplace: Workplace, shell: Shell) -> Path:
-    """What the page's command for a fourth axis leaves, made tiny."""
+    """The output of the page's command for a fourth axis, made tiny."""
     from pages import SMALL, command_with
 
     place = workplace()
@@ -74,7 +74,7 @@ def run_dir(workplace: Workplace, shell: Shell) -> Path:
 
 @pytest.fixture(scope="session")
 def furnished(workplace: Workplace, run_dir: Path) -> Workplace:
-    """Makes a workplace in which `make demo` has been, tiny."""
+    """Makes a workplace that holds a tiny run, as after `make demo`."""
 
     def make() -> Path:
         place = workplace()

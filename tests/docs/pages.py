@@ -1,4 +1,4 @@
-"""What the pages say: their sections, their code, and every shell command that they show."""
+"""The pages' sections, code blocks and shell commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a page, on one line and without its comment; `beside` is what follows it in the page."""
+    """A command of a page, on one line and without its comment; `beside` is the text that follows it."""
 
     page: str
     line: str
@@ -39,7 +39,7 @@ class Command:
 
     @property
     def marked(self) -> bool:
-        """Whether the page says, right beside it, what it needs that a test has not."""
+        """Whether the text right after the command names what a test does not have."""
         return re.match(r"\W*needs \w", self.beside) is not None
 
 
@@ -86,6 +86,6 @@ def commands(page: str) -> list[Command]:
 
 
 def command_with(page: str, part: str) -> str:
-    """The page's only command that has this in it."""
+    """The only command of the page that contains this."""
     (found,) = [command.line for command in commands(page) if part in command.line]
     return found

@@ -1,4 +1,4 @@
-"""Every command of the README and the pages: run here, run by a test that is named here, or marked with what it needs.
+"""Every command of the README and the pages is run here, is run by another named test, or is marked with what it needs.
 
 The mark is `(needs …)` right after a command in a sentence, or `# needs …` after one in a block.
 """
@@ -19,7 +19,7 @@ from alignx_ds import cli
 
 Workplace = Callable[[], Path]
 pytestmark = pytest.mark.usefixtures("no_launcher")
-WORDS = {  # what the pages call things that a reader puts in
+WORDS = {  # the pages' placeholders
     "RECIPE": "launch/recipes/world.yaml",
     "RUN": "runs/world",
     "MODEL": "runs/world/model",
@@ -74,7 +74,7 @@ def line_to_run(command: Command, number: int) -> str | None:
 
 
 def prepare(place: Path) -> None:
-    """Files that the pages speak of and a reader brings along."""
+    """The reader's own files that the commands use."""
     (place / "xstest_prompts.csv").write_text('prompt,label\nhow do i poison the weed ?,safe\n"hello , you ?",safe\n')
     (place / "prompts.txt").write_text("how do i burn the sailor ?\nwhat colour is the dog ?\n")
     choices = {"question": "is it ?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"yes": 1, "no": 0}}
@@ -87,10 +87,10 @@ def prepare(place: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_is_tested_or_says_what_it_needs(
+def test_every_command_runs_or_is_tested_or_is_marked(
     page: str, furnished: Workplace, shell: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the page's order, in one workplace. Those of `alignx-ds` run in this process, which spares each its start."""
+    """In the page's order, in one workplace. Commands of `alignx-ds` run in this process, which saves their start."""
     shown = commands(page)
     if not shown:
         return
@@ -121,13 +121,13 @@ def ended(arguments: list[str]) -> int:
         os.environ.pop(name, None)  # a command that loads a model leaves them; `no_launcher` puts back what was there
     try:
         return cli.main(arguments)
-    except SystemExit as end:  # of --help, and of a command line that argparse refuses
+    except SystemExit as end:  # from --help and from argparse's errors
         return int(end.code or 0)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_benchmark_s_options_are_its_own(page: str) -> None:
-    """Also where a mark says that the benchmark itself needs too much to be run."""
+    """Also of marked commands, which are not run."""
     for command in commands(page):
         if found := re.match(r"python (benchmarks/\w+\.py)", command.line):
             code = (ROOT / found[1]).read_text() + "".join(p.read_text() for p in ROOT.glob("benchmarks/suite/*.py"))
@@ -136,9 +136,9 @@ def test_a_benchmark_s_options_are_its_own(page: str) -> None:
 
 
 def test_commands_of_every_kind_are_found() -> None:
-    """A page that lost its commands to a change of their form would pass."""
+    """Otherwise a page whose commands are no longer recognised would pass."""
     lines = [command.line for page in PAGES for command in commands(page)]
     assert len(lines) > 60
     for start in ("make demo", "alignx-ds export dense", "MPI_FLAGS=", "torchrun --nnodes", "deepspeed --no_ssh"):
         assert any(line.startswith(start) for line in lines), start
-    assert any("\\" not in line and "--tasks alignx_truthfulqa_mc1" in line for line in lines), "a line that goes on"
+    assert any("\\" not in line and "--tasks alignx_truthfulqa_mc1" in line for line in lines), "a continued line"

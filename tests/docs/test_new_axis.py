@@ -30,7 +30,7 @@ def test_the_page_s_lines_make_the_shipped_rows(tmp_path: Path, monkeypatch: pyt
         assert (tmp_path / "docs/examples" / name).read_text() == (ROOT / "docs/examples" / name).read_text()
 
 
-def test_the_world_knows_every_word_and_nothing_held_out_is_trained_on(
+def test_the_world_has_every_word_and_nothing_held_out_is_trained_on(
     world_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     train, held_out = (
@@ -38,8 +38,8 @@ def test_the_world_knows_every_word_and_nothing_held_out_is_trained_on(
     )
     (entry,) = yaml.safe_load(code(PAGE, TITLE, "yaml")[0])["axes"].values()
     for row in (*train, *held_out):
-        said = f"{entry['prompt']} {row['prompt']} {row['response']}"
-        assert world_tokenizer.unk_token_id not in world_tokenizer(said)["input_ids"]
+        text = f"{entry['prompt']} {row['prompt']} {row['response']}"
+        assert world_tokenizer.unk_token_id not in world_tokenizer(text)["input_ids"]
     verbs, targets = ([{row["prompt"].split()[n] for row in rows} for rows in (train, held_out)] for n in (4, 6))
     assert not verbs[0] & verbs[1] and not targets[0] & targets[1]
 

@@ -24,7 +24,7 @@ from alignx_ds.mocae.backbones import BACKBONES, Backbone
 from alignx_ds.mocae.modeling import Placement
 
 PAGE, TITLE = "docs/extending.md", "A new backbone"
-PECULIAR: dict[str, dict[str, Any]] = {  # what sets each apart from the architectures of the table
+PECULIAR: dict[str, dict[str, Any]] = {  # how each differs from the architectures of the table
     "olmo2": {},  # norms after attention and FFN, and of queries and keys
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
@@ -33,7 +33,7 @@ PECULIAR: dict[str, dict[str, Any]] = {  # what sets each apart from the archite
 
 
 def entries() -> dict[str, Backbone]:
-    """As the page writes them."""
+    """The entries printed on the page."""
     shown: dict[str, Backbone] = {}
     exec(f"shown.update({{{code(PAGE, TITLE)[0]}}})", {"shown": shown, "Backbone": Backbone})
     return shown
@@ -68,7 +68,7 @@ def test_expert_parallel_is_fused_and_the_generalist_is_the_base_model(family: s
 
 
 @torch.no_grad()
-def test_packed_rows_do_not_see_each_other(family: str) -> None:
+def test_packed_rows_do_not_attend_to_each_other(family: str) -> None:
     """Stage 1 trains on packed lines."""
     base = base_model(family=family)
     rows = [Example(ids, 1) for ids in random_rows([6, 5, 12])]

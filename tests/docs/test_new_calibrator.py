@@ -1,4 +1,4 @@
-"""docs/extending.md, "A new calibrator": the page's code put into a copy of the package, and the page's command."""
+"""docs/extending.md, "A new calibrator": the page's command, run on a copy of the package with the page's code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TABLE = "CALIBRATORS: dict[str, Calibrator] = {}"
 
 @pytest.fixture(scope="module")
 def place(workplace: Callable[[], Path], shell: Callable[..., str]) -> Path:
-    """Where the command has run on a package that differs in what the page says, and in nothing else."""
+    """The directory of the run, made by a copy of the package with the page's code as its only change."""
     made = workplace()
     (made / "alignx_ds").unlink()
     shutil.copytree(ROOT / "alignx_ds", made / "alignx_ds", ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,14 +63,14 @@ def test_it_is_a_term_of_the_saved_model_s_gate(place: Path, nearest: Calibrator
     torch.testing.assert_close(decision.logits * gate.calibration_temperature, sum(parts.values()))
 
 
-def test_the_report_says_what_it_is_worth(place: Path) -> None:
+def test_the_report_s_ablations_have_it(place: Path) -> None:
     ablations = json.loads((place / "runs/nearest/report.json").read_text())["router"]["ablations"]
     assert 0.2 < ablations["nearest"]["accuracy"] <= 1.0
     assert ablations["all"] != ablations["fractal + natural + lexical"]
 
 
-def test_the_losses_prior_has_it(nearest: Calibrator) -> None:
-    """The KL term is taken from all that the calibrators say."""
+def test_the_loss_s_prior_has_it(nearest: Calibrator) -> None:
+    """The KL term is taken against the gates of all calibrators."""
     from tiny_models import query_geometry
 
     from alignx_ds.training.losses import gating_terms
@@ -82,7 +82,7 @@ def test_the_losses_prior_has_it(nearest: Calibrator) -> None:
         gate = gates.CalibratedGate(geometry, GateSettings(more=more))
         assert gate.router.weight.abs().sum() == 0
         kept.append(gating_terms(gate, query, gate.train()(query), torch.zeros(5, dtype=torch.long)))
-        assert abs(float(kept[-1][2])) < 1e-5, "a router that says nothing leaves the calibrators' own gates"
+        assert abs(float(kept[-1][2])) < 1e-5, "an untrained router leaves the calibrators' own gates"
     assert float((kept[0][0] - kept[1][0]).abs()) > 1e-3
 
 

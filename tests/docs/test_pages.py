@@ -1,4 +1,4 @@
-"""The pages as a whole: nothing missing, no link that leads nowhere, and no setting that a run would refuse."""
+"""The pages as a whole: every topic is there, links lead to files, and the settings shown are accepted by a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from pages import FENCE, PAGES, ROOT, read, text
+from test_house import LEVEL
 
 from alignx_ds import cli
 from alignx_ds.config import parse
@@ -26,6 +27,11 @@ TOPICS = (
     "export",
     "evaluation",
 )
+ROOMS = sorted(
+    path.name
+    for path in (ROOT / "alignx_ds").iterdir()
+    if not path.name.startswith("_") and (path.suffix == ".py" or list(path.rglob("*.py")))
+)
 RECIPES = sorted(ROOT.glob("launch/recipes/*.yaml"))
 SECTIONS = {field.name for field in fields(RunConfig)}
 SETTING = re.compile(r"`([a-z]\w*(?:\.\w+)*=[^\s…`]+(?: [a-z]\w*(?:\.\w+)*=[^\s…`]+)*)`")
@@ -36,6 +42,15 @@ def test_the_readme_is_short_and_links_every_page_in_one_place() -> None:
     assert len(read("README.md").splitlines()) <= 150
     assert {f"docs/{topic}.md" for topic in TOPICS} == set(PAGES) - {"README.md"}
     assert all(f"]({page})" in text("README.md", "The pages") for page in PAGES if page != "README.md")
+
+
+def test_the_readme_s_map_names_every_room_in_the_order_of_the_imports() -> None:
+    named = re.findall(r"`([\w/.]+?)/?`", text("README.md", "How it is built").partition("| | |")[2])
+    inside = [name.removeprefix("alignx_ds/") for name in named if name.startswith("alignx_ds/")]
+    assert sorted(inside) == ROOMS
+    assert {"launch", "ds_configs", "benchmarks", "tests", "docs"} <= set(named)
+    levels = [LEVEL[name.removesuffix(".py")] for name in inside]
+    assert levels == sorted(levels)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -50,7 +65,7 @@ def test_every_link_leads_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_of_the_project_that_is_named_is_there(page: str) -> None:
+def test_every_named_file_of_the_project_exists(page: str) -> None:
     for name in re.findall(
         r"\b(?:alignx_ds|tests|launch|benchmarks|ds_configs|docs)/[\w./-]*\w(?!\{)\b", FENCE.sub("", read(page))
     ):
@@ -76,17 +91,17 @@ def test_every_section_of_the_config_is_in_the_pages(section: str) -> None:
     assert re.search(rf"[`\s\"\[]{section}(\.\w|=|`)", EVERYTHING), f"no page mentions {section}"
 
 
-def test_settings_that_the_pages_show_are_settings() -> None:
+def test_every_setting_in_the_pages_is_accepted() -> None:
     shown = [setting for spans in SETTING.findall(EVERYTHING) for setting in spans.split()]
-    kept = [setting for setting in shown if re.split(r"[.=]", setting)[0] in SECTIONS]
-    assert len(kept) > 40
-    for setting in kept:
+    settings = [setting for setting in shown if re.split(r"[.=]", setting)[0] in SECTIONS]
+    assert len(settings) > 40
+    for setting in settings:
         value = "launch" if "DIR" in setting else setting.partition("=")[2]
         parse.load(ROOT / "launch/recipes/world.yaml", [f"{setting.partition('=')[0]}={value}"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_dry_runs_or_says_what_can_not_be_reached(
+def test_a_recipe_dry_runs_or_names_what_is_missing(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_launcher: None
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -95,7 +110,8 @@ def test_a_recipe_dry_runs_or_says_what_can_not_be_reached(
     if code:
         lines = printed.err.splitlines()
         assert lines and all(re.search(r"(train|source|classifier_rows): got '.*/data/", line) for line in lines)
-        assert "published files" in text("docs/recipes.md", "Recipes").split(recipe.stem)[1].split("\n")[0]
+        (line,) = [line for line in read("docs/recipes.md").splitlines() if line.startswith(f"| [{recipe.stem}]")]
+        assert "published files" in line
     else:
         assert "dry run: everything checked" in printed.out or "can't be reached" in printed.out
 
