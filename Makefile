@@ -1,10 +1,10 @@
-# make demo    set everything up, then go from a base model to an aligned one on the embedded world
-# make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
-# make study   the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
-# make test    set everything up, then run the tests
-# make faults  every fault that the run has to survive, about half an hour on 2 cores; writes docs/reliability.md's table
+# make demo    install everything, then train and evaluate an aligned model on the embedded world
+# make bench   run every benchmark at a small shape, in less than 5 minutes without a GPU
+# make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
+# make test    install everything, then run lint, types and tests
+# make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
-# make check   format, lint, types, tests
+# make check   the same as make test
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ RECIPE ?= launch/recipes/world.yaml
 
 install: $(READY)
 
-# torch first: with it in place, no other package pulls in another build of it.
+# torch comes first: once it is installed, no other package replaces it with another build.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Slurm, one task per GPU:  sbatch launch/slurm.sh RECIPE [KEY=VALUE ...]
-# An array writes %a for its task's number:  sbatch --array=0-2 launch/slurm.sh RECIPE seed=%a output=runs/seed-%a
+# In an array job, %a stands for the task's number:  sbatch --array=0-2 launch/slurm.sh RECIPE seed=%a output=runs/seed-%a
 #SBATCH --job-name=alignx
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -16,7 +16,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))} # two jobs may share a node
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer takes it over from sbatch
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun no longer inherits it from sbatch
 
 # Without a launcher in between, Slurm's signals reach every rank. `exec` leaves no shell in their way.
 # shellcheck disable=SC2016 # the task's shell expands them, not this one
@@ -25,7 +25,7 @@ srun --kill-on-bad-exit=1 bash -c '
   exec python -m alignx_ds "$@"' alignx "${VERB:-run}" "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" &
 step=$!
 
-# A signal that only this shell gets (`scancel --batch`, --signal=B:...) is handed on. SIGTERM is scancel: the job is over.
+# Pass on a signal that only this shell receives (`scancel --batch`, --signal=B:...). SIGTERM is scancel: the job ends.
 requeue=yes
 trap 'kill -USR1 $step' USR1
 trap 'requeue=no; kill -TERM $step' TERM
