@@ -1,6 +1,6 @@
-"""AlpacaEval's formulas and file formats, as published: win rates, reference outputs, annotations.
+"""AlpacaEval's win rate and file formats, as published: model outputs, reference outputs, annotations.
 
-What is written here is read by the `alpaca_eval` package, which matches instructions to the letter.
+The `alpaca_eval` package reads the files that are written here. It matches instructions character by character.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DRAW = 1.5
 
 @dataclass(frozen=True)
 class WinRate:
-    """In percent, over the `n` preferences that are known; `dropped` are not. Zeros where there is nothing to tell."""
+    """In percent, over `n` preferences; `dropped` more are unknown. 0 if there is too little to compute it from."""
 
     win_rate: float
     standard_error: float
@@ -32,7 +32,7 @@ class WinRate:
 
 @dataclass(frozen=True)
 class Output:
-    """What `generator` answered to an instruction; `dataset` is the part of AlpacaEval that it is from."""
+    """The output of the model `generator` for an instruction; `dataset` is a part of AlpacaEval."""
 
     dataset: str
     instruction: str
@@ -44,7 +44,7 @@ class Output:
 class Annotation:
     """`preference`: 1 where output 1 (the baseline's) is better, 2 where output 2 (the model's) is, or in between.
 
-    A draw is 0 in AlpacaEval 1's files and 1.5 in later ones. None is an annotator's reply that nobody could read.
+    A draw is 0 in AlpacaEval 1's files and 1.5 in later ones. None stands for a reply that could not be parsed.
     """
 
     instruction: str
@@ -59,16 +59,16 @@ class Annotation:
 def win_rate(preferences: Iterable[float | None]) -> WinRate:
     """100 · mean(preference − 1) with 0 read as a draw: AlpacaEval 1's formula, and AlpacaEval 2's (weighted).
 
-    The standard error is 100 · s / √n, s the sample deviation (n − 1 in its denominator).
+    The standard error is 100 · s / √n, with the sample standard deviation s (n − 1 in its denominator).
     """
-    given = list(preferences)
-    wins = [100.0 * ((p or DRAW) - 1.0) for p in given if p is not None]
+    every = list(preferences)
+    wins = [100.0 * ((p or DRAW) - 1.0) for p in every if p is not None]
     error = stdev(wins) / math.sqrt(len(wins)) if len(wins) > 1 else 0.0
-    return WinRate(mean(wins) if wins else 0.0, error, len(wins), len(given) - len(wins))
+    return WinRate(mean(wins) if wins else 0.0, error, len(wins), len(every) - len(wins))
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """The annotations of a file; trimmed ones lack the outputs. Raises DataError naming file, row and column."""
+    """The annotations of a file; the outputs may be missing. Raises DataError naming file, row and column."""
     return [
         Annotation(
             instruction=_text(place, record, "instruction"),
@@ -84,9 +84,9 @@ def read_annotations(path: Path) -> list[Annotation]:
 
 
 def read_reference(path: Path) -> dict[str, Output]:
-    """Reference outputs by stripped instruction. A repeated instruction has one output, or it is a DataError.
+    """Reference outputs by stripped instruction, as rows have it; `Output.instruction` is not stripped.
 
-    Rows come stripped, the published instructions do not all: `Output.instruction` keeps them as they are.
+    Raises DataError naming file, row and column, also if an instruction has two different outputs.
     """
     references: dict[str, Output] = {}
     for place, record in _records(path):
@@ -98,15 +98,15 @@ def read_reference(path: Path) -> dict[str, Output]:
         )
         first = references.setdefault(output.instruction.strip(), output)
         if (first.output, first.generator) != (output.output, output.generator):
-            fix = "keep the row that answers are compared with"
-            raise DataError(f"{place}: column 'instruction' is an earlier row's, with another output; {fix}")
+            fix = "keep one of the two rows"
+            raise DataError(f"{place}: column 'instruction' repeats an earlier row's, with another output; {fix}")
     if not references:
-        raise DataError(f"{path}: no reference outputs in it; give a JSON list of instruction, output, generator")
+        raise DataError(f"{path}: no reference outputs; give a JSON list with instruction, output and generator")
     return references
 
 
 def reference_of(row: Row, references: Mapping[str, Output]) -> Output:
-    """By instruction, or the row's own. Raises DataError, naming the row, when there is none."""
+    """The reference output for the row's instruction, else the row's own response. Raises DataError naming the row."""
     found = references.get(row.prompt.strip())
     if found is None and row.response:
         return Output(row.category, row.prompt, row.response, "reference")
@@ -120,15 +120,15 @@ def reference_of(row: Row, references: Mapping[str, Output]) -> Output:
 def model_outputs(
     rows: Sequence[Row], answers: Sequence[str], references: Mapping[str, Output], generator: str
 ) -> list[Output]:
-    """The model's answers under the published instructions, for the published annotator."""
+    """The model's answers with the instructions as published, for the published annotator."""
     baselines = [reference_of(row, references) for row in rows]
     return [Output(b.dataset, b.instruction, a, generator) for b, a in zip(baselines, answers, strict=True)]
 
 
-def annotated(
+def annotate(
     baselines: Sequence[Output], outputs: Sequence[Output], preferences: Sequence[float | None], annotator: str
 ) -> list[Annotation]:
-    """What `annotator` said of each baseline's output against the model's."""
+    """The preferences of `annotator` between each baseline output and the model's."""
     return [
         Annotation(b.instruction, b.output, b.generator, o.output, o.generator, annotator, p)
         for b, o, p in zip(baselines, outputs, preferences, strict=True)
@@ -136,7 +136,7 @@ def annotated(
 
 
 def write(path: Path, records: Sequence[Output] | Sequence[Annotation]) -> None:
-    """A file of model outputs or of annotations that `alpaca_eval` reads, whole or not at all."""
+    """Write a file of model outputs or of annotations, atomically."""
     manifest.write_text(path, json.dumps([asdict(record) for record in records], indent=2) + "\n")
 
 
@@ -148,7 +148,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def _text(place: str, record: Record, column: str, default: str | None = None) -> str:
-    """As it is in the file. `default` stands for a column that may be missing."""
+    """The column's text, unchanged. A column with a `default` may be missing."""
     if column not in record and default is None:
         raise DataError(f"{place}: no column '{column}'; it has {', '.join(record)}")
     value = record.get(column, default)
@@ -157,7 +157,7 @@ def _text(place: str, record: Record, column: str, default: str | None = None) -
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: column '{column}' is no valid Unicode at character {error.start}") from error
+        raise DataError(f"{place}: column '{column}' is not valid Unicode at character {error.start}") from error
     if column == "instruction" and not value.strip():
         raise DataError(f"{place}: column 'instruction' is empty; fill it in or remove the row")
     return value

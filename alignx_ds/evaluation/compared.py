@@ -1,4 +1,4 @@
-"""The systems that a run compares: the base model, the specialists, every baseline, and the aligned model."""
+"""The systems that a run compares: the base model, the specialists, the baselines, and the aligned model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from alignx_ds.stages import fuse
 
 @dataclass(frozen=True)
 class Trained:
-    """The directories of all that a run has trained."""
+    """The directories of the models that a run has trained."""
 
     specialists: dict[str, Path]  # by axis
-    fine_tunes: dict[str, Path]  # the baselines that are one more fine-tune, by name: sequential, mixed
-    fusions: dict[str, Path]  # h3fusion, trinityx: those that the recipe asks for
+    fine_tunes: dict[str, Path]  # by baseline: sequential, mixed
+    fusions: dict[str, Path]  # by baseline: h3fusion, trinityx, where the recipe lists them
     aligned: Path
 
 
 def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> list[System]:
-    """In the order of the report's tables. Merges are not trained: they are made from the specialists on each load."""
+    """In the order of the report's tables. Merges are not trained: each load computes them from the specialists."""
     axes, specialists = list(config.axes), list(trained.specialists.values())
     of_base = {"base": base.digest, "dtype": config.model.dtype}
     systems = [System("base", of_base, partial(load_base, base))]

@@ -17,7 +17,7 @@ from alignx_ds.evaluation import transcripts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics
-from alignx_ds.evaluation.likelihood import MEASURES, Likelihood, likelihoods, perplexity
+from alignx_ds.evaluation.likelihood import MEASURES, perplexity_by_axis
 from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
@@ -167,15 +167,10 @@ class Evaluation:
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         config, tokenizer = self.config, self.base.tokenizer
-        batch, references = config.evaluation.batch, self.data.references
-        measured = likelihoods(model, references.examples, pad_token(tokenizer), batch)
-        by_axis: dict[str, list[Likelihood]] = {axis: [] for axis in config.axes}
-        for expert, likelihood in zip(references.experts, measured, strict=True):
-            if config.expert_names[expert] in by_axis:  # the generalist is no axis
-                by_axis[config.expert_names[expert]].append(likelihood)
         metrics = {
-            q.name: MEASURES[q.judge](model, tokenizer, q.rows, batch)
+            q.name: MEASURES[q.judge](model, tokenizer, q.rows, config.evaluation.batch)
             for q in self._question_sets()
             if not q.needs_answers
         }
-        return {"perplexity": {axis: perplexity(some) for axis, some in by_axis.items() if some}, "metrics": metrics}
+        perplexity = perplexity_by_axis(model, self.data.references, config, pad_token(tokenizer))
+        return {"perplexity": perplexity, "metrics": metrics}

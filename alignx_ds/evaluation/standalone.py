@@ -1,4 +1,4 @@
-"""Answers first, judgement after, each a step of its own: on other machines, at other times, as often as wanted."""
+"""`alignx-ds answer` and `alignx-ds judge`: two separate steps, which may run on different machines."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
-from alignx_ds.evaluation.judges.protocol import Verdict
+from alignx_ds.evaluation.judges.protocol import Verdict, label
 from alignx_ds.models.backbone import load_causal_lm
 from alignx_ds.models.base import local_model
 from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runs.manifest import file_hash
 from alignx_ds.runtime import console, distributed
 
-SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # they judge alike, so a second one is a second opinion
+SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # their verdicts are compared with each other's
 
 
 def answer(model_path: str, source: str, schema: str, out: Path, limit: int, batch: int, max_new_tokens: int) -> Path:
-    """Write the model's greedy answers; returns the file. Raises ConfigError and DataError."""
+    """Write the model's greedy answers to the rows of `source` into `out`, which is returned.
+
+    A file that an earlier call began is completed. `limit` is the number of rows, 0 for all of them. Raises ConfigError
+    and DataError.
+    """
     _check_answer(out, limit, batch, max_new_tokens)
     records = Source(source, schema, {}).records(held_out=True, count=limit or 1000, seed=0)
     rows = SCHEMAS[schema].held_out(records).rows[: limit or None]
@@ -59,10 +63,12 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
 
 
 def _check_answer(out: Path, limit: int, batch: int, max_new_tokens: int) -> None:
-    least = {"--rows": (limit, 0), "--batch": (batch, 1), "--max-new-tokens": (max_new_tokens, 1)}
-    problems = [Problem(k, given, f"at least {n}", "raise it") for k, (given, n) in least.items() if given < n]
-    there = next((p for p in (out, *out.parents) if p.exists()), out)
-    if out.suffix != ".jsonl" or out.is_dir() or (there != out and not there.is_dir()):
+    bounds = {"--rows": (limit, 0), "--batch": (batch, 1), "--max-new-tokens": (max_new_tokens, 1)}
+    problems = [
+        Problem(k, value, f"at least {least}", "raise it") for k, (value, least) in bounds.items() if value < least
+    ]
+    existing = next((p for p in (out, *out.parents) if p.exists()), out)
+    if out.suffix != ".jsonl" or out.is_dir() or (existing != out and not existing.is_dir()):
         problems.append(Problem("--out", str(out), "a .jsonl file in a directory", "choose another"))
     if problems:
         raise ConfigError(*problems)
@@ -76,34 +82,38 @@ def _model_hash(directory: Path) -> str:
 
 
 def judge(path: Path, name: str, settings: list[str]) -> None:
-    """Judge a file of answers, and print the metrics. Raises ConfigError and DataError."""
+    """Judge a file of answers and print the metrics; `settings` are keys of the recipe's `judges`, as key=value.
+
+    Verdicts are stored beside the answers. After a second safety judge, its agreement with the first is printed.
+    Raises ConfigError and DataError.
+    """
     rows, outputs = transcripts.read(path)
-    made = registry.make(name, _settings(settings))
-    verdicts = transcripts.verdicts(path.with_suffix(f".{name}.jsonl"), made, rows, outputs)
-    metrics = made.metrics(rows, verdicts)
-    if isinstance(made, AlpacaEval):
-        for written in _write_alpaca_eval(path, made, rows, outputs, verdicts):
+    used = registry.make(name, _settings(settings))
+    verdicts = transcripts.verdicts(path.with_suffix(f".{name}.jsonl"), used, rows, outputs)
+    metrics = used.metrics(rows, verdicts)
+    if isinstance(used, AlpacaEval):
+        for written in _write_alpaca_eval(path, used, rows, outputs, verdicts):
             console.say(f"for the alpaca_eval package: {written}")
-    table = [[key.replace("_", " "), f"{value:.4f}"] for key, value in metrics.items()]
-    console.table(f"{path.name}, judged by {name} ({len(rows)} answers)", ["figure", "value"], table)
-    for other in (j for j in SAFETY_JUDGES if name in SAFETY_JUDGES and j != name):
+    table = [[label(key), f"{value:.4f}"] for key, value in metrics.items()]
+    console.table(f"{path.name}, judged by {name} ({len(rows)} answers)", ["metric", "value"], table)
+    for other in SAFETY_JUDGES if name in SAFETY_JUDGES else ():
         second = transcripts.stored_verdicts(path.with_suffix(f".{other}.jsonl"), rows, outputs)
-        if second is not None:
-            told = ", ".join(f"{key} {value:.3g}" for key, value in agreement(verdicts, second).items())
-            console.say(f"{name} and {other} on the same answers: {told}")
+        if other != name and second is not None:
+            numbers = ", ".join(f"{key} {value:.3g}" for key, value in agreement(verdicts, second).items())
+            console.say(f"{name} and {other} on the same answers: {numbers}")
 
 
 def _write_alpaca_eval(
     path: Path, judge: AlpacaEval, rows: list[Row], outputs: list[str], verdicts: list[Verdict]
 ) -> Iterator[Path]:
-    """The answers, the references and the verdicts as files that the published package reads."""
+    """Write answers, references and verdicts as files that the published package reads; yields each file."""
     baselines = [alpaca_eval.reference_of(row, judge.references) for row in rows]
     answered = alpaca_eval.model_outputs(rows, outputs, judge.references, path.stem)
     preferences = [v["preference"] for v in verdicts]
     files: dict[str, list[alpaca_eval.Output] | list[alpaca_eval.Annotation]] = {
         "model_outputs": answered,
         "reference_outputs": baselines,
-        "annotations": alpaca_eval.annotated(baselines, answered, preferences, f"alignx-ds {judge.endpoint.model}"),
+        "annotations": alpaca_eval.annotate(baselines, answered, preferences, f"alignx-ds {judge.endpoint.model}"),
     }
     for name, records in files.items():
         target = path.with_suffix(f".{name}.json")
@@ -112,6 +122,7 @@ def _write_alpaca_eval(
 
 
 def _settings(given: list[str]) -> JudgesConfig:
+    """The defaults with these overrides. Raises ConfigError."""
     try:
         merged: Any = OmegaConf.merge(OmegaConf.structured(JudgesConfig), OmegaConf.from_dotlist(given))
         settings = OmegaConf.to_object(merged)

@@ -8,10 +8,10 @@ from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded,
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.evaluation.decode import LOOK_EVERY, Decoder
+from alignx_ds.evaluation.decode import CHECK_EVERY, Decoder
 
 PAD, END = 0, 3
-LIMIT = LOOK_EVERY + 4
+LIMIT = CHECK_EVERY + 4
 
 
 def expected(model: PreTrainedModel, ids: Tensor, mask: Tensor, ends: list[int]) -> Tensor:
@@ -52,9 +52,9 @@ def test_nothing_follows_an_end_and_the_steps_stop_when_all_rows_have_ended() ->
     steps: list[int] = []
     step = decoder.step
     decoder.step = lambda *args: (steps.append(1), step(*args))[1]  # type: ignore[func-returns-value]
-    made = decoder.greedy(ids, mask, 4 * LOOK_EVERY, ends, PAD)
+    made = decoder.greedy(ids, mask, 4 * CHECK_EVERY, ends, PAD)
     assert not made[:, 2:].any()
-    assert len(steps) == LOOK_EVERY - 1
+    assert len(steps) == CHECK_EVERY - 1
 
 
 def test_a_limit_of_one_token_needs_no_step() -> None:

@@ -18,7 +18,7 @@ from alignx_ds.evaluation import alpaca_eval
 from alignx_ds.evaluation.alpaca_eval import (
     Output,
     WinRate,
-    annotated,
+    annotate,
     model_outputs,
     read_annotations,
     read_reference,
@@ -82,9 +82,7 @@ def test_the_published_files_go_out_as_they_came_in(tmp_path: Path) -> None:
     ]
     baselines = [reference_of(row, references) for row in rows]
     preferences = [r["preference"] for r in records]
-    alpaca_eval.write(
-        tmp_path / "annotations.json", annotated(baselines, outputs, preferences, records[0]["annotator"])
-    )
+    alpaca_eval.write(tmp_path / "annotations.json", annotate(baselines, outputs, preferences, records[0]["annotator"]))
     kept = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference")
     assert json.loads((tmp_path / "annotations.json").read_text(encoding="utf-8")) == [
         {name: r[name] for name in kept} for r in records
@@ -125,7 +123,7 @@ def test_annotations_keep_null_and_fractions(tmp_path: Path) -> None:
         (ANNOTATION | {"generator_2": 7}, "column 'generator_2' is int"),
         (ANNOTATION | {"output_2": None}, "column 'output_2' is NoneType"),
         (ANNOTATION | {"instruction": " "}, "column 'instruction' is empty"),
-        (ANNOTATION | {"output_1": "\ud800"}, "column 'output_1' is no valid Unicode"),
+        (ANNOTATION | {"output_1": "\ud800"}, "column 'output_1' is not valid Unicode"),
         (["i"], "got list"),
     ],
 )
