@@ -1,4 +1,4 @@
-"""A small client of an OpenAI-compatible server, for the judges whose model stands behind one."""
+"""A small client for OpenAI-compatible servers, for the judges whose model such a server runs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
 
 KEY = "OPENAI_API_KEY"
-NO_KEY = "no-key"  # the client insists on one; a local server looks at none
-MAX_TOKENS = 8  # a judge answers with a word
+NO_KEY = "no-key"  # the client requires a key, local servers usually do not
+MAX_TOKENS = 8  # a judge replies with one word
 
 Message = dict[str, str]  # role, content
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote, and the log-probabilities of the likeliest first tokens where the server gives them."""
+    """The model's text, and the log-probabilities of the likeliest first tokens if the server returns them."""
 
     text: str
     logprobs: dict[str, float] | None = None
@@ -34,20 +34,21 @@ class Reply:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Greedy one-word replies of `model`. The key comes from the environment when asked, and is never kept."""
+    """Greedy one-word replies of `model`. The key is read from the environment for each call and never stored."""
 
     base_url: str
     model: str
-    parallel: int = 8  # requests under way at a time
-    timeout: float = 60.0  # seconds, of one attempt
-    retries: int = 4  # of a request that meets a timeout, a lost connection, 408, 409, 429 or 5xx
+    parallel: int = 8  # requests at a time
+    timeout: float = 60.0  # seconds per attempt
+    retries: int = 4  # after a timeout, a lost connection, or status 408, 409, 429 or 5xx
 
     def ask(self, conversations: Iterable[list[Message]], top_logprobs: int = 0) -> Iterator[Reply]:
-        """One reply per conversation, in order, as soon as it is there.
+        """One reply per conversation, in order, each as soon as it arrives.
 
-        Raises DataError at the first request that fails for good. Who stops early cancels what has not been sent yet.
+        Raises DataError for the first request that fails after its retries. Closing the iterator cancels the requests
+        that are not sent yet.
         """
-        import openai  # only who asks an endpoint needs it
+        import openai  # a heavy package that other judges do not need
 
         key = _key()
         with (
@@ -61,30 +62,30 @@ class Endpoint:
                 try:
                     return self._complete(client, conversation, top_logprobs)
                 except openai.OpenAIError as error:
-                    complaint = self._complaint(error)
-                    # without its cause: a server may have echoed the key into it
-                    raise DataError(complaint.replace(key, "***") if key else complaint) from None
+                    message = self._message(error)
+                    # without the cause: a server may have echoed the key into it
+                    raise DataError(message.replace(key, "***") if key else message) from None
 
-            # a window wider than the pool: a slow reply at its head leaves no worker idle
+            # twice as many submitted as workers: while the first reply is slow, the others keep all workers busy
             yield from _in_order(pool, reply, conversations, window=2 * self.parallel)
 
     def _complete(self, client: OpenAI, conversation: list[Message], top_logprobs: int) -> Reply:
         options: dict[str, Any] = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
-        try:  # the client does not check what it was sent, and servers leave parts out
+        try:  # the client does not validate replies, and servers leave parts out
             completion: Any = client.chat.completions.create(
                 model=self.model, messages=cast(Any, conversation), temperature=0, max_tokens=MAX_TOKENS, **options
             )
             choice = completion.choices[0]
-            text = redact(choice.message.content or "")  # it is kept; a server may echo the key
+            text = redact(choice.message.content or "")  # it is stored, and a server may echo the key
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, IndexError) as error:
-            fix = "give the address that its /chat/completions lies under as judges.endpoint"
-            raise DataError(f"{self.base_url}: the reply is no chat completion; {fix}") from error
+            fix = "set judges.endpoint to the address above /chat/completions"
+            raise DataError(f"{self.base_url}: the reply is not a chat completion; {fix}") from error
         tokens = choice.logprobs.content if top_logprobs and choice.logprobs else None
         likeliest = tokens[0].top_logprobs if tokens else None
         return Reply(text, {t.token: t.logprob for t in likeliest} if likeliest else None)
 
-    def _complaint(self, error: OpenAIError) -> str:
-        """One line: who said what, and what to do. What a server says about a key stays unsaid."""
+    def _message(self, error: OpenAIError) -> str:
+        """One line: which server, what went wrong, how to fix it. A server's own words about a key are left out."""
         import openai
 
         match error:
@@ -95,21 +96,21 @@ class Endpoint:
             case openai.APIConnectionError():
                 what = "can't be reached; start the server or correct judges.endpoint"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
-                what = f"refuses the key; export {KEY} with one that may use {self.model}"
+                what = f"refuses the key; export {KEY} with a key that may use {self.model}"
             case openai.NotFoundError():
                 what = f"has no model '{self.model}' there; correct judges.endpoint_model or judges.endpoint"
             case openai.RateLimitError():
-                what = f"too many requests, after {self.retries} retries; lower judges.endpoint_parallel or await quota"
+                what = f"too many requests, after {self.retries} retries; lower judges.endpoint_parallel"
             case openai.APIStatusError():
-                said = " ".join(error.message.split())[:300]
-                what = f"status {error.status_code} ({said}); look at the server's log, or try another endpoint_model"
+                reason = " ".join(error.message.split())[:300]
+                what = f"status {error.status_code} ({reason}); look at the server's log, or try another endpoint_model"
             case _:
                 what = f"{type(error).__name__}; check that judges.endpoint is an OpenAI-compatible server"
         return f"{self.base_url}: {what}"
 
 
 def _key() -> str:
-    """The key, "" for none. Raises ConfigError on one that fits in no header: the HTTP library would print it."""
+    """The key, "" for none. Raises ConfigError for an invalid header value, which the HTTP library would print."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(Problem(KEY, "(not shown)", "printable ASCII", "export it again"))
@@ -136,11 +137,11 @@ def _in_order(
 
 
 def problems(settings: JudgesConfig) -> list[Problem]:
-    """What keeps the config from naming an endpoint."""
+    """All that is wrong with the settings of the endpoint."""
     found = []
     try:
         url = urlsplit(settings.endpoint)
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # e.g. brackets without an IPv6 address inside
         url = urlsplit("")
     if "@" in settings.endpoint:
         found.append(Problem("judges.endpoint", "(not shown)", "no user and password", f"export the key as {KEY}"))

@@ -1,7 +1,7 @@
-"""AlpacaEval's comparison: which of two outputs, a reference's and ours, is the better answer?
+"""AlpacaEval's comparison: which of two outputs, the reference's and the model's, is the better answer?
 
-The prompt is our own. Its figures rank systems that were judged alike; they are no leaderboard metrics. For those, give
-the files that `alignx_ds.evaluation.alpaca_eval` writes to the published annotator.
+The prompt is our own, so win rates compare systems that this judge has judged; they are not comparable with the
+leaderboard. For that, give the files that `alignx_ds.evaluation.alpaca_eval` writes to the published annotator.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ LETTER = re.compile(r"\W*(?:(?:output|answer)[\W_]+)?([AB])\s*(?:$|[.:;!*)'\"\n]
 
 
 class AlpacaEval:
-    """Win rate against reference outputs. The reply's letter counts as much as the model is sure of it, where it says.
+    """Win rate against reference outputs. A preference is weighted by its probability, if the endpoint returns that.
 
-    A hash of the instruction decides which output comes first, so that a taste for one place favours nobody. Equal
-    outputs are a draw, unasked, as in `alpaca_eval`. A reply that can't be read has preference None and is `dropped`.
+    A hash of the instruction decides which output comes first, so that position bias does not favour a system. Equal
+    outputs are a draw without a request, as in `alpaca_eval`. A reply that can't be parsed has preference None and is
+    counted as `dropped`.
     """
 
     def __init__(self, endpoint: Endpoint, references: Mapping[str, Output], seed: int = 0) -> None:
@@ -66,7 +67,7 @@ class AlpacaEval:
         }
 
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
-        """{"preference": 1 (the reference) to 2 (ours) or None, "reply": what the endpoint's model wrote}."""
+        """{"preference": from 1 (the reference is better) to 2 (ours is) or None, "reply": the judge's text}."""
         baselines = [reference_of(row, self.references).output for row in rows]
         pairs = list(zip(rows, baselines, answers, strict=True))
         replies = self.endpoint.ask(
@@ -98,9 +99,9 @@ class AlpacaEval:
 
 
 def preference(reply: Reply, ours: str) -> float | None:
-    """From 1 (the other output) to 2 (`ours`, the letter of our output); None when the reply names no letter.
+    """From 1 (the other output) to 2 (ours, which has the letter `ours`); None if the reply names no letter.
 
-    Weighted by the first token's probabilities where the letters hold most of them, otherwise the letter alone.
+    Weighted by the probabilities of A and B as first token if they sum to more than 0.5; else by the letter alone.
     """
     found = LETTER.match(reply.text)
     if found is None:
@@ -117,6 +118,6 @@ def preference(reply: Reply, ours: str) -> float | None:
 
 
 def make(settings: JudgesConfig) -> Judge:
-    """Rows bring their own references where no file does. Raises ConfigError, and DataError for an unreadable file."""
+    """Without judges.reference, the rows' own responses are the references. Raises ConfigError and DataError."""
     references = read_reference(Path(settings.reference)) if settings.reference else {}
     return AlpacaEval(endpoints.connect(settings), references)

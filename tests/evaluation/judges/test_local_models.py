@@ -12,7 +12,7 @@ from tiny_judges import POSITIONS, yes_or_no
 from transformers import AutoModelForCausalLM
 
 from alignx_ds.errors import ConfigError
-from alignx_ds.evaluation.judges.models import batches, held
+from alignx_ds.evaluation.judges.models import batches, loaded
 
 KEY = "judges.truth"
 TEXTS = ["Q: a\nA: b\nTrue:", "Q: a much longer question\nA: lie it is\nTrue:", "True:"]
@@ -30,7 +30,7 @@ def test_batches_keep_all_items_in_order() -> None:
 
 def test_the_yes_probability_is_the_softmax_over_the_two(judge: str) -> None:
     plain = AutoModelForCausalLM.from_pretrained(judge)
-    with held(judge, KEY, AutoModelForCausalLM) as model:
+    with loaded(judge, KEY, AutoModelForCausalLM) as model:
         yes, no = model.answer_tokens("True:", " yes", " no")
         assert model.tokenizer.convert_ids_to_tokens([yes, no]) == [" yes", " no"]
         texts = [model.encode(text) for text in TEXTS]
@@ -42,7 +42,7 @@ def test_the_yes_probability_is_the_softmax_over_the_two(judge: str) -> None:
 
 
 def test_cutting_takes_the_answers_end_and_then_the_prompts_beginning(judge: str) -> None:
-    with held(judge, KEY, AutoModelForCausalLM) as model:
+    with loaded(judge, KEY, AutoModelForCausalLM) as model:
         assert model.limit == POSITIONS
         fits, cut = model.fit("A:{}\nTrue:".format, "lie")
         assert (fits, cut) == (model.encode("A:lie\nTrue:"), False)
@@ -57,20 +57,20 @@ def test_cutting_takes_the_answers_end_and_then_the_prompts_beginning(judge: str
 
 
 def test_the_weights_go_with_the_block(judge: str) -> None:
-    with held(judge, KEY, AutoModelForCausalLM) as model:
+    with loaded(judge, KEY, AutoModelForCausalLM) as model:
         assert model.network.device.type != "meta" and not model.network.training
     assert {p.device.type for p in model.network.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["no/where", "not a name", ""])
 def test_a_model_that_is_not_there_is_named_with_its_key(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"{KEY}: got '{name}'"), held(name, KEY, AutoModelForCausalLM):
+    with pytest.raises(ConfigError, match=f"{KEY}: got '{name}'"), loaded(name, KEY, AutoModelForCausalLM):
         pass
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=KEY), held(str(tmp_path), KEY, AutoModelForCausalLM):
+    with pytest.raises(ConfigError, match=KEY), loaded(str(tmp_path), KEY, AutoModelForCausalLM):
         pass
 
 
@@ -81,5 +81,5 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_names_the_package_it_needs(ju
     old = Path(shutil.copytree(judge, tmp_path / "old"))
     (old / "tokenizer.json").rename(old / "tokenizer.model")
     (old / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    with pytest.raises(ConfigError, match="pip install sentencepiece"), held(str(old), KEY, AutoModelForCausalLM):
+    with pytest.raises(ConfigError, match="pip install sentencepiece"), loaded(str(old), KEY, AutoModelForCausalLM):
         pass

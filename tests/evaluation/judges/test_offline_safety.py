@@ -114,7 +114,7 @@ def test_no_answers_no_verdicts(judge: OfflineSafety) -> None:
 
 
 def test_too_few_examples() -> None:
-    with pytest.raises(DataError, match="0 questions with unsafe answers to learn from"):
+    with pytest.raises(DataError, match="0 questions with unsafe answers to train on"):
         OfflineSafety([replace(e, unsafe=False) for e in examples()])
 
 

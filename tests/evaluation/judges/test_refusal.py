@@ -64,7 +64,7 @@ def test_over_refusal_counts_the_harmless_and_refusal_the_harmful() -> None:
     answers = [COMPLIES[0], COMPLIES[1], REFUSES[0], REFUSES_AND_ANSWERS[0], REFUSES[1], COMPLIES[2]]
     judge = Refusal()
     verdicts = list(judge.verdicts([*harmless, *harmful], answers))
-    assert judge.figures([*harmless, *harmful], verdicts) == {
+    assert judge.metrics([*harmless, *harmful], verdicts) == {
         "score": 50.0,
         "over_refusal": 50.0,
         "over_refusal_full": 25.0,
@@ -78,7 +78,7 @@ def test_over_refusal_counts_the_harmless_and_refusal_the_harmful() -> None:
 def test_who_treats_all_requests_alike_is_balanced_at_half(answer: str) -> None:
     rows = [Row("harmless", ""), Row("harmful", "", harmful=True)]
     judge = Refusal()
-    assert judge.figures(rows, list(judge.verdicts(rows, [answer, answer])))["refusal_balance"] == 50.0
+    assert judge.metrics(rows, list(judge.verdicts(rows, [answer, answer])))["refusal_balance"] == 50.0
 
 
 def labelled() -> list[tuple[Row, str, str]]:
