@@ -27,8 +27,10 @@ def model_of(family: str) -> PreTrainedModel:
     return aligned(base, low_rank_experts(base))
 
 
-@pytest.mark.parametrize("lengths", [[5], [4, 9], [5, 9, 2, 7, 1]], ids=["one row", "two rows", "five rows"])
-@pytest.mark.parametrize("family", FAMILIES)
+FIVE = [5, 9, 2, 7, 1]
+
+
+@pytest.mark.parametrize(("family", "lengths"), [("llama", [5]), ("llama", [4, 9]), *((f, FIVE) for f in FAMILIES)])
 def test_answers_are_those_of_transformers(family: str, lengths: list[int]) -> None:
     """One and two rows decode with factors of their own, five with all experts' stacked."""
     model = model_of(family)

@@ -194,7 +194,7 @@ def test_what_cannot_be_answered_is_refused(refused: Refused, questions: Path, o
     assert "other.jsonl, row 1" in refuse(source=tmp_path / "other.jsonl")
 
 
-@pytest.mark.parametrize("there", ["years of work", '{"prompt": "a", "label": "safe"}\n', '["prompt"]', "\n", "\xff"])
+@pytest.mark.parametrize("there", ["years of work", '{"prompt": "a", "label": "safe"}\n', "\xff"])
 def test_a_file_of_something_else_is_left_alone(refused: Refused, questions: Path, tmp_path: Path, there: str) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text(there, encoding="latin-1")
@@ -221,7 +221,7 @@ def test_what_cannot_be_judged_is_refused(refused: Refused, questions: Path, tmp
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("setting", ["nothing=1", "batch=many", "batch", "batch=[", "=3", "batch=${x}", "batch.x=1"])
+@pytest.mark.parametrize("setting", ["nothing=1", "batch=many", "batch", "batch=[", "batch=${x}"])
 def test_a_setting_that_no_judge_has_is_refused(refused: Refused, tmp_path: Path, setting: str) -> None:
     said = written(tmp_path / "a.jsonl", [YES] * 5)
     line = refused("judge", said, "refusal", setting)

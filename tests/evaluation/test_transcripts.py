@@ -117,14 +117,13 @@ def test_other_circumstances_invalidate_everything(tmp_path: Path, change: dict[
     assert (tmp_path / "a.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
 @pytest.mark.parametrize(
-    "change", [{"prompt": "other"}, {"response": "other"}, {"harmful": None}, {"correct": ("x",)}, {"category": "x"}]
+    ("number", "change"),
+    [(0, {"prompt": "other"}), (2, {"response": "other"}), (2, {"harmful": True}), (4, {"correct": ("x",)})],
 )
 def test_another_row_invalidates_from_there_on(tmp_path: Path, number: int, change: dict[str, Any]) -> None:
     write_all(tmp_path / "a.jsonl")
     rows = list(ROWS)
-    change = {k: not rows[number].harmful if v is None else v for k, v in change.items()}
     rows[number] = replace(rows[number], **change)
     assert AnswerFile(tmp_path / "a.jsonl", rows, PROVENANCE).load() == SAID[:number]
     assert (tmp_path / "a.jsonl").read_bytes().count(b"\n") == number
@@ -155,8 +154,7 @@ def test_more_answers_than_rows_are_cut(tmp_path: Path, whole: bytes) -> None:
 
 @pytest.mark.parametrize(
     "foreign",
-    ["{}", "3", "[]", '{"prompt": "a", "output": "b"}', '{"prompt": "a", "output": "b", "row": {}}',
-     '{"prompt": "a", "output": "b", "row": {"response": "", "colour": "red"}}', '{"row": {"response": "x"}}', '"x"',
+    ["{}", "[]", '{"prompt": "a", "output": "b", "row": {"response": "", "colour": "red"}}',
      '{"prompt": "a", "output": "b", "row": 3}', "{"],
 )  # fmt: skip
 def test_a_foreign_line_is_refused_with_file_and_row(tmp_path: Path, foreign: str) -> None:
@@ -188,7 +186,7 @@ def test_a_verdict_is_asked_for_once(tmp_path: Path) -> None:
     assert len(judge.asked) == len(ROWS), "nothing is asked for twice"
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.parametrize("number", [0, 2, 4])
 def test_a_judge_that_stops_goes_on_where_it_stopped(tmp_path: Path, number: int) -> None:
     judged(tmp_path / "whole.jsonl", Counting())
     path, stopped, again = tmp_path / "v.jsonl", Counting(stops_at=ROWS[number].prompt), Counting()
@@ -220,7 +218,7 @@ def test_another_judge_asks_again(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == len(ROWS)
 
 
-@pytest.mark.parametrize("number", range(len(ROWS)))
+@pytest.mark.parametrize("number", [0, 2, 4])
 def test_another_answer_is_judged_anew_and_so_are_those_after_it(tmp_path: Path, number: int) -> None:
     path, again = tmp_path / "v.jsonl", Counting()
     judged(path, Counting())

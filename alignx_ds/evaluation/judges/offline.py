@@ -30,13 +30,13 @@ from sklearn.svm import SVC
 from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import WORLD, Source, names_a_source
+from alignx_ds.data.splits import HELD_OUT
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics, Verdict, percent
 from alignx_ds.evaluation.judges.refusal import SENTENCE_END, classify
 from alignx_ds.routing.calibration import router_figures
 from alignx_ds.runs import manifest
 
-HELD_OUT = "held out"  # the salt of the axes' own split: what they hold out is not trained on here either
 HELD_OUT_SHARE = 0.15
 LEARNED_AT_MOST = 6000  # rows; the kernel matrix has an entry for every pair
 FOLDS = 5  # of questions, for the calibration
@@ -68,6 +68,7 @@ class OfflineSafety:
 
     def __init__(self, examples: Sequence[Example], held_out_share: float = HELD_OUT_SHARE) -> None:
         self.held_out_share = held_out_share
+        # the salt of the axes' own split: what they hold out is not trained on here either
         self.learned = [e for e in examples if e.row.position(HELD_OUT) >= held_out_share][:LEARNED_AT_MOST]
         self.held_out = [e for e in examples if e.row.position(HELD_OUT) < held_out_share]
         for side, what, least in ((self.learned, "to train on", FOLDS), (self.held_out, "held out", 1)):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from endpoint_server import ChatServer
+from published import DATA, needs
 
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
@@ -16,15 +15,8 @@ from alignx_ds.evaluation.judges.endpoint import Endpoint
 from alignx_ds.evaluation.judges.honeset import CRITERIA, HoneSet, honest
 from alignx_ds.evaluation.judges.protocol import Verdict
 
-DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 HONESET = DATA / "honeset" / "HoneSet.json"
 ROWS = [Row(f"request {n} of {category}", "", category=category) for category in CRITERIA for n in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def told(prompt: str) -> str:
@@ -32,14 +24,14 @@ def told(prompt: str) -> str:
     return prompt.split("<answer>\n")[1].split("\n</answer>")[0]
 
 
-@pytest.mark.skipif(not HONESET.is_file(), reason="HoneSet is not in ../shared/data; set ALIGNX_DATA to its directory")
+@needs(HONESET)
 def test_the_criteria_are_for_honesets_categories() -> None:
     records = json.loads(HONESET.read_text(encoding="utf-8"))
     assert len(records) == 930
     assert {r["category"] for r in records} == set(CRITERIA)
 
 
-def test_figures_by_category_with_unreadable_replies_in_no_share() -> None:
+def test_metrics_by_category_with_unreadable_replies_in_no_share() -> None:
     answers = ["HONEST", "DISHONEST"] * 4 + ["honest.", "I can't say", "", "**Dishonest**"]
     with ChatServer(reply=told) as server:
         judge = HoneSet(Endpoint(server.url, "a-judge", 4))
@@ -56,7 +48,7 @@ def test_figures_by_category_with_unreadable_replies_in_no_share() -> None:
     }
 
 
-def test_a_category_that_nothing_is_known_of_has_no_figure() -> None:
+def test_a_category_that_nothing_is_known_of_has_no_metric() -> None:
     rows = ROWS[:3]
     verdicts: list[Verdict] = [{"honest": True}, {"honest": True}, {"honest": None}]
     metrics = HoneSet(Endpoint("http://localhost/v1", "m")).metrics(rows, verdicts)
@@ -86,11 +78,7 @@ def test_a_row_of_another_category_is_named_before_anything_is_asked() -> None:
     [
         ("HONEST", True),
         (" Dishonest.\n", False),
-        ('"HONEST"', True),
-        ("HONEST\n\nIt says so", True),
-        ("DISHONEST: it claims", False),
-        ("Not honest", None),
-        ("HONEST/DISHONEST", None),
+        ('"HONEST"\n\nIt says so', True),
         ("HONEST or DISHONEST", None),
         ("Honesty", None),
         ("The answer is HONEST", None),

@@ -29,12 +29,6 @@ SHOWN = re.compile(r"<output_A>\n(.*)\n</output_A>.*<output_B>\n(.*)\n</output_B
 Judged = tuple[list[Verdict], Metrics, ChatServer]
 
 
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
 def shown(prompt: str) -> tuple[str, str]:
     found = SHOWN.search(prompt)
     assert found is not None
@@ -122,18 +116,11 @@ def test_the_model_counts_as_much_as_it_is_sure() -> None:
         ("A", "A"),
         (" b\n", "B"),
         ("**B**", "B"),
-        ("(A)", "A"),
-        ('"A"', "A"),
-        ("Output B.", "B"),
         ("output_A", "A"),
         ("Answer: B", "B"),
         ("A\n\nBecause it", "A"),
         ("A or B", None),
-        ("A/B", None),
-        ("A, B", None),
-        ("A draw", None),
         ("As both", None),
-        ("Both", None),
         ("C", None),
         ("", None),
     ],

@@ -162,7 +162,7 @@ def test_llama_guard_needs_a_chat_template_and_its_two_words(tmp_path: Path) -> 
     bare = guard(tmp_path / "bare", template=None)
     wordless = guard(tmp_path / "wordless")
     tokenizer(["other"], template=CHAT).save_pretrained(wordless)
-    for path, said in ((bare, "chat template"), (wordless, '"safe" from "unsafe"')):
+    for path, said in ((bare, "chat template"), (wordless, 'for "safe" and "unsafe"')):
         with pytest.raises(ConfigError, match=said):
             next(LlamaGuard(path, 1).verdicts([Row("q", "")], ["a"]))
 

@@ -82,8 +82,7 @@ def test_an_aligned_model_answers_alike_at_any_batch_size(world_tokenizer: PreTr
     assert len(set(found[0])) > 3
 
 
-@pytest.mark.parametrize("torn", [0, 1, 9])
-@pytest.mark.parametrize("lines", range(len(PROMPTS) + 1))
+@pytest.mark.parametrize(("lines", "torn"), [(0, 0), (3, 0), (4, 9), (6, 1), (7, 0)])
 def test_resuming_makes_only_what_is_missing_and_the_same_file(
     model: PreTrainedModel,
     world_tokenizer: PreTrainedTokenizerBase,

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+from published import DATA, needs
 
 from alignx_ds.config.schema import JudgesConfig
-from alignx_ds.data import inputs
+from alignx_ds.data import splits
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.judges.offline import Example, OfflineSafety, make, read_examples
 
-DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data")
 BEAVERTAILS = DATA / "beavertails/beavertails_30k_test_first2021.jsonl"
-needs_beavertails = pytest.mark.skipif(
-    not BEAVERTAILS.is_file(),
-    reason="the BeaverTails sample is not in ../shared/data; set ALIGNX_DATA to its directory",
-)
+needs_beavertails = needs(BEAVERTAILS)
 
 HARMFUL, HARMLESS = ["poison", "rob", "stalk", "blackmail"], ["greet", "paint", "thank", "invite"]
 WHOM = "my neighbour|the baker|an old friend|our teacher|the mayor|a stranger|my cousin|the postman".split("|")
@@ -79,8 +75,8 @@ def test_no_question_is_on_both_sides(judge: OfflineSafety) -> None:
     learned, held_out = ({e.row.question for e in side} for side in (judge.learned, judge.held_out))
     assert len(learned | held_out) == len({e.row.question for e in examples()})
     assert not learned & held_out
-    assert all(e.row.position(inputs.HELD_OUT) < 0.15 for e in judge.held_out)  # as the axes hold questions out
-    assert all(e.row.position(inputs.HELD_OUT) >= 0.15 for e in judge.learned)
+    assert all(e.row.position(splits.HELD_OUT) < 0.15 for e in judge.held_out)  # as the axes hold questions out
+    assert all(e.row.position(splits.HELD_OUT) >= 0.15 for e in judge.learned)
 
 
 def test_shuffled_labels_teach_nothing() -> None:
@@ -151,6 +147,6 @@ def test_real_rows() -> None:
 
 @needs_beavertails
 def test_real_rows_with_shuffled_labels() -> None:
-    metrics = OfflineSafety(shuffled(read_examples(str(BEAVERTAILS)))).quality
+    metrics = OfflineSafety(shuffled(read_examples(str(BEAVERTAILS)))[:900]).quality
     assert metrics["accuracy"] < metrics["majority"] + 0.05
     assert metrics["auc"] == pytest.approx(0.5, abs=0.1)

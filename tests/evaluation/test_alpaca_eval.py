@@ -1,9 +1,8 @@
-"""AlpacaEval's published metrics from its published files, and files that go out and come back."""
+"""AlpacaEval's published win rates from its published files, and files that go out and come back."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from published import DATA, needs
 
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
@@ -26,15 +26,12 @@ from alignx_ds.evaluation.alpaca_eval import (
     win_rate,
 )
 
-DATA = Path(os.environ.get("ALIGNX_DATA") or Path(__file__).resolve().parents[4] / "shared" / "data") / "alpaca_eval"
-BINARY = DATA / "alpaca-7b__alpaca_eval_gpt4__annotations.json"
-WEIGHTED = DATA / "alpaca-7b__weighted_alpaca_eval_gpt4_turbo__annotations_trimmed.json"
-REFERENCE = DATA / "text_davinci_003_reference_outputs_from_annotations.json"
+FILES = DATA / "alpaca_eval"
+BINARY = FILES / "alpaca-7b__alpaca_eval_gpt4__annotations.json"
+WEIGHTED = FILES / "alpaca-7b__weighted_alpaca_eval_gpt4_turbo__annotations_trimmed.json"
+REFERENCE = FILES / "text_davinci_003_reference_outputs_from_annotations.json"
 
-published = pytest.mark.skipif(
-    not all(path.is_file() for path in (BINARY, WEIGHTED, REFERENCE)),
-    reason="AlpacaEval's files are not in ../shared/data; set ALIGNX_DATA to their directory",
-)
+published = needs(BINARY, WEIGHTED, REFERENCE)
 ANNOTATION = {"instruction": "i", "generator_1": "a", "generator_2": "b", "annotator": "c", "preference": 1}
 REFERENCE_ROW = {"dataset": "d", "instruction": "i", "output": "o", "generator": "g"}
 
@@ -46,7 +43,7 @@ def write(path: Path, content: Any) -> Path:
 
 @published
 @pytest.mark.parametrize(("path", "leaderboard"), [(BINARY, (26.4596, 1.5357)), (WEIGHTED, (2.5915, 0.4871))])
-def test_the_leaderboards_figures_of_alpaca_7b(path: Path, leaderboard: tuple[float, float]) -> None:
+def test_the_leaderboards_win_rates_of_alpaca_7b(path: Path, leaderboard: tuple[float, float]) -> None:
     result = win_rate(a.preference for a in read_annotations(path))
     assert (round(result.win_rate, 4), round(result.standard_error, 4)) == leaderboard
     assert (result.n, result.dropped) == (805, 0)
@@ -115,12 +112,8 @@ def test_annotations_keep_null_and_fractions(tmp_path: Path) -> None:
     [
         ({k: v for k, v in ANNOTATION.items() if k != "preference"}, "no column 'preference'"),
         ({k: v for k, v in ANNOTATION.items() if k != "annotator"}, "no column 'annotator'"),
-        (ANNOTATION | {"preference": 3}, "column 'preference' is 3"),
         (ANNOTATION | {"preference": 0.5}, "column 'preference' is 0.5"),
-        (ANNOTATION | {"preference": float("nan")}, "column 'preference' is nan"),
         (ANNOTATION | {"preference": True}, "column 'preference' is True"),
-        (ANNOTATION | {"preference": "2"}, "column 'preference' is '2'"),
-        (ANNOTATION | {"generator_2": 7}, "column 'generator_2' is int"),
         (ANNOTATION | {"output_2": None}, "column 'output_2' is NoneType"),
         (ANNOTATION | {"instruction": " "}, "column 'instruction' is empty"),
         (ANNOTATION | {"output_1": "\ud800"}, "column 'output_1' is not valid Unicode"),
