@@ -16,7 +16,7 @@ from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.sizes import disk
-from alignx_ds.routing.report import router_report
+from alignx_ds.routing.router_report import router_report
 from alignx_ds.runs import outputs
 from alignx_ds.runtime import console, distributed, launcher, signals
 from alignx_ds.stages import align, finetune, fuse, scratch

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
-from alignx_ds.mocae.routing import SUMMARIES, prompt_summary
+from alignx_ds.mocae.routing_state import SUMMARIES, prompt_summary
 from alignx_ds.runtime import console
 
 LAYER, BASE_LAYER, GATE, OUTPUT = "decoder layer with AlignX", "decoder layer without", "gate", "output calibration"
@@ -50,14 +50,14 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
     for hook in hooks:
         hook.remove()
     x: Tensor = seen["ffn"][0][0]
-    routing = model.channel.routing
+    routing = model.forward_pass.routing
 
     def gate() -> None:
         assert layer.gate is not None
         layer.gate(Query(prompt_summary(x, mask), model.lexicon(ids, mask)))
 
     def whole() -> None:
-        routing.picks.clear()  # gathered anew, as for a new prompt
+        routing.row_experts.clear()  # gathered anew, as for a new prompt
         decoder(*seen["decoder"][0], **seen["decoder"][1])
 
     def without() -> None:

@@ -4,8 +4,8 @@
 
 Takes the run's own base features and splits: geometries are fitted on its training prompts, temperatures on those
 kept back, figures are of the held-out ones. Compares the prompt's mean alone with the full summary, plain PCA with the
-telling directions first, several latent sizes, and the lexical score, beside TF-IDF and logistic regression. Writes
-benchmarks/results/router.json.
+discriminative directions first, several latent sizes, and the lexical score, beside TF-IDF and logistic regression.
+Writes benchmarks/results/router.json.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.plan import checks
-from alignx_ds.routing.calibration import fit_temperature, router_figures
-from alignx_ds.routing.gates import gate_terms, sum_of
-from alignx_ds.routing.geometry import Features, collect, geometry_in, latent_space
-from alignx_ds.routing.report import surface_router
+from alignx_ds.routing.fit_geometry import Features, collect, geometry_in, latent_space
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
+from alignx_ds.routing.metrics import router_metrics
+from alignx_ds.routing.router_report import surface_router
+from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runtime import console, distributed
 
 CALIBRATORS = {
@@ -69,9 +70,9 @@ def main() -> None:
     figures = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
         features, spare, tested = (Features([r[:, :width] for r in f.by_expert]) for f in (seen, back, asked))
-        for telling in (False, True):
+        for discriminative in (False, True):
             for latent in arguments.latent:
-                space = latent_space(features, latent, settings.seed, telling=telling)
+                space = latent_space(features, latent, settings.seed, discriminative=discriminative)
                 geometry = geometry_in(space, features, spare, settings.gate, settings.seed)
                 gate = CalibratedGate(geometry, GateSettings(settings.gate.fractal, settings.gate.natural, 1.0))
                 with torch.no_grad():
@@ -81,8 +82,8 @@ def main() -> None:
                     )
                 for name, terms in CALIBRATORS.items():
                     temperature = fit_temperature(sum_of(fitted, *terms), known)
-                    key = f"{summary}; {'telling first' if telling else 'PCA'}; k = {latent}; {name}"
-                    figures[key] = router_figures(sum_of(found, *terms) / temperature, labels)
+                    key = f"{summary}; {'discriminative first' if discriminative else 'PCA'}; k = {latent}; {name}"
+                    figures[key] = router_metrics(sum_of(found, *terms) / temperature, labels)
     rows = [[name, *(f"{value:.3f}" for value in f.values())] for name, f in figures.items()]
     columns = ["query; latent space; size; terms", *next(iter(figures.values()))]
     console.table("Routers without training, on held-out prompts", columns, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from alignx_ds.routing.calibration import BINS
+from alignx_ds.routing.metrics import BINS
 
 
 def direct_figures(gates: list[list[list[float]]], labels: list[int], names: list[str]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.mocae.routing_state import SUMMARIES
 from alignx_ds.mocae.settings import GateSettings
 
 VOCABULARY, HIDDEN, FFN, LAYERS, EXPERTS = 50, 32, 48, 3, 4

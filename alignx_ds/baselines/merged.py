@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import BaselinesConfig
-from alignx_ds.experts.vectors import projections, read_task_vector
+from alignx_ds.experts.task_vectors import projections, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 

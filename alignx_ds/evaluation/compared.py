@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
 from alignx_ds.config.schema import MERGES, RunConfig
 from alignx_ds.evaluation.evaluate import System
-from alignx_ds.experts.vectors import add_task_vector
+from alignx_ds.experts.task_vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import backbone
 from alignx_ds.models.base import BaseModel

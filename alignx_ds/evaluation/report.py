@@ -21,7 +21,7 @@ from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import plots
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics, label
-from alignx_ds.routing.report import RouterReport
+from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console
@@ -64,7 +64,7 @@ def build(
         "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.sets},
         "judges": {name: config.axes[name].judge for name in scored}
         | {name: s.judge for name, s in config.evaluation.sets.items()},
-        "router": {**router.figures, **{k: v for k, v in asdict(router).items() if k != "figures"}},
+        "router": {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}},
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
         "rows": {name: _row_counts(data, name) for name in config.expert_names if data.splits.train[name].source},

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from alignx_ds.data.batches import Batch, collate
 from alignx_ds.data.encode import Example
-from alignx_ds.experts.factors import LowRank, TaskFeatures
-from alignx_ds.experts.vectors import Changes
+from alignx_ds.experts.low_rank import LowRank, TaskFeatures
+from alignx_ds.experts.task_vectors import Changes
 from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.runtime import distributed

@@ -1,7 +1,8 @@
-"""The fused path: all experts local, the base GEMMs run once for all of them, no dispatch and no padding.
+"""The fused path: all experts local, the base GEMMs run once for all of them, without dispatch or padding.
 
-Shapes: B rows, T tokens, d hidden, f FFN, S specialists (E = S + 1 experts with the generalist), r rank. Equal to the
-expert-parallel path (DESIGN invariant 3). docs/performance.md says what each way of mixing costs.
+Shapes: B rows, T tokens, d hidden size, f FFN size, S specialists, E = S + 1 experts with the generalist, r rank.
+It computes what the expert-parallel path computes (parallel.py), up to rounding. What each way of mixing costs is in
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from alignx_ds.mocae.experts import Factors, FeedForward
 STACKS = ("down_in", "up_in", "down_out", "up_out")
 
 
-class Pick(NamedTuple):
-    """The factors of one expert per row, gathered: nothing need be read of the experts that a row did not choose."""
+class RowExpert(NamedTuple):
+    """The factors of one expert per row, gathered, so that the experts that no row chose are not read."""
 
-    weight: Tensor  # [B, 1, 1] the gate
-    down_in: Tensor  # [B, 2r, d], zero where the choice is the generalist, which has no factors
+    weight: Tensor  # [B, 1, 1], the row's gate for this expert
+    down_in: Tensor  # [B, 2r, d], zero where the expert is the generalist, which has no factors
     up_in: Tensor  # [2, B, r, f]
-    down_out: Tensor  # [B, r, f], likewise
+    down_out: Tensor  # [B, r, f], zero likewise
     up_out: Tensor  # [B, r, d]
 
 
 class FusedMixture(nn.Module):
-    """y = W_d Σᵢ gᵢ actᵢ + Σᵢ gᵢ U_d,i D_d,i actᵢ, with the experts' factors stacked.
+    """y = W_d Σᵢ gᵢ aᵢ + Σᵢ gᵢ U_d,i D_d,i aᵢ, with the specialists' factors stacked; our formulation (docs/method.md).
 
-    Expert 0 is the generalist, the base FFN itself: it has no factors, and none are stored for it. The gate and up
-    projections share their input, so their down factors are one matrix.
+    aᵢ = act(W_g x + U_g,i D_g,i x) ∘ (W_u x + U_u,i D_u,i x) is expert i's activation, W the base FFN's projections,
+    U_p,i D_p,i the change of projection p by expert i. Expert 0 is the generalist, the base FFN itself: it has no
+    factors, and none are stored for it. The gate and up projections share their input, so their down factors are one
+    stack. Factors have the dtype of the base's weights.
     """
 
     def __init__(self, base: FeedForward, experts: list[Factors]) -> None:
-        """`experts` by global id; the first one's factors are taken to be zero."""
+        """`experts` by global id; those of expert 0 are ignored, because the generalist changes nothing."""
         super().__init__()
         self.num_experts = len(experts)
         self._base = [base]  # a list hides the shared modules from nn.Module's registration
@@ -48,7 +51,7 @@ class FusedMixture(nn.Module):
     up_out: Tensor  # [S, r, d]
 
     def factors(self) -> list[Factors]:
-        """The experts' factors, by global expert id."""
+        """Copies of the experts' factors by global id, zero for the generalist, with the stacks' common ranks."""
         specialists = unstack({name: getattr(self, name).detach() for name in STACKS})
         like = specialists[0]
         none = Factors(
@@ -56,39 +59,44 @@ class FusedMixture(nn.Module):
         )
         return [none, *specialists]
 
-    def forward(self, x: Tensor, gates: Tensor, count: int | None = None, picks: list[Pick] | None = None) -> Tensor:
-        """x [B, T, d], gates [B, T or 1, E] fp32 summing to one -> [B, T, d].
+    def forward(
+        self, x: Tensor, gates: Tensor, count: int | None = None, gathered: list[RowExpert] | None = None
+    ) -> Tensor:
+        """x [B, T, d], gates [B, T or 1, E] fp32 that sum to one over E -> [B, T, d] in the dtype of x.
 
-        `count` says how many experts have a gate in a row, when that is known; `picks` are a prompt's own, made before,
-        or an empty list that is to hold them.
+        `count` is an upper bound of the non-zero gates per row, None where it is not known. `gathered` is what `gather`
+        returned for these gates, or an empty list, which is filled with it.
         """
         if count is None:
             count = self.num_experts
-        if picks is None and self._picks_pay(x, gates, count):
-            picks = []
-        if picks is not None and not picks:
-            picks += self.pick(gates, count)
+        if gathered is None and self._gathering_pays(x, gates, count):
+            gathered = []
+        if gathered is not None and not gathered:
+            gathered += self.gather(gates, count)
         gates = gates.to(x.dtype)
-        if picks is not None:
-            return self._picked(x, picks)
+        if gathered is not None:
+            return self._by_row(x, gathered)
         return self._one_expert(x, gates) if count == 1 else self._every_expert(x, gates)
 
-    def few_rows(self, rows: int, count: int) -> bool:
-        """Whether the rows' own factors are fewer than all experts': while decoding, bytes are time."""
+    def fewer_by_row(self, rows: int, count: int) -> bool:
+        """Whether `rows` rows with `count` experts each read fewer factors than all experts have.
+
+        Decoding is bound by memory bandwidth, so that fewer bytes mean less time.
+        """
         return rows * count < self.num_experts - 1
 
-    def _picks_pay(self, x: Tensor, gates: Tensor, count: int) -> bool:
-        """A row's decision covers enough tokens to be worth gathering for, and leaves some expert out."""
+    def _gathering_pays(self, x: Tensor, gates: Tensor, count: int) -> bool:
+        """Whether a row's gates hold for several tokens and leave some expert out."""
         return gates.shape[1] == 1 and x.shape[1] > 1 and count < self.num_experts - 1
 
-    def pick(self, gates: Tensor, count: int) -> list[Pick]:
-        """gates [B, 1, E] -> every row's `count` best experts, without asking the device which they are."""
+    def gather(self, gates: Tensor, count: int) -> list[RowExpert]:
+        """gates [B, 1, E] -> the `count` best experts of each row; the device is not synchronised with the host."""
         weights, experts = gates.squeeze(1).topk(count, dim=-1)
-        dtype, picks = self.down_in.dtype, []
+        dtype, gathered = self.down_in.dtype, []
         for weight, expert in zip(weights.unbind(-1), experts.unbind(-1), strict=True):
             place, kept = (expert - 1).clamp_min(0), (expert > 0).to(dtype)[:, None, None]
-            picks.append(
-                Pick(
+            gathered.append(
+                RowExpert(
                     weight=weight.to(dtype)[:, None, None],
                     down_in=self.down_in.transpose(0, 1).index_select(0, place).flatten(1, 2) * kept,
                     up_in=self.up_in.index_select(1, place),
@@ -96,30 +104,31 @@ class FusedMixture(nn.Module):
                     up_out=self.up_out.index_select(0, place),
                 )
             )
-        return picks
+        return gathered
 
-    def _picked(self, x: Tensor, picks: list[Pick]) -> Tensor:
+    def _by_row(self, x: Tensor, gathered: list[RowExpert]) -> Tensor:
+        """The mixture of each row's own experts, [B, T, d]."""
         base = self._base[0]
         gate, up = base.gate(x), base.up(x)
-        if len(picks) == 1:
-            act = self._own_activation(x, gate, up, picks[0], in_place=True)
+        if len(gathered) == 1:
+            act = self._own_activation(x, gate, up, gathered[0], in_place=True)
             out: Tensor = base.down(act)
-            return out.baddbmm_(act @ picks[0].down_out.mT, picks[0].up_out)
-        acts = [self._own_activation(x, gate, up, pick) for pick in picks]
-        y: Tensor = base.down(torch.stack([a * p.weight for a, p in zip(acts, picks, strict=True)]).sum(0))
-        for act, pick in zip(acts, picks, strict=True):
-            y.baddbmm_((act @ pick.down_out.mT) * pick.weight, pick.up_out)
+            return out.baddbmm_(act @ gathered[0].down_out.mT, gathered[0].up_out)
+        acts = [self._own_activation(x, gate, up, own) for own in gathered]
+        y: Tensor = base.down(torch.stack([a * p.weight for a, p in zip(acts, gathered, strict=True)]).sum(0))
+        for act, own in zip(acts, gathered, strict=True):
+            y.baddbmm_((act @ own.down_out.mT) * own.weight, own.up_out)
         return y
 
-    def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, pick: Pick, in_place: bool = False) -> Tensor:
-        """Of the rows' own experts; `gate` and `up` are the base's pre-activations, used up if `in_place`."""
-        to_gate, to_up = (x @ pick.down_in.mT).chunk(2, dim=-1)
+    def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, own: RowExpert, in_place: bool = False) -> Tensor:
+        """aᵢ [B, T, f] of one expert per row; `gate` and `up`, the base's pre-activations, may be overwritten."""
+        to_gate, to_up = (x @ own.down_in.mT).chunk(2, dim=-1)
         add = Tensor.baddbmm_ if in_place else torch.baddbmm
-        activated: Tensor = self._base[0].activation(add(gate, to_gate, pick.up_in[0]))
-        return activated * add(up, to_up, pick.up_in[1])
+        activated: Tensor = self._base[0].activation(add(gate, to_gate, own.up_in[0]))
+        return activated * add(up, to_up, own.up_in[1])
 
     def _one_expert(self, x: Tensor, one_hot: Tensor) -> Tensor:
-        """One activation per token: masking the stacked latent with the one-hot gates picks each token's expert."""
+        """With one-hot gates, one activation per token: the gates mask the stacked latent, all but one expert's."""
         base, own = self._base[0], one_hot[..., 1:, None]  # [B, T or 1, S, 1]
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
         latent = (latent * own.unsqueeze(-3)).flatten(-2).flatten(0, 1).transpose(0, 1)  # [2, B T, S r]
@@ -129,6 +138,7 @@ class FusedMixture(nn.Module):
         return _plus(base.down(act), self._outward(act) * own, self.up_out)
 
     def _every_expert(self, x: Tensor, gates: Tensor) -> Tensor:
+        """One activation per expert, weighted by the gates before the shared down projection, which is linear."""
         base = self._base[0]
         gate, up = base.gate(x), base.up(x)
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
@@ -146,18 +156,18 @@ class FusedMixture(nn.Module):
         return _plus(base.down(mixed), torch.stack(latents, dim=-2), self.up_out)
 
     def _outward(self, act: Tensor) -> Tensor:
-        """act [B, T, f] -> its latent under every specialist, [B, T, S, r]."""
+        """act [B, T, f] -> D_d,i act of every specialist i, [B, T, S, r]."""
         return torch.unflatten(linear(act, self.down_out.flatten(0, 1)), -1, self.down_out.shape[:2])
 
 
 def _plus(shared: Tensor, latent: Tensor, up: Tensor) -> Tensor:
-    """shared [B, T, m], a projection's fresh output, += Σₛ latentₛ Uₛ: latent [B, T, S, r], up [S, r, m]."""
+    """Add Σₛ latentₛ Uₛ to `shared` [B, T, m] in place: latent [B, T, S, r], up [S, r, m]."""
     shared.view(-1, shared.shape[-1]).addmm_(latent.flatten(-2).flatten(0, -2), up.flatten(0, 1))
     return shared
 
 
 def stack(specialists: list[Factors]) -> dict[str, Tensor]:
-    """The parameters of a `FusedMixture`, by name; of smaller ranks, padded with zeros."""
+    """The parameters of a `FusedMixture` by name (STACKS), from factors by specialist; ranks are padded with zeros."""
     ranks = {p: max(f.rank(p) for f in specialists) for p in ("gate", "up", "down")}
     inward = max(ranks["gate"], ranks["up"])
     padded = [f.padded({**ranks, "gate": inward, "up": inward}) for f in specialists]
@@ -170,7 +180,7 @@ def stack(specialists: list[Factors]) -> dict[str, Tensor]:
 
 
 def unstack(stacks: dict[str, Tensor]) -> list[Factors]:
-    """The specialists' factors that `stack` was given, padding included."""
+    """The inverse of `stack`: copies of the specialists' factors, with the padding that it added."""
     return [
         Factors(
             down={"gate": a.clone(), "up": b.clone(), "down": outward.clone()},

@@ -1,7 +1,7 @@
 """Where the classes of queries lie: the numbers that both calibrators are made of.
 
 Shapes: d hidden size, k latent size, f leading latent dimensions of the fractal score, E experts,
-M anchors per expert, S scales. All fp32. `alignx_ds.routing.geometry` fits them.
+M anchors per expert, S scales. All fp32. `alignx_ds.routing.fit_geometry` fits them.
 """
 
 from __future__ import annotations

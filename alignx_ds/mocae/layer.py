@@ -1,6 +1,6 @@
-"""The AlignX layer: takes the place of a decoder layer's FFN.
+"""The AlignX layer, which takes the place of a decoder layer's FFN.
 
-Shapes: B rows, T tokens, d hidden, E experts.
+Shapes: B rows, T tokens, d hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -8,15 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alignx_ds.mocae.fused import FusedMixture, Pick
+from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing import Channel, Routing, prompt_summary
+from alignx_ds.mocae.routing_state import ForwardPass, Routing, prompt_summary
 
 
 class AlignXLayer(nn.Module):
-    """gate (or the gate of a layer below) -> mixture of experts -> output calibration."""
+    """ỹ = OutputCalibration(Σᵢ gᵢ · FFNᵢ(x), g): gates, a mixture of experts, and the calibration of its output.
+
+    The gates g come from the layer's own gate, from the gate of a lower layer, or from the caller (`forced`). This is
+    the AlignX layer of arXiv 2602.07381 in our formulation (docs/method.md).
+    """
 
     def __init__(
         self,
@@ -27,7 +31,7 @@ class AlignXLayer(nn.Module):
         index: int,
         top_k: int,
         gate_layer: int,
-        channel: Channel,
+        forward_pass: ForwardPass,
     ) -> None:
         super().__init__()
         self.ffn = ffn  # the backbone's own module: the generalist, and what every expert shares
@@ -35,34 +39,34 @@ class AlignXLayer(nn.Module):
         self.calibration = calibration
         self.gate = gate
         self.index, self.top_k, self.gate_layer = index, top_k, gate_layer
-        self._channel = channel
+        self._forward_pass = forward_pass
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, d] -> [B, T, d]."""
-        routing = self._channel.routing
+        """x [B, T, d] -> [B, T, d] in the dtype of x; the routing of the forward pass is read and added to."""
+        routing = self._forward_pass.routing
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
         gates = self._gates(x, routing)
-        mask = self._channel.token_mask
+        mask = self._forward_pass.token_mask
         count = routing.forced_count or (None if self.training else self.top_k)
-        # Modules are called, never asked: where accelerate keeps weights off the device, a call fetches them.
+        # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):
             y = self.mixture(x, gates, mask)
         else:
-            y = self.mixture(x, gates, count, self._picks(gates, count, routing))
-        # Kept with the KV cache; not in training: it has gradients.
-        pulls = None if torch.is_grad_enabled() else routing.pulls.setdefault(self.index, [])
-        calibrated: Tensor = self.calibration(y, gates, mask, count, pulls)
+            y = self.mixture(x, gates, count, self._gathered(gates, count, routing))
+        # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
+        steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
+        calibrated: Tensor = self.calibration(y, gates, mask, count, steps)
         return calibrated
 
-    def _picks(self, gates: Tensor, count: int | None, routing: Routing) -> list[Pick] | None:
-        """The rows' own factors: gathered at prefill, kept with the KV cache, where they are fewer than all."""
+    def _gathered(self, gates: Tensor, count: int | None, routing: Routing) -> list[RowExpert] | None:
+        """Each row's own factors, gathered at prefill and kept with the KV cache, where they are fewer than all."""
         assert isinstance(self.mixture, FusedMixture)
-        if torch.is_grad_enabled() or count is None or not self.mixture.few_rows(len(gates), count):
+        if torch.is_grad_enabled() or count is None or not self.mixture.fewer_by_row(len(gates), count):
             return None
-        return routing.picks.setdefault(self.index, [])
+        return routing.gathered.setdefault(self.index, [])
 
     def _gates(self, x: Tensor, routing: Routing) -> Tensor:
-        """[B, 1, E], on this layer's own device: from the gate, from what it decided at prefill, or as forced."""
+        """[B, 1, E] fp32 on the device of x: as forced, as decided at prefill, or decided now by this layer's gate."""
         if self.gate is not None and self.gate_layer not in routing.decisions:
             query = Query(prompt_summary(x, routing.prompt_mask), routing.words.to(x.device))
             routing.queries[self.gate_layer] = query
@@ -72,7 +76,7 @@ class AlignXLayer(nn.Module):
 
 
 def freeze_trunk(model: nn.Module) -> None:
-    """Leave only what stage 2 may train: routers, output calibrations and the experts' factors."""
+    """Switch gradients off but for what stage 2 may train: routers, output calibrations and the experts' factors."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, AlignXLayer):
@@ -88,5 +92,5 @@ def alignx_layers(model: nn.Module) -> list[AlignXLayer]:
 
 
 def gates_of(model: nn.Module) -> dict[int, CalibratedGate]:
-    """The gates of a model, by the layer that owns each, lowest first."""
+    """The gates of a model by the index of the decoder layer that holds each, lowest first."""
     return {layer.gate_layer: layer.gate for layer in alignx_layers(model) if layer.gate is not None}

@@ -14,7 +14,7 @@ FACTOR, SECOND, SHIFT = 2654435761, 2654435769, 97
 
 
 class Lexicon(nn.Module):
-    """Scores [B, E] of prompts, standardised, from buffers that `alignx_ds.routing.lexicon` fits."""
+    """Scores [B, E] of prompts, standardised, from buffers that `alignx_ds.routing.fit_lexicon` fits."""
 
     rarity: Tensor  # [H] inverse document frequency
     weights: Tensor  # [E, H]

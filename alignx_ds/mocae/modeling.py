@@ -24,7 +24,7 @@ from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing import SUMMARIES, Channel, Routing
+from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing
 from alignx_ds.mocae.settings import GateSettings
 
 
@@ -104,7 +104,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = backbone if backbone is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.placement = placement
-        self.channel = Channel()
+        self.forward_pass = ForwardPass()
         self.lexicon = Lexicon(len(config.experts))
         table = backbone_of(config.text_config.model_type)
         parts = parts or self._blank_parts()
@@ -153,7 +153,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             index=index,
             top_k=settings.top_k,
             gate_layer=self.config.gate_layer(index),
-            channel=self.channel,
+            forward_pass=self.forward_pass,
         )
 
     def get_input_embeddings(self) -> Any:
@@ -184,7 +184,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
             mask = mask if mask is not None else torch.ones_like(input_ids)
             routing = Routing(mask, self.lexicon(input_ids, mask), forced)
-        self.channel.routing, self.channel.token_mask = routing, token_mask
+        self.forward_pass.routing, self.forward_pass.token_mask = routing, token_mask
         output: CausalLMOutputWithPast = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -249,8 +249,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def routing(self) -> Routing:
         """The routing of the last forward pass."""
-        assert self.channel.routing is not None, "no forward pass has been made yet"
-        return self.channel.routing
+        assert self.forward_pass.routing is not None, "no forward pass has been made yet"
+        return self.forward_pass.routing
 
     def fused_state(self) -> dict[str, Tensor]:
         """The state dict of the same model on the fused path; a collective when experts are spread over ranks."""

@@ -1,8 +1,10 @@
-"""Output calibration and reinjection: ỹ = y + R·(C(Q y) − Q y), with C(z) = z + λ₁·Fractal(z) + λ₂·Natural(z).
+"""Output calibration and reinjection: ỹ = y + R·(C(z) − z) with z = Q(y − μ), C(z) = z + λ₁·Fractal(z) + λ₂·Natural(z).
 
-Fractal(z) and Natural(z) are the directions in which the two calibrators' scores grow under the gates: a mean-shift
-step towards the experts' anchors, and a natural-gradient step towards their means. Our formulation (DESIGN §3).
-Shapes: B rows, T tokens, d hidden, k latent, E experts.
+Fractal(z) = Σₑ gₑ meanₛ Σₘ wₑₛₘ(z) aₑₘ − z is the mean-shift step along which the fractal score grows under the gates
+g: wₑₛ(z) is the softmax over expert e's anchors a at scale s, in the f leading latent dimensions. Natural(z) =
+Σₑ gₑ mₑ − z is the natural-gradient step of the natural score, towards the experts' means m. That an output is
+calibrated and reinjected is the paper's (arXiv 2602.07381); the formulas are ours (docs/method.md).
+Shapes: B rows, T tokens, d hidden size, k latent size, f leading latent dimensions, E experts, S scales, M anchors.
 """
 
 from __future__ import annotations
@@ -17,19 +19,22 @@ from alignx_ds.mocae.fractal import MeanShift
 from alignx_ds.mocae.geometry import Geometry
 
 
-class Pull(NamedTuple):
-    """The step's maps under given gates; C kernels (fractal.MeanShift)."""
+class GatedStep(NamedTuple):
+    """The parts of C(z) − z that do not depend on z, for given gates; K kernels (fractal.MeanShift)."""
 
-    bias: Tensor  # [k] of z
+    bias: Tensor  # [k], −Qμ
     shift: MeanShift
-    gates: Tensor | None  # [B, T or 1, E·S, 1], absent where one expert alone has a gate
-    back: Tensor  # [C, k] or [B, C, k], weighted by λ₁
-    rest: Tensor  # [B, T or 1, k], weighted by λ₂
-    damping: Tensor  # [k]
+    gates: Tensor | None  # [B, T or 1, E·S, 1], None where each row has one expert only
+    back: Tensor  # [K, k] or [B, K, k], times λ₁
+    rest: Tensor  # [B, T or 1, k], λ₂ Σₑ gₑ mₑ
+    damping: Tensor  # [k], the factor of z: −λ₂, and −λ₁ more in the f leading dimensions
 
 
 class OutputCalibration(nn.Module):
-    """Starts as the identity: R is zero until stage 2 trains it (DESIGN invariant 2)."""
+    """ỹ of this file's equation. R is zero until stage 2 trains it, so that it starts as the identity.
+
+    λ₁, λ₂ and R are trained and fp32; the geometry is a set of fp32 buffers.
+    """
 
     centre: Tensor
     projection: Tensor
@@ -45,12 +50,12 @@ class OutputCalibration(nn.Module):
         self.reinjection = nn.Parameter(
             torch.zeros(geometry.centre.shape[0], geometry.latent_size, dtype=torch.float32)
         )
-        self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
+        self.last_drift: Tensor | None = None  # [B] fp32, ‖ỹ − y‖²/‖y‖² of the last call in training, without padding
 
-    def pull(self, gates: Tensor, count: int | None = None) -> Pull:
-        """Everything of the step that a row's gates fix: gates [B, T or 1, E] fp32. While decoding, made once a prompt.
+    def gated_step(self, gates: Tensor, count: int | None = None) -> GatedStep:
+        """gates [B, T or 1, E] fp32 -> the parts of the step that they determine. Once per prompt while decoding.
 
-        `count` of one says that the gates are one-hot, so that the other experts' anchors need not be looked at.
+        `count` = 1 promises one-hot gates: the other experts' anchors are then left out.
         """
         fractal, natural = self.strengths.float().unbind()
         anchors, scales, projection = self.anchors.float(), self.scales.float(), self.projection.float()
@@ -60,7 +65,7 @@ class OutputCalibration(nn.Module):
         shift = MeanShift.of(anchors, scales)
         unused = projection.shape[0] - anchors.shape[-1]
         leading = pad(projection.new_ones(anchors.shape[-1]), (0, unused))
-        return Pull(
+        return GatedStep(
             bias=-(projection * self.centre.float()).sum(-1),
             shift=shift,
             gates=None if one else gates.repeat_interleave(len(scales), dim=-1).unsqueeze(-1),
@@ -75,20 +80,21 @@ class OutputCalibration(nn.Module):
         gates: Tensor,
         token_mask: Tensor | None = None,
         count: int | None = None,
-        pulls: list[Pull] | None = None,
+        steps: list[GatedStep] | None = None,
     ) -> Tensor:
-        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d].
+        """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> ỹ [B, T, d] in the dtype of y.
 
-        `count` is `pull`'s; `pulls` holds a prompt's own, made before, or is an empty list that is to hold it.
+        `count` is that of `gated_step`. `steps` holds what `gated_step` returned for these gates, or is an empty list,
+        which is filled with it.
         """
-        p = pulls[0] if pulls else self.pull(gates.float(), count)
-        if pulls is not None and not pulls:
-            pulls.append(p)
+        p = steps[0] if steps else self.gated_step(gates.float(), count)
+        if steps is not None and not steps:
+            steps.append(p)
         wide, reinjection = y.float(), self.reinjection.float()
         z = linear(wide, self.projection.float(), p.bias)
         weights = p.shift.weights(z[..., : p.shift.into.shape[-2]])
         weights = (weights if p.gates is None else weights * p.gates).flatten(-2)
-        # λ₁·Fractal(z) + λ₂·Natural(z), with what either subtracts of z taken together
+        # λ₁·Fractal(z) + λ₂·Natural(z), with both terms in −z as one
         step = torch.addcmul(p.rest, z, p.damping)
         step = step + weights @ p.back if p.back.dim() == 2 else torch.baddbmm(step, weights, p.back)
         if self.training:

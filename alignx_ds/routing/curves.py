@@ -19,7 +19,7 @@ from alignx_ds.data.batches import MicroBatch
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.routing.calibration import BINS, overconfidence
+from alignx_ds.routing.metrics import BINS, overconfidence
 from alignx_ds.training.keeper import Scribe
 
 SUM = "sum of router/"  # before the name of what the loop averages, and no curve shows

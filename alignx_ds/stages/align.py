@@ -21,19 +21,19 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.errors import DataError
-from alignx_ds.experts.vectors import read_factors
+from alignx_ds.experts.task_vectors import read_factors
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
-from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.mocae.routing_state import SUMMARIES
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.routing.calibration import fit_temperature
 from alignx_ds.routing.curves import RouterCurves, router_sums
-from alignx_ds.routing.gates import gate_terms, sum_of
-from alignx_ds.routing.geometry import collect, fit
-from alignx_ds.routing.lexicon import fit_lexicon
+from alignx_ds.routing.fit_geometry import collect, fit
+from alignx_ds.routing.fit_lexicon import fit_lexicon
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
+from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed

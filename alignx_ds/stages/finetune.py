@@ -21,7 +21,7 @@ from alignx_ds.data.encode import Example, LabelledExamples, pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
-from alignx_ds.experts.vectors import add_task_vector, layer_file, task_vectors
+from alignx_ds.experts.task_vectors import add_task_vector, layer_file, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel

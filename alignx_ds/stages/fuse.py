@@ -22,7 +22,7 @@ from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import FUSIONS, FusionConfig, RunConfig
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
-from alignx_ds.experts.vectors import Changes, read_task_vector
+from alignx_ds.experts.task_vectors import Changes, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel

@@ -27,8 +27,9 @@ from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.routing.calibration import BINS, fit_temperature, router_figures
-from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
+from alignx_ds.routing.metrics import BINS, router_metrics
+from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runtime import console
 from alignx_ds.study import drawing
 from alignx_ds.study.shots import Shots
@@ -142,7 +143,7 @@ def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor) ->
     """Figures and reliability without a temperature, and with either of these; logits [N, E], the others [N]."""
     temperatures = {"none": everywhere(labels, 1.0), "own": own, "refitted": refitted}
     scaled = {name: logits.double() / t.double()[:, None] for name, t in temperatures.items()}
-    figures = {name: router_figures(some, labels) for name, some in scaled.items()}
+    figures = {name: router_metrics(some, labels) for name, some in scaled.items()}
     return {
         "temperatures": {name: sorted(set(t.tolist())) for name, t in temperatures.items()},
         "accuracy": figures["none"]["accuracy"],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignx_ds.data.rows import Row
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.routing.gates import TERMS, sum_of
+from alignx_ds.routing.gate_terms import TERMS, sum_of
 from alignx_ds.runtime import console
 from alignx_ds.study import drawing
 from alignx_ds.study.parts import Judged, routers_alone, serving

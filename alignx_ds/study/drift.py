@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from alignx_ds.data.batches import collate
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.mocae.routing import prompt_summary
+from alignx_ds.mocae.routing_state import prompt_summary
 from alignx_ds.runtime import console, distributed
 from alignx_ds.study import drawing
 from alignx_ds.study.indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices

@@ -16,8 +16,9 @@ from alignx_ds.data.batches import collate
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.routing.calibration import fit_temperature, router_figures
-from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
+from alignx_ds.routing.metrics import router_metrics
+from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.stages.align import first_of_each
 from alignx_ds.study.subject import Subject
 
@@ -51,7 +52,7 @@ class Judged:
     def figures(self, parts: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL, ECE and Brier score of the lowest gate with these parts alone."""
         temperature = self.temperatures(parts)[self.lowest]
-        return router_figures(sum_of(self.tested[self.lowest], *parts) / temperature, self.labels)
+        return router_metrics(sum_of(self.tested[self.lowest], *parts) / temperature, self.labels)
 
     def with_linear(self, other: Judged) -> Judged:
         """The same with another's linear parts."""

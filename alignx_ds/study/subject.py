@@ -16,7 +16,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.likelihood import Likelihood, likelihoods, perplexity
-from alignx_ds.experts.vectors import add_task_vector
+from alignx_ds.experts.task_vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.backbone import load_aligned, load_backbone
 from alignx_ds.models.base import BaseModel

@@ -21,7 +21,7 @@ from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
-from alignx_ds.mocae.routing import SUMMARIES
+from alignx_ds.mocae.routing_state import SUMMARIES
 from alignx_ds.mocae.settings import GateSettings
 from suite.record import dtype_of
 from suite.shapes import config_of

@@ -13,7 +13,7 @@ from tiny_models import ALIGNX_LAYERS, TABLE, base_model, generator, random_chan
 
 from alignx_ds.baselines.merged import add_merged, dare, merge_of, task_arithmetic, ties
 from alignx_ds.config.schema import BaselinesConfig, ModelConfig
-from alignx_ds.experts.vectors import layer_file
+from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 

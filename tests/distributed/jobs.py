@@ -42,7 +42,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import share
-from alignx_ds.experts.vectors import add_task_vector, task_vectors
+from alignx_ds.experts.task_vectors import add_task_vector, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement

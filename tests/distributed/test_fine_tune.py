@@ -13,7 +13,7 @@ from torch import Tensor
 from worlds import Runs
 
 from alignx_ds.experts.features import expert_factors
-from alignx_ds.experts.vectors import layer_file, read_factors, read_task_vector
+from alignx_ds.experts.task_vectors import layer_file, read_factors, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import read_inputs
-from alignx_ds.experts.vectors import layer_file
+from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.models.base import BaseModel

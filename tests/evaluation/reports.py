@@ -17,7 +17,7 @@ from alignx_ds.evaluation import report
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics
 from alignx_ds.evaluation.report import Report
-from alignx_ds.routing.report import RouterReport
+from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 

@@ -26,12 +26,12 @@ from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, encode_prompts, pad_token
 from alignx_ds.evaluation.generate import answers
-from alignx_ds.experts.vectors import layer_file
+from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.lexical import ngrams
 from alignx_ds.models.base import BaseModel
-from alignx_ds.routing.gates import TERMS, gate_terms
+from alignx_ds.routing.gate_terms import TERMS, gate_terms
 from alignx_ds.serve.generate import answer
 from alignx_ds.study.explain import picture, wording
 from alignx_ds.study.explain.choices import MOST_WORDS, Candidate, Choice, Word, choices
@@ -135,8 +135,8 @@ def test_a_word_pulls_what_the_score_loses_without_it(run: FinishedRun) -> None:
         assert whole - margin() == pytest.approx(word.pull, abs=1e-4), word.text
         model.lexicon.weights.copy_(kept)
     assert sum(w.pull for w in choice.words) + choice.other_words == pytest.approx(whole, abs=1e-4)
-    pulls = [abs(word.pull) for word in choice.words]
-    assert pulls == sorted(pulls, reverse=True)
+    steps = [abs(word.pull) for word in choice.words]
+    assert steps == sorted(steps, reverse=True)
 
 
 def test_everybody_answers_greedily(run: FinishedRun, world_base: BaseModel) -> None:

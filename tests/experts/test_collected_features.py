@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.encode import Example, LabelledExamples
-from alignx_ds.experts.factors import TaskFeatures
 from alignx_ds.experts.features import expert_factors
-from alignx_ds.experts.vectors import add_task_vector, layer_file, read_factors, read_task_vector
+from alignx_ds.experts.low_rank import TaskFeatures
+from alignx_ds.experts.task_vectors import add_task_vector, layer_file, read_factors, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.models.base import BaseModel
-from alignx_ds.routing.geometry import collect
+from alignx_ds.routing.fit_geometry import collect
 
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9, 3]), [2, 6, 3, 8, 1], strict=True)]
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from alignx_ds import cli
 from alignx_ds.data.batches import pad
 from alignx_ds.data.encode import encode_prompts
-from alignx_ds.experts.vectors import read_factors, read_task_vector
+from alignx_ds.experts.task_vectors import read_factors, read_task_vector
 from alignx_ds.export.fidelity import without_calibration
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel

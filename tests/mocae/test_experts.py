@@ -116,13 +116,13 @@ def test_every_way_of_mixing_is_the_same_function(base: FeedForward, rows: int, 
     assert isinstance(expected, Tensor)
     assert relative(mixture(x, gates), expected) < 1e-5
     assert relative(mixture(x, gates, count), expected) < 1e-5
-    assert relative(mixture(x, gates, count, mixture.pick(gates, count)), expected) < 1e-5
+    assert relative(mixture(x, gates, count, mixture.gather(gates, count)), expected) < 1e-5
 
 
 def test_a_prompt_s_own_factors_are_gathered_only_where_they_are_fewer(base: FeedForward) -> None:
     mixture = FusedMixture(base, with_generalist(base, 4, 4, 4))
-    assert [mixture.few_rows(rows, 1) for rows in (1, 2, 3, 8)] == [True, True, False, False]
-    assert [mixture.few_rows(1, count) for count in (2, 3, 4)] == [True, False, False]
+    assert [mixture.fewer_by_row(rows, 1) for rows in (1, 2, 3, 8)] == [True, True, False, False]
+    assert [mixture.fewer_by_row(1, count) for count in (2, 3, 4)] == [True, False, False]
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def test_the_score_is_mean_mass_less_the_mismatch_of_dimension() -> None:
         np.testing.assert_allclose(score[:, e].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def fractal_pull(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
+def fractal_step(z: Tensor, gates: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
     """The gated step: z [..., f], gates [..., E], anchors [E, M, f]."""
     shift = MeanShift.of(anchors, scales)
     gated = shift.weights(z) * gates.repeat_interleave(len(scales), dim=-1).unsqueeze(-1)
@@ -89,13 +89,13 @@ def test_the_pull_of_one_scale_is_the_scaled_gradient_of_the_log_mass() -> None:
         z = torch.randn(7, 3, generator=generator(3), requires_grad=True)
         gated = (log_mass(z, g.anchors, scale[None])[..., 0] * gates).sum()
         (gradient,) = torch.autograd.grad(gated, z)
-        pull = fractal_pull(z.detach(), gates, g.anchors, scale[None])
-        assert relative(pull, scale.square() * gradient) < 1e-4
+        step = fractal_step(z.detach(), gates, g.anchors, scale[None])
+        assert relative(step, scale.square() * gradient) < 1e-4
 
 
 def test_the_pull_of_many_scales_is_the_mean_of_theirs() -> None:
     g = random_geometry(5, 2)
     gates = torch.rand(2, 6, 4, generator=generator(4)).softmax(-1)
     z = torch.randn(2, 6, 3, generator=generator(3))
-    single = [fractal_pull(z, gates, g.anchors, scale[None]) for scale in g.scales]
-    assert relative(fractal_pull(z, gates, g.anchors, g.scales), torch.stack(single).mean(0)) < 1e-5
+    single = [fractal_step(z, gates, g.anchors, scale[None]) for scale in g.scales]
+    assert relative(fractal_step(z, gates, g.anchors, g.scales), torch.stack(single).mean(0)) < 1e-5

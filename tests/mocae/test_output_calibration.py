@@ -91,6 +91,6 @@ def test_one_hot_gates_need_the_chosen_expert_s_anchors_only(length: int) -> Non
     calibration.reinjection.normal_(generator=generator(1))
     y = torch.randn(3, length, 32, generator=generator(2))
     gates = torch.eye(4)[[2, 0, 3]].unsqueeze(1)
-    chosen = calibration.pull(gates, count=1)
+    chosen = calibration.gated_step(gates, count=1)
     assert chosen.gates is None and chosen.back.shape[0] == 3
-    assert relative(calibration(y, gates, pulls=[chosen]) - y, calibration(y, gates) - y) < 1e-4
+    assert relative(calibration(y, gates, steps=[chosen]) - y, calibration(y, gates) - y) < 1e-4

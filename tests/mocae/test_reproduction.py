@@ -26,7 +26,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.experts.factors import TaskFeatures
+from alignx_ds.experts.low_rank import TaskFeatures
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.encode import encode, encode_prompts
 from alignx_ds.data.rows import Row
-from alignx_ds.routing.calibration import expected_calibration_error
+from alignx_ds.routing.metrics import expected_calibration_error
 from alignx_ds.study.calibration import calibrated, crossed, everywhere, halves, of_choice, reliability
 from alignx_ds.study.contributions import query_types
 from alignx_ds.study.drift import moved

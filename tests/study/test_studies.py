@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from alignx_ds import cli
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.mocae.layer import alignx_layers, gates_of
-from alignx_ds.routing.calibration import router_figures
-from alignx_ds.routing.gates import TERMS, gate_terms, sum_of
+from alignx_ds.routing.gate_terms import TERMS, gate_terms, sum_of
+from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.runs import manifest
 from alignx_ds.study.contributions import AVERAGED, FINE_TUNING, LADDER
 from alignx_ds.study.forgetting import kept_checkpoints, restored
@@ -190,7 +190,7 @@ def test_zero_shot_calibration_is_the_report_s(
     assert router["0"]["temperatures"]["own"] == router["3"]["temperatures"]["own"]
     assert router["0"]["nll_none"] != router["1"]["nll_none"] != router["3"]["nll_none"], "examples are seen"
     judged = Judged.of(subject.aligned(), subject)
-    raw = router_figures(sum_of(judged.tested[judged.lowest]), judged.labels)
+    raw = router_metrics(sum_of(judged.tested[judged.lowest]), judged.labels)
     assert router["0"]["brier_none"] == pytest.approx(raw["brier"], abs=1e-5)
 
 

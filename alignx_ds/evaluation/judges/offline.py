@@ -34,7 +34,7 @@ from alignx_ds.data.splits import HELD_OUT
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics, Verdict, percent
 from alignx_ds.evaluation.judges.refusal import SENTENCE_END, classify
-from alignx_ds.routing.calibration import router_figures
+from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.runs import manifest
 
 HELD_OUT_SHARE = 0.15
@@ -107,7 +107,7 @@ class OfflineSafety:
         """Metrics on the held-out questions. `majority` is the accuracy of always giving the more frequent label."""
         truth = torch.tensor([e.unsafe for e in self.held_out])
         p = torch.from_numpy(self._probabilities([(e.row.prompt, e.row.response) for e in self.held_out]))
-        own = router_figures(torch.stack((1 - p, p), dim=1).log(), truth.long())
+        own = router_metrics(torch.stack((1 - p, p), dim=1).log(), truth.long())
         often = float(truth.double().mean())
         return {
             "accuracy": own["accuracy"],

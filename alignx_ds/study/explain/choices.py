@@ -122,10 +122,10 @@ def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [tokenizer.decode(piece) for piece in ([i] for i in ids)] + [tokenizer.decode(pair) for pair in pairs]
 
 
-def _words(texts: list[str], pulls: Tensor) -> list[Word]:
-    """Each text once, with all its occurrences, the strongest first; what pulls nowhere is left out."""
+def _words(texts: list[str], steps: Tensor) -> list[Word]:
+    """Each text once, with all its occurrences, the strongest first; what steps nowhere is left out."""
     total: dict[str, float] = defaultdict(float)
-    for text, pull in zip(texts, pulls.tolist(), strict=True):
+    for text, pull in zip(texts, steps.tolist(), strict=True):
         total[text] += pull
     found = [Word(text, pull) for text, pull in total.items() if pull]
     return sorted(found, key=lambda word: -abs(word.pull))

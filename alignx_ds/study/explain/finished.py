@@ -17,7 +17,7 @@ from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.errors import ConfigError, DataError, Problem, UserError
 from alignx_ds.evaluation.generate import answers
-from alignx_ds.experts.vectors import add_task_vector
+from alignx_ds.experts.task_vectors import add_task_vector
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned, load_backbone

@@ -74,7 +74,7 @@ def _lines(choice: Choice) -> list[Candidate]:
 
 
 def _terms(plot: Axes, choice: Choice) -> None:
-    """What pulls towards an expert to the right, what pulls away to the left, and a mark at their sum.
+    """What steps towards an expert to the right, what steps away to the left, and a mark at their sum.
 
     Each term less its mean over the experts, after the post-hoc temperature: the softmax sees differences alone.
     """

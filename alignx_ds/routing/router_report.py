@@ -1,4 +1,4 @@
-"""What the router does on held-out prompts, and what each of its terms is worth (the ablation of the calibrators)."""
+"""The router on held-out prompts: its metrics, an ablation of its terms, and a text classifier to compare it with."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from alignx_ds.data.splits import DataSplits
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
-from alignx_ds.routing.calibration import confusion, fit_temperature, router_figures
-from alignx_ds.routing.gates import gate_terms, sum_of
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
+from alignx_ds.routing.metrics import confusion, router_metrics
+from alignx_ds.routing.temperature import fit_temperature
 
-ABLATIONS: dict[str, tuple[str, ...]] = {  # no terms named: all that the gate has
+ABLATIONS: dict[str, tuple[str, ...]] = {  # none named: all terms of the gate
     "linear": ("linear",),
     "fractal": ("fractal",),
     "natural": ("natural",),
@@ -32,18 +33,18 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # no terms named: all that the gate h
 
 @dataclass(frozen=True)
 class RouterReport:
-    """Figures of the lowest gate (the one that decides, in the shared scope), on held-out prompts."""
+    """The lowest gate on held-out prompts: it is the one that decides in the shared scope. Metrics by name."""
 
-    figures: dict[str, float]
-    uncalibrated: dict[str, float]  # before the post-hoc temperature
+    metrics: dict[str, float]
+    uncalibrated: dict[str, float]  # the same before the post-hoc temperature
     temperature: float
     confusion: list[list[int]]  # rows: the expert that the prompt belongs to
-    ablations: dict[str, dict[str, float]]
-    surface: dict[str, float]  # the yardstick: TF-IDF and logistic regression, trained and tested on the same prompts
+    ablations: dict[str, dict[str, float]]  # by the terms that are left
+    surface: dict[str, float]  # of TF-IDF and logistic regression, trained and tested on the same prompts
 
 
 def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, config: RunConfig) -> RouterReport:
-    """Temperatures are fitted on the rows kept back from training, figures are of the held-out ones. Collective."""
+    """Temperatures are fitted on the calibration split, metrics are those of the held-out prompts. Collective."""
     pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
     lowest, gate = next(iter(gates_of(model).items()))
     fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.calibration_rows, data.routed))
@@ -52,11 +53,11 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
     ablations = {}
     for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
         t = fit_temperature(sum_of(fitted, *terms), known)
-        ablations[name] = router_figures(sum_of(tested, *terms) / t, labels)
+        ablations[name] = router_metrics(sum_of(tested, *terms) / t, labels)
     logits = sum_of(tested)
     return RouterReport(
-        figures=router_figures(logits / temperature, labels),
-        uncalibrated=router_figures(logits, labels),
+        metrics=router_metrics(logits / temperature, labels),
+        uncalibrated=router_metrics(logits, labels),
         temperature=temperature,
         confusion=confusion(logits, labels),
         ablations=ablations,
@@ -65,7 +66,7 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
 
 
 def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
-    """A router that sees words only: TF-IDF of words and pairs, logistic regression (scikit-learn)."""
+    """Metrics of a router that sees the words only: scikit-learn's TF-IDF of words and pairs, logistic regression."""
     known, asked = (
         [(row.prompt, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
         for sides in (rows.train, rows.held_out)
@@ -75,4 +76,4 @@ def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
     router.fit([prompt for prompt, _ in known], [expert for _, expert in known])
     logs = torch.full((len(asked), len(experts)), -torch.inf, dtype=torch.float64)
     logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba([prompt for prompt, _ in asked]))
-    return router_figures(logs, torch.tensor([expert for _, expert in asked]))
+    return router_metrics(logs, torch.tensor([expert for _, expert in asked]))

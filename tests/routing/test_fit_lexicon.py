@@ -12,7 +12,7 @@ from tiny_models import generator
 
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.lexical import Lexicon, bucket_counts
-from alignx_ds.routing.lexicon import PENALTY, fit_lexicon
+from alignx_ds.routing.fit_lexicon import PENALTY, fit_lexicon
 
 TOPICS = {0: range(0, 30), 2: range(20, 50), 3: range(40, 70)}  # tokens that an expert's prompts are made of
 

@@ -9,7 +9,7 @@ import torch
 
 from alignx_ds.data.rows import Row
 from alignx_ds.data.splits import DataSplits, SplitRows
-from alignx_ds.routing.report import surface_router
+from alignx_ds.routing.router_report import surface_router
 
 EXPERTS = ["generalist", "helpful", "harmless", "honest"]
 WORDS = {

@@ -13,7 +13,8 @@ from sklearn import metrics
 from torch import Tensor
 from torch.nn import functional
 
-from alignx_ds.routing.calibration import BINS, confusion, expected_calibration_error, fit_temperature, router_figures
+from alignx_ds.routing.metrics import BINS, confusion, expected_calibration_error, router_metrics
+from alignx_ds.routing.temperature import fit_temperature
 
 CASES = given(seed=st.integers(0, 10_000), rows=st.integers(1, 300), experts=st.integers(2, 6))
 few = settings(max_examples=40, deadline=None)
@@ -64,7 +65,7 @@ def test_ece_of_known_routers() -> None:
 def test_figures_agree_with_scikit_learn(seed: int, rows: int, experts: int) -> None:
     logits, labels = case(seed, rows, experts)
     p, every = logits.softmax(-1).numpy(), list(range(experts))
-    figures = router_figures(logits, labels)
+    figures = router_metrics(logits, labels)
     assert figures["accuracy"] == pytest.approx(metrics.accuracy_score(labels, p.argmax(-1)))
     assert figures["nll"] == pytest.approx(metrics.log_loss(labels, p, labels=every))
     one_against_rest = [metrics.brier_score_loss(labels == e, p[:, e], pos_label=True) for e in every]
@@ -99,7 +100,7 @@ def test_the_temperature_that_made_the_labels_is_found(truth: float) -> None:
     labels = torch.multinomial((logits / truth).softmax(-1), 1, generator=torch.Generator().manual_seed(1)).squeeze(-1)
     found = fit_temperature(logits, labels)
     assert found == pytest.approx(truth, rel=0.05)
-    assert router_figures(logits / found, labels)["ece"] < 0.02
+    assert router_metrics(logits / found, labels)["ece"] < 0.02
 
 
 @few
@@ -114,12 +115,12 @@ def test_logits_that_are_scaled_have_a_temperature_scaled_alike(seed: int, scale
 def test_single_precision_logits_do() -> None:
     logits, labels = case(3, 500, 4)
     assert fit_temperature(logits.float(), labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
-    for name, figure in router_figures(logits.float(), labels).items():
-        assert figure == pytest.approx(router_figures(logits, labels)[name], abs=1e-5)
+    for name, figure in router_metrics(logits.float(), labels).items():
+        assert figure == pytest.approx(router_metrics(logits, labels)[name], abs=1e-5)
 
 
 def test_a_router_that_is_always_right_gets_the_lowest_temperature_it_may() -> None:
     labels = torch.tensor([0, 1, 2, 3])
     found = fit_temperature(functional.one_hot(labels, 4).float(), labels)
     assert 0 < found < 0.05
-    assert math.isfinite(router_figures(functional.one_hot(labels, 4) / found, labels)["nll"])
+    assert math.isfinite(router_metrics(functional.one_hot(labels, 4) / found, labels)["nll"])

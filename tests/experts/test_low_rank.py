@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tiny_models import generator
 from torch import Tensor
 
-from alignx_ds.experts.factors import LowRank, TaskFeatures
+from alignx_ds.experts.low_rank import LowRank, TaskFeatures
 
 Array = NDArray[np.float64]
 

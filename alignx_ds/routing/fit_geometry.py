@@ -29,7 +29,7 @@ from alignx_ds.mocae.natural import natural_score
 from alignx_ds.runtime import distributed
 
 TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
-WIDER = 4  # latent sizes of the PCA space in which the telling directions are looked for
+WIDER = 4  # latent sizes of the PCA space in which the discriminative directions are looked for
 VARIANCE_FLOOR = 1e-3  # of the mean variance, in every direction of an expert's own covariance
 Seen = list[tuple[int, Tensor]]  # (row number, features)
 
@@ -129,10 +129,10 @@ def _check_rows(features: Features, latent: int, settings: GateConfig, names: li
         raise DataError(f"{total} rows are too few for a latent size of {latent}; give more, or lower gate.latent")
 
 
-def latent_space(features: Features, latent: int, seed: int, *, telling: bool = True) -> LatentSpace:
+def latent_space(features: Features, latent: int, seed: int, *, discriminative: bool = True) -> LatentSpace:
     """Whitened coordinates: first those that tell the experts apart, then the leading PCA ones.
 
-    The telling directions span the experts' means within the leading PCA space. Without them the few leading
+    The discriminative directions span the experts' means within the leading PCA space. Without them the few leading
     dimensions, where the fractal score lives, hold what varies most, such as length, not what matters.
     """
     present = [i for i, rows in enumerate(features.by_expert) if len(rows)]
@@ -142,7 +142,7 @@ def latent_space(features: Features, latent: int, seed: int, *, telling: bool = 
     spread = np.sqrt(np.maximum(pca.explained_variance_, 1e-12 * pca.explained_variance_[0]))
     whiten = pca.components_ / spread[:, None]
     first = np.zeros((size, 0))
-    if telling and len(present) > 1:
+    if discriminative and len(present) > 1:
         means = [(features.by_expert[i].double().numpy().mean(0) - pca.mean_) @ whiten.T for i in present]
         shares = [len(features.by_expert[i]) / len(pooled) for i in present]
         weighted = np.sqrt(shares)[:, None] * np.stack(means)

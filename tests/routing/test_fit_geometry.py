@@ -17,7 +17,7 @@ from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import natural_score
 from alignx_ds.mocae.settings import GateSettings
-from alignx_ds.routing.geometry import Features, _sample, fit
+from alignx_ds.routing.fit_geometry import Features, _sample, fit
 
 D, K, NAMES = 16, 5, ["generalist", "helpful", "harmless"]
 SETTINGS = GateConfig(latent=K, fractal_dimensions=3, anchors=8, granularity=0.2, scales=4)
