@@ -19,7 +19,7 @@ def prefill_work(system: System, batch: int, length: int) -> Callable[[], object
     def work() -> None:
         system.prepare()
         for decoder in decoders:
-            decoder.prefill(ids, mask, room=1)
+            decoder.prefill(ids, mask, 1)
 
     return work
 

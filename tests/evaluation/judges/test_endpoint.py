@@ -230,7 +230,6 @@ def test_connect_takes_the_configs_endpoint() -> None:
         (JudgesConfig(), ["judges.endpoint", "judges.endpoint_model"]),
         (replace(COMPLETE, endpoint="localhost:8000"), ["judges.endpoint"]),
         (replace(COMPLETE, endpoint="http://me:secret@host/v1"), ["judges.endpoint"]),
-        (replace(COMPLETE, endpoint_parallel=0), ["judges.endpoint_parallel"]),
     ],
 )
 def test_a_config_without_an_endpoint(settings: JudgesConfig, keys: list[str]) -> None:
