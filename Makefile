@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
+WORKERS ?= 2
 
 .PHONY: install demo seeds bench study test faults launchers check lint format clean
 
@@ -44,7 +45,7 @@ study: $(READY)
 	for what in drift forgetting contributions calibration; do $(BIN)/alignx-ds study $$what runs/study || exit 1; done
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 faults: $(READY)
 	rm -f runs/faults.jsonl && mkdir -p runs

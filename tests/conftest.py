@@ -37,6 +37,28 @@ WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
+# Fixtures that start a whole run or several ranks, the slowest first.
+RUNS = ("runs", "made", "undisturbed", "one_node", "finished", "furnished", "place", "run_dir")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers (`make test`), tests that share a run go to one of them, the slowest groups first."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+
+    def group(item: pytest.Item) -> tuple[int, str]:
+        for place, name in enumerate(RUNS):
+            if name in getattr(item, "fixturenames", ()):
+                return place, f"{item.path.parent.name}: {name}"
+        starts_ranks = item.path.parent.name in ("distributed", "faults", "launchers")
+        return len(RUNS) + (not starts_ranks), str(item.path)
+
+    items.sort(key=group)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return REPO
