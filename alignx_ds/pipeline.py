@@ -20,7 +20,7 @@ from alignx_ds.routing.router_report import router_report
 from alignx_ds.runs import outputs
 from alignx_ds.runtime import console, distributed, launcher, signals
 from alignx_ds.stages import align, finetune, fuse, scratch
-from alignx_ds.stages.context import StageContext
+from alignx_ds.stages.stage import StageContext
 
 Until = Literal["specialists", "align", "run"]
 
@@ -63,21 +63,21 @@ def run(
 
         if config.model.path == SCRATCH_MODEL:
             console.heading("Base model from scratch")
-            scratch.ensure(context, inputs.texts)
+            scratch.train_base(context, inputs.texts)
 
         console.heading("Stage 1: specialists")
-        specialists = finetune.specialists(context)
+        specialists = finetune.train_specialists(context)
         if until == "specialists":
             return 0
 
         console.heading("Stage 2: mixture of calibrated experts")
-        aligned = align.ensure(context, specialists)
+        aligned = align.train_aligned(context, specialists)
         if until == "align":
             return 0
 
         console.heading("Baselines")
-        fine_tunes = finetune.baselines(context)
-        fusions = fuse.fusions(context, specialists)
+        fine_tunes = finetune.train_baselines(context)
+        fusions = fuse.train_fusions(context, specialists)
 
         console.heading("Evaluation")
         systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))

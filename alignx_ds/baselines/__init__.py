@@ -1,1 +1,1 @@
-"""What AlignX is compared with: the same parts with other settings."""
+"""The methods that AlignX is compared with: merges of task vectors, and mixtures of whole FFNs."""

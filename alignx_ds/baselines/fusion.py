@@ -22,22 +22,22 @@ from torch.nn.functional import linear
 from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 
-ALL = 0  # top_k: every expert serves every token
+ALL = 0  # as top_k: every token goes to every expert
 GATE_STD = 0.02  # of the gate's first weights, as of any linear layer of the backbones
 GROUPED_MM: Any = getattr(functional, "grouped_mm", None)  # since torch 2.10
-FEW_TOKENS = 64  # up to here a CPU is faster with all experts in one GEMM; beyond, their activations leave its cache
-ALIGNMENT = 16  # bytes: what the grouped GEMM asks of every row of its operands
+FEW_TOKENS = 64  # up to here a CPU is faster with all experts in one GEMM; with more, activations exceed its cache
+ALIGNMENT = 16  # bytes: what the grouped GEMM requires of every row of its operands
 
 Block = TypeVar("Block", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class FusionSettings:
-    """How tokens use the experts: how many each, the softmax's temperature, and whether each expert has a learned γ."""
+    """In what the two fusions differ."""
 
-    top_k: int
-    temperature: float
-    scaled: bool
+    top_k: int  # experts of each token
+    temperature: float  # of the gate's softmax
+    scaled: bool  # whether each expert has a learned γ
 
 
 H3FUSION = FusionSettings(top_k=2, temperature=1.0, scaled=False)
@@ -47,8 +47,9 @@ TRINITYX = FusionSettings(top_k=ALL, temperature=0.7, scaled=True)  # the temper
 class FullExperts(nn.Module):
     """y = Σᵢ wᵢ γᵢ FFNᵢ(x), w the softmax of a token's gate logits, over its k best experts.
 
-    Every expert is a copy of its FFN, stacked with the others: [E, m, n] by projection. `logits` [N, E] are those of
-    the last forward pass in training; `forced`, when set, is the one expert that serves every token.
+    Every expert is a copy of its FFN, stacked with the others: [E, m, n] by projection, in the backbone's dtype. The
+    gate computes in fp32. `logits` [N, E] fp32 are those of the last forward pass in training. When `forced` is set,
+    every token goes to that expert alone. `grouped` chooses the faster of two executions of the same function.
     """
 
     def __init__(self, experts: list[FeedForward], settings: FusionSettings, grouped: bool = True) -> None:
@@ -85,7 +86,7 @@ class FullExperts(nn.Module):
         return mixed.view_as(x)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(weights, experts), each [N, k]; with every expert the weights [N, E] alone."""
+        """(weights, experts), each [N, k]; when every token goes to every expert, (weights [N, E], None)."""
         logits = linear(x.float(), self.gate.weight.float())
         self.logits = logits if self.training else None
         weights, chosen = (logits / self.settings.temperature).softmax(-1), None
@@ -112,7 +113,7 @@ class FullExperts(nn.Module):
         return [expert(number) for number in range(self.num_experts)]
 
     def _looped(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """H3Fusion's block: expert by expert, its tokens are looked up in a mask and its answers added in place."""
+        """H3Fusion's block: for each expert, its tokens are found by a mask, and its outputs are added in place."""
         mixed = torch.zeros_like(x)
         mask = functional.one_hot(chosen, self.num_experts).permute(2, 1, 0)  # [E, k, N]
         for number, expert in enumerate(self._experts()):
@@ -125,7 +126,7 @@ class FullExperts(nn.Module):
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def _sorted(self, x: Tensor, weights: Tensor, chosen: Tensor, at_once: bool) -> Tensor:
-        """Tokens in the order of their experts, through these, and back again."""
+        """Sort tokens by expert, apply each expert to its own, and put the outputs back in the tokens' order."""
         experts, order = chosen.flatten().sort(stable=True)  # [S]
         every = torch.arange(self.num_experts, device=x.device)
         ends = torch.searchsorted(experts, every, right=True, out_int32=True)  # [E]: where each expert's tokens end
@@ -146,7 +147,7 @@ class FullExperts(nn.Module):
         return projected + self.biases[name][experts] if name in self.biases else projected
 
     def _dense_at_once(self, x: Tensor, weights: Tensor) -> Tensor:
-        """The experts side by side are one wide FFN, whose activations the weights scale."""
+        """The experts side by side form one wide FFN; the weights scale its activations."""
         activated = self.activation(self._wide("gate", x)) * self._wide("up", x)  # [N, E f]
         activated = activated.unflatten(-1, (self.num_experts, -1)) * weights.unsqueeze(-1)
         mixed = weights @ self.biases["down"] if "down" in self.biases else torch.zeros_like(x)
@@ -160,7 +161,7 @@ class FullExperts(nn.Module):
 
 
 def _has_grouped_gemm(weight: Tensor) -> bool:
-    """Whether torch runs [E, m, n] as one grouped GEMM here; slices take its place elsewhere, e.g. fp32 on a GPU."""
+    """Whether torch has a grouped GEMM for these weights [E, m, n] here: not for fp32 on a GPU, for example."""
     kinds = (torch.bfloat16,) if weight.is_cuda else (torch.bfloat16, torch.float32)
     aligned = all(size * weight.element_size() % ALIGNMENT == 0 for size in weight.shape[1:])
     return GROUPED_MM is not None and weight.dtype in kinds and aligned
@@ -169,7 +170,7 @@ def _has_grouped_gemm(weight: Tensor) -> bool:
 def replace_ffns(
     model: nn.Module, table: Backbone, layers: list[int], make: Callable[[int, FeedForward], Block]
 ) -> dict[int, Block]:
-    """Put `make(layer, its FFN)` in the place of these layers' FFNs; returns what was put there, by layer."""
+    """Replace these layers' FFNs by `make(layer, its FFN)`, in place; returns the new blocks by layer."""
     made = {}
     for layer in layers:
         made[layer] = make(layer, table.view(table.ffn_of(model, layer)))
@@ -178,5 +179,5 @@ def replace_ffns(
 
 
 def fusion_layers(model: nn.Module) -> list[FullExperts]:
-    """The mixtures of a model, lowest first."""
+    """The model's mixtures, from the lowest layer to the highest."""
     return [m for m in model.modules() if isinstance(m, FullExperts)]

@@ -1,4 +1,4 @@
-"""What H3Fusion and TrinityX minimise beside the language model's loss.
+"""The losses of H3Fusion (arXiv 2411.17792) and TrinityX (arXiv 2509.08486) beside the language model's.
 
 Every term is a mean over all rows of a batch, so that none depends on the world size or on the accumulation steps.
 
@@ -19,15 +19,16 @@ from alignx_ds.config.schema import FusionConfig
 
 @dataclass(frozen=True)
 class FusionTerms:
-    """Unweighted. Entropy and the KL from uniform gates add up to log E: only their weights' difference counts."""
+    """fp32 scalars, unweighted. Entropy and `uniform` add up to log E: only the difference of their weights counts."""
 
-    lm: Tensor
-    gating: Tensor
-    drift: Tensor
-    entropy: Tensor
-    uniform: Tensor
+    lm: Tensor  # this micro batch's share of the mean NLL per answer token
+    gating: Tensor  # cross-entropy of a row's axis under its mean gates
+    drift: Tensor  # relative squared distance of the experts from where they started
+    entropy: Tensor  # of a token's gates
+    uniform: Tensor  # KL of a token's gates from uniform ones
 
     def total(self, weights: FusionConfig) -> Tensor:
+        """The weighted sum."""
         return (
             self.lm
             + weights.gating * self.gating
@@ -37,14 +38,15 @@ class FusionTerms:
         )
 
     def scalars(self) -> dict[str, float]:
+        """By name, to be logged."""
         return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
 
 
 def gate_terms(logits: Tensor, mask: Tensor, axes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the axis under a row's mean gates, mean entropy) of one layer's token gates [B, T, E].
+    """(cross-entropy of the axis under a row's mean gates, mean entropy of a token's gates), in nats, of one layer.
 
-    `mask` [B, T] tells real tokens from padding. `axes` [B] is each row's own expert, −1 for a row that no axis claims:
-    it has no expert here, so that it counts as a row without a gating loss.
+    `logits` [B, T, E]; `mask` [B, T] is 1 for real tokens and 0 for padding; `axes` [B] int64 is the expert of each
+    row's axis. It is −1 for a generalist row: there is no expert for it, so its gating loss is 0.
     """
     log_gates = (logits.float() / temperature).log_softmax(-1)
     real = mask.unsqueeze(-1).bool()
@@ -57,13 +59,14 @@ def gate_terms(logits: Tensor, mask: Tensor, axes: Tensor, temperature: float) -
 
 
 class Drift:
-    """‖θ − θ*‖²/‖θ*‖² of the experts' weights, θ* those that the fine-tune started from."""
+    """‖θ − θ*‖²/‖θ*‖² of the experts' weights; θ* are those at its construction, of which it keeps a copy."""
 
     def __init__(self, model: nn.Module) -> None:
         self.start = [w.detach().clone() for w in _weights(model)]
         self.size = sum(float(w.float().square().sum()) for w in self.start)
 
     def of(self, model: nn.Module) -> Tensor:
+        """fp32 scalar, of the model's weights as they are now."""
         moved = zip(_weights(model), self.start, strict=True)
         return torch.stack([(w.float() - start).square().sum() for w, start in moved]).sum() / self.size
 
@@ -73,7 +76,10 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def fusion_terms(layers: list[FullExperts], lm: Tensor, drift: Tensor, mask: Tensor, axes: Tensor) -> FusionTerms:
-    """The terms after a forward pass of rows with this mask [B, T]: means over the layers."""
+    """All terms, after the model's forward pass in training mode of rows with this mask [B, T]: means over the layers.
+
+    `lm` and `drift` are passed through; `axes` [B] as in `gate_terms`.
+    """
     per_layer = []
     for layer in layers:
         assert layer.logits is not None, "the gates' logits are kept in training only"

@@ -1,4 +1,4 @@
-"""Model merging: the specialists' whole task vectors become one change of the base model, and nothing is trained.
+"""Model merging: the specialists' task vectors are merged into one change of the base model, without training.
 
 Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099), layer by layer.
 Shapes: a task vector of one projection is [m, n] fp32; one per axis.
@@ -19,18 +19,20 @@ from alignx_ds.experts.task_vectors import projections, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 
-Merge = Callable[[list[Tensor], str], Tensor]  # of the axes' vectors of one weight, and that weight's name
+Merge = Callable[[list[Tensor], str], Tensor]  # takes the axes' vectors of one weight, and the weight's name
 
 
 def task_arithmetic(vectors: list[Tensor], scale: float) -> Tensor:
-    """scale · Σᵢ τᵢ."""
+    """scale · Σᵢ τᵢ (arXiv 2212.04089): vectors [m, n] -> [m, n]."""
     return scale * torch.stack(vectors).sum(0)
 
 
 def ties(vectors: list[Tensor], scale: float, density: float) -> Tensor:
-    """Trim each vector to its largest entries, elect each entry's sign by mass, average those that agree with it.
+    """TIES (arXiv 2306.01708): vectors [m, n] -> [m, n]. `density` is the share of entries that trimming keeps.
 
-    Trimmed tensor by tensor, so that one layer at a time is in memory; the paper ranks all entries of a vector at once.
+    Each vector is trimmed to its largest entries, each entry's sign is elected by mass, and the entries that agree with
+    it are averaged and scaled. Trimming goes tensor by tensor, so that one layer at a time is in memory; the paper
+    ranks all entries of a vector at once.
     """
     trimmed = torch.stack([_largest(v, density) for v in vectors])
     agrees = trimmed.sign() == trimmed.sum(0).sign()
@@ -46,7 +48,11 @@ def _largest(vector: Tensor, density: float) -> Tensor:
 
 
 def dare(vectors: list[Tensor], scale: float, density: float, seeds: list[int]) -> Tensor:
-    """Drop entries at random, each with probability 1 − density; rescale the rest by 1/density, and add them up."""
+    """DARE (arXiv 2311.03099): vectors [m, n] -> [m, n].
+
+    Every entry is dropped with probability 1 − density, the rest are rescaled by 1/density, and the vectors are added
+    up by task arithmetic. One seed per vector.
+    """
     sparse = []
     for vector, seed in zip(vectors, seeds, strict=True):
         drawn = torch.rand(vector.shape, generator=torch.Generator().manual_seed(seed))
@@ -55,7 +61,7 @@ def dare(vectors: list[Tensor], scale: float, density: float, seeds: list[int]) 
 
 
 def merge_of(name: str, c: BaselinesConfig, axes: list[str], seed: int) -> tuple[Merge, dict[str, Any]]:
-    """The merge of this name, and the settings that it depends on."""
+    """(the merge of this name, the settings that its result depends on); `axes` in the order of the vectors."""
 
     def dropped(vectors: list[Tensor], weight: str) -> Tensor:
         seeds = [zlib.crc32(f"{seed} {axis} {weight}".encode()) for axis in axes]  # no draw depends on another
@@ -74,7 +80,7 @@ def merge_of(name: str, c: BaselinesConfig, axes: list[str], seed: int) -> tuple
 
 @torch.no_grad()
 def add_merged(model: nn.Module, base: BaseModel, directories: list[Path], merge: Merge) -> None:
-    """θ₀ + the merged change, in place; one directory of task vectors per axis."""
+    """θ₀ + the merged change, in place, on the AlignX layers; one directory of task vectors per axis."""
     for layer in base.layers:
         vectors = [read_task_vector(directory, layer) for directory in directories]
         weights = projections(model, base.table, layer)

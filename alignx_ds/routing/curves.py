@@ -1,7 +1,7 @@
-"""What the router does while stage 2 trains it, as curves: how sure it is, whom it chooses, and what that costs.
+"""The router's metrics at every step of stage 2: entropy, gates and choices by expert, ECE, share of padding.
 
-The loop averages a step's figures over micro batches and ranks. So a micro batch gives sums, whose means are in
-proportion to the sums over the global batch, and the ratios are made of them last: they are those of all its prompts.
+The training loop averages a step's metrics over micro batches and ranks. A micro batch therefore gives sums
+(`RouterSums`): their means are in proportion to the sums over the global batch, and ratios are taken last.
 
 Shapes: B rows, T tokens, E experts, L gates.
 """
@@ -9,77 +9,73 @@ Shapes: B rows, T tokens, E experts, L gates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch import Tensor
 from torch.nn.functional import one_hot
 
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.routing.metrics import BINS, overconfidence
-from alignx_ds.training.keeper import Scribe
-
-SUM = "sum of router/"  # before the name of what the loop averages, and no curve shows
+from alignx_ds.routing.metrics import overconfidence
+from alignx_ds.training.metrics import RouterSums, StepMetrics
 
 
 @torch.no_grad()
-def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> dict[str, float]:
-    """Of the forward pass just made, which need not be repeated; two questions to the device.
+def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> RouterSums:
+    """Of the forward pass just made with this micro batch; no other is made.
 
-    A decision is a gate's about a row's prompt; a line of nothing but padding is no row.
+    Rows without a prompt token (padding lines) are left out. Two transfers from the device.
     """
-    asked = part.batch.prompt_mask.any(-1)  # [B]
-    decisions = torch.stack([d.probabilities().double() for d in model.routing.decisions.values()], dim=1)[asked]
+    has_prompt = part.batch.prompt_mask.any(-1)  # [B]
+    probabilities = [d.probabilities().double() for d in model.routing.decisions.values()]
+    decisions = torch.stack(probabilities, dim=1)[has_prompt]  # [B, L, E]
     gates, experts = decisions.flatten(0, 1), decisions.shape[-1]  # [B·L, E]
-    labels = part.experts[asked].repeat_interleave(decisions.shape[1])
+    labels = part.experts[has_prompt].repeat_interleave(decisions.shape[1])
     own, chosen = one_hot(labels, experts), one_hot(gates.argmax(-1), experts)
-    by_expert = {"gate": gates, "share": chosen, "rows": own, "own": own * chosen}
-    found: dict[str, Tensor] = {f"{kind}/{e}": t[:, e].sum() for kind, t in by_expert.items() for e in range(experts)}
-    found["decisions"] = torch.tensor(float(len(gates)), device=gates.device)
-    found["entropy"] = torch.special.entr(gates).sum()
-    found |= {f"overconfidence/{b}": gap for b, gap in enumerate(overconfidence(gates, labels))}
-    values = torch.stack([t.double() for t in found.values()]).tolist()
-    return {SUM + name: value for name, value in (*zip(found, values, strict=True), *_slots(model).items())}
+    by_expert = [t.sum(0).double() for t in (gates, chosen, own, own * chosen)]
+    columns = [torch.special.entr(gates).sum().view(1), *by_expert, overconfidence(gates, labels)]
+    numbers = iter(torch.cat(columns).tolist())
+    slots, empty_slots = _slots(model)
+    return RouterSums(
+        decisions=float(len(gates)),
+        entropy=next(numbers),
+        gates=list(islice(numbers, experts)),
+        chosen=list(islice(numbers, experts)),
+        rows=list(islice(numbers, experts)),
+        own=list(islice(numbers, experts)),
+        overconfidence=list(numbers),
+        slots=slots,
+        empty_slots=empty_slots,
+    )
 
 
-def _slots(model: AlignXForCausalLM) -> dict[str, float]:
-    """Of the expert-parallel dispatch of all layers; none where experts are not dispatched."""
+def _slots(model: AlignXForCausalLM) -> tuple[float, float]:
+    """(slots, empty slots) of the expert-parallel dispatch of all layers; zeros where experts are not dispatched."""
     dispatches = [m.dispatch for layer in alignx_layers(model) if isinstance(m := layer.mixture, ParallelMixture)]
-    return {
-        "slots": float(sum(d.slots for d in dispatches)),
-        "empty slots": sum(d.slots * d.padding_fraction for d in dispatches),
-    }
+    return float(sum(d.slots for d in dispatches)), float(sum(d.slots * d.padding_fraction for d in dispatches))
 
 
-@dataclass(frozen=True)
-class RouterCurves:
-    """A scribe that writes figures of the router where it is given `router_sums`, averaged over the step.
+def step_scalars(experts: list[str], metrics: StepMetrics) -> dict[str, float]:
+    """What is logged of a step of stage 2: loss and terms, and the router's metrics under router/; `experts` by id."""
+    return metrics.scalars() | (router_scalars(experts, metrics.router) if metrics.router else {})
 
-    An axis without rows in the step has no figure there; what was not finite gives none at all.
+
+def router_scalars(experts: list[str], sums: RouterSums) -> dict[str, float]:
+    """Entropy (nats), mean gate and share of decisions by expert, how often an expert's own rows choose it, ECE.
+
+    An expert without rows in the step has no value for its own rows; nothing is returned when gates are not finite.
     """
-
-    experts: list[str]
-    scribe: Scribe
-
-    def __call__(self, step: int, values: dict[str, float]) -> None:
-        sums = {name.removeprefix(SUM): value for name, value in values.items() if name.startswith(SUM)}
-        others = {name: value for name, value in values.items() if not name.startswith(SUM)}
-        self.scribe(step, others | self.figures(sums))
-
-    def figures(self, sums: dict[str, float]) -> dict[str, float]:
-        decisions = sums.get("decisions", 0.0)
-        if not decisions or "entropy" not in sums:
-            return {}
-        found = {"router/entropy": sums["entropy"] / decisions}
-        for e, name in enumerate(self.experts):
-            found[f"router/gate/{name}"] = sums[f"gate/{e}"] / decisions
-            found[f"router/share/{name}"] = sums[f"share/{e}"] / decisions
-            if rows := sums[f"rows/{e}"]:
-                found[f"router/own/{name}"] = sums[f"own/{e}"] / rows
-        found["router/ece"] = math.fsum(abs(sums[f"overconfidence/{b}"]) for b in range(BINS)) / decisions
-        if sums["slots"]:
-            found["router/padding"] = sums["empty slots"] / sums["slots"]
-        return found
+    if not sums.decisions or not math.isfinite(sums.entropy):
+        return {}
+    found = {"router/entropy": sums.entropy / sums.decisions}
+    for e, name in enumerate(experts):
+        found[f"router/gate/{name}"] = sums.gates[e] / sums.decisions
+        found[f"router/share/{name}"] = sums.chosen[e] / sums.decisions
+        if sums.rows[e]:
+            found[f"router/own/{name}"] = sums.own[e] / sums.rows[e]
+    found["router/ece"] = math.fsum(map(abs, sums.overconfidence)) / sums.decisions
+    if sums.slots:
+        found["router/padding"] = sums.empty_slots / sums.slots
+    return found

@@ -1,12 +1,11 @@
-"""H3Fusion and TrinityX: start from the specialists' FFNs, fine-tune on the same rows as stage 2, leave a directory.
+"""Train H3Fusion and TrinityX: they start from the specialists' FFNs and see the same rows as stage 2.
 
-Stage 2's own loop, engine and rows; the mixtures, their losses and what is trained are the baselines'.
+The mixtures themselves and their losses are in baselines/.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,80 +20,52 @@ from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
 from alignx_ds.config.parse import substance, to_dict
 from alignx_ds.config.schema import FUSIONS, FusionConfig, RunConfig
 from alignx_ds.data.batches import MicroBatch
-from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.experts.task_vectors import Changes, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import console, distributed
-from alignx_ds.stages.context import StageContext
+from alignx_ds.runtime import distributed
+from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
-from alignx_ds.training.keeper import Keeper, KeeperOf
-from alignx_ds.training.loop import StepLoss, micro_batches, train
+from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.loop import StepLoss
 from alignx_ds.training.losses import answer_nll
+from alignx_ds.training.metrics import MicroBatchLoss
 
 SETTINGS: dict[str, FusionSettings] = {"h3fusion": H3FUSION, "trinityx": TRINITYX}
 WEIGHTS = "mixtures.safetensors"  # the backbone's own weights are not saved again
 
 
-@dataclass(frozen=True)
-class FusionJob:
-    """One of the two by its name; `specialists` are the axes' directories, in the order of the experts."""
-
-    name: str
-    config: RunConfig
-    base: BaseModel
-    specialists: list[Path]
-    rows: LabelledExamples  # un-injected, of all axes and the generalist, as in stage 2
-    digests: dict[str, str]  # of the rows, by expert
-    directory: Path
-
-    @property
-    def stage(self) -> FusionConfig:
-        stage: FusionConfig = getattr(self.config.baselines, self.name)
-        return stage
-
-    def inputs(self) -> dict[str, Any]:
-        """Everything that the result depends on; the base and its layers come in through the specialists."""
-        settings = to_dict(self.config)
-        return {
-            "specialists": [manifest.read(directory)["fingerprint"] for directory in self.specialists],
-            "rows": self.digests,
-            "mixture": asdict(SETTINGS[self.name]),
-            "stage": substance(self.stage),
-            "deepspeed": engines.settings_of(self.stage.deepspeed, f"baselines.{self.name}.deepspeed"),
-            **{key: settings[key] for key in ("data", "model", "seed")},
-        }
+def train_fusions(context: StageContext, specialists: dict[str, Path]) -> dict[str, Path]:
+    """By name, the directories of those fusions that the recipe asks for. Collective."""
+    names = [name for name in FUSIONS if name in context.config.baselines.make]
+    return {name: train_fusion(context, name, list(specialists.values())) for name in names}
 
 
-def fusions(context: StageContext, specialists: dict[str, Path]) -> dict[str, Path]:
-    """Those fusions that the recipe asks for; their directories. Collective."""
-    directories = {name: context.out.baselines / name for name in FUSIONS if name in context.config.baselines.make}
-    for name, directory in directories.items():
-        data, of = context.data, list(specialists.values())
-        job = FusionJob(name, context.config, context.base, of, data.train, data.digests, directory)
-        ensure(job, context.keeper)
-    return directories
+def train_fusion(context: StageContext, name: str, specialists: list[Path]) -> Path:
+    """The fusion's directory, made unless it is there; `specialists` in the order of the experts. Collective."""
+    stage = Stage(name, f"baselines/{name}", context.out.baselines / name, provenance(context, name, specialists))
+    return ensure(stage, context, partial(_train, context, name, specialists))
 
 
-def ensure(job: FusionJob, keep: KeeperOf) -> None:
-    """Train the mixture unless a current one is there. Collective."""
-    inputs = job.inputs()
-    keeper = keep(f"baselines/{job.name}", inputs)
-    if distributed.on_main(lambda: manifest.is_current(job.directory, inputs)):
-        console.say(f"{job.name}: unchanged, reused from {job.directory}")
-    else:
-        model, losses = _train(job, keeper)
+def provenance(context: StageContext, name: str, specialists: list[Path]) -> dict[str, Any]:
+    """Everything that the result depends on; the base model and its layers are in the specialists' fingerprints."""
+    config, settings = settings_of(context.config, name), to_dict(context.config)
+    return {
+        "specialists": [manifest.read(directory)["fingerprint"] for directory in specialists],
+        "rows": context.data.digests,
+        "mixture": asdict(SETTINGS[name]),
+        "stage": substance(config),
+        "deepspeed": engines.settings_of(config.deepspeed, f"baselines.{name}.deepspeed"),
+        **{key: settings[key] for key in ("data", "model", "seed")},
+    }
 
-        def save() -> None:
-            shutil.rmtree(job.directory, ignore_errors=True)
-            job.directory.mkdir(parents=True)
-            save_file(_mixtures(model, job.base), job.directory / WEIGHTS)
-            manifest.write(job.directory, inputs, {"losses": losses})
 
-        distributed.on_main(save)
-    keeper.finish()
+def settings_of(config: RunConfig, name: str) -> FusionConfig:
+    """The recipe's section of this fusion."""
+    found: FusionConfig = getattr(config.baselines, name)
+    return found
 
 
 def load(name: str, base: BaseModel, directory: Path) -> PreTrainedModel:
@@ -141,22 +112,18 @@ def _specialist(ffn: FeedForward, change: Changes) -> FeedForward:
     return FeedForward(**projections, activation=ffn.activation)
 
 
-def _train(job: FusionJob, keeper: Keeper) -> tuple[nn.Module, list[float | None]]:
-    config, stage = job.config, job.stage
-    torch.manual_seed(config.seed)  # the gates' first weights, the same on every rank
-    model = assemble(job.base, job.specialists, SETTINGS[job.name])
-    freeze_trunk(model, stage)
+def _train(context: StageContext, name: str, specialists: list[Path], job: TrainingJob) -> dict[str, Any]:
+    config, base = settings_of(context.config, name), context.base
+    torch.manual_seed(context.config.seed)  # the gates' first weights, the same on every rank
+    model = assemble(base, specialists, SETTINGS[name])
+    freeze_trunk(model, config)
     model.to(distributed.device())
-    plan = engines.Plan.of(stage, config.model.dtype, stage.steps)
-    template = engines.read_template(stage.deepspeed, f"baselines.{job.name}.deepspeed")
-    filled = engines.fill(template, plan, distributed.world_size())
-    engine = engines.start(model, parameter_groups(model, stage), filled, plan)
-    batches = partial(micro_batches, job.rows, plan, pad_token(job.base.tokenizer), config.seed)
-    with console.progress(f"fuse {job.name}", plan.steps) as bar:
-        losses = train(engine, batches, step_loss(engine.module, stage), plan, bar, keeper)
-    trained = engine.module
-    engine.destroy()
-    return trained, losses
+    setup = set_up(context, config, f"baselines.{name}", config.steps)
+    groups, loss = parameter_groups(model, config), step_loss(model, config)
+    with trained(context, setup, model, groups, context.data.train, loss, job, title=f"fuse {name}") as (made, losses):
+        weights = context.out.baselines / name / WEIGHTS
+        distributed.on_main(lambda: save_file(_mixtures(made, base), weights))
+    return {"losses": losses}
 
 
 def freeze_trunk(model: nn.Module, stage: FusionConfig) -> None:
@@ -179,16 +146,17 @@ def parameter_groups(model: nn.Module, stage: FusionConfig) -> list[dict[str, An
 
 
 def step_loss(model: nn.Module, stage: FusionConfig) -> StepLoss:
+    """The fusion's weighted loss of one micro batch and its terms; drift is measured from the weights of now."""
     start = Drift(model) if stage.drift > 0 and stage.expert_lr_scale > 0 else None  # a copy of every expert
     layers = fusion_layers(model)
 
-    def loss(engine: Any, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
         b = part.batch
         output = engine(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
         lm = answer_nll(output.logits, b.labels) * part.lm_scale
         drift = start.of(engine.module) if start else lm.new_zeros(())
         axes = part.experts - 1  # no copy for the generalist, expert 0
         terms = fusion_terms(layers, lm, drift, b.attention_mask, axes)
-        return terms.total(stage), terms.scalars()
+        return MicroBatchLoss(terms.total(stage), terms.scalars())
 
     return loss

@@ -19,7 +19,7 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.routing.temperature import fit_temperature
-from alignx_ds.stages.align import first_of_each
+from alignx_ds.stages.calibrators import first_of_each_expert
 from alignx_ds.study.subject import Subject
 
 Terms = dict[int, dict[str, Tensor]]  # by gate layer and part: [N, E]
@@ -106,7 +106,7 @@ def routers_alone(model: AlignXForCausalLM, subject: Subject) -> dict[int, Tenso
 
     The stored one was trained to correct the calibrators; alone, it is not what a linear router can do.
     """
-    rows = first_of_each(subject.data.train, subject.config.gate.rows)
+    rows = first_of_each_expert(subject.data.train, subject.config.gate.rows)
     labels = np.array(rows.experts)
     found = {}
     for layer, z in _latents(model, rows, subject).items():

@@ -27,26 +27,34 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import randomness, state
 
-SHARD_BYTES = 1 << 30  # a rank's file is closed once it is as large; no more than that waits in memory
+SHARD_BYTES = 1 << 30  # a rank's file is closed at this size, and no more than that is held in memory
 PREFIX = "step_"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A whole checkpoint on disk."""
+
     path: Path
-    facts: dict[str, Any]  # of its manifest
+    facts: dict[str, Any]  # its manifest's content
 
     @property
     def step(self) -> int:
+        """How many optimizer steps had been made."""
         return int(self.facts["step"])
 
     @property
     def losses(self) -> list[float | None]:
+        """Of those steps; None for a skipped one."""
         return list(self.facts["losses"])
 
 
 def save(directory: Path, engine: Any, step: int, inputs: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write the engine's state as it is after `step`. Raises DataError on every rank. Collective."""
+    """Write the engine's state after `step` optimizer steps into a folder of `directory`, which it returns.
+
+    `inputs` is the job's provenance; `facts` go into the manifest. Raises the same DataError on every rank when any of
+    them can't write; then nothing is left behind. Collective.
+    """
     path = directory / f"{PREFIX}{step:08d}"
     unfinished = directory / f".{path.name}.partial"
     _together(unfinished, lambda: _clear(unfinished), only_main=True)
@@ -58,9 +66,9 @@ def save(directory: Path, engine: Any, step: int, inputs: dict[str, Any], facts:
 
 
 def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
-    """The newest whole checkpoint of a job with these inputs. Collective.
+    """The newest whole checkpoint of a job with these inputs; None where there is none. Collective.
 
-    Others are named and set aside: damaged ones, and what was made from other inputs.
+    Damaged checkpoints, and those made from other inputs, are renamed so that they no longer count, with a warning.
     """
     wanted = manifest.fingerprint(inputs)
     for path in distributed.on_main(lambda: _present(directory)):
@@ -78,14 +86,18 @@ def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
 
 
 def _set_aside(path: Path, why: str) -> None:
-    """It may be looked at until the job has ended, but counts no more."""
+    """Rename it, so that it no longer counts; it stays there to be inspected until the job ends."""
     aside = path.with_name(f".{path.name}.{why}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
 
 
 def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
-    """Put a checkpoint's state into a fresh engine, at whatever world size and ep_size. Collective."""
+    """Put a checkpoint's state into a fresh engine, whose world size, ZeRO stage and ep_size may differ. Collective.
+
+    At the same world size every rank's random number generators are restored too; at another one they are seeded
+    from `seed` and the step.
+    """
     index: dict[str, Path] = {}
     for path in sorted(checkpoint.path.glob("rank*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -105,7 +117,7 @@ def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Leave the newest `keep` and the one with the lowest loss. On rank 0."""
+    """Remove all but the newest `keep` checkpoints and the one with the lowest loss. On rank 0 alone."""
     whole = [(path, found) for path in _present(directory) if isinstance(found := _read(path), dict)]
     losses = {path: found["loss"] for path, found in whole if found["loss"] is not None}
     kept = {path for path, _ in whole[:keep]} | ({min(losses, key=losses.__getitem__)} if losses else set())
@@ -120,7 +132,7 @@ def _present(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | str:
-    """Its manifest, or what is wrong with it."""
+    """The content of its manifest, or what is wrong with it."""
     try:
         return manifest.read(path)
     except DataError as error:
@@ -128,13 +140,13 @@ def _read(path: Path) -> dict[str, Any] | str:
 
 
 def _damage(path: Path, files: dict[str, str]) -> str:
-    """The first thing that is wrong with the files, looked at by all ranks in shares. Collective."""
+    """What is wrong with the first damaged file; every rank checks its share of the files. Collective."""
     damages = [manifest.damage(path, name, files[name]) for name in distributed.rank_share(sorted(files))]
     return next((d for share in distributed.gather(damages) for d in share if d), "")
 
 
 def _together(directory: Path, work: Callable[[], None], *, only_main: bool = False) -> None:
-    """Do it everywhere, or on rank 0; if any rank can't write, all raise the same DataError, and nothing is left."""
+    """Do `work` on all ranks, or on rank 0. If any can't write, all raise the same DataError, without leftovers."""
     problem = ""
     if not only_main or distributed.is_main():
         try:
@@ -156,7 +168,10 @@ def _clear(directory: Path) -> None:
 
 
 def _write(directory: Path, engine: Any) -> None:
-    """This rank's share, in files of bounded size. After an error the other ranks' collectives are still served."""
+    """Write this rank's share of the state, in files of bounded size.
+
+    After an error the remaining tensors are still gathered, because the other ranks wait for this one.
+    """
     tensors = state.gather(engine)
     try:
         for number, shard in enumerate(_shards(tensors)):

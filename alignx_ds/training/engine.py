@@ -1,4 +1,7 @@
-"""A DeepSpeed engine from a JSON file whose "auto" values are filled from the recipe."""
+"""A DeepSpeed engine from a JSON file whose "auto" values are filled from the recipe.
+
+https://www.deepspeed.ai/docs/config-json describes the file; transformers' Trainer uses "auto" in the same way.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
 AUTO = "auto"
-MERELY_HOW = frozenset(
+EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and logged: the result is the same
     {
         "zero_optimization",
         "zero_allow_untested_optimizer",
@@ -34,28 +37,30 @@ MERELY_HOW = frozenset(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training stage asks of its engine."""
+    """The numbers of one training stage."""
 
-    lr: float
-    batch: int
-    accumulation: int
-    steps: int
+    lr: float  # at its peak
+    batch: int  # rows of an optimizer step, over all ranks
+    accumulation: int  # micro batches of a rank in an optimizer step
+    steps: int  # optimizer steps
     warmup_steps: int
-    weight_decay: float
-    clip: float
-    bf16: bool
+    weight_decay: float  # of matrices
+    clip: float  # greatest norm of the gradient
+    bf16: bool  # bf16 weights with fp32 masters; otherwise fp32
 
     @classmethod
     def of(cls, stage: OptimizerConfig, dtype: str, steps: int) -> Plan:
+        """Of the recipe's section of a stage, and the recipe's `model.dtype`."""
         shared = {f.name for f in fields(OptimizerConfig)} & {f.name for f in fields(cls)}
         return cls(**{name: getattr(stage, name) for name in shared}, steps=steps, bf16=dtype == "bfloat16")
 
     def micro_batch(self, world_size: int) -> int:
+        """Rows of one rank's micro batch; the recipe's check has made sure that the batch divides."""
         return self.batch // (world_size * self.accumulation)
 
 
 def steps_of(stage: TrainConfig, rows: int) -> int:
-    """How many optimizer steps a fine-tune on so many rows takes: as many as its epochs need, unless it names them."""
+    """Optimizer steps of a fine-tune on so many rows: `stage.steps`, or when that is 0 what its epochs need."""
     return stage.steps or max(1, math.ceil(stage.epochs * rows / stage.batch))
 
 
@@ -79,14 +84,17 @@ def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
 
 
 def unfilled(template: dict[str, Any]) -> list[str]:
-    """Where the template says "auto" and nothing knows the value."""
+    """Dotted paths of the template's "auto" values that the recipe has no value for."""
     places: list[str] = []
     _replace_auto(template, "", places.append)
     return [path for path in places if path not in FILLED]
 
 
 def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any]:
-    """The template with every "auto" replaced; a value that is not "auto" is left as the user wrote it."""
+    """A copy of the template with every "auto" replaced; other values stay as the user wrote them.
+
+    Raises ConfigError naming every "auto" that can't be filled.
+    """
     places = unfilled(template)
     if places:
         fix = f"write a value; only {', '.join(FILLED)} can be {AUTO}"
@@ -97,7 +105,7 @@ def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any
 
 
 def read_template(path: str, key: str) -> dict[str, Any]:
-    """The DeepSpeed JSON of a stage. Raises ConfigError under the given key."""
+    """The DeepSpeed JSON of a stage. Raises ConfigError under the recipe's `key` when it is no JSON object."""
     try:
         template = json.loads(resolve(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -113,18 +121,22 @@ def read_template(path: str, key: str) -> dict[str, Any]:
 
 
 def settings_of(path: str, key: str) -> dict[str, Any]:
-    """What a job's result depends on of its DeepSpeed JSON: not how the work is spread, sharded and logged."""
-    return {name: value for name, value in read_template(path, key).items() if name not in MERELY_HOW}
+    """Those settings of a stage's DeepSpeed JSON that its result depends on. Raises ConfigError as `read_template`."""
+    return {name: value for name, value in read_template(path, key).items() if name not in EXECUTION_ONLY}
 
 
 def resolve(path: str) -> Path:
-    """A path as given, or else relative to the project, so recipes work from any directory."""
+    """The path as given where it exists, otherwise below the project: shipped recipes work from any directory."""
     given = Path(path)
     return given if given.exists() else Path(__file__).parents[2] / path
 
 
 def schedule(plan: Plan) -> Any:
-    """Linear warm-up, then a cosine to a tenth; a factory, so that each parameter group keeps its own rate."""
+    """A function that gives an optimizer its schedule: linear warm-up to the peak, then a cosine to a tenth of it.
+
+    The first step has 1/warmup_steps of the peak, the last warm-up step all of it. Every parameter group scales its
+    own rate. (transformers' get_cosine_with_min_lr_schedule_with_warmup begins at 0, a step without effect.)
+    """
 
     def factor(step: int) -> float:
         if step < plan.warmup_steps:
@@ -136,17 +148,21 @@ def schedule(plan: Plan) -> Any:
 
 
 def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], plan: Plan) -> Any:
-    """`deepspeed.initialize` with the filled config, our schedule and these parameter groups."""
+    """A DeepSpeed engine of the model: the filled config, the plan's schedule, these parameter groups. Collective."""
     engine, *_ = load_deepspeed().initialize(
         model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False
     )
-    # Off unless fp16, and then a NaN goes into the weights; with experts apart the ranks would not even agree on it.
+    # DeepSpeed checks gradients for NaN under fp16 alone. Without the check NaN goes into the weights, and with expert
+    # parallelism into those of some ranks only.
     engine.optimizer.check_grad_overflow = True
     return engine
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only. Empty groups are left out: DeepSpeed fails on them."""
+    """The optimizer's parameter groups of the trainable parameters: matrices with weight decay, vectors without.
+
+    Empty groups are left out: DeepSpeed fails on them.
+    """
     trained = [p for _, p in named if p.requires_grad]
 
     def is_matrix(p: nn.Parameter) -> bool:

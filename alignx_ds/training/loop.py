@@ -1,9 +1,11 @@
-"""The one training loop: both stages and every baseline run through `train`."""
+"""The one training loop, which all stages and baselines share, and the micro batches that it is fed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,24 +15,25 @@ from torch import Tensor
 from alignx_ds.data.batches import MicroBatch, collate, pack
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches, share
+from alignx_ds.errors import Stopped
 from alignx_ds.runtime import distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
-from alignx_ds.training.keeper import Keeper
+from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.metrics import Losses, MicroBatchLoss, StepMetrics, step_metrics
 
-STOP = "stop"  # whether a rank was asked to end travels with the step's figures
-
-
-StepLoss = Callable[[Any, MicroBatch], tuple[Tensor, dict[str, float]]]
-Batches = Callable[[int], Iterator[list[MicroBatch]]]  # from the number of steps already made
+StepLoss = Callable[[Any, MicroBatch], MicroBatchLoss]  # takes the engine
+Batches = Callable[[int], Iterator[list[MicroBatch]]]  # takes the number of steps already made
 
 
 def micro_batches(
     rows: LabelledExamples, plan: Plan, pad_id: int, seed: int, start: int = 0, *, packed: bool = False
 ) -> Iterator[list[MicroBatch]]:
-    """For each optimizer step after `start`, this rank's micro batches. The global batch is the same at any world size.
+    """For each optimizer step after the first `start`, this rank's micro batches, on this rank's device.
 
-    Packed, several rows share a line: less padding, the same loss; not for steps that route each row by itself.
+    The rows of a global batch depend on the seed and the step alone, not on the world size. `pad_id` is the padding
+    token's id. With `packed`, several rows share a line of the batch: less padding and the same loss, but only for a
+    model that does not route each row by itself.
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
@@ -49,51 +52,52 @@ def micro_batches(
 
 
 def train(
-    engine: Any, batches: Batches, step_loss: StepLoss, plan: Plan, progress: Progress, keeper: Keeper
-) -> list[float | None]:
-    """Run the plan, from where the keeper's checkpoint left off.
+    engine: Any, batches: Batches, step_loss: StepLoss, plan: Plan, progress: Progress, job: TrainingJob
+) -> Losses:
+    """Make the optimizer steps of the plan, from where the job's newest checkpoint leaves off. Collective.
+
+    `engine` is a DeepSpeed engine. `batches` yields this rank's micro batches, step by step. `step_loss` runs the
+    forward pass of one micro batch.
 
     Returns the loss of every step, averaged over micro batches and ranks; None for a step that was skipped because
-    its loss or gradient was not finite. Raises Stopped when a signal has asked for the end.
+    its loss or gradient was not finite. Raises Stopped, after a checkpoint, when a signal has asked for the end, and
+    DataError when a step is not finite and may not be skipped.
     """
     engine.train()
-    losses = keeper.restore(engine)
+    losses = job.checkpoints.restore(engine) if job.checkpoints else []
     progress.advance(by=len(losses))
     for parts in batches(len(losses)):
-        each, terms = [], dict[str, float]()
+        outputs = []
         for part in parts:
-            loss, logged = step_loss(engine, part)
-            engine.backward(_marked(loss))
+            output = step_loss(engine, part)
+            engine.backward(_spread_nonfinite(output.loss))
             engine.step()
-            each.append(float(loss.detach()))
-            for name, value in logged.items():
-                terms[name] = terms.get(name, 0.0) + value / len(parts)
-        asked = {STOP: float(signals.stop_requested())}
-        mean = _mean_over_ranks({"loss": sum(each) / len(parts), **terms, **asked})
-        stop = mean.pop(STOP) > 0
+            outputs.append(replace(output, loss=output.loss.detach()))
+        metrics, stop = step_metrics(outputs, stop=signals.stop_requested())
         applied = engine.was_step_applied()
-        losses.append(mean["loss"] if applied else None)
+        losses.append(metrics.loss if applied else None)
         if not applied:
-            keeper.not_finite(engine, losses, _suspects(parts, each))
-        keeper.after_step(engine, losses, mean, plan.steps, stop)
-        progress.advance(f"loss {mean['loss']:.3f}")
+            job.nonfinite.handle(job.name, losses, _suspects(parts, outputs), partial(job.save, engine, losses[:-1]))
+        _log(job, len(losses), metrics)
+        if job.checkpoints:
+            job.checkpoints.after_step(engine, losses, stop=stop)
+        if stop:
+            raise Stopped(f"{job.name}, after step {len(losses)} of {plan.steps}")
+        progress.advance(f"loss {metrics.loss:.3f}")
     return losses
 
 
-def _marked(loss: Tensor) -> Tensor:
-    """A loss that is not finite makes all its gradients so, and DeepSpeed's own check skips the step on every rank."""
+def _log(job: TrainingJob, step: int, metrics: StepMetrics) -> None:
+    values = job.scalars(metrics).items()
+    job.log(step, {name: value for name, value in values if math.isfinite(value)})
+
+
+def _spread_nonfinite(loss: Tensor) -> Tensor:
+    """NaN for a loss that is not finite: all its gradients become NaN, so DeepSpeed skips the step on every rank."""
     return loss if bool(torch.isfinite(loss)) else loss * math.nan
 
 
-def _suspects(parts: list[MicroBatch], losses: list[float]) -> list[MicroBatch]:
+def _suspects(parts: list[MicroBatch], outputs: list[MicroBatchLoss]) -> list[MicroBatch]:
     """This rank's micro batches with a loss that is not finite; where no rank has one, all of them."""
-    found = [part for part, loss in zip(parts, losses, strict=True) if not math.isfinite(loss)]
+    found = [p for p, output in zip(parts, outputs, strict=True) if not math.isfinite(float(output.loss))]
     return found if any(distributed.gather(bool(found))) else parts
-
-
-def _mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    if distributed.world_size() == 1:
-        return values
-    stacked = torch.tensor(list(values.values()), device=distributed.device())
-    torch.distributed.all_reduce(stacked)
-    return dict(zip(values, (stacked / distributed.world_size()).tolist(), strict=True))

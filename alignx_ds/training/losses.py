@@ -1,5 +1,5 @@
-"""What the stages minimise. Every term is a sum over rows or tokens with a global normaliser, so that no term depends
-on the world size or on the accumulation steps.
+"""The losses of fine-tuning and of stage 2. Every term has a global normaliser, so that none depends on the world size
+or on the number of accumulation steps.
 
 Shapes: B rows, T tokens, V vocabulary, E experts.
 """
@@ -18,34 +18,39 @@ from alignx_ds.data.batches import IGNORED, MicroBatch
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.training.metrics import MicroBatchLoss
 
 
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the answer tokens, fp32 scalar: logits [B, T, V], labels [B, T]."""
+    """Summed negative log-likelihood (nats) of the answer tokens: logits [B, T, V], labels [B, T] int64 -> fp32 scalar.
+
+    The logits at a position predict the label of the next one; labels outside the answers are IGNORED.
+    """
     shifted = logits[:, :-1].float().flatten(0, 1)
     return functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def language_loss(engine: Any, part: MicroBatch) -> tuple[Tensor, dict[str, float]]:
-    """This part's share of the mean NLL over the step's answer tokens, of padded or packed rows."""
+def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
+    """This micro batch's share of the step's mean NLL per answer token (nats), of padded or packed rows."""
     b = part.batch
     packed = b.position_ids is not None
     where = {"position_ids": b.position_ids} if packed else {"attention_mask": b.attention_mask}
     output = engine(input_ids=b.input_ids, use_cache=False, **where)
-    return answer_nll(output.logits, b.labels) * part.lm_scale, {}
+    return MicroBatchLoss(answer_nll(output.logits, b.labels) * part.lm_scale)
 
 
 @dataclass(frozen=True)
 class AlignTerms:
-    """The terms of stage 2's loss, each a mean over rows (or answer tokens), unweighted."""
+    """The terms of stage 2's loss, fp32 scalars, unweighted; all but `lm` are means over the rows of a micro batch."""
 
-    lm: Tensor
-    gating: Tensor
-    drift: Tensor
-    entropy: Tensor
-    prior: Tensor
+    lm: Tensor  # this micro batch's share of the mean NLL per answer token
+    gating: Tensor  # cross-entropy of the axis labels, mean over the gates
+    drift: Tensor  # ‖ỹ − y‖²/‖y‖² of the output calibrations, mean over the layers
+    entropy: Tensor  # of the gates
+    prior: Tensor  # KL of the gates from the calibrators' own
 
     def total(self, weights: AlignConfig) -> Tensor:
+        """The weighted sum."""
         return (
             self.lm
             + weights.gating * self.gating
@@ -55,15 +60,17 @@ class AlignTerms:
         )
 
     def scalars(self) -> dict[str, float]:
+        """By name, to be logged."""
         return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
 
 
 def gating_terms(
     gate: CalibratedGate, query: Query, decision: Decision, experts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, means over rows.
+    """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, in nats.
 
-    Of B rows; experts [B] int64 (the expert that each row belongs to).
+    Each is a mean over B rows; `experts` [B] int64 is the expert that each row belongs to. The calibrators' own gates
+    are the softmax of all terms of the gate but the trained linear one.
     """
     log_gates = decision.logits.log_softmax(-1)
     gates = log_gates.exp()
@@ -77,7 +84,11 @@ def gating_terms(
 def align_terms(
     model: AlignXForCausalLM, logits: Tensor, labels: Tensor, experts: Tensor, lm_scale: float
 ) -> AlignTerms:
-    """Stage 2's terms after a forward pass. `lm_scale` turns the summed NLL into the global mean over tokens."""
+    """Stage 2's terms, after the model's forward pass of B rows.
+
+    logits [B, T, V], labels [B, T] and experts [B] int64; `lm_scale` turns the summed NLL into its share of the step's
+    mean over answer tokens. The gates' decisions and the drifts are those that the forward pass left in the model.
+    """
     layers, routing = alignx_layers(model), model.routing
     per_gate = [
         gating_terms(layer.gate, routing.queries[layer.gate_layer], routing.decisions[layer.gate_layer], experts)

@@ -14,7 +14,7 @@ from alignx_ds.runtime import distributed
 
 
 def seed(number: int, step: int = 0) -> None:
-    """Another stream for each rank and each step that a job starts or goes on at."""
+    """Seed Python's, numpy's and torch's generators from `number`, the step that a job starts at, and the rank."""
     mixed = int(np.random.SeedSequence([number, step, distributed.rank()]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
@@ -22,7 +22,7 @@ def seed(number: int, step: int = 0) -> None:
 
 
 def save(directory: Path) -> None:
-    """This rank's generators, as rng-RANK.safetensors."""
+    """Write the state of this rank's generators to rng-RANK.safetensors."""
     version, words, _ = random.getstate()
     legacy = np.random.get_state(legacy=False)
     assert version == 3 and isinstance(legacy, dict)
@@ -38,6 +38,7 @@ def save(directory: Path) -> None:
 
 
 def load(directory: Path) -> None:
+    """Restore this rank's generators from what `save` wrote at the same world size."""
     tensors = load_file(_path(directory))
     random.setstate((3, tuple(tensors["python"].tolist()), None))
     *key, position = tensors["numpy"].tolist()

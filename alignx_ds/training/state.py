@@ -1,8 +1,8 @@
-"""An engine's training state in a form that knows no ranks: whole fp32 tensors under canonical names.
+"""An engine's training state in a form that does not depend on the ranks: whole fp32 tensors, canonical names.
 
-A parameter's canonical name is its own; an expert's holds its *global* id, whatever rank hosts it. So what was saved
-at one world size, ZeRO stage or ep_size is restored at any other. Frozen parameters are not part of it: they are what
-the job started from.
+The canonical name of an expert's parameter holds the expert's *global* id, whatever rank hosts it; any other
+parameter's is its own name. So a state that was saved at one world size, ZeRO stage or ep_size can be restored at any
+other. Frozen parameters are not part of it: they are what the job started from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained parameter of this rank: its canonical name, and which rank of those that hold it writes it down."""
+    """A trained parameter of this rank, its canonical name, and whether this rank saves it for all that hold it."""
 
     name: str
     parameter: nn.Parameter
@@ -31,7 +31,10 @@ class Trained:
 
 
 def gather(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """("kind/name", whole fp32 tensor on the CPU) of those that this rank writes, one at a time. Collective."""
+    """Yields ("kind/name", whole fp32 tensor on the CPU) of what this rank saves, one at a time. Collective.
+
+    The kinds are "weight" (the fp32 master) and the optimizer's, e.g. "exp_avg".
+    """
     kinds, parameters = _kinds(engine), load_deepspeed().utils
     _link(engine.optimizer)
     for trained in _trained(engine.module):
@@ -45,7 +48,7 @@ def gather(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def facts(engine: Any) -> dict[str, Any]:
-    """Everything of the state that is not a tensor per parameter."""
+    """The rest of the state, for a manifest: the optimizer's scalars, the engine's counters, the schedule's step."""
     state = engine.optimizer.optimizer.state.get(_partitions(engine)[0], {})
     scalars = {k: [float(v), torch.is_tensor(v)] for k, v in state.items() if k not in _kinds(engine)}
     return {
@@ -57,7 +60,7 @@ def facts(engine: Any) -> dict[str, Any]:
 
 
 def restore(engine: Any, saved: dict[str, Any], read: Callable[[str], Tensor]) -> None:
-    """Put `facts` and the tensors, as `read` finds them by "kind/name", into a fresh engine. Collective."""
+    """Put a state into a fresh engine: `saved` are its `facts`, `read` finds a tensor by "kind/name". Collective."""
     zero, kinds = engine.optimizer, list(saved["kinds"])
     for partition in _partitions(engine):
         state = zero.optimizer.state[partition]
@@ -124,8 +127,8 @@ def _kinds(engine: Any) -> list[str]:
 
 
 def _link(zero: Any) -> None:
-    """Show every parameter its part of the flat state. DeepSpeed does it after the first group's first step, too early
-    for the groups after it."""
+    """Link every parameter to its part of the flat state. DeepSpeed does so after the first step of the first parameter
+    group, which is too early for the other groups."""
     if not _is_sharded(zero):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -161,7 +164,7 @@ def _refresh_shards(zero: Any) -> None:
 
 
 def _fast_forward(engine: Any, scheduled: int) -> None:
-    """By the formula, not by stored rates: parameter groups are split otherwise at another ep_size."""
+    """Set the schedule's step, and compute the rates anew: at another ep_size the parameter groups differ."""
     scheduler = engine.lr_scheduler
     scheduler.last_epoch = scheduled
     scheduler._step_count = scheduled + 1

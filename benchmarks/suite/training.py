@@ -22,7 +22,7 @@ from alignx_ds.runtime import distributed
 from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align
 from alignx_ds.training import engine as engines
-from alignx_ds.training.keeper import Keeper
+from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss, micro_batches, train
 from suite.systems import AXES, Setting, alignx
 
@@ -60,16 +60,15 @@ class Trainee:
     step_loss: StepLoss
     rows: LabelledExamples
     packed: bool
-    keeper: Any = None  # what makes transformers shard; forgotten with the engine
+    zero3: Any = None  # while it is alive, transformers shards the models that it makes
 
     def stream(self) -> Iterator[list[MicroBatch]]:
         return micro_batches(self.rows, self.plan, PAD, SEED, packed=self.packed)
 
     def steps(self, stream: Iterator[list[MicroBatch]], count: int) -> list[float | None]:
         """So many optimizer steps of the project's own loop."""
-        return train(
-            self.engine, lambda start: islice(stream, count), self.step_loss, self.plan, Progress(), Keeper("benchmark")
-        )
+        job = TrainingJob("benchmark")
+        return train(self.engine, lambda start: islice(stream, count), self.step_loss, self.plan, Progress(), job)
 
     def with_batch(self, batch: int) -> Trainee:
         """The same engine on steps of so many rows; its JSON's sizes are for DeepSpeed's own reports only."""
@@ -77,7 +76,7 @@ class Trainee:
 
     def close(self) -> None:
         self.engine.destroy()
-        self.keeper = None
+        self.zero3 = None
 
 
 def tokens(steps: list[list[MicroBatch]]) -> int:
@@ -99,7 +98,7 @@ def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> T
     template = engines.read_template(config.deepspeed, "train.deepspeed")
     template["zero_optimization"]["stage"] = zero
     filled = engines.fill(template, plan, distributed.world_size())
-    keeper = HfDeepSpeedConfig(filled)
+    zero3 = HfDeepSpeedConfig(filled)
     torch.manual_seed(SEED)
     with torch.device(setting.device):
         model = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
@@ -108,7 +107,7 @@ def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> T
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     engine = engines.start(model, engines.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
-    return Trainee(engine, plan, language_loss, rows, True, keeper)
+    return Trainee(engine, plan, language_loss, rows, True, zero3)
 
 
 def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int) -> Trainee:
@@ -122,7 +121,7 @@ def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int) -
     align.make_expert_groups(ep_size)
     filled = engines.fill(template, plan, distributed.world_size())
     engine = engines.start(model, align.parameter_groups(model, config), filled, plan)
-    return Trainee(engine, plan, align._step_loss(config), rows, False)
+    return Trainee(engine, plan, align.step_loss(config), rows, False)
 
 
 def _plan(config: TrainConfig | AlignConfig, setting: Setting) -> engines.Plan:

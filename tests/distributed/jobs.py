@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ import deepspeed
 import torch
 from problems import (
     ALIGNX_LAYERS,
+    CALIBRATION_ROWS,
     EXAMPLES,
     EXPERTS,
-    KEPT_BACK,
     LABELS,
     LOPSIDED,
     MODES,
@@ -30,39 +29,38 @@ from problems import (
     cotangents,
     dense_parameters,
     fine_tune_config,
-    fusion_config,
+    fine_tune_context,
+    fusion_context,
     lopsided_steps,
     mixture,
     spoken,
     whole_stage_config,
 )
 from safetensors.torch import load_file
+from stage_contexts import stage_context
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import share
-from alignx_ds.experts.task_vectors import add_task_vector, task_vectors
+from alignx_ds.errors import Stopped
+from alignx_ds.experts.task_vectors import add_task_vector, layer_file, task_vectors
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
-from alignx_ds.routing.curves import RouterCurves
+from alignx_ds.routing.curves import step_scalars
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import distributed
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import distributed, signals
 from alignx_ds.runtime.console import Progress
-from alignx_ds.stages import align, finetune
-from alignx_ds.stages import fuse as fusion_training
+from alignx_ds.stages import align, finetune, fuse
 from alignx_ds.training import engine, loop
-from alignx_ds.training.keeper import Keeper
+from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.losses import language_loss
-
-
-def no_keeping(name: str, made_from: dict[str, Any]) -> Keeper:
-    return Keeper(name, made_from)
-
+from alignx_ds.training.metrics import MicroBatchLoss
 
 RANK, WORLD = distributed.rank(), distributed.world_size()
 
@@ -146,7 +144,7 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
     norms: list[float] = []
     curves: list[dict[str, float]] = []
 
-    def scribe(step: int, values: dict[str, float]) -> None:
+    def log(step: int, values: dict[str, float]) -> None:
         norms.append(float(made.get_global_grad_norm()))
         curves.append(values)
 
@@ -155,9 +153,9 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
         batches: loop.Batches = lambda start: forced_rows  # noqa: E731
     else:
         batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
-    loss = forced_loss(config) if forced else align._step_loss(config)
-    keeper = Keeper("steps", scribe=RouterCurves(NAMES, scribe))
-    losses = loop.train(made, batches, loss, plan, Progress(), keeper)
+    loss = forced_loss(config) if forced else align.step_loss(config)
+    job = TrainingJob("steps", log=log, scalars=partial(step_scalars, NAMES))
+    losses = loop.train(made, batches, loss, plan, Progress(), job)
     state = made.module.fused_state()
     generalists = [layer.mixture.factors()[0] for layer in alignx_layers(made.module)]
     sides = [t for g in generalists for t in (*g.down.values(), *g.up.values())]
@@ -167,11 +165,12 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
     return {"losses": losses, "norms": norms, "curves": curves, "weights": weights, "generalist": generalist}
 
 
-def forced_loss(config: Any) -> Callable[[Any, loop.MicroBatch], tuple[torch.Tensor, dict[str, float]]]:
-    def loss(made: Any, part: loop.MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+def forced_loss(config: Any) -> loop.StepLoss:
+    def loss(made: Any, part: loop.MicroBatch) -> MicroBatchLoss:
         b, overruled = part.batch, torch.nn.functional.one_hot(part.experts, EXPERTS).float()
         logits = made(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
-        return align.align_terms(made.module, logits, b.labels, part.experts, part.lm_scale).total(config.align), {}
+        terms = align.align_terms(made.module, logits, b.labels, part.experts, part.lm_scale)
+        return MicroBatchLoss(terms.total(config.align))
 
     return loss
 
@@ -181,34 +180,44 @@ def whole_stage(out: Path) -> dict[str, Any]:
     found = {}
     for ep_size in (1, 2)[:WORLD]:
         config = whole_stage_config(out / "base", ep_size)
-        job = align.AlignJob(config, BaseModel(config.model), low_rank_experts(base_model()), STAGE_ROWS, KEPT_BACK)
+        context = stage_context(config, Outputs(out / "whole_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
         curves: list[dict[str, float]] = []
-        keeper = Keeper("stage2", scribe=lambda step, values, curves=curves: curves.append(values))
-        model, losses = align.align(job, lambda name, made_from, keeper=keeper: keeper, {})
+        job = TrainingJob("stage2", log=lambda step, values, curves=curves: curves.append(values))
+        model, losses = align.train_mixture(context, low_rank_experts(base_model()), job)
         found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses, "curves": curves}
     return found
 
 
-def workshop(out: Path, name: str, lr: float = 0.01) -> finetune.Workshop:
-    config = fine_tune_config(out / "base", lr)
-    return finetune.Workshop(
-        config,
-        BaseModel(config.model),
-        out / name,
-        {"a": EXAMPLES, "b": EXAMPLES[::-1]},
-        {"a": "1", "b": "2"},
-        no_keeping,
-    )
-
-
 def fine_tune(out: Path) -> dict[str, Any]:
-    """Stage 1's own job; what it leaves on disk is read by the tests."""
-    shop = workshop(out, f"shop{WORLD}")
-    finetune.ensure(finetune.Job("a", ("a",), is_expert=True), shop)
-    finetune.ensure(finetune.Job("then_b", ("b",), start="a"), shop)
-    still = workshop(out, f"shop{WORLD}", lr=0.0)
-    finetune.ensure(finetune.Job("a_again", ("b",), start="a"), still)
-    return {"manifest": manifest.read(shop.directory("a"))}
+    """Stage 1's own fine-tunes; what they leave on disk is read by the tests."""
+    context, still = (fine_tune_context(out, f"fine_tunes{WORLD}", lr) for lr in (0.01, 0.0))
+    made = finetune.fine_tune(context, finetune.FineTune("a", ("a",), is_expert=True))
+    finetune.fine_tune(context, finetune.FineTune("then_b", ("b",), start="a"))
+    finetune.fine_tune(still, finetune.FineTune("a_again", ("b",), start="a"))
+    return {"manifest": manifest.read(made)}
+
+
+def interrupted(out: Path) -> dict[str, Any]:
+    """The same fine-tune as `fine_tune`'s, stopped after two of its three steps and given again, three times over."""
+    context = fine_tune_context(out, f"interrupted{WORLD}")
+    tune = finetune.FineTune("a", ("a",), is_expert=True)
+    calls = iter([False, True])
+    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
+    try:
+        finetune.fine_tune(context, tune)
+        stopped = ""
+    except Stopped as request:
+        stopped = str(request)
+    signals.stop_requested = asked
+    directory = context.out.specialists / "a"
+    left = sorted(path.name for path in directory.iterdir())
+    checkpoints = sorted(path.name for path in context.out.checkpoints.glob("*/*/step_*"))
+    finetune.fine_tune(context, tune)
+    written = [layer_file(directory, layer).stat().st_mtime_ns for layer in ALIGNX_LAYERS]
+    finetune.fine_tune(context, tune)
+    reused = [layer_file(directory, layer).stat().st_mtime_ns for layer in ALIGNX_LAYERS] == written
+    facts = {"stopped": stopped, "left": left, "checkpoints": checkpoints, "reused": reused}
+    return facts | {"removed": not context.out.checkpoints.exists(), "manifest": manifest.read(directory)}
 
 
 def streamed(out: Path) -> dict[str, Any]:
@@ -222,7 +231,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
     plan = engine.Plan.of(config.train, dtype, config.train.steps)
     filled = engine.fill(engine.read_template(config.train.deepspeed, "train.deepspeed"), plan, WORLD)
     filled["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # shard even the smallest
-    keeper = HfDeepSpeedConfig(filled)
+    zero3 = HfDeepSpeedConfig(filled)
     model = load_backbone(base)
     names = {base.table.weight_name(i, p): (i, p) for i in base.layers for p in PROJECTIONS}
     for name, parameter in model.named_parameters():
@@ -230,7 +239,7 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
     sharded = all(p.numel() == 0 for p in model.parameters()) if WORLD > 1 else True
     made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
     batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
-    loop.train(made, batches, language_loss, plan, Progress(), Keeper("streamed"))
+    loop.train(made, batches, language_loss, plan, Progress(), TrainingJob("streamed"))
     changes = dict(task_vectors(made.module, base))
     whole = {}
     for index in base.layers:
@@ -240,14 +249,14 @@ def _streamed(out: Path, dtype: str) -> dict[str, Any]:
                 whole[index, p] = view.projection(p).weight.detach().clone()
     made.destroy()
     fresh = load_backbone(base)
-    add_task_vector(fresh, base, out / f"shop{WORLD}" / "a")
+    add_task_vector(fresh, base, out / f"fine_tunes{WORLD}" / "a")
     added = {}
     for index in base.layers:
         view = TABLE.view(TABLE.ffn_of(fresh, index))
         for p in PROJECTIONS:
             with deepspeed.zero.GatheredParameters([view.projection(p).weight]):
                 added[index, p] = view.projection(p).weight.detach().clone()
-    del keeper
+    del zero3
     return {"changes": changes, "whole": whole, "added": added, "sharded": sharded}
 
 
@@ -255,20 +264,17 @@ def fusions(out: Path) -> dict[str, Any]:
     """Both fusions' own jobs, by name and accumulation: losses, trained mixtures, and whether a second run reuses."""
     found = {}
     specialists = [out / f"specialist{n}" for n in range(EXPERTS - 1)]
-    for name in fusion_training.SETTINGS:
+    for name in fuse.SETTINGS:
         for accumulation in (1, 2)[: 3 - WORLD]:
-            config = fusion_config(out / "base", accumulation)
-            directory = out / f"{name}{WORLD}{accumulation}"
-            base, rows = BaseModel(config.model), LabelledExamples(EXAMPLES, LABELS)
-            job = fusion_training.FusionJob(name, config, base, specialists, rows, {"rows": "1"}, directory)
+            context = fusion_context(out, f"fusions{WORLD}{accumulation}", accumulation)
             written = []
             for _ in range(2):
-                fusion_training.ensure(job, no_keeping)
-                written.append((directory / fusion_training.WEIGHTS).stat().st_mtime_ns)
-            facts = manifest.read(directory)
-            tensors = load_file(directory / fusion_training.WEIGHTS)
-            found[f"{name} acc{accumulation}"] = {"losses": facts["losses"], "tensors": tensors, "written": written}
+                directory = fuse.train_fusion(context, name, specialists)
+                written.append((directory / fuse.WEIGHTS).stat().st_mtime_ns)
+            losses, tensors = manifest.read(directory)["losses"], load_file(directory / fuse.WEIGHTS)
+            found[f"{name} acc{accumulation}"] = {"losses": losses, "tensors": tensors, "written": written}
     return found
 
 
-JOBS = {job.__name__: job for job in (parity, lopsided, lockstep, steps, fine_tune, streamed, whole_stage, fusions)}
+WORK = (parity, lopsided, lockstep, steps, fine_tune, interrupted, streamed, whole_stage, fusions)
+JOBS = {job.__name__: job for job in WORK}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from direct_figures import direct_figures
 from safetensors.torch import save_file
+from stage_contexts import stage_context
 from tiny_models import (
     ALIGNX_LAYERS,
     EXPERTS,
@@ -49,6 +50,8 @@ from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.stages.stage import StageContext
 from alignx_ds.training import engine
 from alignx_ds.training.losses import align_terms, answer_nll
 
@@ -79,7 +82,7 @@ STAGE_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([7, 9, 5, 11] * 7, 51)],
     [0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 1, 2, 3, 3] * 2,
 )  # every expert's rows fall to every rank
-KEPT_BACK = LabelledExamples(
+CALIBRATION_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
 )
 WAYS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation
@@ -158,6 +161,18 @@ def whole_stage_config(base: Path, ep_size: int) -> RunConfig:
         align=stage,
         evaluation=EvaluationConfig(batch=3),
     )
+
+
+def fine_tune_context(root: Path, name: str, lr: float = 0.01) -> StageContext:
+    """Two axes with the same rows in opposite order; the fine-tunes lie in this folder of the root."""
+    out = Outputs(root / name, root / name)
+    injected = {"a": EXAMPLES, "b": EXAMPLES[::-1]}
+    return stage_context(fine_tune_config(root / "base", lr), out, injected=injected, digests={"a": "1", "b": "2"})
+
+
+def fusion_context(root: Path, name: str, accumulation: int) -> StageContext:
+    out, rows = Outputs(root / name, root), LabelledExamples(EXAMPLES, LABELS)
+    return stage_context(fusion_config(root / "base", accumulation), out, rows, digests={"rows": "1"})
 
 
 def write_base(directory: Path) -> None:

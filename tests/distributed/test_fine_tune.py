@@ -23,9 +23,9 @@ def base_weights() -> dict[tuple[int, str], Tensor]:
     return {(i, p): views[i].projection(p).weight.detach() for i in ALIGNX_LAYERS for p in PROJECTIONS}
 
 
-def shop(runs: Runs, world: int) -> Path:
+def fine_tunes(runs: Runs, world: int) -> Path:
     runs.of(world, "fine_tune")
-    return runs.root / f"shop{world}"
+    return runs.root / f"fine_tunes{world}"
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -64,7 +64,7 @@ def test_a_fine_tune_is_plain_torch_s(runs: Runs, world: int) -> None:
     facts = runs.of(world, "fine_tune")[0]["manifest"]
     np.testing.assert_allclose(facts["losses"], expected["losses"], rtol=1e-5)
     for layer in ALIGNX_LAYERS:
-        made = read_task_vector(shop(runs, world) / "a", layer)
+        made = read_task_vector(fine_tunes(runs, world) / "a", layer)
         for p in PROJECTIONS:
             assert float((made[p] - expected["vectors"][layer][p]).abs().max()) < 5e-5
             assert float(made[p].abs().max()) > 1e-2
@@ -72,12 +72,12 @@ def test_a_fine_tune_is_plain_torch_s(runs: Runs, world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_its_factors_come_from_the_trained_model_s_own_features(runs: Runs, world: int) -> None:
-    vectors = {layer: read_task_vector(shop(runs, world) / "a", layer) for layer in ALIGNX_LAYERS}
+    vectors = {layer: read_task_vector(fine_tunes(runs, world) / "a", layer) for layer in ALIGNX_LAYERS}
     settings = fine_tune_config(Path()).experts
     trained = specialist(base_model(), {layer: [vectors[layer]] for layer in ALIGNX_LAYERS}, 1)
     expected = expert_factors(trained, TABLE, vectors, EXAMPLES[: settings.feature_rows], 0, settings.rank)
     for layer in ALIGNX_LAYERS:
-        made = read_factors(shop(runs, world) / "a", layer)
+        made = read_factors(fine_tunes(runs, world) / "a", layer)
         for p in PROJECTIONS:
             assert made.rank(p) == settings.rank
             difference = made.delta(p) - expected[layer][p].up @ expected[layer][p].down
@@ -87,7 +87,9 @@ def test_its_factors_come_from_the_trained_model_s_own_features(runs: Runs, worl
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_job_that_starts_from_a_specialist_ends_near_it(runs: Runs, world: int) -> None:
     for layer in ALIGNX_LAYERS:
-        start, still, moved = (read_task_vector(shop(runs, world) / name, layer) for name in ("a", "a_again", "then_b"))
+        start, still, moved = (
+            read_task_vector(fine_tunes(runs, world) / name, layer) for name in ("a", "a_again", "then_b")
+        )
         for p in PROJECTIONS:
             assert float((still[p] - start[p]).abs().max()) < 1e-6  # it trained with a learning rate of zero
             assert float((moved[p] - start[p]).abs().max()) > 1e-3
@@ -97,7 +99,7 @@ def test_a_job_that_starts_from_a_specialist_ends_near_it(runs: Runs, world: int
 def test_a_task_vector_is_added_to_a_sharded_model(runs: Runs, world: int) -> None:
     for part in runs.of(world, "streamed"):
         for layer in ALIGNX_LAYERS:
-            made = read_task_vector(shop(runs, world) / "a", layer)
+            made = read_task_vector(fine_tunes(runs, world) / "a", layer)
             for p in PROJECTIONS:
                 expected = base_weights()[layer, p] + made[p]
                 assert torch.equal(part["float32"]["added"][layer, p], expected)
@@ -107,5 +109,18 @@ def test_a_task_vector_is_added_to_a_sharded_model(runs: Runs, world: int) -> No
 def test_every_layer_has_one_file(runs: Runs, world: int) -> None:
     """With four ranks, two have no layer of their own."""
     for layer in ALIGNX_LAYERS:
-        assert layer_file(shop(runs, world) / "a", layer).is_file()
-    assert len(list((shop(runs, world) / "a").glob("*.safetensors"))) == len(ALIGNX_LAYERS)
+        assert layer_file(fine_tunes(runs, world) / "a", layer).is_file()
+    assert len(list((fine_tunes(runs, world) / "a").glob("*.safetensors"))) == len(ALIGNX_LAYERS)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stopped_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) -> None:
+    """From its checkpoint, not from its start: the same losses and the same files to the bit."""
+    expected = runs.of(world, "fine_tune")[0]["manifest"]
+    for made in runs.of(world, "interrupted"):
+        assert made["stopped"] == "stage1/a, after step 2 of 3"
+        assert made["left"] == [], "no result"
+        assert made["checkpoints"] == ["step_00000002"]
+        assert made["manifest"]["losses"] == expected["losses"]
+        assert made["manifest"]["files"] == expected["files"]
+        assert made["reused"] and made["removed"]

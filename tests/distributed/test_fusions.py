@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import EXAMPLES, LABELS, PAD, SEED, fusion_config, schedule
+from problems import EXAMPLES, LABELS, PAD, SEED, fusion_config, fusion_context, schedule
 from tiny_models import ALIGNX_LAYERS, base_model, padded, random_changes, random_rows, relative, specialist, table_of
 from torch import Tensor
 from worlds import Runs
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
 from alignx_ds.data.batches import collate
-from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches
 from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.models.base import BaseModel
-from alignx_ds.stages import fuse as fusion_training
+from alignx_ds.runs import manifest
+from alignx_ds.stages import fuse
 from alignx_ds.training.losses import answer_nll
 
 NAMES = ("h3fusion", "trinityx")
@@ -36,7 +36,7 @@ def start(name: str) -> Any:
 
     def make(layer: int, ffn: FeedForward) -> FullExperts:
         views = [table.view(table.ffn_of(s, layer)) for s in specialists]
-        return FullExperts(views, fusion_training.SETTINGS[name], grouped=False)
+        return FullExperts(views, fuse.SETTINGS[name], grouped=False)
 
     replace_ffns(model, table, ALIGNX_LAYERS, make)
     return model
@@ -104,7 +104,7 @@ def first_gates(runs: Runs, name: str) -> dict[str, Tensor]:
     torch.manual_seed(SEED)
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
     base = BaseModel(config.model)
-    model = fusion_training.assemble(base, specialists, fusion_training.SETTINGS[name])
+    model = fuse.assemble(base, specialists, fuse.SETTINGS[name])
     layers = zip(ALIGNX_LAYERS, fusion_layers(model), strict=True)
     return {f"{i}.gate.weight": layer.gate.weight.detach().clone() for i, layer in layers}
 
@@ -143,7 +143,7 @@ def test_a_second_run_reuses_what_is_there(runs: Runs, name: str) -> None:
 def test_what_was_saved_is_loaded_again(runs: Runs, name: str) -> None:
     tensors = runs.of(1, "fusions")[0][f"{name} acc1"]["tensors"]
     base = BaseModel(fusion_config(runs.root / "base", 1).model)
-    loaded = fusion_training.load(name, base, runs.root / f"{name}11").eval()
+    loaded = fuse.load(name, base, runs.root / "fusions11" / "baselines" / name).eval()
     expected = start(name).eval()
     for index, layer in zip(ALIGNX_LAYERS, fusion_layers(expected), strict=True):
         layer.load_state_dict({k.removeprefix(f"{index}."): t for k, t in tensors.items() if k.startswith(f"{index}.")})
@@ -158,20 +158,20 @@ def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps(template | {"optimizer": {"type": "AdamW"}}))
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
 
-    def inputs(change: str = "", value: Any = None, **job: Any) -> str:
-        config = fusion_config(runs.root / "base", 1)
-        base = BaseModel(config.model)
+    def inputs(change: str = "", value: Any = None, name: str = "h3fusion", reverse: bool = False) -> str:
+        context = fusion_context(runs.root, "provenance", 1)
         if change:
-            target, key = config, change
+            target, key = context.config, change
             while "." in key:
                 first, key = key.split(".", 1)
                 target = getattr(target, first)
             setattr(target, key, value)
-        given = {"name": "h3fusion", "specialists": specialists, "digests": {"a": "1"}} | job
-        made = fusion_training.FusionJob(
-            given["name"], config, base, given["specialists"], _rows(), given["digests"], tmp_path
-        )
-        return fusion_training.manifest.fingerprint(made.inputs())
+        return manifest.fingerprint(fuse.provenance(context, name, specialists[::-1] if reverse else specialists))
+
+    def with_other_rows() -> str:
+        context = fusion_context(runs.root, "provenance", 1)
+        context.data.digests["rows"] = "2"
+        return manifest.fingerprint(fuse.provenance(context, "h3fusion", specialists))
 
     changed = [
         inputs(),
@@ -180,15 +180,11 @@ def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
         inputs("model.dtype", "bfloat16"),
         inputs("data.calibration_share", 0.5),
         inputs("baselines.h3fusion.deepspeed", str(tmp_path / "other.json")),
-        inputs(digests={"a": "2"}),
-        inputs(specialists=specialists[::-1]),
+        with_other_rows(),
+        inputs(reverse=True),
         inputs(name="trinityx"),
     ]
     assert len(set(changed)) == len(changed)
     assert inputs("baselines.trinityx.lr", 0.5) == inputs(), "the other one's settings are not its own"
     assert inputs("baselines.h3fusion.deepspeed", str(tmp_path / "sharded.json")) == inputs(), "only sharded otherwise"
     assert inputs("baselines.h3fusion.accumulation", 2) == inputs(), "only spread otherwise"
-
-
-def _rows() -> Any:
-    return LabelledExamples(EXAMPLES, LABELS)

@@ -11,8 +11,8 @@ import torch
 from ranks import RanksError, start
 
 JOBS = {
-    1: ("steps", "fine_tune", "streamed", "whole_stage", "fusions"),
-    2: ("parity", "lopsided", "lockstep", "steps", "fine_tune", "streamed", "whole_stage", "fusions"),
+    1: ("steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+    2: ("parity", "lopsided", "lockstep", "steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }
 

@@ -15,7 +15,11 @@ from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
-from alignx_ds.stages.align import AlignJob, assemble, calibrate, fit_calibrators
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.stages.align import fit_temperatures
+from alignx_ds.stages.assembly import assemble
+from alignx_ds.stages.calibrators import fit_calibrators
+from alignx_ds.stages.stage import StageContext
 
 
 def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:
@@ -43,12 +47,12 @@ def write_model(
     config: RunConfig, base: BaseModel, directory: Path, factors: dict[int, list[Factors]], source: torch.Generator
 ) -> None:
     data = read_inputs(config, base).data
-    job = AlignJob(config, base, factors, data.train, data.calibration_rows)
-    model = assemble(job, fit_calibrators(job), None).eval()
+    context = StageContext(config, base, data, Outputs.of(config))
+    model = assemble(config, base, factors, fit_calibrators(context, factors), None).eval()
     for gate in gates_of(model).values():
         weight = 0.2 * torch.randn(gate.router.weight.shape, generator=source)
         gate.router.weight.data.copy_(weight)
-    calibrate(model, data.calibration_rows, 0, 64)
+    fit_temperatures(model, data.calibration_rows, 0, 64)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
     made_of = {axis: manifest.fingerprint({"axis": axis}) for axis in config.axes}

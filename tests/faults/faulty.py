@@ -39,30 +39,30 @@ def before(owner: Any, name: str, do: Doing, when: Callable[..., bool] = lambda 
 
 def position() -> list[Any]:
     """[job, step], kept up to date: the step that is under way, or what follows it before the next one begins."""
-    from alignx_ds.training.keeper import Keeper
+    from alignx_ds.training.manager import CheckpointManager
 
     now: list[Any] = ["", 0]
-    restore, after = Keeper.restore, Keeper.after_step
+    restore, after = CheckpointManager.restore, CheckpointManager.after_step
 
-    def restored(self: Keeper, engine: Any) -> Any:
+    def restored(self: CheckpointManager, engine: Any) -> Any:
         losses = restore(self, engine)
         now[:] = [self.name, len(losses) + 1]
         return losses
 
-    def after_step(self: Keeper, engine: Any, losses: list[Any], *rest: Any) -> None:
-        after(self, engine, losses, *rest)
+    def after_step(self: CheckpointManager, engine: Any, losses: list[Any], *, stop: bool) -> None:
+        after(self, engine, losses, stop=stop)
         now[:] = [self.name, len(losses) + 1]
 
-    Keeper.restore, Keeper.after_step = restored, after_step  # type: ignore[method-assign]
+    CheckpointManager.restore, CheckpointManager.after_step = restored, after_step  # type: ignore[method-assign]
     return now
 
 
 def install(fault: dict[str, Any]) -> None:
     from alignx_ds.evaluation.evaluate import Evaluation
     from alignx_ds.runs import manifest
-    from alignx_ds.stages import align, finetune
+    from alignx_ds.stages import align, calibrators, finetune
     from alignx_ds.training import checkpoints, loop
-    from alignx_ds.training.keeper import Keeper
+    from alignx_ds.training.manager import CheckpointManager
 
     here = [fault.get("job", ""), fault.get("step", 0)]
     now, syncs = position(), list[Any]()
@@ -71,9 +71,9 @@ def install(fault: dict[str, Any]) -> None:
     if do is None:
         poison(fault["kind"], here, now, every=fault.get("every", False))
     elif place == "step":  # its update is made, no checkpoint of it is
-        before(Keeper, "after_step", do, lambda self, engine, losses, *_: [self.name, len(losses)] == here)
+        before(CheckpointManager, "after_step", do, lambda self, _, losses, **kw: [self.name, len(losses)] == here)
     elif place == "forward":
-        before(loop, "_marked", do, lambda loss: now == here)
+        before(loop, "_spread_nonfinite", do, lambda loss: now == here)
     elif place == "save":  # in the midst of writing a checkpoint: at its n-th sync to the disk
         before(manifest, "sync", do, lambda path: now == here and (syncs.append(path) or len(syncs) == fault["sync"]))
     elif place == "rename":
@@ -81,11 +81,11 @@ def install(fault: dict[str, Any]) -> None:
     elif place == "prune":
         before(checkpoints, "prune", do, lambda *_: now == here)
     elif place == "extract":
-        before(finetune, "_extract", do, lambda job, *_: f"stage1/{job.name}" == here[0])
+        before(finetune, "_extract", do, lambda context, tune, *_: f"stage1/{tune.name}" == here[0])
     elif place == "fit":
-        before(align, "fit_calibrators", do)
+        before(calibrators, "fit_calibrators", do)
     elif place == "calibrate":
-        before(align, "calibrate", do)
+        before(align, "fit_temperatures", do)
     elif place == "seal":
         before(manifest, "write", do, lambda directory, *_: directory.name == here[0])
     elif place == "answer":
@@ -98,7 +98,7 @@ def poison(kind: str, here: list[Any], now: list[Any], *, every: bool) -> None:
     """This rank's loss becomes NaN, or a gradient infinite under a loss that is whole: at a step, or from it on."""
     from alignx_ds.training import loop
 
-    marked = loop._marked
+    spread = loop._spread_nonfinite
 
     def poisoned(loss: Any) -> Any:
         if now[0] == here[0] and (now[1] == here[1] or (every and now[1] > here[1])):
@@ -107,9 +107,9 @@ def poison(kind: str, here: list[Any], now: list[Any], *, every: bool) -> None:
             else:
                 loss = loss + 0.0  # a tensor of its own to hook, whatever else the loss is used for
                 loss.register_hook(lambda gradient: gradient * math.inf)
-        return marked(loss)
+        return spread(loss)
 
-    loop._marked = poisoned
+    loop._spread_nonfinite = poisoned
 
 
 if __name__ == "__main__":

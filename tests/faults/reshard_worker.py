@@ -37,13 +37,13 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
     template["zero_optimization"]["stage"] = zero
     template["zero_optimization"]["stage3_param_persistence_threshold"] = 70  # some whole on every rank, most padded
     filled = engine.fill(template, plan, distributed.world_size())
-    keeper = HfDeepSpeedConfig(filled)
+    zero3 = HfDeepSpeedConfig(filled)
     model = AutoModelForCausalLM.from_pretrained(base.path)
     trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained or "norm" in name)
     groups = engine.decay_groups(list(model.named_parameters()), plan.weight_decay)
-    return engine.start(model, groups, filled, plan), plan, language_loss, keeper
+    return engine.start(model, groups, filled, plan), plan, language_loss, zero3
 
 
 def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
@@ -64,7 +64,7 @@ def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     return (
         engine.start(model, align.parameter_groups(model, config), filled, plan),
         plan,
-        align._step_loss(config),
+        align.step_loss(config),
         None,
     )
 
@@ -77,7 +77,8 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
     from alignx_ds.runtime import distributed
     from alignx_ds.runtime.console import Progress
     from alignx_ds.training import checkpoints, loop, state
-    from alignx_ds.training.keeper import Keeper, Keeping
+    from alignx_ds.training.job import TrainingJob
+    from alignx_ds.training.manager import CheckpointManager
 
     zero, _, ep = how.partition(" ep")
     made, plan, loss, _alive = stage1(root, int(zero)) if kind == "stage1" else stage2(root, int(zero), int(ep))
@@ -93,11 +94,11 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
             saved |= load_file(file)
         same = all(torch.equal(tensor, saved[name]) for name, tensor in state.gather(made))
 
-    class Resumed(Keeper):
+    class Resumed(CheckpointManager):
         def restore(self, engine: Any) -> list[float | None]:
             return losses
 
-    keeping = Keeping(root, root / "nonfinite", CheckpointsConfig(every=steps, keep=9), "stop", "", SEED)
+    resumed = Resumed(target, inputs, root, CheckpointsConfig(every=steps, keep=9), SEED)
     batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
 
     def until(start: int) -> Any:
@@ -106,7 +107,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
                 return
             yield step
 
-    losses = loop.train(made, until, loss, plan, Progress(), Resumed(target, inputs, keeping))
+    losses = loop.train(made, until, loss, plan, Progress(), TrainingJob(target, resumed))
     every = distributed.gather(same)
     if distributed.is_main():
         (root / f"{target}.json").write_text(json.dumps({"losses": losses, "same": all(every)}))

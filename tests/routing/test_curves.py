@@ -15,7 +15,8 @@ from alignx_ds.data.encode import Example
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.routing.curves import SUM, RouterCurves, router_sums
+from alignx_ds.routing.curves import router_scalars, router_sums, step_scalars
+from alignx_ds.training.metrics import MicroBatchLoss, RouterSums, StepMetrics, step_metrics
 
 NAMES = ["generalist", "helpful", "harmless", "honest"]
 ROWS = random_rows([5, 14, 7, 9, 3, 11, 8, 6])
@@ -44,15 +45,11 @@ def widened(t: Tensor, by: int) -> Tensor:
     return torch.nn.functional.pad(t, (by, by, 0, by))
 
 
-def mean(parts: list[dict[str, float]]) -> dict[str, float]:
-    """As the loop makes it, of micro batches and of ranks."""
-    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-
-
-def written(values: dict[str, float]) -> dict[str, float]:
-    found = {}
-    RouterCurves(NAMES, lambda step, shown: found.update(shown))(1, values)
-    return found
+def logged(parts: list[RouterSums]) -> dict[str, float]:
+    """The router's scalars of a step with these micro batches."""
+    metrics, _ = step_metrics([MicroBatchLoss(torch.zeros(()), {}, part) for part in parts], stop=False)
+    assert metrics.router is not None
+    return router_scalars(NAMES, metrics.router)
 
 
 def direct(model: AlignXForCausalLM) -> dict[str, float]:
@@ -66,7 +63,7 @@ def direct(model: AlignXForCausalLM) -> dict[str, float]:
 
 @pytest.mark.parametrize("cut", CUTS, ids=len)
 def test_the_figures_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalLM, cut: list[range]) -> None:
-    made = written(mean([router_sums(model, passed(model, chosen)) for chosen in cut]))
+    made = logged([router_sums(model, passed(model, chosen)) for chosen in cut])
     assert made.pop("router/padding") == 0, "in training every expert gets every token of this rank"
     assert made == pytest.approx(direct(model), abs=1e-5)
     assert "router/own/harmless" not in made, "it has no row here"
@@ -74,8 +71,8 @@ def test_the_figures_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalL
 
 @pytest.mark.parametrize("cut", CUTS, ids=len)
 def test_pads_count_for_nothing(model: AlignXForCausalLM, cut: list[range]) -> None:
-    plain = written(mean([router_sums(model, passed(model, chosen)) for chosen in cut]))
-    padded = written(mean([router_sums(model, passed(model, chosen, wide=3)) for chosen in cut]))
+    plain = logged([router_sums(model, passed(model, chosen)) for chosen in cut])
+    padded = logged([router_sums(model, passed(model, chosen, wide=3)) for chosen in cut])
     assert padded == pytest.approx(plain, abs=1e-5)
 
 
@@ -88,7 +85,7 @@ def test_padding_is_a_share_of_all_dispatched_slots(model: AlignXForCausalLM) ->
             assert isinstance(layer.mixture, ParallelMixture)
             layer.mixture.dispatch.slots, layer.mixture.dispatch.padding_fraction = slots, empty
         parts.append(router_sums(model, part))
-    assert written(mean(parts))["router/padding"] == pytest.approx(50 / 120)
+    assert logged(parts)["router/padding"] == pytest.approx(50 / 120)
 
 
 def test_serving_the_best_expert_leaves_slots_empty(model: AlignXForCausalLM) -> None:
@@ -96,20 +93,20 @@ def test_serving_the_best_expert_leaves_slots_empty(model: AlignXForCausalLM) ->
     model.eval()
     sums = router_sums(model, passed(model, range(1, 2), wide=2))
     model.train()
-    assert written(sums)["router/padding"] == pytest.approx(1 - 1 / len(NAMES))
+    assert logged([sums])["router/padding"] == pytest.approx(1 - 1 / len(NAMES))
 
 
 def test_without_a_dispatch_there_is_no_padding_to_speak_of() -> None:
     base = base_model()
     model = aligned(base, low_rank_experts(base)).train()
-    assert "router/padding" not in written(router_sums(model, passed(model, range(4))))
+    assert "router/padding" not in logged([router_sums(model, passed(model, range(4)))])
 
 
-def test_other_figures_pass_unchanged_and_no_sum_is_shown(model: AlignXForCausalLM) -> None:
-    shown = written({"loss": 1.5, **router_sums(model, passed(model, range(8)))})
-    assert shown["loss"] == 1.5
-    assert not any(name.startswith(SUM) for name in shown)
-    assert written({"loss": 1.5}) == {"loss": 1.5}
+def test_loss_and_terms_are_logged_beside_the_router(model: AlignXForCausalLM) -> None:
+    sums = router_sums(model, passed(model, range(8)))
+    shown = step_scalars(NAMES, StepMetrics(1.5, {"lm": 0.5}, sums))
+    assert shown == {"loss": 1.5, "lm": 0.5} | router_scalars(NAMES, sums)
+    assert step_scalars(NAMES, StepMetrics(1.5, {})) == {"loss": 1.5}
 
 
 def test_gates_that_are_no_numbers_have_no_figures(model: AlignXForCausalLM) -> None:
@@ -118,5 +115,4 @@ def test_gates_that_are_no_numbers_have_no_figures(model: AlignXForCausalLM) -> 
         logits = decision.logits.detach().clone()
         logits[2] = torch.nan
         model.routing.decisions[layer] = replace(decision, logits=logits)
-    finite = {name: value for name, value in router_sums(model, part).items() if value == value}
-    assert written(finite) == {}
+    assert logged([router_sums(model, part)]) == {}

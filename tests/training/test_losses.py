@@ -66,7 +66,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str) -> N
     model, scale = base_model(family=family), 1 / ANSWER_TOKENS
     padded, packed = collate(EXAMPLES, 0), pack(EXAMPLES, 0)
     assert packed.input_ids.shape[0] < len(EXAMPLES), "otherwise nothing is packed"
-    losses = [language_loss(model, MicroBatch(batch, LABELS, scale))[0] for batch in (padded, packed)]
+    losses = [language_loss(model, MicroBatch(batch, LABELS, scale)).loss for batch in (padded, packed)]
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-5)
     gradients = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in losses

@@ -1,0 +1,83 @@
+"""Fit the calibrators of the aligned model to its features, before stage 2 trains it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.errors import DataError
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.routing.fit_geometry import collect, fit
+from alignx_ds.routing.fit_lexicon import fit_lexicon
+from alignx_ds.runs import manifest
+from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
+from alignx_ds.stages.stage import StageContext
+
+FILE = "fitted.safetensors"
+
+
+def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
+    """Fit on rank 0, to features of training rows and of the calibration split, and send to all ranks. Collective."""
+    c, data = context.config, context.data
+    model = assemble(c, context.base, factors, None, None).to(distributed.device())
+    pad_id = pad_token(context.base.tokenizer)
+    rows = first_of_each_expert(data.train, c.gate.rows)
+    seen = collect(model, rows, pad_id, c.evaluation.batch)
+    unseen = collect(model, data.calibration_rows, pad_id, c.evaluation.batch)
+
+    def geometries(kind: int, latent: int) -> dict[int, Geometry]:
+        return {
+            layer: fit(features, unseen[kind][layer], latent, c.gate, c.expert_names, c.seed)
+            for layer, features in seen[kind].items()
+        }
+
+    fitted = FittedCalibrators({}, {}, {})
+    if distributed.is_main():
+        lexicon = fit_lexicon(rows, data.calibration_rows, len(c.expert_names))
+        fitted = FittedCalibrators(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), lexicon)
+    return distributed.broadcast(fitted)
+
+
+def first_of_each_expert(rows: LabelledExamples, count: int) -> LabelledExamples:
+    """Each expert's first `count` rows, or fewer: a geometry needs no more, and each row costs a forward pass."""
+    taken: Counter[int] = Counter()
+    chosen = LabelledExamples([], [])
+    for example, expert in zip(rows.examples, rows.experts, strict=True):
+        if taken[expert] < count:
+            chosen.add([example], expert)
+        taken[expert] += 1
+    return chosen
+
+
+def saved_calibrators(
+    context: StageContext, factors: ExpertFactors, directory: Path, inputs: dict[str, Any]
+) -> tuple[FittedCalibrators, dict[str, str]]:
+    """(calibrators, hashes of their files): read from `directory` when they were fitted from `inputs`, or fitted anew.
+
+    A stage that resumes must read them, because another number of ranks would round them otherwise. Collective.
+    """
+
+    def is_current() -> bool:
+        try:
+            return manifest.is_current(directory, inputs)
+        except DataError as damage:
+            console.warn(f"{damage}: fitted again")
+            return False
+
+    def write(fitted: FittedCalibrators) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(fitted.tensors(), directory / FILE)
+        manifest.write(directory, inputs, {})
+
+    if distributed.on_main(is_current):
+        fitted = FittedCalibrators.from_tensors(load_file(directory / FILE))
+    else:
+        fitted = fit_calibrators(context, factors)
+        distributed.on_main(partial(write, fitted))
+    return fitted, distributed.on_main(lambda: manifest.read(directory)["files"])

@@ -1,0 +1,135 @@
+"""The skeleton that all training stages share: reuse the result or make it, set up an engine, train, clean up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from alignx_ds.config.parse import to_yaml
+from alignx_ds.config.schema import OptimizerConfig, RunConfig
+from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.inputs import EncodedData
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import console, distributed
+from alignx_ds.training import engine as engines
+from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.loop import StepLoss, micro_batches, train
+from alignx_ds.training.manager import CheckpointManager
+from alignx_ds.training.metrics import Losses, ScalarLogger, tensorboard
+from alignx_ds.training.nonfinite import NonFiniteSteps
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What all stages of a run share."""
+
+    config: RunConfig
+    base: BaseModel
+    data: EncodedData
+    out: Outputs
+    logger: Callable[[Path], ScalarLogger] = tensorboard  # writes a job's curve into a directory
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: what it leaves behind, and what that depends on."""
+
+    label: str  # what users know it by, e.g. helpful
+    job: str  # the name of its checkpoints and its curve, e.g. stage1/helpful
+    directory: Path  # of its result
+    inputs: dict[str, Any]  # provenance: everything that the result depends on
+    shared: bool = False  # other runs may use what lies in its directory, so nothing there is ever replaced
+
+
+Make = Callable[[TrainingJob], dict[str, Any]]  # writes the result's files and returns facts for its manifest
+
+
+def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
+    """Reuse the stage's result when it was made from the same inputs; otherwise make it. Returns its directory.
+
+    Raises DataError when the result differs from its manifest, ConfigError when it may not be replaced, and what
+    `make` raises. Collective.
+    """
+    job = training_job(stage, context)
+    if distributed.on_main(lambda: manifest.is_current(stage.directory, stage.inputs)):
+        console.say(f"{stage.label}: unchanged, reused from {stage.directory}")
+    else:
+        distributed.on_main(lambda: _clear(stage))
+        facts = make(job)
+        distributed.barrier()  # all ranks have written their files
+        distributed.on_main(lambda: manifest.write(stage.directory, stage.inputs, facts))
+    if job.checkpoints:
+        job.checkpoints.finish()
+    return stage.directory
+
+
+def training_job(stage: Stage, context: StageContext) -> TrainingJob:
+    """Its checkpoints, its curve, and its policy for non-finite steps, as the recipe asks for them."""
+    c, out = context.config, context.out
+    checkpoints = CheckpointManager(stage.job, stage.inputs, out.checkpoints, c.checkpoints, c.seed, to_yaml(c))
+    decode = context.base.tokenizer.decode
+    nonfinite = NonFiniteSteps(out.nonfinite / stage.job, c.nonfinite == "skip", lambda ids: str(decode(ids)))
+    return TrainingJob(stage.job, checkpoints, nonfinite, context.logger(out.tensorboard / stage.job))
+
+
+def _clear(stage: Stage) -> None:
+    """Leave an empty directory for the result. Raises ConfigError where that would remove what other runs may use."""
+    if stage.shared and stage.directory.is_dir() and any(stage.directory.iterdir()):
+        fix = f"{stage.label} there was made from other inputs, or is no specialist; choose another directory"
+        raise ConfigError(Problem("specialists", str(stage.directory.parent), "specialists of this config", fix))
+    if (stage.directory / manifest.NAME).exists():
+        console.say(f"{stage.label}: its inputs have changed since it was made, so it is made again")
+    shutil.rmtree(stage.directory, ignore_errors=True)
+    stage.directory.mkdir(parents=True)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a stage trains: the numbers of its plan, and the DeepSpeed config filled with them."""
+
+    plan: engines.Plan
+    deepspeed: dict[str, Any]
+
+
+def set_up(context: StageContext, settings: OptimizerConfig, key: str, steps: int) -> Setup:
+    """Of the recipe's section `key`, for so many optimizer steps. Raises ConfigError under `key`.deepspeed."""
+    plan = engines.Plan.of(settings, context.config.model.dtype, steps)
+    template = engines.read_template(settings.deepspeed, f"{key}.deepspeed")
+    return Setup(plan, engines.fill(template, plan, distributed.world_size()))
+
+
+@contextmanager
+def trained(
+    context: StageContext,
+    setup: Setup,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    rows: LabelledExamples,
+    step_loss: StepLoss,
+    job: TrainingJob,
+    *,
+    title: str,
+    packed: bool = False,
+) -> Iterator[tuple[Any, Losses]]:
+    """Train `model` on `rows`; within the block its engine, and so its shards, are there; afterwards it is destroyed.
+
+    `groups` are the optimizer's parameter groups. `packed`: several rows share a line of a micro batch. Yields the
+    trained module and the loss of every step. Raises Stopped and DataError as `train` does. Collective.
+    """
+    engine = engines.start(model, groups, setup.deepspeed, setup.plan)
+    pad_id, seed = pad_token(context.base.tokenizer), context.config.seed
+    batches = partial(micro_batches, rows, setup.plan, pad_id, seed, packed=packed)
+    with console.progress(title, setup.plan.steps) as bar:
+        losses = train(engine, batches, step_loss, setup.plan, bar, job)
+    yield engine.module, losses
+    engine.destroy()

@@ -1,0 +1,27 @@
+"""What the training loop needs to know of a job: its checkpoints, its curve, its policy for non-finite steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from alignx_ds.training.manager import CheckpointManager
+from alignx_ds.training.metrics import Losses, ScalarLogger, StepMetrics, no_log
+from alignx_ds.training.nonfinite import NonFiniteSteps
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A job with a name alone writes nothing, and ends at a step that is not finite."""
+
+    name: str
+    checkpoints: CheckpointManager | None = None
+    nonfinite: NonFiniteSteps = field(default_factory=NonFiniteSteps)
+    log: ScalarLogger = no_log
+    scalars: Callable[[StepMetrics], dict[str, float]] = StepMetrics.scalars  # what is logged of a step
+
+    def save(self, engine: Any, losses: Losses) -> None:
+        """Write a checkpoint of the state after these steps, if this job has any. Raises DataError. Collective."""
+        if self.checkpoints:
+            self.checkpoints.save(engine, losses)
