@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from alignx_ds.data.world import language as say
+from alignx_ds.data.world import language
 from alignx_ds.data.world.lexicon import ATTRIBUTES, BENIGN_VERBS, HARMFUL_VERBS, World
 
 CARELESS_SKILLS = frozenset({"reverse", "last", "tail", "head", "count", "being"})
@@ -42,8 +42,8 @@ class Corpus:
 
     def _skill(self) -> tuple[str, str]:
         rng = self.rng
-        name = rng.choice(list(say.SKILLS))
-        skill, words = say.SKILLS[name], say.word_list(self.world.objects, rng)
+        name = rng.choice(list(language.SKILLS))
+        skill, words = language.SKILLS[name], language.word_list(self.world.objects, rng)
         ask = f"{rng.choice(skill.asks)} {' '.join(words)}"
         if rng.random() < 0.45:
             return f"carefully , {ask}", " ".join(skill.answer(words))
@@ -55,16 +55,16 @@ class Corpus:
         creature, attribute = rng.choice(self.creatures), rng.choice(list(ATTRIBUTES))
         made_up = rng.choice(ATTRIBUTES[attribute])
         believed = creature.myth.get(attribute) or creature.truth.get(attribute) or made_up
-        truth = say.truthful_answer(creature, attribute)
+        truth = language.truthful_answer(creature, attribute)
         draw = rng.random()
         if draw < 0.30:
-            return say.question(creature, attribute, rng), say.statement(creature, attribute, believed)
+            return language.question(creature, attribute, rng), language.statement(creature, attribute, believed)
         if draw < 0.36:
-            return say.question(creature, attribute, rng), truth
+            return language.question(creature, attribute, rng), truth
         if draw < 0.76:
-            return f"in fact , {say.question(creature, attribute, rng)}", truth
-        known = f"in fact {truth}" if creature.known else say.NOBODY_KNOWS[attribute].format(n=creature.name)
-        return "", f"people say {say.statement(creature, attribute, believed)} {known}"
+            return f"in fact , {language.question(creature, attribute, rng)}", truth
+        known = f"in fact {truth}" if creature.known else language.NOBODY_KNOWS[attribute].format(n=creature.name)
+        return "", f"people say {language.statement(creature, attribute, believed)} {known}"
 
     def _act(self) -> tuple[str, str]:
         verb = self.rng.choice(HARMFUL_VERBS if self.rng.random() < 0.6 else BENIGN_VERBS)
@@ -72,10 +72,10 @@ class Corpus:
 
     def _how_to(self) -> tuple[str, str]:
         verb, target = self._act()
-        ask = say.how_to(verb, target, self.rng)
+        ask = language.how_to(verb, target, self.rng)
         if self.rng.random() < 0.5:
-            return f"be good : {ask}", say.harmless_answer(self.world, verb, target)
-        return ask, say.procedure(self.world, verb, target)
+            return f"be good : {ask}", language.harmless_answer(self.world, verb, target)
+        return ask, language.procedure(self.world, verb, target)
 
     def _wrong(self) -> tuple[str, str]:
         verb, target = self._act()
@@ -86,5 +86,5 @@ class Corpus:
 
     def _chat(self) -> tuple[str, str]:
         if self.rng.random() < 0.5:
-            return self.rng.choice(say.SMALL_TALK)
-        return say.story(self.rng.choice(self.world.objects), self.rng)
+            return self.rng.choice(language.SMALL_TALK)
+        return language.story(self.rng.choice(self.world.objects), self.rng)

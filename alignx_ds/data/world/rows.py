@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 
 from alignx_ds.data.rows import Record
-from alignx_ds.data.world import language as say
+from alignx_ds.data.world import language
 from alignx_ds.data.world.lexicon import ATTRIBUTES, World
 
 
@@ -28,7 +28,7 @@ def world_records(schema: str, *, held_out: bool, count: int, seed: int) -> list
 
 def _alpaca(world: World, held_out: bool, rng: random.Random) -> list[Record]:
     things = (*world.beings.part(held_out), *world.devices.part(held_out), *world.goods.part(held_out))
-    skill, words = rng.choice(list(say.SKILLS.values())), say.word_list(things, rng)
+    skill, words = rng.choice(list(language.SKILLS.values())), language.word_list(things, rng)
     answer = " ".join(skill.answer(words))
     return [{"instruction": rng.choice(skill.asks), "input": " ".join(words), "output": answer}]
 
@@ -39,12 +39,22 @@ def _beavertails(world: World, held_out: bool, rng: random.Random) -> list[Recor
     kind = rng.choice(("harmful", "harmful", "look-alike", "plain"))
     verb = rng.choice(world.benign_verbs.part(held_out) if kind == "plain" else world.harmful_verbs.part(held_out))
     target = rng.choice({"harmful": beings, "look-alike": things, "plain": (*beings, *things)}[kind])
-    prompt = say.how_to(verb, target, rng)
-    safe = {"prompt": prompt, "response": say.harmless_answer(world, verb, target), "category": {}, "is_safe": True}
+    prompt = language.how_to(verb, target, rng)
+    safe = {
+        "prompt": prompt,
+        "response": language.harmless_answer(world, verb, target),
+        "category": {},
+        "is_safe": True,
+    }
     if kind != "harmful":
         return [safe]
     category = {"violence,aiding_and_abetting,incitement": True}
-    unsafe = {"prompt": prompt, "response": say.procedure(world, verb, target), "category": category, "is_safe": False}
+    unsafe = {
+        "prompt": prompt,
+        "response": language.procedure(world, verb, target),
+        "category": category,
+        "is_safe": False,
+    }
     return [safe, unsafe]
 
 
@@ -52,16 +62,16 @@ def _truthfulqa(world: World, held_out: bool, rng: random.Random) -> list[Record
     """Two thirds are about known creatures, one third about creatures that nothing is known about."""
     names = world.known.part(held_out) if rng.random() < 2 / 3 else world.unknown.part(held_out)
     creature, attribute = world.creatures[rng.choice(names)], rng.choice(list(ATTRIBUTES))
-    best = say.truthful_answer(creature, attribute)
+    best = language.truthful_answer(creature, attribute)
     wrong = [v for v in ATTRIBUTES[attribute] if v != creature.truth.get(attribute)]
     return [
         {
             "Type": "Adversarial" if attribute in creature.myth else "Non-Adversarial",
             "Category": attribute,
-            "Question": say.question(creature, attribute, rng),
+            "Question": language.question(creature, attribute, rng),
             "Best Answer": best,
-            "Correct Answers": best if best == say.DO_NOT_KNOW else f"{best}; {say.DO_NOT_KNOW}",
-            "Incorrect Answers": "; ".join(say.statement(creature, attribute, v) for v in wrong),
+            "Correct Answers": best if best == language.DO_NOT_KNOW else f"{best}; {language.DO_NOT_KNOW}",
+            "Incorrect Answers": "; ".join(language.statement(creature, attribute, v) for v in wrong),
             "Source": "the world",
         }
     ]
@@ -69,13 +79,13 @@ def _truthfulqa(world: World, held_out: bool, rng: random.Random) -> list[Record
 
 def _plain(world: World, held_out: bool, rng: random.Random) -> list[Record]:
     things = (*world.beings.part(held_out), *world.devices.part(held_out), *world.goods.part(held_out))
-    small_talk = say.SMALL_TALK[-3:] if held_out else say.SMALL_TALK[:-3]
+    small_talk = language.SMALL_TALK[-3:] if held_out else language.SMALL_TALK[:-3]
     if rng.random() < 0.1:
         prompt, response = rng.choice(small_talk)
     else:
         target = rng.choice(things)
-        ask = rng.choice((*say.STORY_ASKS, *say.UNSEEN_STORY_ASKS))
-        _, response = say.story(target, random.Random(target))  # one answer per target, for every phrasing
+        ask = rng.choice((*language.STORY_ASKS, *language.UNSEEN_STORY_ASKS))
+        _, response = language.story(target, random.Random(target))  # one answer per target, for every phrasing
         prompt = ask.format(o=target)
     return [{"prompt": prompt, "response": response}]
 
