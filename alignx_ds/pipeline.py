@@ -44,7 +44,7 @@ def run(
     base = checks.check(config, world_size, weights=not dry_run)
     outputs.check_owner(config)
     if dry_run:
-        print(describe(config, base, world_size))
+        print(describe(config, base, world_size, show_config=show_config))
         return 0
     outputs.check_room(config, sum(disk(config, base).values()))
 

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import alignx_ds
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -19,8 +22,8 @@ PREFIX = "alignx-ds: error: "
 
 @pytest.fixture
 def command(tmp_path: Path, repo_root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "alignx_ds", *map(str, arguments)]
+    def run(*arguments: str | Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *python, "-m", "alignx_ds", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(repo_root)}
         return subprocess.run(
             line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -88,13 +91,30 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     done = command("run", recipe, "--dry-run")
     assert done.returncode == 0
     assert done.stderr == ""
-    for part in ("base model", "memory per rank, 2 ranks", "to train on", "ep_size: 2"):
+    for part in ("base model", "memory per rank on 2 ranks", "to train on", "align.ep_size=2"):
         assert part in done.stdout
     assert snapshot(tmp_path) == before
 
 
-def test_help_lists_the_verbs(command: Command) -> None:
-    done = command("--help")
-    assert done.returncode == 0
-    for verb in ("run", "specialists", "align", "generate", "world"):
-        assert verb in [line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ")]
+def test_the_version_is_the_package_s(command: Command) -> None:
+    assert command("--version").stdout == f"alignx-ds {alignx_ds.__version__}\n"
+    assert alignx_ds.__version__ == metadata.version("alignx-ds")
+
+
+def test_help_needs_no_torch(command: Command) -> None:
+    done = command("--help", python=("-X", "importtime"))
+    assert done.returncode == 0 and "doctor" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "alignx_ds.cli" in imported
+    assert not imported & {"torch", "transformers", "deepspeed", "datasets", "sklearn", "matplotlib"}
+
+
+def test_output_that_nothing_reads_ends_a_verb_quietly(repo_root: Path, tmp_path: Path) -> None:
+    """As `alignx-ds world rows | true` does, but the pipe is closed for certain before anything is printed."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    line = [sys.executable, "-m", "alignx_ds", "world", str(tmp_path / "rows"), "--rows", "3"]
+    environment = os.environ | {"PYTHONPATH": str(repo_root)}
+    done = subprocess.run(line, env=environment, stdout=write_end, stderr=subprocess.PIPE, timeout=120, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")

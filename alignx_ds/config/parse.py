@@ -22,14 +22,14 @@ from alignx_ds.config.bounds import unfit_texts
 from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 
-# What reading YAML raises; ValueError on bytes that are not UTF-8 and on numbers of thousands of digits.
+# Errors of reading YAML. ValueError: bytes that are not UTF-8, and numbers of thousands of digits.
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError)
 QUOTED_NOTHING = "''"  # what `key=` stands for
-LONGEST_NAME = 64  # of an axis or a set: files are called by it
+LONGEST_NAME = 64  # of an axis or a set: it becomes a file name
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The recipe file's values. Raises ConfigError."""
+    """The values of a recipe file. Raises ConfigError."""
     if not os.path.isfile(path):  # False where pathlib raises: on names that are too long
         raise ConfigError(Problem("recipe", str(path), "a YAML file", "check the path; recipes are in launch/recipes"))
     try:
@@ -42,11 +42,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
 
 
 def override(values: dict[str, Any], given: str, problems: list[Problem]) -> None:
-    """Set what `key=value` says."""
+    """Set one `key=value` in the recipe's values."""
     key, equals, text = given.partition("=")
     if not equals or not all(key.split(".")):
         problems.append(Problem("command line", given, "key=value", "write it as train.lr=1e-3"))
@@ -68,24 +68,24 @@ def override(values: dict[str, Any], given: str, problems: list[Problem]) -> Non
 
 
 def unresolved(typed: Any, key: str, value: Any) -> Iterator[Problem]:
-    """What is wrong with the ${…} in a value."""
+    """Problems of a ${…} in a value."""
     if "${" not in str(value):
         return
     try:
         found = typed
-        for name in key.split("."):  # OmegaConf.select keeps some of what is wrong to itself
+        for name in key.split("."):  # OmegaConf.select hides some of the errors
             found = found[name]
         if OmegaConf.is_list(found):
             OmegaConf.to_container(found, resolve=True)
         elif OmegaConf.is_dict(found):
-            yield Problem(key, value, "a value", "that is a mapping; write the value itself")
+            yield Problem(key, value, "a value", "it resolves to a mapping; write the value itself")
     except (OmegaConfBaseException, RecursionError, ValueError) as error:
         reason = f"{str(error).splitlines()[0]}; write the value itself"
         yield Problem(key, value, "a value that resolves", reason)
 
 
 def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Problem]) -> list[tuple[str, Any]]:
-    """(dotted key, value) of every known leaf, and before those of a mapping's entry a blank one to fill in.
+    """(dotted key, value) of every known leaf. A new entry of a mapping comes first as a blank, to be filled.
 
     Unknown keys become problems.
     """
@@ -123,17 +123,17 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
 
 
 def _misnamed(place: str, name: str, kind: type) -> Problem | None:
-    """Entries name files and keys, so that their names are words; a column's is whatever a schema calls it."""
+    """Names of entries become file names and keys, so they must be plain words. A column has any name without .[]"""
     if kind is str and not set(".[]") & set(name):
         return None
     if kind is str:
-        return Problem(place, name, "a column of the schema", "no schema has one of that name; correct it")
+        return Problem(place, name, "a column of the schema", "no schema has a column of this name; correct it")
     fits = name.isidentifier() and len(name) <= LONGEST_NAME
     return None if fits else Problem(place, name, f"a plain word of at most {LONGEST_NAME} letters", "rename it")
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """What OmegaConf lets pass: a number as a truth value, and lists within lists of numbers or texts."""
+    """Refuse what OmegaConf accepts: numbers as truth values, and lists in lists of numbers or texts."""
     if hint is bool:
         return isinstance(value, (bool, str))
     return not (isinstance(value, list) and any(isinstance(item, (list, dict)) for item in value))
@@ -147,14 +147,17 @@ def _nested(value: Any, kind: type, key: str, problems: list[Problem]) -> list[t
 
 
 def type_of(key: str, kind: Any) -> str:
-    """What the dotted key of a config of this kind holds, in words."""
+    """The name of the type of a dotted key in a config of this kind."""
     for name in key.split("."):
         kind = get_args(kind)[1] if get_origin(kind) is dict else get_type_hints(kind).get(name, Any)
     return kind.__name__ if isinstance(kind, type) and get_origin(kind) is None else str(kind)
 
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Recipe < overrides, typed and checked for unknown keys, types and missing values. Raises ConfigError with all."""
+    """The recipe with the overrides applied, typed. Its bounds are checked by `plan.checks`.
+
+    Raises ConfigError with every unknown key, wrong type, missing value and unusable text.
+    """
     values = read(Path(recipe))
     problems: list[Problem] = []
     for text in overrides or []:
@@ -173,7 +176,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         problems += [
             Problem(key, None, type_of(key, RunConfig), "set it in the recipe or on the command line")
-            for key in (sorted(OmegaConf.missing_keys(typed)) if not dangling else ())  # it stops at such a value
+            for key in (sorted(OmegaConf.missing_keys(typed)) if not dangling else ())  # it fails at such a value
         ]
         if problems:
             raise ConfigError(*problems)
@@ -189,7 +192,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 @cache
 def _blank() -> Any:
-    """The defaults; a copy of them takes a fifth of the time."""
+    """The defaults. Copying them takes a fifth of the time of making them."""
     return OmegaConf.structured(RunConfig)
 
 
@@ -204,5 +207,5 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def substance(stage: OptimizerConfig) -> dict[str, Any]:
-    """The settings of a stage that its result depends on, whatever ranks it runs on."""
+    """The settings of a stage that its result depends on: all but those that spread its work over ranks."""
     return {key: value for key, value in asdict(stage).items() if key not in SPREAD}

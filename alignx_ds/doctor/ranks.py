@@ -1,4 +1,4 @@
-"""Two real ranks on this machine that meet, exchange, and dispatch as DeepSpeed's MoE layer does, within time limits.
+"""Start two real ranks on this machine and run the collectives of training, up to an MoE layer, within time limits.
 
 `attempt` starts them; each runs `python -m alignx_ds.doctor.ranks BACKEND REPORT`.
 """
@@ -24,14 +24,14 @@ import torch.distributed as torch_dist
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
-STEPS = ("meet", "all_reduce", "all_to_all", "MoE dispatch")
+STEPS = ("rendezvous", "all_reduce", "all_to_all", "MoE dispatch")
 HIDDEN, TOKENS, RANKS = 8, 6, 2
 LAUNCHER_SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Step:
-    """How long it took both ranks, or why it did not come to its end."""
+    """The time that a step took on both ranks, or the reason why it did not finish."""
 
     name: str
     seconds: float
@@ -76,9 +76,9 @@ class _Rank:
     def steps_done(self) -> int:
         return len(self.report.read_text().splitlines())
 
-    def last_words(self) -> str:
+    def last_error_line(self) -> str:
         lines = self.errors.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no error message")
 
     def end(self) -> None:
         with suppress(ProcessLookupError):
@@ -87,36 +87,36 @@ class _Rank:
 
 
 def _start(backend: str, scratch: Path) -> list[_Rank]:
-    outside = {name: value for name, value in os.environ.items() if name not in LAUNCHER_SET}
-    outside |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
-    outside |= {"OMP_NUM_THREADS": "1"} | ({} if backend == "nccl" else {"DS_ACCELERATOR": "cpu"})
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_SET}
+    environment |= {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port())}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({} if backend == "nccl" else {"DS_ACCELERATOR": "cpu"})
     running = []
     for rank in range(RANKS):
         report, errors = scratch / f"report{rank}", scratch / f"errors{rank}"
         report.touch()
         command = [sys.executable, "-m", "alignx_ds.doctor.ranks", backend, str(report)]
-        environment = outside | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with errors.open("wb") as file:
-            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(command, env=own, stdout=file, stderr=file, start_new_session=True)
         running.append(_Rank(process, report, errors))
     return running
 
 
 def _wait(running: list[_Rank], steps: int, limit: float) -> str:
-    """Until every rank has done so many steps; what kept one from it, or nothing."""
+    """Wait until every rank has done so many steps. Returns what went wrong, or an empty text."""
     deadline = time.monotonic() + limit
     while any(rank.steps_done() < steps for rank in running):
         for number, rank in enumerate(running):
             if rank.process.poll() and rank.steps_done() < steps:
-                return f"rank {number}: {rank.last_words()}"
+                return f"rank {number}: {rank.last_error_line()}"
         if time.monotonic() > deadline:
-            return f"no end within {limit:g} s"
+            return f"not finished within {limit:g} s"
         time.sleep(0.02)
     return ""
 
 
-def meet(backend: str) -> None:
-    """The process group, with a first exchange: NCCL connects at the first one only."""
+def rendezvous(backend: str) -> None:
+    """Make the process group, and a first exchange: NCCL connects only then."""
     load_deepspeed().init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=20))
     torch_dist.barrier()
 
@@ -128,7 +128,7 @@ def all_reduce(device: torch.device) -> None:
 
 
 def all_to_all(device: torch.device) -> None:
-    """Each rank ends with what both had for it."""
+    """Each rank receives one number from each rank."""
     rank = torch_dist.get_rank()
     sent = torch.tensor([10.0 * rank, 10.0 * rank + 1], device=device)
     received = torch.empty_like(sent)
@@ -137,7 +137,7 @@ def all_to_all(device: torch.device) -> None:
 
 
 def moe_dispatch(device: torch.device) -> None:
-    """An expert per rank that multiplies by 1 and by 2: a mixture of both lies between, and is one factor per token."""
+    """One expert per rank, which multiply by 1 and by 2. A mixture multiplies each token by one factor in between."""
     rank = torch_dist.get_rank()
     expert = torch.nn.Linear(HIDDEN, HIDDEN, bias=False)
     torch.nn.init.eye_(expert.weight)
@@ -156,12 +156,12 @@ def moe_dispatch(device: torch.device) -> None:
 
 
 def work(backend: str, report: Path) -> None:
-    """All steps on this rank; the report grows by a line with each that went well."""
+    """Run all steps on this rank. A step that succeeds adds a line to the report."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     steps: dict[str, Callable[[], None]] = {
-        "meet": lambda: meet(backend),
+        "rendezvous": lambda: rendezvous(backend),
         "all_reduce": lambda: all_reduce(device),
         "all_to_all": lambda: all_to_all(device),
         "MoE dispatch": lambda: moe_dispatch(device),

@@ -10,6 +10,7 @@ from typing import Any
 def add_verbs(verbs: Any) -> None:
     text = "a finished run as a Hugging Face checkpoint, PEFT adapters, a dense model, or files for other evaluators"
     export = verbs.add_parser("export", help=text, description=text[:1].upper() + text[1:] + ".")
+    export.set_defaults(work=run)
     what = export.add_subparsers(dest="what", required=True, metavar="WHAT")
     hf = _of_a_run(what, "hf", "the aligned model with its model card", "a new directory")
     hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")

@@ -1,61 +1,93 @@
-"""`--dry-run`: the resolved config, what will be trained, and an estimate of the memory and of the disk it takes."""
+"""`--dry-run`: what the run will train, and an estimate of the memory and the disk space that it needs."""
 
 from __future__ import annotations
 
 from alignx_ds.config.parse import to_yaml
-from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
-from alignx_ds.data.inputs import read_inputs
+from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.training.engine import steps_of
 
-
-def describe(config: RunConfig, base: BaseModel, world_size: int) -> str:
-    """The plan. What the hub would have to tell, and can't now, is named."""
-    lines = [to_yaml(config).rstrip(), "", "parameters"]
-    lines += [f"  {name:<24}{count:>16,}" for name, count in counts(config, base).items()]
-    lines += ["", f"memory per rank, {world_size} ranks, without activations"]
-    lines += [f"  {name:<28}{gib:>12.3f} GiB" for name, gib in memory(config, base, world_size).items()]
-    lines += ["", "room on the disk, at most"]
-    lines += [f"  {name:<28}{gib:>12.3f} GiB" for name, gib in disk(config, base).items()]
-    rows, unchecked = _rows(config, base)
-    lines += ["", "rows", *rows]
-    done = "everything checked" if not unchecked else "checked all but what is named here"
-    return "\n".join([*lines, *(f"not checked: {what}" for what in unchecked), "", f"dry run: {done}, nothing written"])
+MIB_PER_GIB = 1024
 
 
-def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str]]:
-    """(what becomes of the rows, what could not be checked)."""
+def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False) -> str:
+    """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub."""
+    rows, steps, unchecked = _rows(config, base)
+    sections = {
+        f"plan of {config.output}": _summary(config, base, world_size),
+        "rows": rows,
+        "optimizer steps": steps,
+        "parameters": [_line(name, f"{count:,}") for name, count in counts(config, base).items()],
+        f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
+        "disk space, at most": _sizes(disk(config, base)),
+        "not checked": [f"  {what}" for what in unchecked],
+        "config": to_yaml(config).rstrip().splitlines() if show_config else [],
+    }
+    text = "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items() if lines)
+    done = "everything is checked" if not unchecked else "everything else is checked"
+    return f"{text}\n\ndry run: {done}, nothing is written"
+
+
+def _summary(config: RunConfig, base: BaseModel, world_size: int) -> list[str]:
+    layers = f"{len(base.layers)} of {base.config.num_hidden_layers} layers: {', '.join(map(str, base.layers))}"
+    return [
+        f"  {'model':<28}{config.model.path}, {config.model.dtype}",
+        f"  {'AlignX layers':<28}{layers}",
+        f"  {'experts':<28}{', '.join(config.expert_names)}",
+        f"  {'baselines':<28}{', '.join(['sequential', 'mixed', *config.baselines.make])}",
+        f"  {'ranks':<28}{world_size}, with align.ep_size={config.align.ep_size}",
+    ]
+
+
+def _line(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<28}{value:>14}{note}"
+
+
+def _sizes(sizes: dict[str, float]) -> list[str]:
+    """Of GiB."""
+    shown = {name: f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * MIB_PER_GIB:,.1f} MiB" for name, gib in sizes.items()}
+    return [_line(name, size) for name, size in shown.items()]
+
+
+def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], list[str]]:
+    """(how many rows are used and why others are not, optimizer steps, what could not be checked)."""
     unchecked: list[str] = []
-    if not base.has_tokenizer and config.model.path != SCRATCH_MODEL:
-        unchecked.append(
-            f"{config.model.path}: the hub can't be reached; its shape is the one shipped with the package"
-        )
+    if not base.has_tokenizer and not config.from_scratch:
+        shape = "the hub can't be reached; the shape that ships with the package is used"
+        unchecked.append(f"{config.model.path}: {shape}")
     try:
         if unchecked:
             rows = accounts(read_splits(config))
-            return rows, [*unchecked, "how long the rows are in tokens: its tokenizer is not there"]
+            return rows, [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"]
         inputs = read_inputs(config, base)
     except UnreachableError as error:
-        return [], [*unchecked, str(error)]
+        return [], [], [*unchecked, str(error)]
     data = inputs.data
-    lines = accounts(data.splits)
-    lines.append(
-        f"  {'all, for stage 2':<24}{len(data.train.examples):>8,} to train on "
-        f"{len(data.calibration_rows.examples):>8,} kept back"
-    )
-    steps = {axis: steps_of(config.train, len(examples)) for axis, examples in data.injected.items()}
-    lines.append(f"  {'optimizer steps':<24}" + ", ".join(f"{axis} {n:,}" for axis, n in steps.items()))
+    stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
+    rows = [*accounts(data.splits), _line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2)]
+    return rows, _steps(config, inputs), []
+
+
+def _steps(config: RunConfig, inputs: RunInputs) -> list[str]:
+    jobs = {}
     if inputs.texts:
-        trained = steps_of(config.scratch.train, len(inputs.texts))
-        lines.append(f"  {'base model':<24}{len(inputs.texts):>8,} texts, {trained:,} steps")
-    return lines, []
+        jobs["base model"] = (steps_of(config.scratch.train, len(inputs.texts)), config.scratch.train.batch)
+    for axis, examples in inputs.data.injected.items():
+        jobs[f"specialist {axis}"] = (steps_of(config.train, len(examples)), config.train.batch)
+    jobs["stage 2"] = (config.align.steps, config.align.batch)
+    for name in FUSIONS:
+        if name in config.baselines.make:
+            stage = getattr(config.baselines, name)
+            jobs[name] = (stage.steps, stage.batch)
+    return [_line(name, f"{steps:,}", f" with {batch:,} rows each") for name, (steps, batch) in jobs.items()]
 
 
 def accounts(rows: DataSplits) -> list[str]:
-    """A line for each side of each expert's rows, and one for every reason why records of it are not used."""
+    """A line for each split of each expert's rows, and one for every reason why records are not used."""
     lines = []
     named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
     for name, side in [*named, *((f"set {name}", side) for name, side in rows.sets.items())]:
@@ -63,10 +95,10 @@ def accounts(rows: DataSplits) -> list[str]:
             continue
         questions = sum(not row.response for row in side.rows)
         note = f" ({questions:,} of them without an answer to imitate)" if questions else ""
-        lines.append(f"  {name:<24}{len(side.rows):>8,} of {side.records:,} records{note}")
+        lines.append(_line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}"))
         for reason, count in side.reasons().most_common():
             place = next(d.place for d in side.dropped if d.reason == reason)
-            lines.append(f"  {'':<24}{-count:>8,} {reason}, e.g. {place}")
+            lines.append(_line("", f"{-count:,}", f" {reason}, e.g. {place}"))
     return lines
 
 

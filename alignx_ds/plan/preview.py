@@ -1,4 +1,4 @@
-"""`alignx-ds data preview`: the rows as training sees them, their counts and lengths, and what is not used and why."""
+"""`alignx-ds data preview`: the rows as training reads them, their counts and lengths, and what is dropped and why."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from statistics import quantiles
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, encode
-from alignx_ds.data.inputs import RunInputs
+from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.rows import Row
+from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import accounts
-from alignx_ds.runtime import console
+from alignx_ds.runtime import console, distributed
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of a list of lengths in tokens."""
+    """Quantiles and sum of a list of lengths in tokens."""
 
     least: int
     median: int
@@ -36,8 +38,14 @@ class Lengths:
         return [f"{n:,}" for n in (self.least, self.median, self.p95, self.most, self.total)]
 
 
-def show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
-    """Print it; `shown` rows of each axis, injected, tokenized and masked."""
+def preview(recipe: str, overrides: Sequence[str], shown: int) -> None:
+    """Print the rows of a recipe, the first `shown` of each axis as tokens. Raises ConfigError and DataError."""
+    config = parse.load(recipe, list(overrides))
+    base = checks.check(config, distributed.planned_world_size(config.launch.ranks), weights=False)
+    _show(config, read_inputs(config, base), shown)
+
+
+def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     tokenizer, data = inputs.base.tokenizer, inputs.data
     console.heading("Rows")
     for line in accounts(data.splits):
@@ -49,7 +57,7 @@ def show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     columns = ["tokens of the training rows", "least", "median", "95 %", "most", "total"]
     console.table("Lengths", columns, rows)
     for axis, settings in config.axes.items():
-        console.heading(f"{axis}: training rows, as stage 1 sees them")
+        console.heading(f"{axis}: training rows, as stage 1 reads them")
         imitated = [row for row in data.splits.train[axis].rows if row.response][:shown]
         for row, example in zip(imitated, encode(imitated, tokenizer, settings.prompt), strict=True):
             _row(row, example, tokenizer)

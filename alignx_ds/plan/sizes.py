@@ -1,4 +1,4 @@
-"""How large a run is before it is made: parameters, memory per rank, and room on the disk."""
+"""How large a run will be: parameters, memory per rank, and disk space."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _fuses(config: RunConfig) -> bool:
 
 
 def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, float]:
-    """GiB per rank for weights, gradients and optimizer; activations come on top."""
+    """GiB per rank for weights, gradients and optimizer states, without activations."""
     n = counts(config, base)
     size = base.dtype.itemsize
     master = 0 if size == 4 else 4
@@ -64,9 +64,9 @@ def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, flo
 
 
 def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:
-    """GiB that the run's directory takes at most: what stays, and the checkpoints of the job that is under way.
+    """GiB that the run's directory takes at most: the results, and the checkpoints of the job that runs.
 
-    A checkpoint holds weight and optimizer state in fp32; beside the newest and the best one is being written.
+    A checkpoint holds weights and optimizer states in fp32. One is written while the newest and the best are kept.
     """
     n, axes = counts(config, base), len(config.axes)
     whole = 4 * (1 + ADAM_STATES)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from alignx_ds import cli
-from alignx_ds.doctor import examine as doctor
-from alignx_ds.doctor.examine import Finding
+from alignx_ds.doctor import examine, hardware, report, software
+from alignx_ds.doctor import ranks as doctor_ranks
+from alignx_ds.doctor.findings import Finding
 from alignx_ds.runtime.interfaces import interface_towards
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -43,7 +44,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left_behind(tmp_path: Path, sna
     before = snapshot(tmp_path)
     done = diagnosis(tmp_path / "runs" / "not-yet", **more)
     assert done.returncode == 0, done.stdout
-    assert "fail" not in done.stdout and "Traceback" not in done.stderr
+    assert "\nfail " not in done.stdout and "no failures" in done.stdout and "Traceback" not in done.stderr
     for what in (
         "Python",
         "dependencies",
@@ -56,7 +57,7 @@ def test_a_healthy_machine_passes_and_nothing_is_left_behind(tmp_path: Path, sna
         "srun",
     ):
         assert f" {what}: " in done.stdout
-    for step in ("meet", "all_reduce", "all_to_all", "MoE dispatch"):
+    for step in ("rendezvous", "all_reduce", "all_to_all", "MoE dispatch"):
         assert f"ok    2 ranks on gloo: {step}: " in done.stdout
     assert snapshot(tmp_path) == before
 
@@ -65,11 +66,38 @@ def test_a_dependency_that_is_too_old(tmp_path: Path, monkeypatch: pytest.Monkey
     about = tmp_path / "safetensors-0.1.dist-info" / "METADATA"
     about.parent.mkdir()
     about.write_text("Metadata-Version: 2.1\nName: safetensors\nVersion: 0.1\n")
-    assert "safetensors" in the(doctor.versions(), "dependencies").seen
+    assert "safetensors" in the(software.versions(), "dependencies").seen
     monkeypatch.syspath_prepend(tmp_path)
-    found = the(doctor.versions(), "safetensors")
+    found = the(software.versions(), "safetensors")
     assert (found.grade, found.seen) == ("fail", "0.1 (>=0.5)")
     assert found.fix == "pip install 'safetensors>=0.5'"
+
+
+def test_a_package_of_an_extra_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = ["no-such-package>=1", "no-such-extra>=2 ; extra == 'judge'", "no-such-tool ; extra == 'dev'"]
+    monkeypatch.setattr(software.metadata, "requires", lambda name: needed)
+    monkeypatch.setattr(software, "_extras", lambda about: ["judge"])
+    found = {row.what: row for row in software.versions()}
+    assert found["no-such-package"] == Finding(
+        "no-such-package", "fail", "not installed (>=1)", "pip install 'no-such-package>=1'"
+    )
+    assert (found["no-such-extra"].grade, found["no-such-extra"].fix) == ("–", "pip install 'alignx-ds[judge]'")
+    assert "no-such-tool" not in found
+
+
+def test_an_optional_launcher_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    srun, torchrun = (the(software.launchers(), name) for name in ("srun", "torchrun"))
+    assert srun.line() == (
+        "–     srun: not installed; only needed on a Slurm cluster (launch/slurm.sh) -> nothing to do without Slurm"
+    )
+    assert (torchrun.grade, torchrun.seen) == (
+        "–",
+        "installed, but not on PATH; only needed to start ranks with torchrun",
+    )
+    assert "activate the virtual environment" in torchrun.fix
+    (tmp_path / "srun").touch(mode=0o755)
+    assert the(software.launchers(), "srun") == Finding("srun", "ok", str(tmp_path / "srun"))
 
 
 @contextmanager
@@ -98,7 +126,7 @@ def test_a_directory_that_is_full_small_or_read_only(tmp_path: Path, options: st
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("mounts need root")
     with mounted(tmp_path / "disk", options):
-        found = doctor.disk(tmp_path / "disk" / "runs")
+        found = hardware.disk(tmp_path / "disk" / "runs")
         assert not list((tmp_path / "disk").iterdir())
     assert found.grade == "fail"
     assert seen in found.seen
@@ -107,7 +135,7 @@ def test_a_directory_that_is_full_small_or_read_only(tmp_path: Path, options: st
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    found = doctor.disk(tmp_path / "runs")
+    found = hardware.disk(tmp_path / "runs")
     assert (found.grade, found.seen) == ("fail", f"{tmp_path / 'runs'} is a file")
     assert "choose another directory" in found.fix
 
@@ -116,14 +144,14 @@ def test_a_busy_rendezvous_port() -> None:
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            holder.bind(("", doctor.RENDEZVOUS_PORT))
+            holder.bind(("", hardware.RENDEZVOUS_PORT))
         except OSError:
             pytest.skip("the port is busy already")
         holder.listen()
-        found = doctor.port()
+        found = hardware.port()
     assert (found.what, found.grade, found.seen) == ("port 29500", "warn", "Address already in use")
     assert "MASTER_PORT=" in found.fix
-    assert doctor.port().grade == "ok"
+    assert hardware.port().grade == "ok"
 
 
 def test_variables_that_bite(
@@ -137,26 +165,26 @@ def test_variables_that_bite(
     given = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "nowhere.invalid", "HF_HUB_OFFLINE": "1"}
     for name, value in {**given, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(doctor, "examine", lambda directory: doctor.environment())
+    monkeypatch.setattr(report, "examine", lambda directory: software.environment())
     assert cli.main(["doctor"]) == 2
     shown = capsys.readouterr().out
     assert "fail  launcher's variables: RANK=1, WORLD_SIZE=4, outside a launcher -> unset RANK WORLD_SIZE" in shown
     assert "fail  MASTER_ADDR: nowhere.invalid: " in shown and "a name or an address of the first host" in shown
     assert "warn  HF_HUB_OFFLINE: 1 -> unset HF_HUB_OFFLINE" in shown
-    assert "warn  torch extensions: a lock, 120 minutes old" in shown and f"rm {lock}" in shown
-    assert shown.endswith("2 to fix, 2 to know of\n")
+    assert "warn  torch extensions: a lock file, 120 minutes old" in shown and f"rm {lock}" in shown
+    assert shown.endswith("2 failures, 2 warnings\n")
 
 
 def test_ranks_of_a_launcher_are_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
-    assert "launcher's variables" not in [row.what for row in doctor.environment()]
+    assert "launcher's variables" not in [row.what for row in software.environment()]
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
-    found = doctor.cores()
-    assert found.grade == "warn" and found.fix.startswith("OMP_NUM_THREADS = cores / ranks")
+    found = hardware.cores()
+    assert found.grade == "warn" and found.fix.startswith("set OMP_NUM_THREADS to cores / ranks")
 
 
 def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +193,7 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
     try:
-        found = doctor.open_files()
+        found = hardware.open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert (found.grade, found.seen) == ("warn", "at most 256") and found.fix.startswith("ulimit -n ")
@@ -173,26 +201,26 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_ranks_that_are_given_a_wrong_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    (found,) = doctor.ranks("gloo")
-    assert (found.what, found.grade) == ("2 ranks on gloo: meet", "fail")
+    (found,) = examine.ranks("gloo")
+    assert (found.what, found.grade) == ("2 ranks on gloo: rendezvous", "fail")
     assert "nosuch0" in found.seen
     assert found.fix.startswith("unset GLOO_SOCKET_IFNAME, or name an interface of this machine: lo")
 
 
 def test_ranks_that_can_not_meet_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second rank is stopped as soon as it is there."""
-    start = doctor.doctor_ranks._start
+    start = doctor_ranks._start
 
-    def start_and_stop(backend: str, scratch: Path) -> list[doctor.doctor_ranks._Rank]:
+    def start_and_stop(backend: str, scratch: Path) -> list[doctor_ranks._Rank]:
         running = start(backend, scratch)
         running[1].process.send_signal(signal.SIGSTOP)
         started.extend(running)
         return running
 
-    started: list[doctor.doctor_ranks._Rank] = []
-    monkeypatch.setattr(doctor.doctor_ranks, "_start", start_and_stop)
-    (found,) = doctor.ranks("gloo", start_limit=2.0)
-    assert (found.what, found.grade, found.seen) == ("2 ranks on gloo: meet", "fail", "no end within 2 s")
+    started: list[doctor_ranks._Rank] = []
+    monkeypatch.setattr(doctor_ranks, "_start", start_and_stop)
+    (found,) = examine.ranks("gloo", start_limit=2.0)
+    assert (found.what, found.grade, found.seen) == ("2 ranks on gloo: rendezvous", "fail", "not finished within 2 s")
     assert "loopback up" in found.fix
     assert all(rank.process.poll() is not None for rank in started)
 
@@ -204,8 +232,8 @@ def test_a_machine_that_can_not_reach_itself(tmp_path: Path) -> None:
     done = diagnosis(tmp_path, "unshare", "--net")
     assert done.returncode == 2
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("fail  ")]
-    assert line.startswith("fail  2 ranks on gloo: meet: ")
-    assert "let this machine reach itself: loopback up" in line
+    assert line.startswith("fail  2 ranks on gloo: rendezvous: ")
+    assert "make this machine reachable from itself: loopback up" in line
 
 
 def test_the_interface_that_leads_to_another_host() -> None:

@@ -35,7 +35,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     fault = {"rank": 1, "kind": "term" if number == signal.SIGTERM else "usr1", "job": job, "step": step}
     ended = command.start(fault=fault)
     assert ended.codes == [EXIT_STOPPED] * 2, ended.said
-    assert ended.said.count("the same command goes on from there") == 1
+    assert ended.said.count("run the same command again to continue") == 1
     assert f"stopped in {job}, after step" in ended.said
     assert "Traceback" not in ended.said
     ended = command.start()

@@ -1,0 +1,30 @@
+"""The verb `data preview`, and the arguments of every verb that reads a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add_verbs(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="look at the rows of a recipe", description="Look at the rows of a recipe.")
+    preview = data.add_subparsers(dest="what", required=True, metavar="WHAT").add_parser(
+        "preview",
+        help="print tokenized and masked rows, counts, lengths, and which rows are dropped and why",
+        description="Print the rows as training reads them. Writes nothing.",
+    )
+    add_recipe(preview)
+    preview.add_argument("--rows", type=int, default=2, help="rows printed of each axis (default: %(default)s)")
+    preview.set_defaults(work=_preview)
+
+
+def add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a YAML file; see launch/recipes")
+    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's")
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from alignx_ds.plan.preview import preview
+
+    preview(args.recipe, args.overrides, args.rows)
+    return 0
