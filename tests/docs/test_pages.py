@@ -70,6 +70,8 @@ def test_every_named_file_of_the_project_exists(page: str) -> None:
         r"\b(?:alignx_ds|tests|launch|benchmarks|ds_configs|docs)/[\w./-]*\w(?!\{)\b", FENCE.sub("", read(page))
     ):
         assert (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", read(page)):
+        assert any((place / name).exists() for place in (ROOT, ROOT / "alignx_ds")), name
 
 
 def verbs(parser: argparse.ArgumentParser, before: str = "") -> Iterator[str]:
