@@ -89,7 +89,7 @@ def _manifest(directory: Path) -> Any:
     return json.loads((directory / "manifest.json").read_text())
 
 
-def until(ready: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+def until(ready: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while not ready():
         assert time.monotonic() < deadline, f"{what}: not within {timeout:g} s"

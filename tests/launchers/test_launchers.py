@@ -49,7 +49,7 @@ def test_a_signal_to_the_command_reaches_every_rank_and_its_exit_code_comes_back
     with started(*command, STUB_DIRECTORY=str(tmp_path)) as process:
         until(lambda: len(list(tmp_path.glob("*.json"))) == 2, "both ranks started")
         process.send_signal(signum)
-        assert process.wait(timeout=40) == 75
+        assert process.wait(timeout=60) == 75
     for report in tmp_path.glob("*.json"):
         assert not Path(f"/proc/{json.loads(report.read_text())['pid']}").exists()
 
@@ -60,4 +60,4 @@ def test_mpirun_hands_a_signal_on(tmp_path: Path) -> None:
     with started(REPO / "launch/mpi.sh", RECIPE, cwd=STUB, **more) as process:
         until(lambda: len(list(tmp_path.glob("*.json"))) == 2, "both ranks started")
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=20) == 75
+        assert process.wait(timeout=60) == 75

@@ -60,7 +60,7 @@ def test_a_job_whose_time_is_up_goes_back_into_the_queue(
         until(lambda: len(reports(tmp_path)) == 2, "both ranks started")
         for pid in receivers(process, [report["pid"] for report in reports(tmp_path)]):
             os.kill(pid, signum)
-        assert process.wait(timeout=20) == 75
+        assert process.wait(timeout=60) == 75
     kept = tmp_path / "requeued"
     assert (kept.read_text().split() if kept.exists() else []) == ([JOB] if requeued else [])
 
@@ -68,7 +68,7 @@ def test_a_job_whose_time_is_up_goes_back_into_the_queue(
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_any_other_end_is_the_end(tmp_path: Path, code: int) -> None:
     with started(SCRIPT, RECIPE, cwd=HERE / "stub", **job(tmp_path, STUB_EXIT=str(code))) as process:
-        assert process.wait(timeout=20) == code
+        assert process.wait(timeout=60) == code
     assert not (tmp_path / "requeued").exists()
 
 

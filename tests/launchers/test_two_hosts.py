@@ -32,13 +32,15 @@ def path(root: Path) -> str:
     return f"{ssh_on_path(root)}:{environment()['PATH']}"
 
 
-def test_both_stages_make_what_they_make_on_one_node(hosts: tuple[Path, Host], one_node: Path, tmp_path: Path) -> None:
+def test_both_stages_make_what_they_make_on_one_node(
+    hosts: tuple[Path, Host], one_node_aligned: Path, tmp_path: Path
+) -> None:
     """With an expert-parallel group across the wire. The first host's address leads to the interface that is shared."""
     root, first = hosts
     output = tmp_path / "run"
     printed = finished(*first.inside(*launch(root, f"output={output}")), VERB="align", PATH=path(root))
-    assert specialists(output) == specialists(one_node)
-    assert aligned(output) == aligned(one_node)
+    assert specialists(output) == specialists(one_node_aligned)
+    assert aligned(output) == aligned(one_node_aligned)
     assert len(set(re.findall(r"^(\S+): .*process \d+ spawned", printed, flags=re.MULTILINE))) == 2
 
 
