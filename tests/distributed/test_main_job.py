@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alignx_ds
 
 from alignx_ds.data.world.files import write_files
 
@@ -55,14 +53,8 @@ XSTEST = [
 ]
 
 
-def start(repo: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    command = [sys.executable, "-m", "alignx_ds", *arguments]
-    return subprocess.run(command, cwd=repo, env=outside, capture_output=True, text=True, timeout=280, check=False)
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[Path, list[str], str]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
     """(output, arguments, terminal output) of a finished run on rows from files, not from the built-in world."""
     root = tmp_path_factory.mktemp("main-job")
     write_files(root / "rows", 90, seed=3)
@@ -83,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[Pat
         for name, schema, judge in (("mc", "truthfulqa_mc", "mc"), ("xs", "xstest", "refusal"))
     ]
     arguments = ["launch/recipes/world.yaml", *SMALL, *data, *sets, f"output={root / 'run'}"]
-    done = start(repo_root, "run", *arguments)
+    done = alignx_ds("run", *arguments)
     assert done.returncode == 0, done.stderr
     return root / "run", arguments, done.stdout
 
@@ -124,9 +116,7 @@ def test_every_answer_is_kept(made: tuple[Path, list[str], str]) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
-    made: tuple[Path, list[str], str], repo_root: Path
-) -> None:
+def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[Path, list[str], str]) -> None:
     output, arguments, _ = made
     before = json.loads((output / "report.json").read_text())
     weights = (output / "model" / "model.safetensors").read_bytes()
@@ -137,7 +127,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
     kept = output / "answers" / "base.helpful.jsonl"
     untouched = kept.stat().st_mtime_ns
     (output / "likelihoods" / "honest.json").unlink()
-    again = start(repo_root, "run", *arguments)
+    again = alignx_ds("run", *arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("unchanged, reused from") == 9
     assert (output / "model" / "model.safetensors").read_bytes() == weights
@@ -151,7 +141,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
     torn = output / "specialists" / "harmless" / "layer_003.safetensors"
     content = torn.read_bytes()
     torn.write_bytes(content[: len(content) // 2])
-    refused = start(repo_root, "run", *arguments)
+    refused = alignx_ds("run", *arguments)
     torn.write_bytes(content)
     assert refused.returncode == 2
     assert "differs from its manifest" in refused.stderr
@@ -160,20 +150,19 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(
 
 def test_specialists_of_another_run_are_shared_but_never_made_over(
     made: tuple[Path, list[str], str],
-    repo_root: Path,
     tmp_path: Path,
     snapshot: Callable[[Path], dict[str, bytes | None]],
 ) -> None:
     output, arguments, _ = made
     before = snapshot(output)
     other = [f"output={tmp_path / 'other'}", f"specialists={output / 'specialists'}", "train.lr=1e-5"]
-    refused = start(repo_root, "specialists", *arguments, *other)
+    refused = alignx_ds("specialists", *arguments, *other)
     assert refused.returncode == 2
     assert "made from other inputs" in refused.stderr
     assert snapshot(output) == before
 
 
-def test_the_aligned_model_answers(made: tuple[Path, list[str], str], repo_root: Path) -> None:
-    done = start(repo_root, "generate", str(made[0] / "model"), "hello , how are you ?", "good night .")
+def test_the_aligned_model_answers(made: tuple[Path, list[str], str]) -> None:
+    done = alignx_ds("generate", str(made[0] / "model"), "hello , how are you ?", "good night .")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2

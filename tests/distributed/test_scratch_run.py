@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import alignx_ds
 
 from alignx_ds.data.world.files import write_files
 from alignx_ds.runs import manifest
@@ -66,10 +64,8 @@ def recipe(root: Path) -> Path:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_from_scratch(tmp_path: Path, repo_root: Path) -> None:
-    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    command = [sys.executable, "-m", "alignx_ds", "run", str(recipe(tmp_path))]
-    done = subprocess.run(command, cwd=repo_root, env=outside, capture_output=True, text=True, timeout=280, check=False)
+def test_a_run_from_scratch(tmp_path: Path) -> None:
+    done = alignx_ds("run", str(recipe(tmp_path)))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     report: dict[str, Any] = json.loads((run / "report.json").read_text())

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignx_ds.runtime.distributed import free_port
+from processes import REPO, cpu_environment, kill_group, rank_variables
 
-ROOT = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds within which all ranks have to end once one has
 SMALL = (
     "launch/recipes/world.yaml",
@@ -84,21 +80,17 @@ class Command:
     ) -> Ended:
         """Run to the end. Ranks that outlive a failed one by more than GRACE are a hang, and an AssertionError."""
         world = ranks or self.ranks
-        shared = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "FAULT")}
-        shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)}
-        shared["PYTHONPATH"] = str(ROOT)
+        shared = cpu_environment(FAULT=json.dumps(fault))
         line = [sys.executable, str(Path(__file__).with_name("faulty.py")), self.verb, *SMALL, *self.settings, *extra]
         started, running, files = time.monotonic(), [], []
-        for rank in range(world):
+        for rank, variables in enumerate(rank_variables(world)):
             files.append((self.logs / f"rank{rank}.log").open("wb"))
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [*line, f"output={self.output}"]
             running.append(
                 subprocess.Popen(
                     command,
-                    cwd=ROOT,
-                    env=environment,
+                    cwd=REPO,
+                    env=shared | variables,
                     stdout=files[-1],
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -110,9 +102,7 @@ class Command:
             alone = _wait(running, started + timeout)
         finally:
             for process in running:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_group(process)
             for file in files:
                 file.close()
         said = "\n".join((self.logs / f"rank{r}.log").read_text(errors="replace") for r in range(world))

@@ -1,4 +1,4 @@
-"""A rank that does nothing but collectives, until its fault: `nohang_worker.py FAULT RANK|all LAUNCH_TIMEOUT`."""
+"""A rank that runs collectives until its fault: `nohang_worker.py FAULT RANK|all LAUNCH_TIMEOUT`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
 
-def strike(fault: str) -> None:
+def cause(fault: str) -> None:
     if fault == "exception":
-        raise ZeroDivisionError("boom in the midst")
+        raise ZeroDivisionError("boom at work")
     if fault == "data":
         raise DataError("rows.jsonl, row 7: no column 'response'")
     if fault == "memory":
@@ -43,10 +43,10 @@ def wait_for_all_started() -> None:
 
 def work(fault: str, where: str, timeout: int) -> None:
     rank = int(os.environ["RANK"])
-    struck = where == "all" or rank == int(where)
+    is_faulty = where == "all" or rank == int(where)
     wait_for_all_started()
-    if fault == "bad-start" and struck:  # before anything else
-        strike("data")
+    if fault == "bad-start" and is_faulty:  # before the ranks are connected
+        cause("data")
     distributed.init_process_group(timeout)
     try:
         total = torch.ones(1000)
@@ -54,9 +54,9 @@ def work(fault: str, where: str, timeout: int) -> None:
             torch.distributed.all_reduce(total)
             total /= distributed.world_size()
             if step == 10:
-                print(f"rank {rank} is in the midst", flush=True)
-            if step == 20 and struck:
-                strike(fault)
+                print(f"rank {rank} is at work", flush=True)
+            if step == 20 and is_faulty:
+                cause(fault)
             time.sleep(0.02)
     finally:
         distributed.shutdown()
@@ -72,6 +72,6 @@ def main(fault: str, where: str, timeout: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "uncaught":  # as a script that has no handler of its own
+    if sys.argv[1] == "uncaught":  # as a script without an exception handler
         work("exception", sys.argv[2], int(sys.argv[3]))
     distributed.exit_rank(main(*sys.argv[1:]))

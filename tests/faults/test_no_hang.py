@@ -1,4 +1,4 @@
-"""A fault of one rank ends all ranks, soon, and the console says whose it was. Real processes that nothing kills."""
+"""A fault of one rank ends all ranks within seconds, and the console names the rank. No launcher kills the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from together import Ended, await_words, launch, start
+from plain_ranks import Ended, launch, start, wait_for_text
 
 from alignx_ds.runtime.failures import LESS_MEMORY
 
@@ -25,7 +25,7 @@ def worker(fault: str, where: str = "1", timeout: int = 60) -> list[str]:
 
 
 def errors(ended: Ended) -> list[str]:
-    """What was said to the user; everyone has ended in time, with the codes that the test looks at."""
+    """The error lines on the console, after checking that all ranks have ended in time."""
     assert None not in ended.codes, f"still running: {ended}"
     assert ended.seconds < LIMIT
     return [line.partition(PREFIX)[2] for line in ended.console.splitlines() if PREFIX in line]
@@ -36,16 +36,16 @@ def console(tmp_path: Path) -> Path:
     return tmp_path / "console.log"
 
 
-@pytest.mark.tried("hang", "an exception on one rank", "all ranks end within 3 s, its traceback alone on the console")
-def test_an_exception_ends_the_others_and_shows_its_traceback_alone(console: Path) -> None:
+@pytest.mark.tried("hang", "an exception on one rank", "all ranks end within 3 s; only its traceback is on the console")
+def test_an_exception_ends_the_other_ranks_and_shows_its_traceback_only(console: Path) -> None:
     ended = start(worker("exception"), 2, console)
-    assert errors(ended) == ["rank 1: ZeroDivisionError: boom in the midst"]
+    assert errors(ended) == ["rank 1: ZeroDivisionError: boom at work"]
     assert ended.codes == [1, 1]
-    assert ended.console.count("Traceback") == 1, "no traceback of what others make of it"
+    assert ended.console.count("Traceback") == 1, "no traceback of errors that follow from it"
 
 
 @pytest.mark.tried(
-    "hang", "a data error on one of four ranks", "all end with code 2, one line that names rank, file and row"
+    "hang", "a data error on one of four ranks", "all end with code 2 and one line that names rank, file and row"
 )
 @pytest.mark.faults
 def test_an_error_in_the_data_of_one_of_four_ranks(console: Path) -> None:
@@ -64,27 +64,29 @@ def test_an_error_of_all_ranks_is_shown_once(fault: str, console: Path) -> None:
     assert ended.codes == [2, 2]
 
 
-@pytest.mark.tried("hang", "an error on one rank before the ranks have met", "all end with code 2 and its line")
+@pytest.mark.tried("hang", "an error on one rank before the ranks are connected", "all end with code 2 and its line")
 @pytest.mark.faults
-def test_an_error_of_one_rank_before_it_met_the_others(console: Path) -> None:
+def test_an_error_of_one_rank_before_it_is_connected(console: Path) -> None:
     ended = start(worker("bad-start"), 2, console)
     assert errors(ended) == [f"rank 1: {ROW}"]
     assert ended.codes == [2, 2]
 
 
-@pytest.mark.tried("hang", "out of memory on one rank", "all end, one line that says where and what to change")
+@pytest.mark.tried(
+    "hang", "out of memory on one rank", "all end, with one line that says where it was and what to change"
+)
 @pytest.mark.faults
 def test_out_of_memory_says_where_and_what_to_change(console: Path) -> None:
     ended = start(worker("memory"), 2, console)
     (line,) = errors(ended)
-    assert line.startswith("rank 1: out of memory in strike (nohang_worker.py, line ")
+    assert line.startswith("rank 1: out of memory in cause (nohang_worker.py, line ")
     assert "CUDA out of memory. Tried to allocate 2.00 GiB" in line and line.endswith(LESS_MEMORY)
     assert ended.codes == [1, 1]
     assert "Traceback" not in ended.console
 
 
 @pytest.mark.tried("hang", "kill -9 of a rank in a collective", "the others end within 3 s and name it")
-def test_a_killed_rank_ends_the_others(console: Path) -> None:
+def test_a_killed_rank_ends_the_other_ranks(console: Path) -> None:
     ended = start(worker("kill"), 2, console)
     (line,) = errors(ended)
     assert line.startswith("rank 1: ended without an error message on host ") and line.endswith(
@@ -95,17 +97,17 @@ def test_a_killed_rank_ends_the_others(console: Path) -> None:
 
 @pytest.mark.tried("hang", "kill -9 of rank 0 in a collective", "the others end within 3 s")
 @pytest.mark.faults
-def test_the_end_of_rank_zero_ends_the_others(console: Path) -> None:
+def test_the_end_of_rank_0_ends_the_other_ranks(console: Path) -> None:
     ended = start(worker("kill", "0"), 3, console)
     assert errors(ended) == ["rank 0: ended without an error message: killed, or out of memory"]
     assert ended.codes == [-signal.SIGKILL, 1, 1]
 
 
-@pytest.mark.tried("hang", "a rank that stands still for 5 s", "waited for; the run goes on")
+@pytest.mark.tried("hang", "a rank that is stopped for 5 s", "the others wait for it and the run continues")
 @pytest.mark.faults
-def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None:
+def test_a_stopped_rank_is_not_taken_for_a_dead_one(console: Path) -> None:
     def wake(running: list[subprocess.Popen[bytes]]) -> None:
-        await_words(console, ["rank 0 is in the midst", "rank 1 is in the midst"])
+        wait_for_text(console, ["rank 0 is at work", "rank 1 is at work"])
         time.sleep(5.0)
         os.kill(running[1].pid, signal.SIGCONT)
 
@@ -114,9 +116,11 @@ def test_a_rank_that_stands_still_for_a_while_is_not_dead(console: Path) -> None
     assert ended.codes == [0, 0]
 
 
-@pytest.mark.tried("hang", "a rank that never comes", "code 2 after launch.timeout, one line that counts the ranks")
-def test_a_rank_that_never_comes_is_named(console: Path) -> None:
-    ended = start(worker("none", timeout=2), 2, console, of=3)
+@pytest.mark.tried(
+    "hang", "a rank that is never started", "code 2 after launch.timeout, with one line that counts the ranks"
+)
+def test_a_missing_rank_is_named(console: Path) -> None:
+    ended = start(worker("none", timeout=2), 2, console, world_size=3)
     (line,) = errors(ended)
     for part in ("only 2 of 3 ranks connected to 127.0.0.1:", "launch.timeout=2 seconds", "(missing: 2)", "check"):
         assert part in line
@@ -124,7 +128,9 @@ def test_a_rank_that_never_comes_is_named(console: Path) -> None:
 
 
 @pytest.mark.tried(
-    "hang", "an unreachable peer (wrong MASTER_ADDR)", "code 2 after launch.timeout, one line with address and port"
+    "hang",
+    "an unreachable peer (wrong MASTER_ADDR)",
+    "code 2 after launch.timeout, with one line that names address and port",
 )
 @pytest.mark.faults
 def test_a_wrong_address_is_named(console: Path) -> None:
@@ -136,9 +142,11 @@ def test_a_wrong_address_is_named(console: Path) -> None:
     assert "c10d" not in ended.console and "Traceback" not in ended.console
 
 
-@pytest.mark.tried("hang", "a rank that is stuck in a collective", "all end after launch.timeout, the line says so")
+@pytest.mark.tried(
+    "hang", "a rank that never enters a collective", "all end after launch.timeout, and the line says so"
+)
 @pytest.mark.faults
-def test_a_rank_that_is_stuck_is_what_a_time_out_is_put_down_to(console: Path) -> None:
+def test_a_rank_that_hangs_in_a_collective_is_the_stated_cause_of_the_timeout(console: Path) -> None:
     ended = start(worker("stuck", timeout=3), 2, console)
     time_out, meaning = errors(ended)
     assert time_out.startswith("rank 0: RuntimeError: ") and "Timed out" in time_out
@@ -151,12 +159,14 @@ def test_a_rank_that_is_stuck_is_what_a_time_out_is_put_down_to(console: Path) -
 def test_under_deepspeeds_launcher(console: Path) -> None:
     """Of a script that has no handler of its own, as a benchmark."""
     ended = launch(worker("uncaught"), 2, console)
-    assert errors(ended) == ["rank 1: ZeroDivisionError: boom in the midst"]
+    assert errors(ended) == ["rank 1: ZeroDivisionError: boom at work"]
     assert ended.codes == [1]
     assert ended.console.count("Traceback") == 1
 
 
-@pytest.mark.tried("hang", "bad rows on one node only", "all end with code 2, one line that names rank, file and row")
+@pytest.mark.tried(
+    "hang", "bad rows on one node only", "all end with code 2 and one line that names rank, file and row"
+)
 @pytest.mark.faults
 @pytest.mark.timeout(120)
 def test_bad_rows_on_one_node_end_the_command_on_all(
@@ -173,7 +183,7 @@ def test_bad_rows_on_one_node_end_the_command_on_all(
     assert not (tmp_path / "run" / "specialists").exists()
 
 
-def test_the_starter_tells_a_hang(console: Path) -> None:
-    """Or no test above could fail."""
+def test_the_helper_reports_a_hang(console: Path) -> None:
+    """Otherwise no test above could fail."""
     ended = start(["-c", "import os, time; time.sleep(60 * (os.environ['RANK'] == '1'))"], 2, console, deadline=2.0)
     assert ended.codes == [0, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from command import SMALL, Command, results, wait_for
+from processes import REPO, environment
 from recording import Record
 
 from alignx_ds.errors import EXIT_STOPPED
@@ -79,14 +79,12 @@ def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
 ) -> None:
     output = tmp_path / "run"
     line = [sys.executable, "-m", "alignx_ds", "align", *SMALL, "launch.ranks=2", f"output={output}"]
-    outside = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(
-        line, cwd=root, env=outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        line, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
         wait_for(output / "checkpoints/stage1/harmless/step_00000002")
         run.send_signal(signal.SIGTERM)
-        said = run.communicate(timeout=60)[0]
+        said = run.communicate(timeout=120)[0]
     assert run.returncode == EXIT_STOPPED, said
     ended = Command("align", output).start()
     assert ended.well, ended.said

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-REPO = Path(__file__).resolve().parents[2]
+from processes import REPO, kill_group
+
 HERE = Path(__file__).resolve().parent
 AXES = ("helpful", "harmless", "honest")
 RECIPE = "launch/recipes/world.yaml"
@@ -60,9 +60,7 @@ def started(*command: str | Path, cwd: Path = REPO, **more: str) -> Iterator[sub
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_group(process)
 
 
 def finished(*command: str | Path, timeout: float = 250.0, cwd: Path = REPO, **more: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[2]
+from processes import REPO, cpu_environment
+
 PACKAGE = REPO / "alignx_ds"
 # mocae/ imports nothing of the project; its expert parallelism needs process groups, so DeepSpeed is imported by then.
 IMPORTERS = {"runtime/deepspeed.py", "mocae/parallel.py"}
@@ -34,10 +33,9 @@ distributed.shutdown()
 
 
 def output_of(program: str) -> list[str]:
-    outside = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    environment = outside | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment = cpu_environment()
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -1,0 +1,55 @@
+"""Programs of the project in processes of their own, none of which outlives its test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from alignx_ds.runtime.distributed import free_port
+
+REPO = Path(__file__).resolve().parents[1]
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_local_rank"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher sets."""
+    outside = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return outside | {"PYTHONPATH": str(REPO)} | more
+
+
+def cpu_environment(**more: str) -> dict[str, str]:
+    """The same on a machine without GPUs, with a thread per process."""
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return environment(**cpu) | more
+
+
+def rank_variables(world_size: int, master: str = "127.0.0.1") -> list[dict[str, str]]:
+    """What a launcher sets for each rank of a job."""
+    job = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": master, "MASTER_PORT": str(free_port())}
+    return [job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def deepspeed_command(ranks: int) -> list[str]:
+    """DeepSpeed's launcher; the script and its arguments follow."""
+    return [*DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+
+
+def alignx_ds(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`alignx-ds ARGUMENTS`, to its end."""
+    command = [sys.executable, "-m", "alignx_ds", *arguments]
+    return subprocess.run(
+        command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """The process and all that it has started; it must lead a process group of its own (`start_new_session`)."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
