@@ -84,7 +84,8 @@ def fine_tune(context: StageContext, tune: FineTune) -> Path:
     inputs = _inputs(context, tune, adapter)
     stage = Stage(tune.name, f"stage1/{tune.name}", directory, inputs, shared=bool(context.config.specialists))
     if adapter is not None:
-        return ensure(stage, context, lambda _: distributed.on_main(lambda: _adopt(tune, adapter, context, directory)))
+        make = partial(_adopt, context, tune, adapter, directory)
+        return ensure(stage, context, lambda job: distributed.on_main(make))
     return ensure(stage, context, partial(_train, context, tune, directory))
 
 
@@ -139,7 +140,7 @@ def train_ffns_alone(model: nn.Module, base: BaseModel) -> None:
         parameter.requires_grad_(name in names)
 
 
-def _adopt(tune: FineTune, adapter: Adapter, context: StageContext, directory: Path) -> dict[str, Any]:
+def _adopt(context: StageContext, tune: FineTune, adapter: Adapter, directory: Path) -> dict[str, Any]:
     """The adapter's factors are the expert's, and their product is its task vector: nothing is trained or rounded."""
     facts: dict[str, Any] = {}
     for layer, factors in adapter.factors(context.base).items():

@@ -117,16 +117,16 @@ def test_the_filled_file_is_golden(name: str) -> None:
     assert json.loads(json.dumps(filled)) == filled
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_batch_sizes_multiply_at_any_world_size(name: str, world_size: int) -> None:
-    filled = fill(template(name), plan_of(STAGES[name]), world_size)
-    micro, accumulation = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
-    assert micro * accumulation * world_size == filled["train_batch_size"] == 64
+def test_the_batch_sizes_multiply_at_any_world_size() -> None:
+    for world_size in (1, 2, 4, 8):
+        filled = fill(template("stage1_zero3"), plan_of(TrainConfig()), world_size)
+        micro, accumulation = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
+        assert micro * accumulation * world_size == filled["train_batch_size"] == 64
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.parametrize(("dtype", "bf16"), [("float32", False), ("bfloat16", True)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "bf16"), [*((name, "bfloat16", True) for name in GOLDEN), ("stage1_zero3", "float32", False)]
+)
 def test_deepspeed_reads_it_as_it_is_meant(name: str, dtype: str, bf16: bool) -> None:
     read = DeepSpeedConfig(fill(template(name), plan_of(STAGES[name], dtype), world_size=1))
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (64, 32, 2)
