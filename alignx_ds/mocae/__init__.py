@@ -1,4 +1,4 @@
-"""The Mixture of Calibrated Experts: gate, calibrators, experts, output calibration and model surgery.
+"""The Mixture of Calibrated Experts: gate, calibrators, experts, output calibration, and the model around them.
 
-Nothing in here knows about files, ranks' ids or the command line.
+Nothing here reads files or the command line.
 """

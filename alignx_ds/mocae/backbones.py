@@ -1,4 +1,4 @@
-"""Where each supported architecture keeps what AlignX touches. The one place that knows module names."""
+"""The module names of every supported architecture. No other file names a backbone's modules."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
 
 THIS_FILE = "alignx_ds/mocae/backbones.py"
-MEND = "correct the entry of the model's architecture in BACKBONES"
+FIX = "correct the entry of the model's architecture in BACKBONES"
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Names of the modules: `layers` from the causal LM, `ffn` from a layer, the rest from the FFN.
+    """Names of modules: of `layers` within the causal LM, of `ffn` within a decoder layer, of the rest within the FFN.
 
-    An entry may name any architecture whose FFN is down(activation(gate(x)) * up(x)) with linear projections. Their
-    biases, if any, are shared by the experts; what surrounds the FFN (attention, norms, embeddings) does not matter.
+    It describes any architecture whose FFN is down(activation(gate(x)) * up(x)) with linear projections. Their biases,
+    if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter.
     """
 
     layers: str = "model.layers"
@@ -31,17 +31,20 @@ class Backbone:
     activation: str = "act_fn"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
+        """All decoder layers, lowest first. Raises ConfigError if the entry does not fit the model."""
         return _submodule(model, self.layers, nn.ModuleList)
 
     def ffn_of(self, model: nn.Module, layer: int) -> nn.Module:
+        """The FFN of a decoder layer. Raises ConfigError if the entry does not fit the model."""
         return _submodule(self.decoder_layers(model)[layer], self.ffn, nn.Module)
 
     def view(self, ffn: nn.Module) -> FeedForward:
+        """The parts of an FFN, shared with it. Raises ConfigError if the entry does not fit the model."""
         gate, up, down = (_submodule(ffn, name, nn.Linear) for name in (self.gate, self.up, self.down))
         return FeedForward(gate, up, down, _submodule(ffn, self.activation, nn.Module))
 
     def weight_name(self, layer: int, projection: str) -> str:
-        """The projection's key in the backbone's state dict."""
+        """The key of a projection's weight [m, n] in the backbone's state dict; `projection` is one of PROJECTIONS."""
         assert projection in PROJECTIONS
         return f"{self.layers}.{layer}.{self.ffn}.{getattr(self, projection)}.weight"
 
@@ -56,7 +59,7 @@ BACKBONES: dict[str, Backbone] = {  # by the `model_type` of the config
 
 
 def backbone_of(model_type: str) -> Backbone:
-    """The table's entry; raises ConfigError that lists the known architectures."""
+    """The entry of a `model_type`. Raises ConfigError, with the known architectures, where there is none."""
     if model_type not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
         fix = (
@@ -68,15 +71,15 @@ def backbone_of(model_type: str) -> Backbone:
 
 
 def _submodule(parent: nn.Module, name: str, kind: type[Module]) -> Module:
-    """The submodule; raises ConfigError that names what is there, if the table's entry does not fit the model."""
+    """The submodule of this name and kind. Raises ConfigError, with the names that there are, if there is none."""
     owner = type(parent).__name__
     try:
         found = parent.get_submodule(name)
     except AttributeError:
         children = ", ".join(child for child, _ in parent.named_children())
         allowed = f"the name of a {kind.__name__} in {owner}, which has {children}"
-        raise ConfigError(Problem(THIS_FILE, f"{owner}.{name}", allowed, MEND)) from None
+        raise ConfigError(Problem(THIS_FILE, f"{owner}.{name}", allowed, FIX)) from None
     if not isinstance(found, kind):
         allowed = f"the name of a {kind.__name__} in {owner}, not of a {type(found).__name__}"
-        raise ConfigError(Problem(THIS_FILE, f"{owner}.{name}", allowed, MEND))
+        raise ConfigError(Problem(THIS_FILE, f"{owner}.{name}", allowed, FIX))
     return found

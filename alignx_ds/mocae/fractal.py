@@ -1,8 +1,9 @@
 """The fractal (geometric) calibrator: how much of an expert's own mass surrounds a query, scale by scale.
 
-Shapes: ... any leading dimensions, f leading latent dimensions, E experts, M anchors, S scales. Our
-formulation (DESIGN §3). It lives in a few leading dimensions with Gaussian kernels: in high dimension mass counts
-carry no information (measured: accuracy 0.49 with hard counts in 64 dimensions).
+The paper (arXiv 2602.07381) names the calibrator; the formula is ours (docs/method.md). It uses Gaussian kernels in the
+few leading latent dimensions, because counts of neighbours carry no information in many dimensions (measured: accuracy
+0.49 with hard counts in 64 dimensions). Shapes: ... any leading dimensions, f leading latent dimensions, E experts,
+M anchors per expert, S scales. Everything is fp32.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor, unflatten
 
 
 def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
-    """Log of the mean Gaussian kernel between a query and each expert's anchors.
+    """log (1/M) Σₘ exp(−‖z − aₑₘ‖² / 2s²): the mean Gaussian kernel between a query and each expert's anchors.
 
-    z [..., f] fp32, anchors [E, M, f], scales [S] -> [..., E, S], at most 0.
+    z [..., f], anchors [E, M, f], scales [S], in units of the latent space -> [..., E, S], at most 0.
     """
     flat = anchors.flatten(0, 1)
     squared = z.square().sum(-1, keepdim=True) + flat.square().sum(-1) - 2 * (z @ flat.T)
@@ -27,13 +28,13 @@ def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
 
 
 def local_dimension(mass: Tensor, scales: Tensor) -> Tensor:
-    """Least-squares slope of log mass over log scale (a correlation dimension): [..., S] -> [...]."""
+    """The least-squares slope of log mass over log scale, a correlation dimension. [..., S], [S] -> [...]."""
     x = scales.log() - scales.log().mean()
     return (mass * x).sum(-1) / x.square().sum()
 
 
 def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor) -> Tensor:
-    """Mean log mass over the scales, less how far the local dimension is from the expert's own.
+    """meanₛ log mass − |local dimension − Dₑ|: high where expert e has mass of its own dimension Dₑ around z.
 
     z [..., f], anchors [E, M, f], scales [S], dimensions [E] -> [..., E].
     """
@@ -42,19 +43,20 @@ def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor
 
 
 class MeanShift(NamedTuple):
-    """The step towards which experts' log mass grows, as two linear maps about a softmax: z -> weights(z)·back − z.
+    """The mean-shift step z -> weights(z) @ back − z, along which each expert's log mass grows.
 
-    C = E·S·M kernels, one per expert, scale and anchor; `back` averages over the scales.
+    Two linear maps around a softmax, with K = E·S·M kernels, one per expert, scale and anchor; `back` averages over the
+    scales.
     """
 
-    into: Tensor  # [..., f, C]
-    offset: Tensor  # [..., 1, C]
-    back: Tensor  # [..., C, f]
+    into: Tensor  # [..., f, K]
+    offset: Tensor  # [..., 1, K]
+    back: Tensor  # [..., K, f]
     kernels: tuple[int, int]  # (E·S, M)
 
     @classmethod
     def of(cls, anchors: Tensor, scales: Tensor) -> MeanShift:
-        """anchors [..., E, M, f], scales [S]. What a softmax over anchors can't see, |z|², is left out."""
+        """anchors [..., E, M, f], scales [S]. The exponents leave out ‖z‖², which cancels in the softmax."""
         narrow = scales.square()[:, None, None]
         spread = anchors.unsqueeze(-3)  # [..., E, 1, M, f]
         return cls(
@@ -65,6 +67,6 @@ class MeanShift(NamedTuple):
         )
 
     def weights(self, z: Tensor) -> Tensor:
-        """z [..., f] -> [..., E·S, M], each expert's and scale's summing to one."""
+        """z [..., f] -> softmaxₘ(−‖z − aₑₘ‖² / 2s²) [..., E·S, M]."""
         exponents = z @ self.into + (self.offset if self.into.dim() > 2 else self.offset.squeeze(0))
         return unflatten(exponents, -1, self.kernels).softmax(-1)

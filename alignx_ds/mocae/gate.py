@@ -1,6 +1,7 @@
 """The calibrated gate: a linear router corrected by the fractal, natural and lexical calibrators, all in fp32.
 
-Shapes: ... any leading dimensions, d hidden size, k latent size, E experts.
+That calibrators correct the routing is the paper's (arXiv 2602.07381); the formulas are ours (docs/method.md).
+Shapes: ... any leading dimensions, d size of a query's features (4 hidden sizes), k latent size, E experts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to 
 
 @dataclass(frozen=True)
 class Query:
-    """What a gate is asked: `features` [..., d] of hidden states, `words` [..., E] as the lexicon scores them."""
+    """A gate's input: `features` [..., d] of the prompt's hidden states, `words` [..., E] its lexical scores, fp32."""
 
     features: Tensor
     words: Tensor
@@ -35,26 +36,29 @@ CALIBRATORS: dict[str, Calibrator] = {}  # further terms, beside the three that 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a gate said: `gates` [..., E] sum to one over the chosen experts; `logits` [..., E] precede the choice."""
+    """A gate's output, fp32: `gates` [..., E] sum to one and are zero but for the chosen experts; `logits` [..., E]."""
 
     gates: Tensor
     logits: Tensor
 
     def probabilities(self) -> Tensor:
+        """softmax(logits) [..., E], the gates before the choice."""
         return self.logits.softmax(-1)
 
 
 class Router(nn.Linear):
-    """Works in fp32 whatever its weight has been rounded to: z [..., k] -> [..., E]."""
+    """W_r z in fp32, also where the weight is stored in bf16: z [..., k] -> [..., E]."""
 
     def forward(self, z: Tensor) -> Tensor:
         return linear(z.float(), self.weight.float())
 
 
 class CalibratedGate(nn.Module):
-    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal, z a query's whitened latent.
+    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
 
-    The geometry is a set of buffers: it is fitted, never trained. `calibration_temperature` is the post-hoc T_cal.
+    ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. W_r is trained
+    and starts at zero; the geometry (P, μ and the scores' constants) and T_cal, the post-hoc temperature, are fitted
+    buffers. Raises ConfigError for a further calibrator that is not in CALIBRATORS.
     """
 
     calibration_temperature: Tensor
@@ -73,10 +77,14 @@ class CalibratedGate(nn.Module):
 
     @property
     def geometry(self) -> Geometry:
+        """The buffers as a geometry, shared with the gate."""
         return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
 
     def parts(self, query: Query) -> dict[str, Tensor]:
-        """The terms of the logits, each [..., E], before the post-hoc temperature."""
+        """By name, the terms of the logits before the division by T_cal, each [..., E] fp32.
+
+        In every term an expert without queries of its own has NEVER, so that its gate is zero.
+        """
         g = self.geometry
         z = (query.features.float() - g.centre.float()) @ g.projection.float().T
         fractal = fractal_score(
@@ -93,14 +101,14 @@ class CalibratedGate(nn.Module):
         return {name: term.masked_fill(g.present == 0, NEVER) for name, term in terms.items()}
 
     def forward(self, query: Query) -> Decision:
-        """Outside training only the `top_k` best experts keep a gate."""
+        """The decision on a query: in training all experts keep their gates, otherwise the `top_k` largest."""
         logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
         k = logits.shape[-1] if self.training else self.settings.top_k
         return Decision(gates=keep_top(logits.softmax(-1), k), logits=logits)
 
 
 def keep_top(gates: Tensor, k: int) -> Tensor:
-    """Keep the k largest gates of each row and renormalise them to sum to one."""
+    """The k largest gates of each row, divided by their sum, and zero for the others: [..., E] -> [..., E]."""
     if k >= gates.shape[-1]:
         return gates
     best = gates.topk(k, dim=-1)

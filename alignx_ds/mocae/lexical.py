@@ -1,7 +1,7 @@
-"""The lexical calibrator: a linear score of a query's tokens and token pairs, which no hidden state need remember.
+"""The lexical calibrator: a linear score of a prompt's tokens and token pairs, independent of the hidden states.
 
-Ours, not the paper's: on real prompts it corrects the gate where a small model's features fall short
-(docs/results.md). Shapes: B rows, T tokens, H buckets, E experts.
+Ours, not the paper's: on real prompts it corrects the gate where a small model's features fall short (docs/results.md).
+Shapes: B rows, T tokens, H buckets, E experts.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-BUCKETS = 2**16  # that tokens and pairs are hashed into; an odd factor keeps every token of a smaller vocabulary apart
+BUCKETS = 2**16  # H; the factors are odd, so the tokens of a vocabulary up to H don't collide
 FACTOR, SECOND, SHIFT = 2654435761, 2654435769, 97
 
 
 class Lexicon(nn.Module):
-    """Scores [B, E] of prompts, standardised, from buffers that `alignx_ds.routing.fit_lexicon` fits."""
+    """TF-IDF and a linear map: score = bias + Σ weights·tfidf, from buffers that `alignx_ds.routing.fit_lexicon` fits.
+
+    tfidf is (1 + log count)·rarity, divided by its norm over the prompt, as scikit-learn's (sublinear_tf). The scores
+    have a standard deviation of 1 on the calibration split.
+    """
 
     rarity: Tensor  # [H] inverse document frequency
     weights: Tensor  # [E, H]
@@ -28,23 +32,29 @@ class Lexicon(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask [B, T], 1 on the tokens that count -> [B, E] fp32."""
+        """ids and mask [B, T] int64, 1 on the prompt's tokens -> scores [B, E] fp32, without gradients."""
         scores: Tensor = self.shares(ids, mask).sum(-1).T + self.bias.float()
         return scores
 
     @torch.no_grad()
     def shares(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What each token, and after them each pair of neighbours, brings to the scores: [B, T] -> [E, B, 2T − 1]."""
+        """The share of each token, then of each pair of neighbours, in the scores: [B, T] -> [E, B, 2T − 1] fp32.
+
+        The occurrences of a bucket share its value equally. The shares and the bias add up to the scores.
+        """
         buckets, inside = ngrams(ids, mask.to(ids.device))
-        times = bucket_counts(ids, mask.to(ids.device)).gather(1, buckets).clamp_min(1)  # of each occurrence's bucket
-        worth = (1 + times.log()) * self.rarity.float()[buckets] * inside  # all occurrences of a bucket share it
+        times = bucket_counts(ids, mask.to(ids.device)).gather(1, buckets).clamp_min(1)  # count of each one's bucket
+        worth = (1 + times.log()) * self.rarity.float()[buckets] * inside
         length = (worth.square() / times).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
         shares: Tensor = self.weights.float()[:, buckets] * (worth / times / length)
         return shares
 
 
 def ngrams(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(bucket, 1 where it is of the prompt) of every token and every pair of neighbours: ids [B, T] -> [B, 2T − 1]."""
+    """The buckets int64 of all tokens, then of all pairs of neighbours, and 1 where they are within the mask, fp32.
+
+    ids, mask [B, T] -> two of [B, 2T − 1].
+    """
     inside = mask.bool()
     pairs = (ids[:, :-1] * FACTOR) ^ (ids[:, 1:] * SECOND + SHIFT)
     buckets = torch.cat([ids * FACTOR, pairs], dim=1) % BUCKETS
@@ -52,6 +62,6 @@ def ngrams(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bucket_counts(ids: Tensor, mask: Tensor) -> Tensor:
-    """How often each bucket occurs in a prompt: ids, mask [B, T] -> [B, H] fp32."""
+    """How often each bucket occurs within the mask: ids, mask [B, T] -> [B, H] fp32."""
     buckets, inside = ngrams(ids, mask)
     return inside.new_zeros(len(ids), BUCKETS).scatter_add_(1, buckets, inside)

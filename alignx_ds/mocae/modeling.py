@@ -1,6 +1,6 @@
-"""The aligned model: a Hugging Face causal LM whose chosen FFNs are AlignX layers.
+"""The aligned model: a Hugging Face causal LM in which AlignX layers take the place of chosen FFNs.
 
-Shapes: B rows, T tokens, d hidden, V vocabulary, E experts.
+Shapes: B rows, T tokens, d hidden size, V vocabulary size, E experts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from alignx_ds.mocae.settings import GateSettings
 
 
 class AlignXConfig(PreTrainedConfig):
-    """Everything needed to rebuild an aligned model's modules before its weights are loaded."""
+    """Everything that is needed to build an aligned model's modules before its weights are loaded."""
 
     model_type = "alignx"
     sub_configs: ClassVar[dict[str, type]] = {"text_config": AutoConfig}
@@ -56,6 +56,7 @@ class AlignXConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def gate_settings(self) -> GateSettings:
+        """The settings of all gates and output calibrations."""
         return GateSettings(**self.gate)
 
     def gate_layer(self, layer: int) -> int:
@@ -65,7 +66,7 @@ class AlignXConfig(PreTrainedConfig):
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What one AlignX layer is made of: experts by global id, and the geometries of its gate and of its output."""
+    """The parts of one AlignX layer: experts by global id, the geometries of its gate (None if it has none) and output."""
 
     experts: list[Factors]
     gate: Geometry | None
@@ -74,17 +75,17 @@ class LayerParts:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the experts live when they are spread over ranks."""
+    """How the experts are spread over ranks: how many ranks share them, and which of these this rank is."""
 
     ep_size: int
     ep_rank: int
 
 
 class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
-    """A backbone with AlignX layers. Give `prompt_mask` when the answer is in `input_ids` (training, scoring).
+    """A backbone with AlignX layers. Pass `prompt_mask` where `input_ids` hold an answer too (training, scoring).
 
-    Without it the whole unpadded input is the prompt, which is what generation wants. The decision is made at prefill
-    and travels with the KV cache.
+    Without it the whole input but its padding is the prompt, as in generation. The routing is decided at prefill and
+    kept with the KV cache.
     """
 
     config_class = AlignXConfig
@@ -119,7 +120,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             self.generation_config = copy.deepcopy(backbone.generation_config)  # how it ends, samples and pads
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to initialise: every tensor comes from the backbone or from stage 1."""
+        """Does nothing: every tensor comes from the backbone, from stage 1 or from a checkpoint."""
 
     def _blank_parts(self) -> dict[int, LayerParts]:
         c, text = self.config, self.config.text_config
@@ -173,7 +174,11 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """input_ids, attention_mask, prompt_mask [B, T]; forced gates [B, E] overrule the gates -> logits [B, T, V]."""
+        """input_ids, attention_mask, prompt_mask [B, T] int64 -> logits [B, T, V] in the model's dtype.
+
+        `forced` gates [B, E] fp32 are used instead of the gates' own decisions. A cache that comes from an earlier call
+        brings its routing with it.
+        """
         assert input_ids is not None
         # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
         flat = attention_mask is not None and attention_mask.dim() == 2
@@ -199,18 +204,18 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any causal LM. With experts spread over ranks every rank has to call it, as often as the others.
+        """`generate` of any causal LM. With experts spread over ranks it is collective.
 
-        A step needs the experts of all ranks, so that whoever is done goes on in step until the last one is.
+        Every token needs the experts of all ranks, so a rank that has finished takes part until the last one has.
         """
         if self.placement is not None and self.placement.ep_size > 1:
-            kwargs["synced_gpus"] = True  # transformers sees to it under ZeRO-3 only
+            kwargs["synced_gpus"] = True  # transformers sets it under ZeRO-3 only
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """Every way of decoding passes here with the prompt alone: remember which tokens those are.
+        """Add a mask of the prompt's tokens to the inputs: every way of decoding calls this with the prompt alone.
 
-        Later it is too late: assisted decoding shows the first pass what its assistant has guessed, too.
+        The first forward pass would be too late, because assisted decoding appends its assistant's tokens before it.
         """
         ids, made = super()._expand_inputs_for_generation(*args, **kwargs)
         if made.get("prompt_mask") is None:
@@ -219,9 +224,10 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return ids, made
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What follows the prompt is no part of it; once the cache holds the routing, nobody asks any more.
+        """Pass the prompt's mask on until the cache holds the routing; the tokens after the prompt are not part of it.
 
-        Without a cache, the masks of a rank that is done and goes on with the others outgrow its text: cut them.
+        Without a cache, the masks of a rank that has finished and goes on with the others grow longer than its text:
+        they are cut.
         """
         if not kwargs.get("use_cache", True):
             for name in ("attention_mask", "position_ids"):
@@ -234,7 +240,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """An assistant is asked with what it knows; if it routes by the prompt too, it finds the prompt itself."""
+        """Keep `prompt_mask` from an assistant, whose signature may lack it; an aligned one finds its prompt itself."""
         known = {name: value for name, value in model_kwargs.items() if name != "prompt_mask"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
@@ -253,7 +259,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return self.forward_pass.routing
 
     def fused_state(self) -> dict[str, Tensor]:
-        """The state dict of the same model on the fused path; a collective when experts are spread over ranks."""
+        """The state dict that the same model has on the fused path. Collective where experts are spread over ranks."""
         state = {k: v for k, v in self.state_dict().items() if ".mixture." not in k}
         prefix = f"backbone.{backbone_of(self.config.text_config.model_type).layers}"
         for index, layer in zip(self.config.layers, alignx_layers(self), strict=True):
@@ -264,7 +270,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _mark_initialised(layer: AlignXLayer) -> None:
-    """Or `post_init` fills the router with noise: to transformers it is a new module inside the backbone."""
+    """Keep `post_init` from filling the router with noise, as it does with new modules inside the backbone."""
     for module in layer.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
 """The natural (semantic) calibrator: how likely a query is under each expert's own distribution.
 
-Shapes: ... any leading dimensions, k latent size, E experts. Our formulation (DESIGN §3): the paper names
-the calibrator without a formula.
+The paper (arXiv 2602.07381) names the calibrator; the formula is ours (docs/method.md). Shapes: ... any leading
+dimensions, k latent size, E experts. Everything is fp32.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def natural_score(z: Tensor, means: Tensor, whiteners: Tensor, log_volumes: Tensor) -> Tensor:
-    """Gaussian log-density per latent dimension: distance measured by the expert's own Fisher metric.
+    """log N(z; mₑ, Σₑ) / k = −(½‖Wₑ(z − mₑ)‖² + log|Σₑ|/2) / k − ½ log 2π, the Gaussian log-density per dimension.
 
-    z [..., k] fp32, means [E, k], whiteners [E, k, k], log_volumes [E] -> [..., E].
+    z [..., k], means m [E, k], whiteners W [E, k, k] with WᵀW = Σ⁻¹, log_volumes ½ log|Σ| [E] -> [..., E] in nats.
     """
     k = z.shape[-1]
     # (z - m) @ Wᵀ for all experts is one GEMM on z, less a constant per expert.
