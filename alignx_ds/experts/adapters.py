@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's file format: any that changes FFN projections only can be an axis's expert.
+"""LoRA adapters in PEFT's file format: one that changes nothing but FFN projections can be an axis's expert.
 
-Read from the two files themselves, so peft need not be installed. Shapes: a projection W [m, n] becomes W + s·B·A with
-lora_A [r, n], lora_B [m, r] and s = alpha / r; an expert's factors take s into B.
+The two files are read without peft, which need not be installed. Shapes: a projection W [m, n] becomes W + s·B·A with
+lora_A [r, n], lora_B [m, r] and s = alpha / r; an expert's `up` factor is s·B.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Adapter:
-    """One adapter's directory, on disk or from the hub. Whatever is wrong with it is a problem of the key `key`."""
+    """An adapter's directory, on disk or from the hub. `key` is the recipe's key, for messages."""
 
     def __init__(self, path: str, key: str) -> None:
         """Raises ConfigError or UnreachableError."""
@@ -59,6 +59,7 @@ class Adapter:
 
     @cached_property
     def config(self) -> dict[str, Any]:
+        """The settings in the adapter's config file. Raises ConfigError if it can't be read or is not of a LoRA."""
         try:
             content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -69,10 +70,11 @@ class Adapter:
 
     @property
     def digest(self) -> dict[str, str]:
+        """Hashes of its two files, by name."""
         return {name: file_hash(self.path / name) for name in (CONFIG, WEIGHTS)}
 
     def problems(self, base: BaseModel) -> Iterator[Problem]:
-        """Everything for which it can't be taken exactly as it is."""
+        """Every reason why it can't be an expert of this base exactly as it is."""
         yield from self._settings()
         modules, unknown = _modules(base), sorted({_module(name) for name in self.shapes} - set(_modules(base)))
         if unknown:
@@ -91,7 +93,9 @@ class Adapter:
     def _settings(self) -> Iterator[Problem]:
         for name in BEYOND:
             if self.config.get(name):
-                yield Problem(self.key, self.given, FAITHFUL, f"it was made with {name}, which an expert can't be")
+                yield Problem(
+                    self.key, self.given, FAITHFUL, f"it was made with {name}, which an expert can't represent"
+                )
         if self.config.get("bias", "none") != "none":
             yield Problem(self.key, self.given, FAITHFUL, "it changes biases, which the experts share")
         start = str(self.config.get("init_lora_weights"))
@@ -110,7 +114,10 @@ class Adapter:
             yield Problem(self.key, self.given, allowed, fix)
 
     def factors(self, base: BaseModel) -> dict[int, Factors]:
-        """By AlignX layer; the change of a projection that the adapter leaves alone is zero. After `problems`."""
+        """The expert's factors by AlignX layer, fp32; a projection that the adapter does not change has zero factors.
+
+        To be called only when there are no `problems`.
+        """
         tensors = load_file(self.path / WEIGHTS)
         hidden, ffn = base.config.hidden_size, base.config.intermediate_size
         found: dict[int, Factors] = {}
@@ -126,7 +133,7 @@ class Adapter:
         return found
 
     def _scale(self, module: str, rank: int) -> float:
-        """PEFT's alpha / r, or alpha / √r where it is rank-stabilised; a pattern may give a module its own alpha."""
+        """PEFT's s: alpha / r, or alpha / √r if rank-stabilised; a pattern may give a module its own alpha."""
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
         own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
         alpha = float(next(own, self.config.get("lora_alpha", 8)))
@@ -141,7 +148,7 @@ def _modules(base: BaseModel) -> dict[str, tuple[int, str]]:
 
 
 def _module(tensor: str) -> str:
-    """The module that a tensor of the file belongs to; a tensor that is no half of a LoRA stays as it is."""
+    """The name of the module that a tensor of the file belongs to; another tensor's name stays as it is."""
     half = next((half for half in HALVES if tensor.endswith(f".{half}")), None)
     return tensor.removeprefix(PREFIX).removesuffix(f".{half}") if half else tensor
 

@@ -1,6 +1,6 @@
-"""One pass over an axis's rows with its specialist: from the FFNs' inputs to the expert's factors.
+"""One pass over an axis's rows with its specialist: from the inputs of its FFN projections to the expert's factors.
 
-Every rank runs the same rows (ZeRO-3 keeps the ranks in step) and listens at its own layers only.
+Every rank runs the same rows, because ZeRO-3 needs all ranks in every layer, and collects at its own layers only.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def expert_factors(
     rank: int,
     batch: int = 32,
 ) -> dict[int, dict[str, LowRank]]:
-    """By owned layer and projection. `changes` holds the owned layers' task vectors; features are those of all tokens
-    of the row, prompt and answer, because an expert serves both. Collective under ZeRO-3."""
+    """The low-rank factors of an axis's expert, by this rank's layers and projection (low_rank.py, in fp64).
+
+    `changes` holds the task vectors [m, n] of this rank's layers; `rank` 0 keeps full rank. The features are those of
+    all tokens of a row, prompt and answer, because an expert serves both. Collective if ZeRO-3 has sharded the model.
+    """
     device = distributed.device()
     collected = {
         layer: {p: TaskFeatures(c.to(device)) for p, c in by_name.items()} for layer, by_name in changes.items()

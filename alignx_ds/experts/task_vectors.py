@@ -1,6 +1,6 @@
-"""Task vectors τ = θ − θ₀, streamed layer by layer between ZeRO-3's shards and disk.
+"""Task vectors τ = θ − θ₀ (stage 1 of arXiv 2602.07381), streamed layer by layer between ZeRO-3's shards and disk.
 
-Layer ℓ is the work of rank ℓ mod W; no process ever holds the whole model.
+The ranks share the layers, so that no process holds the whole model. A projection's weight is [m, n].
 """
 
 from __future__ import annotations
@@ -22,28 +22,32 @@ Changes = dict[str, Tensor]  # by projection, [m, n] fp32
 
 
 def owner(position: int) -> int:
-    """The rank that works on the AlignX layer at this position."""
+    """The rank that works on the AlignX layer at this position in the list of AlignX layers."""
     return position % distributed.world_size()
 
 
 def layer_file(directory: Path, layer: int) -> Path:
+    """The file of a specialist's directory that holds a decoder layer's task vector and factors."""
     return directory / f"layer_{layer:03d}.safetensors"
 
 
 def projections(model: nn.Module, table: Backbone, layer: int) -> dict[str, nn.Parameter]:
+    """The FFN weights of a decoder layer by projection; empty tensors where ZeRO-3 has sharded them."""
     ffn = table.view(table.ffn_of(model, layer))
     weights = {p: ffn.projection(p).weight for p in PROJECTIONS}
     return {p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}
 
 
 def task_vectors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Changes]]:
-    """(layer, changes) of every AlignX layer; the changes are empty on ranks that do not own the layer. Collective."""
+    """(layer, changes fp32 on the CPU) of every AlignX layer; no changes on ranks that do not own it. Collective.
+
+    `model` is stage 1's, within its DeepSpeed engine. The fp32 master weights are compared with the base's weights as
+    training started from them, which is in the run's dtype.
+    """
     for position, layer in enumerate(base.layers):
         changes: Changes = {}
         for name, parameter in projections(model, base.table, layer).items():
-            trained = load_deepspeed().utils.safe_get_full_fp32_param(
-                parameter
-            )  # the fp32 master, whole, on every rank
+            trained = load_deepspeed().utils.safe_get_full_fp32_param(parameter)  # whole, on every rank
             assert trained is not None, "stage 1 trains every FFN weight of the AlignX layers"
             if owner(position) == distributed.rank():
                 changes[name] = trained.float().cpu() - base.weight(layer, name)
@@ -52,11 +56,13 @@ def task_vectors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Chang
 
 
 def read_task_vector(directory: Path, layer: int) -> Changes:
+    """A layer's changes from a specialist's directory. Raises OSError or SafetensorError for an unreadable file."""
     tensors = load_file(layer_file(directory, layer))
     return {p: tensors[f"task_vector.{p}"] for p in PROJECTIONS}
 
 
 def read_factors(directory: Path, layer: int) -> Factors:
+    """A layer's factors from a specialist's directory, fp32. Raises as `read_task_vector`."""
     tensors = load_file(layer_file(directory, layer))
     return Factors(
         down={p: tensors[f"factors.{p}.down"] for p in PROJECTIONS},
@@ -66,7 +72,10 @@ def read_factors(directory: Path, layer: int) -> Factors:
 
 @torch.no_grad()
 def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
-    """θ₀ + τ in place, whether or not ZeRO-3 has sharded the model. Collective under ZeRO-3."""
+    """Add the task vector of a specialist's directory to a base model in place, in the dtype of its weights.
+
+    Collective if ZeRO-3 has sharded the model.
+    """
     for layer in base.layers:
         weights = projections(model, base.table, layer)
         with load_deepspeed().zero.GatheredParameters(list(weights.values()), modifier_rank=0):

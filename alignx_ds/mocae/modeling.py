@@ -66,7 +66,7 @@ class AlignXConfig(PreTrainedConfig):
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The parts of one AlignX layer: experts by global id, the geometries of its gate (None if it has none) and output."""
+    """The parts of one AlignX layer: experts by global id, the geometries of its gate, if any, and of its output."""
 
     experts: list[Factors]
     gate: Geometry | None

@@ -1,4 +1,4 @@
-"""The base model: where it is, its tokenizer, and single weights of it read from disk without loading the rest."""
+"""The base model's directory: its config and tokenizer, and single weights, read without loading the whole model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype that a recipe names."""
+    """The dtype of a recipe's `model.dtype`, one of DTYPES."""
     return DTYPES[name]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A base model that the run trains itself: where it will lie, and what is known of it before it is there."""
+    """A base model that does not exist yet, because the run trains it: its path, config and, if known, tokenizer."""
 
     path: Path
     config: PreTrainedConfig
@@ -41,10 +41,10 @@ class Planned:
 
 
 class BaseModel:
-    """A base model's directory. Weights are read one by one; the whole model is never loaded here."""
+    """A base model's directory. Weights are read one by one; models/backbone.py loads the whole model."""
 
     def __init__(self, settings: ModelConfig, planned: Planned | None = None, *, weights: bool = True) -> None:
-        """Without `weights` it neither fetches nor asks for them. Raises ConfigError or UnreachableError."""
+        """Without `weights` none are downloaded. Raises ConfigError or UnreachableError."""
         self.settings, self._planned = settings, planned
         if planned is not None:
             self.path = planned.path
@@ -56,27 +56,32 @@ class BaseModel:
 
     @property
     def has_weights(self) -> bool:
+        """Whether its weights are on this machine."""
         return any((self.path / name).is_file() for name in WEIGHTS)
 
     @property
     def has_tokenizer(self) -> bool:
+        """Whether `tokenizer` can be used."""
         return self._planned is None or self._planned.tokenizer is not None
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the run computes in; weights on disk may be of another dtype."""
+        """The dtype that the run trains and evaluates in; the weights on disk may have another."""
         return dtype_of(self.settings.dtype)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
+        """The model's own config."""
         return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path, **NO_CODE)
 
     @cached_property
     def table(self) -> Backbone:
+        """The names of its modules. Raises ConfigError for an architecture that is not supported."""
         return backbone_of(self.config.model_type)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; only if `has_tokenizer`."""
         if self._planned is not None:
             assert self._planned.tokenizer is not None, "its tokenizer is trained once the rows have been read"
             return self._planned.tokenizer
@@ -113,13 +118,16 @@ class BaseModel:
 
     @cached_property
     def digest(self) -> dict[str, str]:
-        """Hashes of everything that defines the base model."""
+        """Hashes of its config, tokenizer and weights, by file."""
         names = {"config.json", "tokenizer.json", *(p.name for p in self._files.values())}
         return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
 
 
 def local_model(path: str, key: str = "model.path", *, weights: bool = True, allowed: str = MODELS) -> Path:
-    """A local directory, or the hub's snapshot of it. Raises ConfigError or UnreachableError."""
+    """The directory of a local path or of a hub id, which is downloaded. Raises ConfigError or UnreachableError.
+
+    `key` and `allowed` are the recipe's key and its values, for messages.
+    """
     if os.path.isdir(path):
         return pretrained.check(Path(path), key, path)
     from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""Model directories are data: nothing in one is run, and nothing outside of it is read."""
+"""Model directories are read as data: no code in one is run, and no file outside of it is read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from alignx_ds.errors import ConfigError, Problem
 
 INDEX = "model.safetensors.index.json"
-# For every from_pretrained. Left open, transformers asks at the terminal whether to run a directory's code.
+# For every from_pretrained. Without it, transformers asks at the terminal whether to run a directory's code.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-NO_PICKLE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}  # for those that read weights
+NO_PICKLE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}  # for every from_pretrained that reads weights
 
 
 def check(directory: Path, key: str, given: str) -> Path:
-    """The directory, when its model is plain data. Raises ConfigError under this key."""
+    """The directory, if its model is plain data. Raises ConfigError for the key, with the value that was given."""
     for name in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _read(directory / name, key, given):
             fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
@@ -31,7 +31,7 @@ def check(directory: Path, key: str, given: str) -> Path:
 
 
 def _read(path: Path, key: str, given: str) -> dict[str, Any]:
-    """The JSON object in a file; none where there is no file."""
+    """The JSON object in a file; an empty one where there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -39,5 +39,5 @@ def _read(path: Path, key: str, given: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(Problem(key, given, "a model", f"its {path.name} can't be read ({error})")) from error
     if not isinstance(content, dict):
-        raise ConfigError(Problem(key, given, "a model", f"its {path.name} is no JSON object; save it again"))
+        raise ConfigError(Problem(key, given, "a model", f"its {path.name} is not a JSON object; save it again"))
     return content

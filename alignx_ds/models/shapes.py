@@ -1,4 +1,4 @@
-"""The shapes of the paper's 7B models, shipped as configs: for dry runs and benchmarks, which need no weights."""
+"""The configs of the paper's 7B models, shipped for dry runs and benchmarks, which need no weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from alignx_ds.models.pretrained import NO_CODE
 
-SHAPES: dict[str, str] = {  # name, and name of the file in assets/shapes -> hub id that the config is of
+SHAPES: dict[str, str] = {  # name, also of the file in assets/shapes -> hub id of the model
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "gemma-7b": "google/gemma-7b",
@@ -25,10 +25,7 @@ ASSETS = Path(__file__).parent / "assets" / "shapes"
 
 
 def shape(name_or_hub_id: str) -> PreTrainedConfig | None:
-    """The config, by name or hub id (a chat sibling's too); None if it is not shipped. Dry runs and benchmarks use it.
-
-    They need no weights: a model is built from it on the meta device, or with random weights.
-    """
+    """The config of a name in SHAPES, or of a hub id in SHAPES or SIBLINGS; None for any other."""
     names = {name: name for name in SHAPES} | {hub_id: name for name, hub_id in SHAPES.items()} | SIBLINGS
     name = names.get(name_or_hub_id)
     return None if name is None else AutoConfig.from_pretrained(ASSETS / f"{name}.json", **NO_CODE)

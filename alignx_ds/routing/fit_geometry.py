@@ -1,7 +1,9 @@
-"""Fit the geometry of each gate and of each AlignX layer's output, from the assembled model's own features.
+"""Fits the geometry of each gate and of each AlignX layer's output, from the assembled model's own features.
 
-One pass over un-injected rows with the true expert forced, so a gate above other experts sees in training what it
-will see in use. PCA, shrinkage and k-means are scikit-learn's.
+The features come from one pass over rows without injected prompts, with the true expert forced, so that a gate above
+other AlignX layers is fitted on what it will see in use. PCA, Ledoit–Wolf shrinkage and k-means are scikit-learn's. The
+paper (arXiv 2602.07381) names the calibrators; what is fitted for them is ours (docs/method.md).
+Shapes: d size of a location's features, k latent size, f dimensions of the fractal score, E experts.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.natural import natural_score
 from alignx_ds.runtime import distributed
 
-TOKENS_PER_EXPERT = 4096  # outputs that a layer's output geometry is fitted on, about
-WIDER = 4  # latent sizes of the PCA space in which the discriminative directions are looked for
-VARIANCE_FLOOR = 1e-3  # of the mean variance, in every direction of an expert's own covariance
+TOKENS_PER_EXPERT = 4096  # about how many outputs of each expert a layer's output geometry is fitted on
+WIDER = 4  # the discriminative directions are searched within this many times the latent size of PCA dimensions
+VARIANCE_FLOOR = 1e-3  # the least variance of an expert in any direction, as a share of its mean variance
 Seen = list[tuple[int, Tensor]]  # (row number, features)
 
 
 @dataclass(frozen=True)
 class Features:
-    """What one location saw: `by_expert[e]` [N_e, d] fp32."""
+    """The features of one location by expert id: `by_expert[e]` [N_e, d] fp32, in the order of the rows."""
 
     by_expert: list[Tensor]
 
@@ -45,7 +47,10 @@ class Features:
 def collect(
     model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int
 ) -> tuple[dict[int, Features], dict[int, Features]]:
-    """(queries of each gate, outputs of each layer's mixture), by layer, from all ranks' shares. Collective."""
+    """(queries of each gate, sampled outputs of each layer's mixture), both by decoder layer. Collective.
+
+    Every rank runs its share of the rows, with the rows' true experts forced, and returns the features of all ranks.
+    """
     device, experts = distributed.device(), len(model.config.experts)
     queries: dict[int, Seen] = {i: [] for i in model.config.layers}
     outputs: dict[int, Seen] = {i: [] for i in model.config.layers}
@@ -85,13 +90,13 @@ def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tup
 
 
 def _sample(tokens: Tensor, quota: int, row: int) -> Tensor:
-    """At most `quota` of a row's tokens, evenly spaced, from a start that the row's number moves on."""
+    """At most `quota` of a row's tokens [T, d], evenly spaced; the first one's place depends on the row's number."""
     stride = -(-len(tokens) // quota)
     return tokens[row % stride :: stride].float().cpu()
 
 
 def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:
-    """Every rank's features, by expert, in the rows' order whatever the world size: k-means depends on the order."""
+    """All ranks' features by expert, in the order of the rows: k-means depends on it, and ranks must not change it."""
     whole = sorted((item for share in distributed.gather(seen) for item in share), key=lambda item: item[0])
     by_expert = [[tensor for row, tensor in whole if expert_of[row] == e] for e in range(experts)]
     return Features([torch.cat(p) if p else torch.zeros(0, 0) for p in by_expert])
@@ -99,12 +104,13 @@ def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """z = projection @ (h − centre), whitened over the pooled features. centre [d], projection [k, d], fp64."""
+    """z = P(h − μ), whitened over the features of all experts: centre μ [d] and projection P [k, d], fp64."""
 
     centre: Tensor
     projection: Tensor
 
     def of(self, rows: Tensor) -> NDArray[np.float64]:
+        """rows [N, d] -> z [N, k]."""
         latents: NDArray[np.float64] = ((rows.double() - self.centre) @ self.projection.T).numpy()
         return latents
 
@@ -112,7 +118,10 @@ class LatentSpace:
 def fit(
     features: Features, calibration_rows: Features, latent: int, settings: GateConfig, names: list[str], seed: int
 ) -> Geometry:
-    """The geometry of one location. `calibration_rows` rows only set the standardisation of the two scores."""
+    """The geometry of one location; the calibration split sets only the constants that standardise the two scores.
+
+    `names` are the experts' names for messages. Raises DataError when there are too few rows for the settings.
+    """
     _check_rows(features, latent, settings, names)
     return geometry_in(latent_space(features, latent, seed), features, calibration_rows, settings, seed)
 
@@ -130,10 +139,11 @@ def _check_rows(features: Features, latent: int, settings: GateConfig, names: li
 
 
 def latent_space(features: Features, latent: int, seed: int, *, discriminative: bool = True) -> LatentSpace:
-    """Whitened coordinates: first those that tell the experts apart, then the leading PCA ones.
+    """Whitened coordinates: first the discriminative directions, then the leading PCA ones; k = `latent`.
 
-    The discriminative directions span the experts' means within the leading PCA space. Without them the few leading
-    dimensions, where the fractal score lives, hold what varies most, such as length, not what matters.
+    The discriminative directions span the experts' means within the leading WIDER·k PCA dimensions. Without them
+    (`discriminative=False`) the few leading dimensions, which the fractal score uses, hold what varies most, such as
+    length, whether or not it separates the experts.
     """
     present = [i for i, rows in enumerate(features.by_expert) if len(rows)]
     pooled = torch.cat([features.by_expert[i] for i in present]).double().numpy()
@@ -154,8 +164,8 @@ def latent_space(features: Features, latent: int, seed: int, *, discriminative: 
 def geometry_in(
     space: LatentSpace, features: Features, calibration_rows: Features, settings: GateConfig, seed: int
 ) -> Geometry:
-    """Every expert's distribution and anchors in a latent space."""
-    # An expert without rows borrows everybody's: its numbers are whole, and `present` keeps queries away from it.
+    """Every expert's mean, covariance, anchors and dimension in a latent space, and the scores' standardisation."""
+    # An expert without rows gets the statistics of all rows, so that all are finite; `present` keeps queries from it.
     pooled = torch.cat([rows for rows in features.by_expert if len(rows)])
     latents = [space.of(rows if len(rows) else pooled) for rows in features.by_expert]
     factors = [np.linalg.cholesky(_covariance(z)) for z in latents]
@@ -183,7 +193,7 @@ def geometry_in(
 
 
 def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ledoit–Wolf's, no direction narrower than a floor: many rows in few dimensions are hardly shrunk at all."""
+    """The Ledoit–Wolf covariance [k, k] with a floor under its eigenvalues: many rows are hardly shrunk at all."""
     variances, directions = np.linalg.eigh(LedoitWolf().fit(z).covariance_)
     floor = VARIANCE_FLOOR * max(float(variances.mean()), float(np.finfo(np.float32).tiny))
     whole: NDArray[np.float64] = (directions * np.maximum(variances, floor)) @ directions.T

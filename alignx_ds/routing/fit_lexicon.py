@@ -1,4 +1,7 @@
-"""Fit the lexical calibrator: TF-IDF weights and a logistic regression over hashed tokens, scikit-learn's."""
+"""Fits the lexical calibrator: scikit-learn's TF-IDF weights and logistic regression over hashed tokens and pairs.
+
+Ours, not the paper's (docs/method.md). Shapes: N rows, H buckets, E experts.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,21 @@ from torch import Tensor
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.lexical import BUCKETS, bucket_counts
 
-PENALTY = 10.0  # C: how little the weights are held back
+INVERSE_REGULARISATION = 10.0  # scikit-learn's C
 
 
 def fit_lexicon(rows: LabelledExamples, calibration_rows: LabelledExamples, experts: int) -> dict[str, Tensor]:
-    """A `Lexicon`'s state dict. `calibration_rows` rows only set the scale: their scores' standard deviation is one."""
+    """A `Lexicon`'s state dict, fp32, fitted on the rows' prompts.
+
+    The calibration split sets only the scale: the standard deviation of its scores becomes one. Experts without rows
+    have zero weights.
+    """
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples))
     weights, bias = np.zeros((experts, BUCKETS)), np.zeros(experts)
     present = sorted(set(rows.experts))
     if len(present) > 1:
-        fitted = LogisticRegression(C=PENALTY, max_iter=1000).fit(known, rows.experts)
+        fitted = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000).fit(known, rows.experts)
         weights[present], bias[present] = _each_class(fitted.coef_), _each_class(fitted.intercept_[:, None])[:, 0]
         scores = (weighing.transform(_counts(calibration_rows.examples)) @ weights.T + bias)[:, present]
         spread = max(float(scores.std()), 1e-6)
@@ -38,7 +45,7 @@ def fit_lexicon(rows: LabelledExamples, calibration_rows: LabelledExamples, expe
 
 
 def _counts(examples: list[Example]) -> Any:
-    """[N, H] sparse, of the prompts alone."""
+    """Bucket counts of the prompts, [N, H] fp64, sparse."""
     lines = []
     for example in examples:
         ids = torch.tensor([example.ids[: example.prompt_length]])
@@ -47,7 +54,7 @@ def _counts(examples: list[Example]) -> Any:
 
 
 def _each_class(coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One line per class: for two classes scikit-learn gives their difference."""
+    """One row per class; of two classes scikit-learn has a single row, their difference."""
     if len(coefficients) == 1:
         return np.concatenate([-coefficients / 2, coefficients / 2])
     return coefficients

@@ -1,4 +1,7 @@
-"""What a model's gates say of a set of prompts, term by term; every rank asks about its share."""
+"""The terms of a model's gates on a set of prompts, computed by all ranks together.
+
+Shapes: N prompts, E experts.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
 
-TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; `gate.more` adds its own
+TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
 
 
 @torch.no_grad()
 def gate_terms(
     model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int
 ) -> dict[int, dict[str, Tensor]]:
-    """By gate layer and term, [N, E] fp32 in the rows' order, from the prompts alone, as in generation. Collective."""
+    """By the gate's layer and the term's name, [N, E] fp32 in the order of the rows, before the post-hoc temperature.
+
+    Computed from the prompts alone, as in generation. Collective; every rank returns the terms of all rows.
+    """
     model.eval()
     device, gates = distributed.device(), gates_of(model)
     own = distributed.rank_share(list(range(len(rows.examples))))
@@ -39,5 +45,5 @@ def gate_terms(
 
 
 def sum_of(terms: dict[str, Tensor], *names: str) -> Tensor:
-    """The logits that the named terms (all, when none is named) make together."""
+    """The sum [N, E] of the named terms, or of all: the gate's logits before the post-hoc temperature."""
     return torch.stack([terms[name] for name in names or terms]).sum(0)
