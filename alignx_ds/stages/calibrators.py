@@ -67,7 +67,7 @@ def saved_calibrators(
         try:
             return manifest.is_current(directory, inputs)
         except DataError as damage:
-            console.warn(f"{damage}: fitted again")
+            console.warn(f"{str(damage).split(';')[0]}: the calibrators are fitted again")
             return False
 
     def write(fitted: FittedCalibrators) -> None:

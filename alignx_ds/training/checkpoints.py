@@ -74,13 +74,13 @@ def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     for path in distributed.on_main(lambda: _present(directory)):
         found = distributed.on_main(partial(_read, path))
         if isinstance(found, dict) and found["fingerprint"] != wanted:
-            console.warn(f"{path}: made from other inputs than this run's, not used and set aside")
+            console.warn(f"{path}: made from other inputs than this run's, so it is set aside and not used")
             distributed.on_main(partial(_set_aside, path, "foreign"))
             continue
         damage = found if isinstance(found, str) else _damage(path, found["files"])
         if not damage and isinstance(found, dict):
             return Checkpoint(path, found)
-        console.warn(f"{damage}: this checkpoint is damaged and not used; the one before it is, if there is one")
+        console.warn(f"{damage}: this checkpoint is damaged; the one before it is used, if there is one")
         distributed.on_main(partial(_set_aside, path, "damaged"))
     return None
 
@@ -157,7 +157,7 @@ def _together(directory: Path, work: Callable[[], None], *, only_main: bool = Fa
     if not problems:
         return
     distributed.on_main(lambda: shutil.rmtree(directory, ignore_errors=True))
-    fix = "make room or correct the permissions, and give the same command: it goes on from the checkpoint before"
+    fix = "make room or correct the permissions, then run the same command again: it resumes from the checkpoint before"
     raise DataError(f"{directory.parent}: a checkpoint can't be written: {problems[0]}; {fix}")
 
 

@@ -39,7 +39,7 @@ class CheckpointManager:
             randomness.seed(self.seed)
             return []
         checkpoints.load(found, engine, self.seed)
-        console.say(f"{self.name}: goes on after step {found.step}, from {found.path}")
+        console.say(f"{self.name}: resumes after step {found.step}, from {found.path}")
         return found.losses
 
     def after_step(self, engine: Any, losses: Losses, *, stop: bool) -> None:

@@ -25,13 +25,13 @@ def test_a_crash_a_nan_and_a_signal_in_one_run_leave_no_trace(
     assert [p.name for p in (command.output / "checkpoints/stage1/helpful").glob("step_*")] == ["step_00000002"]
     poisoned = command.start(fault={"rank": 1, "kind": "nan loss", "job": "stage1/honest", "step": 5})
     assert poisoned.codes == [EXIT_CODE] * 2, poisoned.said
-    assert "stage1/helpful: goes on after step 2" in poisoned.said
+    assert "stage1/helpful: resumes after step 2" in poisoned.said
     assert "is not finite at step 5" in poisoned.said
     asked = command.start(fault={"rank": 1, "kind": "usr1", "job": "stage2", "step": 3})
     assert asked.codes == [EXIT_STOPPED] * 2, asked.said
-    assert "stage1/honest: goes on after step 4" in asked.said
+    assert "stage1/honest: resumes after step 4" in asked.said
     ended = command.start()
     assert ended.well, ended.said
-    assert "stage2: goes on after step" in ended.said
+    assert "stage2: resumes after step" in ended.said
     assert results(command.output) == results(undisturbed("align"))
     record("crash", "kill -9 in a checkpoint, then a NaN, then SIGUSR1, in one run", "the same bytes in the end")

@@ -77,9 +77,9 @@ def check(stopped: Path, tmp_path: Path, steps: list[int], harm: Callable[[Path]
         harm(command.output / f"checkpoints/stage2/step_{step:08d}")
     ended = command.start()
     assert ended.well, ended.said
-    assert ended.said.count("damaged and not used") == len(steps)
-    assert (f"stage2: goes on after step {expected}" in ended.said) == bool(expected)
-    assert "stage2: goes on after step 4" not in ended.said
+    assert ended.said.count("this checkpoint is damaged") == len(steps)
+    assert (f"stage2: resumes after step {expected}" in ended.said) == bool(expected)
+    assert "stage2: resumes after step 4" not in ended.said
     whole = Command("align", tmp_path / "whole")
     shutil.copytree(stopped, whole.output)
     assert whole.start().well
@@ -94,5 +94,5 @@ def test_damaged_calibrators_are_fitted_again(stopped: Path, tmp_path: Path, rec
     flip(command.output / "checkpoints/stage2/calibrators", "fitted.safetensors")
     ended = command.start()
     assert ended.well, ended.said
-    assert "fitted again" in ended.said and "stage2: goes on after step 4" in ended.said
+    assert "fitted again" in ended.said and "stage2: resumes after step 4" in ended.said
     record("damage", "a flipped bit in the fitted calibrators", "fitted again to the same bytes, the stage goes on")

@@ -52,7 +52,7 @@ def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(mount: Mount, tmp_p
     mount("size=256m", again=True)
     ended = command.start()
     assert ended.well, ended.said
-    assert "stage1/harmless: goes on after step" in ended.said
+    assert "stage1/harmless: resumes after step" in ended.said
     whole = Command("align", tmp_path / "whole", ("train.steps=40",))
     assert whole.start().well
     assert results(command.output) == results(whole.output)

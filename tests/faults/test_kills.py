@@ -85,10 +85,10 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     trained = counts(settings, BaseModel(settings.model))["trained in stage 1"]
     assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md says"
     ended = command.start(fault=kill(1, "stage2", 5))
-    assert "stage1/honest: goes on after step 2" in ended.said
+    assert "stage1/honest: resumes after step 2" in ended.said
     assert ended.codes[1] == -9
     ended = command.start()
     assert ended.well, ended.said
-    assert "stage2: goes on after step 4" in ended.said
+    assert "stage2: resumes after step 4" in ended.said
     assert results(command.output) == results(undisturbed("align"))
     record("crash", "kill -9 while a checkpoint is written, then in stage 2", "the checkpoint before it is used")

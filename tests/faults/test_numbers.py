@@ -51,7 +51,7 @@ def test_the_run_stops_names_the_rows_and_can_go_on(
     assert rows[0]["place"] in ended.said
     ended = command.start()
     assert ended.well, ended.said
-    assert f"{job}: goes on after step {step - 1}" in ended.said
+    assert f"{job}: resumes after step {step - 1}" in ended.said
     assert results(command.output) == results(undisturbed("align"))
     record("numbers", f"{kind} in {job}", "exit code 2 at its step, rows named and saved, the state before it kept")
 

@@ -40,7 +40,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     assert "Traceback" not in ended.said
     ended = command.start()
     assert ended.well, ended.said
-    assert f"{job}: goes on after step" in ended.said
+    assert f"{job}: resumes after step" in ended.said
     assert results(command.output) == results(undisturbed("align"))
     record("signal", f"{number.name} to one rank in {job}", f"a checkpoint, exit code {EXIT_STOPPED} on all ranks")
 
