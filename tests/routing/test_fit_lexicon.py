@@ -12,7 +12,7 @@ from tiny_models import generator
 
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.lexical import Lexicon, bucket_counts
-from alignx_ds.routing.fit_lexicon import PENALTY, fit_lexicon
+from alignx_ds.routing.fit_lexicon import INVERSE_REGULARISATION, fit_lexicon
 
 TOPICS = {0: range(0, 30), 2: range(20, 50), 3: range(40, 70)}  # tokens that an expert's prompts are made of
 
@@ -56,7 +56,9 @@ def test_the_scores_are_those_of_scikit_learn_but_for_their_scale(experts: list[
         for rows in (known, calibration_rows)
     ]
     weighing = TfidfTransformer(sublinear_tf=True).fit(counts[0])
-    router = LogisticRegression(C=PENALTY, max_iter=1000).fit(weighing.transform(counts[0]), known.experts)
+    router = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000).fit(
+        weighing.transform(counts[0]), known.experts
+    )
     expected = router.predict_log_proba(weighing.transform(counts[1]))
     found = scores(lexicon, calibration_rows)[:, experts]
     assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-3)
