@@ -1,4 +1,4 @@
-"""Start real ranks of the real command, with a fault or without, and see how they end."""
+"""Starts ranks of the real command, with a fault or without, and records how they end."""
 
 from __future__ import annotations
 
@@ -45,11 +45,10 @@ SMALL = (
 
 
 @dataclass
-class Ended:
+class RunResult:
     codes: list[int]
-    seconds: float  # from start to the last rank's end
-    alone: float  # seconds that the last rank outlived the first that failed
-    said: str  # everything that the ranks wrote
+    survival: float  # seconds from the first failure of a rank to the end of the last one
+    console: str  # everything that the ranks wrote
 
     @property
     def well(self) -> bool:
@@ -77,8 +76,8 @@ class Command:
         during: Callable[[list[subprocess.Popen[bytes]]], None] | None = None,
         timeout: float = 240.0,
         ranks: int = 0,
-    ) -> Ended:
-        """Run to the end. Ranks that outlive a failed one by more than GRACE are a hang, and an AssertionError."""
+    ) -> RunResult:
+        """Run to the end. Ranks that outlive a failed one by more than GRACE are a hang: an AssertionError."""
         world = ranks or self.ranks
         shared = cpu_environment(FAULT=json.dumps(fault))
         line = [sys.executable, str(Path(__file__).with_name("faulty.py")), self.verb, *SMALL, *self.settings, *extra]
@@ -99,19 +98,19 @@ class Command:
         try:
             if during:
                 during(running)
-            alone = _wait(running, started + timeout)
+            survival = _wait(running, started + timeout)
         finally:
             for process in running:
                 kill_group(process)
             for file in files:
                 file.close()
-        said = "\n".join((self.logs / f"rank{r}.log").read_text(errors="replace") for r in range(world))
-        assert alone <= GRACE, f"a rank outlived the failed one by more than {GRACE:g} s\n{said}"
-        return Ended([p.returncode for p in running], time.monotonic() - started, alone, said)
+        console = "\n".join((self.logs / f"rank{r}.log").read_text(errors="replace") for r in range(world))
+        assert survival <= GRACE, f"a rank outlived the failed one by more than {GRACE:g} s\n{console}"
+        return RunResult([p.returncode for p in running], survival, console)
 
 
 def _wait(running: list[subprocess.Popen[bytes]], deadline: float) -> float:
-    """How long the last rank outlived the first that failed."""
+    """The seconds by which the last rank outlived the first that failed."""
     failed = 0.0
     while True:
         codes = [process.poll() for process in running]
@@ -128,7 +127,7 @@ def _wait(running: list[subprocess.Popen[bytes]], deadline: float) -> float:
 def wait_for(path: Path, seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not come"
+        assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.01)
 
 

@@ -47,7 +47,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-un
         if verb not in made:
             output = tmp_path_factory.mktemp("undisturbed") / verb
             ended = Command(verb, output).start()
-            assert ended.well, ended.said
+            assert ended.well, ended.console
             made[verb] = output
         return made[verb]
 

@@ -16,7 +16,7 @@ Running = list[subprocess.Popen[bytes]]
 
 
 @dataclass(frozen=True)
-class Ended:
+class RanksResult:
     """How all of them ended; `codes` holds None for a process that had to be killed at the deadline."""
 
     codes: list[int | None]
@@ -34,7 +34,7 @@ def start(
     meanwhile: Callable[[Running], None] | None = None,
     alone: dict[int, list[str]] | None = None,
     master: str = "127.0.0.1",
-) -> Ended:
+) -> RanksResult:
     """`python ARGUMENTS` on the first ranks of a job of `world_size` (0: all); `alone`: a rank's own arguments."""
     variables = rank_variables(world_size or ranks, master)[:ranks]
     with tempfile.TemporaryDirectory() as ready, console.open("wb") as stream:
@@ -53,7 +53,7 @@ def start(
         return _watch(running, console, deadline, meanwhile)
 
 
-def launch(arguments: list[str], ranks: int, console: Path, *, deadline: float = 120.0) -> Ended:
+def launch(arguments: list[str], ranks: int, console: Path, *, deadline: float = 120.0) -> RanksResult:
     """The same under DeepSpeed's launcher; its exit code is the only one."""
     with console.open("wb") as stream:
         process = subprocess.Popen(
@@ -67,7 +67,7 @@ def launch(arguments: list[str], ranks: int, console: Path, *, deadline: float =
         return _watch([process], console, deadline, None)
 
 
-def _watch(running: Running, console: Path, limit: float, meanwhile: Callable[[Running], None] | None) -> Ended:
+def _watch(running: Running, console: Path, limit: float, meanwhile: Callable[[Running], None] | None) -> RanksResult:
     first, deadline = 0.0, time.monotonic() + limit
     try:
         if meanwhile:
@@ -80,7 +80,7 @@ def _watch(running: Running, console: Path, limit: float, meanwhile: Callable[[R
     finally:
         for process in running:
             kill_group(process)
-    return Ended(codes, console.read_text(errors="replace"), seconds)
+    return RanksResult(codes, console.read_text(errors="replace"), seconds)
 
 
 def wait_for_text(console: Path, texts: list[str], limit: float = 60.0) -> None:

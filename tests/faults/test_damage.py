@@ -44,7 +44,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed after step 5 of stage 2: checkpoints at 2 and 4."""
     command = Command("align", tmp_path_factory.mktemp("damage") / "run")
     ended = command.start(fault={"rank": 0, "kind": "kill", "job": "stage2", "step": 5})
-    assert ended.codes[0] == -9, ended.said
+    assert ended.codes[0] == -9, ended.console
     return command.output
 
 
@@ -76,10 +76,10 @@ def check(stopped: Path, tmp_path: Path, steps: list[int], harm: Callable[[Path]
     for step in steps:
         harm(command.output / f"checkpoints/stage2/step_{step:08d}")
     ended = command.start()
-    assert ended.well, ended.said
-    assert ended.said.count("this checkpoint is damaged") == len(steps)
-    assert (f"stage2: resumes after step {expected}" in ended.said) == bool(expected)
-    assert "stage2: resumes after step 4" not in ended.said
+    assert ended.well, ended.console
+    assert ended.console.count("this checkpoint is damaged") == len(steps)
+    assert (f"stage2: resumes after step {expected}" in ended.console) == bool(expected)
+    assert "stage2: resumes after step 4" not in ended.console
     whole = Command("align", tmp_path / "whole")
     shutil.copytree(stopped, whole.output)
     assert whole.start().well
@@ -93,6 +93,6 @@ def test_damaged_calibrators_are_fitted_again(stopped: Path, tmp_path: Path, rec
     shutil.copytree(stopped, command.output)
     flip(command.output / "checkpoints/stage2/calibrators", "fitted.safetensors")
     ended = command.start()
-    assert ended.well, ended.said
-    assert "fitted again" in ended.said and "stage2: resumes after step 4" in ended.said
+    assert ended.well, ended.console
+    assert "fitted again" in ended.console and "stage2: resumes after step 4" in ended.console
     record("damage", "a flipped bit in the fitted calibrators", "fitted again to the same bytes, the stage goes on")

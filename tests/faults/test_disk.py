@@ -45,14 +45,14 @@ def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(mount: Mount, tmp_p
         mount(f"size={shutil.disk_usage(disk).used + 200_000}", again=True)  # room for a part of the next one
 
     full = command.start(during=fill)
-    assert full.codes == [2, 2], full.said
-    assert "No space left on device" in full.said and "a checkpoint can't be written" in full.said
-    assert full.said.count("alignx-ds: error:") == 1 and "Traceback" not in full.said
+    assert full.codes == [2, 2], full.console
+    assert "No space left on device" in full.console and "a checkpoint can't be written" in full.console
+    assert full.console.count("alignx-ds: error:") == 1 and "Traceback" not in full.console
     assert checkpoints.is_dir() and not list(checkpoints.glob("*.partial")), "nothing torn is left"
     mount("size=256m", again=True)
     ended = command.start()
-    assert ended.well, ended.said
-    assert "stage1/harmless: resumes after step" in ended.said
+    assert ended.well, ended.console
+    assert "stage1/harmless: resumes after step" in ended.console
     whole = Command("align", tmp_path / "whole", ("train.steps=40",))
     assert whole.start().well
     assert results(command.output) == results(whole.output)
@@ -64,8 +64,8 @@ def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(mount: Mount, tmp_p
 def test_a_disk_that_is_too_small_is_refused_before_any_work(mount: Mount, record: Record) -> None:
     command = Command("align", mount("size=8m") / "run", ranks=1)
     ended = command.start("align.ep_size=1")
-    assert ended.codes == [2], ended.said
-    assert "expected room for about" in ended.said and "GiB are free there" in ended.said
+    assert ended.codes == [2], ended.console
+    assert "expected room for about" in ended.console and "GiB are free there" in ended.console
     assert not command.output.exists()
     record("disk", "too small for what the run will write", "one line, exit code 2, nothing written")
 
@@ -76,7 +76,7 @@ def test_a_read_only_output_is_refused_before_any_work(mount: Mount, record: Rec
     disk = mount("ro,size=96m")
     command = Command("align", disk / "run" / "deep", ranks=1)
     ended = command.start("align.ep_size=1")
-    assert ended.codes == [2], ended.said
-    assert "alignx-ds: error: output" in ended.said and "Read-only file system" in ended.said
-    assert "fine-tune" not in ended.said
+    assert ended.codes == [2], ended.console
+    assert "alignx-ds: error: output" in ended.console and "Read-only file system" in ended.console
+    assert "fine-tune" not in ended.console
     record("disk", "a read-only output directory", "one line, exit code 2, before any work")

@@ -56,12 +56,12 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
     for fault in everywhere():
         ended = command.start(fault=fault)
         assert not ended.well, f"nothing to strike was left for {told(fault)}"
-        assert ended.codes[fault["rank"]] == -9, ended.said
+        assert ended.codes[fault["rank"]] == -9, ended.console
         killed.append(told(fault))
-        slowest = max(slowest, ended.alone)
+        slowest = max(slowest, ended.survival)
     assert len(killed) >= 20, killed
     ended = command.start()
-    assert ended.well, ended.said
+    assert ended.well, ended.console
     assert results(command.output) == results(undisturbed("run"))
     assert not (command.output / "checkpoints").exists(), "what is sealed needs none"
     assert not list(command.output.rglob("*.partial"))
@@ -85,10 +85,10 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     trained = counts(settings, BaseModel(settings.model))["trained in stage 1"]
     assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md says"
     ended = command.start(fault=kill(1, "stage2", 5))
-    assert "stage1/honest: resumes after step 2" in ended.said
+    assert "stage1/honest: resumes after step 2" in ended.console
     assert ended.codes[1] == -9
     ended = command.start()
-    assert ended.well, ended.said
-    assert "stage2: resumes after step 4" in ended.said
+    assert ended.well, ended.console
+    assert "stage2: resumes after step 4" in ended.console
     assert results(command.output) == results(undisturbed("align"))
     record("crash", "kill -9 while a checkpoint is written, then in stage 2", "the checkpoint before it is used")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from plain_ranks import Ended, launch, start, wait_for_text
+from plain_ranks import RanksResult, launch, start, wait_for_text
 
 from alignx_ds.runtime.failures import LESS_MEMORY
 
@@ -24,7 +24,7 @@ def worker(fault: str, where: str = "1", timeout: int = 60) -> list[str]:
     return [WORKER, fault, where, str(timeout)]
 
 
-def errors(ended: Ended) -> list[str]:
+def errors(ended: RanksResult) -> list[str]:
     """The error lines on the console, after checking that all ranks have ended in time."""
     assert None not in ended.codes, f"still running: {ended}"
     assert ended.seconds < LIMIT

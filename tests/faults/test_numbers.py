@@ -40,18 +40,18 @@ def test_the_run_stops_names_the_rows_and_can_go_on(
 ) -> None:
     command, step = Command("align", tmp_path / "run"), 1 if kind == "infinite gradient" else 4
     ended = command.start(fault=poison(kind, job, step))
-    assert ended.codes == [2, 2], ended.said
-    assert f"is not finite at step {step}" in ended.said and "nonfinite=skip" in ended.said
-    assert "Traceback" not in ended.said
+    assert ended.codes == [2, 2], ended.console
+    assert f"is not finite at step {step}" in ended.console and "nonfinite=skip" in ended.console
+    assert "Traceback" not in ended.console
     rows = [json.loads(line) for line in (command.output / f"nonfinite/{job}/step_{step:08d}.jsonl").open()]
     assert len(rows) == (4 if kind == "nan loss" else 8), "a loss tells whose rows it was, a gradient does not"
     if kind == "nan loss":
         assert {row["rank"] for row in rows} == {1}
     assert all(row["prompt"] and row["place"] for row in rows)
-    assert rows[0]["place"] in ended.said
+    assert rows[0]["place"] in ended.console
     ended = command.start()
-    assert ended.well, ended.said
-    assert f"{job}: resumes after step {step - 1}" in ended.said
+    assert ended.well, ended.console
+    assert f"{job}: resumes after step {step - 1}" in ended.console
     assert results(command.output) == results(undisturbed("align"))
     record("numbers", f"{kind} in {job}", "exit code 2 at its step, rows named and saved, the state before it kept")
 
@@ -65,8 +65,8 @@ def test_the_step_can_be_skipped(dtype: str, tmp_path: Path, record: Record) -> 
     cases = {"specialists/honest": ("infinite gradient", "stage1/honest"), "model": ("nan loss", "stage2")}
     for left, (kind, job) in cases.items():
         ended = command.start(fault=poison(kind, job, 3))
-        assert ended.well, ended.said
-        assert ended.said.count("the step is skipped") == 1
+        assert ended.well, ended.console
+        assert ended.console.count("the step is skipped") == 1
         assert [loss is None for loss in losses(command.output / left)] == [False, False, True, False, False, False]
         assert is_finite(command.output / left)
         shutil.rmtree(command.output / "model")
@@ -78,7 +78,7 @@ def test_the_step_can_be_skipped(dtype: str, tmp_path: Path, record: Record) -> 
 def test_weights_that_are_past_saving_stop_the_run_under_either_policy(tmp_path: Path, record: Record) -> None:
     command = Command("specialists", tmp_path / "run", ("nonfinite=skip", "train.steps=16"))
     ended = command.start(fault=poison("nan loss", "stage1/helpful", 3, every=True))
-    assert ended.codes == [2, 2], ended.said
-    assert ended.said.count("the step is skipped") == 9
-    assert "as at the 9 steps before" in ended.said
+    assert ended.codes == [2, 2], ended.console
+    assert ended.console.count("the step is skipped") == 9
+    assert "as at the 9 steps before" in ended.console
     record("numbers", "ten steps in a row that are not finite, nonfinite=skip", "exit code 2 at the tenth")

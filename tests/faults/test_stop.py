@@ -34,13 +34,13 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
     command = Command("align", tmp_path / "run")
     fault = {"rank": 1, "kind": "term" if number == signal.SIGTERM else "usr1", "job": job, "step": step}
     ended = command.start(fault=fault)
-    assert ended.codes == [EXIT_STOPPED] * 2, ended.said
-    assert ended.said.count("run the same command again to continue") == 1
-    assert f"stopped in {job}, after step" in ended.said
-    assert "Traceback" not in ended.said
+    assert ended.codes == [EXIT_STOPPED] * 2, ended.console
+    assert ended.console.count("run the same command again to continue") == 1
+    assert f"stopped in {job}, after step" in ended.console
+    assert "Traceback" not in ended.console
     ended = command.start()
-    assert ended.well, ended.said
-    assert f"{job}: resumes after step" in ended.said
+    assert ended.well, ended.console
+    assert f"{job}: resumes after step" in ended.console
     assert results(command.output) == results(undisturbed("align"))
     record("signal", f"{number.name} to one rank in {job}", f"a checkpoint, exit code {EXIT_STOPPED} on all ranks")
 
@@ -65,7 +65,7 @@ def test_a_second_signal_ends_at_once_even_in_a_collective_that_hangs(tmp_path: 
         ranks[1].send_signal(signal.SIGCONT)
 
     ended = command.start("train.steps=2000", during=twice)
-    assert ended.codes[0] == 128 + signal.SIGTERM, ended.said
+    assert ended.codes[0] == 128 + signal.SIGTERM, ended.console
     assert seconds[0] < 2
     record("signal", "a second SIGTERM while a collective hangs", f"exit code 143 after {seconds[0]:.1f} s", "the step")
 
@@ -87,6 +87,6 @@ def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
         said = run.communicate(timeout=120)[0]
     assert run.returncode == EXIT_STOPPED, said
     ended = Command("align", output).start()
-    assert ended.well, ended.said
+    assert ended.well, ended.console
     assert results(output) == results(undisturbed("align"))
     record("signal", "SIGTERM to `alignx-ds` above the deepspeed launcher", f"exit code {EXIT_STOPPED}, goes on")
