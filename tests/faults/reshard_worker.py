@@ -1,5 +1,7 @@
-"""One rank of `reshard_worker.py ROOT KIND HOW SOURCE TARGET STEPS`: train on from SOURCE's checkpoint ("-": afresh) to
-STEPS steps, leave a checkpoint in TARGET, and say whether what was loaded equals what was saved, tensor by tensor.
+"""One rank of `reshard_worker.py ROOT KIND HOW SOURCE TARGET STEPS EVERY`.
+
+Resumes SOURCE's newest checkpoint ("-": none) and trains up to STEPS steps, with a checkpoint in TARGET after each
+EVERY steps. Reports whether what was loaded equals what was saved, tensor by tensor.
 
 KIND is stage1 or stage2; HOW is the ZeRO stage, and for stage 2 the ep_size: "3", "2 ep4".
 """
@@ -69,7 +71,7 @@ def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     )
 
 
-def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) -> None:
+def main(root: Path, kind: str, how: str, source: str, target: str, steps: int, every: int) -> None:
     from problems import EXAMPLES, LABELS, PAD, SEED
 
     from alignx_ds.config.schema import CheckpointsConfig
@@ -98,7 +100,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
         def restore(self, engine: Any) -> list[float | None]:
             return losses
 
-    resumed = Resumed(target, inputs, root, CheckpointsConfig(every=steps, keep=9), SEED)
+    resumed = Resumed(target, inputs, root, CheckpointsConfig(every=every, keep=9), SEED)
     batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
 
     def until(start: int) -> Any:
@@ -108,9 +110,9 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int) 
             yield step
 
     losses = loop.train(made, until, loss, plan, Progress(), TrainingJob(target, resumed))
-    every = distributed.gather(same)
+    all_same = all(distributed.gather(same))
     if distributed.is_main():
-        (root / f"{target}.json").write_text(json.dumps({"losses": losses, "same": all(every)}))
+        (root / f"{target}.json").write_text(json.dumps({"losses": losses, "same": all_same}))
     made.destroy()
     distributed.barrier()
 
@@ -121,6 +123,6 @@ if __name__ == "__main__":
     from alignx_ds.runtime import distributed
 
     distributed.init_process_group(LaunchConfig.timeout)
-    main(Path(sys.argv[1]), *sys.argv[2:6], int(sys.argv[6]))
+    main(Path(sys.argv[1]), *sys.argv[2:6], *map(int, sys.argv[6:]))
     distributed.shutdown()
     distributed.exit_rank(0)
