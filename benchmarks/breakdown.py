@@ -1,9 +1,10 @@
-"""Where the time goes: operators of a prefill and of a decode step, the base model's beside AlignX's.
+"""Time of each operator in a prefill and in a decode step, for the dense base model and for AlignX.
 
     python benchmarks/breakdown.py --shape small --device cpu
 
-torch.profiler's self time by operator, per pass, the largest first. The profiler itself costs time: shares matter here,
-not sums.
+Columns: of each system, the self time of an operator (torch.profiler) in milliseconds, and its number of calls, both
+per prefill or per decoded token. Operators with the largest time come first; the last line sums up all of them. The
+profiler slows every operator down, so compare shares and not sums.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""What the calibrated gate and the output calibration take of a decoder layer's time at prefill.
+"""Share of a decoder layer's time that the calibrated gate and the output calibration take at prefill.
 
     python benchmarks/calibrator.py --shape small --device cpu
     python benchmarks/calibrator.py --shape llama2-7b --layers 2 --device cuda
 
-The decision is made once a query, at the lowest AlignX layer (gate.scope=shared), the output calibrated in every layer.
-Parts and whole layer run in turn on the layer's own input. FLOPs are counted beside, as the floor.
+With gate.scope=shared the gate runs once per prompt, in the lowest AlignX layer; the output is calibrated in every
+layer. The parts and the whole layer run in turn, on the same input.
+
+Columns: median milliseconds over the rounds, their quartiles, the median of the rounds' ratios to the whole layer, and
+the number of floating-point operations (10⁹, counted by formula, without attention scores).
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
         layer.gate(Query(prompt_summary(x, mask), model.lexicon(ids, mask)))
 
     def whole() -> None:
-        routing.row_experts.clear()  # gathered anew, as for a new prompt
+        routing.gathered.clear()  # gathered again, as for a new prompt
+        routing.steps.clear()
         decoder(*seen["decoder"][0], **seen["decoder"][1])
 
     def without() -> None:
@@ -73,7 +77,7 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
 
 
 def flops(setting: Setting, batch: int, length: int) -> dict[str, float]:
-    """Multiplications and additions, in units of 10⁹, attention's scores left out."""
+    """Multiplications and additions in units of 10⁹, without attention scores."""
     c, tokens, k, q = setting.config, batch * length, setting.latent, setting.output_latent
     d, f = c.hidden_size, c.intermediate_size
     gate = 2 * batch * (SUMMARIES * d * k + (AXES + 1) * k * k)
@@ -131,7 +135,7 @@ def plot(times: dict[str, Times], path: Any) -> None:
     bars = axis.barh([OUTPUT, GATE, "all of AlignX"], shares, color=[plots.OURS, plots.OURS, plots.THEIRS])
     axis.bar_label(bars, fmt="%.2f %%", padding=2, fontsize=8)
     axis.axvline(2, color="#c0392b", linewidth=0.8)
-    axis.set_xlabel("% of the decoder layer's time at prefill (red: promised for gate and calibration)", fontsize=8)
+    axis.set_xlabel("% of the decoder layer's time at prefill (red: target for gate and calibration)", fontsize=8)
     axis.margins(x=0.12)
     plots.save(figure, path)
 

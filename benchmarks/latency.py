@@ -6,6 +6,8 @@
 Whole models with random weights. Prefill is the time to the first token of a batch of prompts, decode the time of
 every further token. All systems run in turn in every round; ratios are medians of the rounds' own ratios. `--compile`
 compiles the decode step of every system whose step can be captured whole.
+
+Columns: median milliseconds (decode: per token), quartiles over the rounds, and the ratio to the first system.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ Counted on the meta device, at any shape: weights and buffers by system, KV cach
 every ep_size. The peak is measured in a process of its own per system (random weights, a prefill and a few decoded
 tokens): on a GPU what torch allocated, on a CPU the process's resident size above that of the imports. Two measured
 depths give the cost of a layer; where the whole stack was not measured, its peak is extrapolated, and marked so.
+
+Columns, in GiB: all weights and buffers, those of the experts' factors, those of gate and output calibration, the ratio
+of all to the first system's, and the peak.
 """
 
 from __future__ import annotations
@@ -83,7 +86,7 @@ def _serve(kind: str, args: argparse.Namespace, layers: int, queue: Any) -> None
     before = _resident()
     models = BUILD[kind](setting)
     ids = torch.randint(3, setting.config.vocab_size, (args.batch, args.length), device=args.device)
-    if args.device == "cuda":  # what building left behind does not serve anybody
+    if args.device == "cuda":  # what building the model has left is not part of serving it
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     for model in models:

@@ -1,22 +1,23 @@
-"""What the gate's query and latent space are worth, on the prompts of a finished run.
+"""Routing accuracy and calibration by the gate's query, latent space and terms, on the prompts of a finished run.
 
     python benchmarks/router.py runs/small-real
 
-Takes the run's own base features and splits: geometries are fitted on its training prompts, temperatures on those
-kept back, figures are of the held-out ones. Compares the prompt's mean alone with the full summary, plain PCA with the
-discriminative directions first, several latent sizes, and the lexical score, beside TF-IDF and logistic regression.
-Writes benchmarks/results/router.json.
+The features are the run's own base features, and so are the splits: geometries are fitted on the training split,
+temperatures on the calibration split, and metrics are measured on the held-out split. Compared are the mean of the
+prompt alone with the full summary, PCA with the discriminative directions first, several latent sizes, and the lexical
+score; the first line is TF-IDF with logistic regression.
+
+Columns: query, latent space, its size and the gate's terms; then accuracy, expected calibration error, Brier score and
+negative log-likelihood. Also written to benchmarks/results/router.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from suite import provenance
 from torch import Tensor
 
 from alignx_ds.config import parse
@@ -58,43 +59,44 @@ def main() -> None:
     inputs = read_inputs(settings, checks.check(settings, settings.launch.ranks))
     model = load_aligned(arguments.run / "model").to(distributed.device())
     data, pad_id, batch = inputs.data, pad_token(inputs.base.tokenizer), settings.evaluation.batch
-    seen, back, asked = (
+    train, calibration, held_out = (
         next(iter(collect(model, rows, pad_id, batch)[0].values()))
         for rows in (data.train, data.calibration_rows, data.routed)
     )
     hidden = model.config.text_config.hidden_size
     known, labels = (
-        torch.cat([torch.full((len(rows),), e) for e, rows in enumerate(f.by_expert)]) for f in (back, asked)
+        torch.cat([torch.full((len(rows),), e) for e, rows in enumerate(f.by_expert)]) for f in (calibration, held_out)
     )
-    spare_words, asked_words = (_words(model, rows, pad_id, batch) for rows in (data.calibration_rows, data.routed))
-    figures = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names)}
+    calibration_words, held_out_words = (
+        _words(model, rows, pad_id, batch) for rows in (data.calibration_rows, data.routed)
+    )
+    metrics = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
-        features, spare, tested = (Features([r[:, :width] for r in f.by_expert]) for f in (seen, back, asked))
+        features, fitted_on, tested_on = (
+            Features([r[:, :width] for r in f.by_expert]) for f in (train, calibration, held_out)
+        )
         for discriminative in (False, True):
             for latent in arguments.latent:
                 space = latent_space(features, latent, settings.seed, discriminative=discriminative)
-                geometry = geometry_in(space, features, spare, settings.gate, settings.seed)
+                geometry = geometry_in(space, features, fitted_on, settings.gate, settings.seed)
                 gate = CalibratedGate(geometry, GateSettings(settings.gate.fractal, settings.gate.natural, 1.0))
                 with torch.no_grad():
                     fitted, found = (
                         gate.parts(Query(torch.cat([r for r in f.by_expert if len(r)]), words))
-                        for f, words in ((spare, spare_words), (tested, asked_words))
+                        for f, words in ((fitted_on, calibration_words), (tested_on, held_out_words))
                     )
                 for name, terms in CALIBRATORS.items():
                     temperature = fit_temperature(sum_of(fitted, *terms), known)
                     key = f"{summary}; {'discriminative first' if discriminative else 'PCA'}; k = {latent}; {name}"
-                    figures[key] = router_metrics(sum_of(found, *terms) / temperature, labels)
-    rows = [[name, *(f"{value:.3f}" for value in f.values())] for name, f in figures.items()]
-    columns = ["query; latent space; size; terms", *next(iter(figures.values()))]
-    console.table("Routers without training, on held-out prompts", columns, rows)
-    written = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
-        "prompts": {"fitted": len(data.train.examples), "kept back": len(known), "held out": len(labels)},
-        "routers": figures,
+                    metrics[key] = router_metrics(sum_of(found, *terms) / temperature, labels)
+    rows = [[name, *(f"{value:.3f}" for value in m.values())] for name, m in metrics.items()]
+    columns = ["query; latent space; size; terms", *next(iter(metrics.values()))]
+    console.table("Routers before stage 2, on held-out prompts", columns, rows)
+    content = {
+        "prompts": {"fitted": len(data.train.examples), "calibration": len(known), "held out": len(labels)},
+        "routers": metrics,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    provenance.write(arguments.out, content)
 
 
 if __name__ == "__main__":

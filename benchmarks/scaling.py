@@ -1,14 +1,22 @@
-"""Strong and weak scaling of stage 2's training step over ranks, and a cost model drawn from it to 1,024 GPUs.
+"""Strong and weak scaling of stage 2's training step over ranks, and a cost model extrapolated to 1,024 GPUs.
 
     python benchmarks/scaling.py --shape tiny --device cpu
     python benchmarks/scaling.py --shape llama2-7b --device cuda --ranks 1 2 4 8 --rows 2 4 8 --length 2048
 
-Measured: worlds of all sizes run at once and take turns, each with all batches in its turn; experts are spread over as
-many ranks as divide them. Bytes are those that Dispatch sent on their way, checked against what DeepSpeed called.
-Modelled: compute by the token, α-β costs by the message from a microbenchmark on the same ranks; the largest batch on
-the most ranks takes no part in the fit, and shows what the model is worth. The model knows nothing of other processes,
-so it is fitted to the fastest rounds. What is drawn for `--drawn-shape` is A MODEL, NOT A MEASUREMENT: its figures of
-GPUs and links are assumed, and every one is an option.
+Measured: worlds of all sizes run at once and take turns; in its turn a world runs a step of every batch size. Experts
+are spread over the largest number of ranks that divides them. Bytes are counted from the routes of Dispatch and checked
+against the collectives that DeepSpeed called. Columns: ranks and rows per rank, median milliseconds of a step with
+quartiles, CPU milliseconds, tokens per second, MiB that a rank sends in all-to-alls, share of padding in the dispatched
+slots, and efficiencies: tokens per second and rank over one rank's, with the same global batch (strong) or the same
+batch per rank (weak).
+
+Modelled: seconds by token, and by message (α) and byte (β) of the collectives, which a microbenchmark on the same ranks
+measures. The largest batch on the most ranks is left out of the fit, and its error tests the model. The model does not
+include other processes, so it is fitted to the fastest rounds. Columns: the fastest measured step, the modelled step,
+the part of it that is communication, the error, and whether the point was left out.
+
+The extrapolation for `--drawn-shape` is A MODEL, NOT A MEASUREMENT: the speeds of GPUs and links are assumed, and each
+is an option.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ MIB = 2**20
 
 
 def measure(args: argparse.Namespace) -> World:
-    """Everything of this world size. Collective."""
+    """All measurements of this world size. Collective."""
     from suite.collectives import microbenchmark
     from suite.training import ep_sizes, here, random_rows, stage2
 
@@ -51,7 +59,7 @@ def measure(args: argparse.Namespace) -> World:
     trainee = stage2(setting, rows, world * args.rows[0], ep_size)
     trainees = {str(own): trainee.with_batch(world * own) for own in args.rows}
     points = [{"rows": world * own, **watched(trainees[str(own)])} for own in args.rows]
-    steps = {name: repeat(next(t.stream())) for name, t in trainees.items()}  # one step, again and again
+    steps = {name: repeat(next(t.stream())) for name, t in trainees.items()}  # the same step in every round
     spent: dict[str, list[float]] = {name: [] for name in trainees}
     work: dict[str, Callable[[], object]] = {n: partial(one_step, t, steps[n], spent[n]) for n, t in trainees.items()}
     turns = ranks.Turns(args.worker, args.ranks, world)
@@ -66,27 +74,27 @@ def measure(args: argparse.Namespace) -> World:
 
 
 def one_step(trainee: Any, steps: Any, spent: list[float]) -> None:
-    """A step, and what it cost this rank in CPU time: on a busy machine the wall's time is mostly others'."""
+    """A step and its CPU time on this rank: on a busy machine, wall time is mostly that of other processes."""
     before = time.process_time()
     trainee.steps(steps, 1)
     spent.append(1000 * (time.process_time() - before))
 
 
 def watched(trainee: Any) -> Point:
-    """A step, untimed: what was dispatched, what DeepSpeed called, on the rank that sent most. Collective."""
+    """An untimed step, for what the rank that sends most has dispatched and called. Collective."""
     from suite.collectives import listening, watching
     from suite.training import tokens
 
     step = next(trainee.stream())
     with watching(trainee.engine.module) as seen, listening() as tally:
         trainee.steps(iter([step]), 1)
-    talks = tally.calls[ALL_TO_ALL] > 0
-    assert not talks or seen.size == tally.size[ALL_TO_ALL], "what Dispatch sends is not what is called"
+    dispatched = tally.calls[ALL_TO_ALL] > 0
+    assert not dispatched or seen.size == tally.size[ALL_TO_ALL], "Dispatch and DeepSpeed differ in the bytes sent"
     own: Point = {
         "tokens": tokens([step]),
         "slots": max(seen.capacities),
         "padding": sum(seen.padding) / len(seen.padding),
-        "all_to_all_bytes": seen.size if talks else 0,
+        "all_to_all_bytes": seen.size if dispatched else 0,
         "traffic": {kind: asdict(traffic) for kind, traffic in tally.traffic().items()},
     }
     every = distributed.gather(own)
@@ -96,9 +104,9 @@ def watched(trainee: Any) -> Point:
 
 
 def efficiencies(worlds: list[World], world: World, point: Point) -> tuple[float | None, float | None]:
-    """(strong, weak): tokens/s by rank over one rank's, which has as large a global batch, or as large a batch by rank.
+    """(strong, weak): tokens/s per rank over one rank's, with the same global batch, or with the same batch per rank.
 
-    The medians of the rounds' own ratios: the worlds took turns.
+    Medians of the rounds' own ratios. None if one rank did not run that batch.
     """
     alone: list[Point] = next((w["points"] for w in worlds if w["ranks"] == 1), [])
 
@@ -133,9 +141,11 @@ def show(worlds: list[World], fit: Fit) -> None:
                 ]
             )
             left_out = (w["ranks"], p["rows"]) == fit.left_out
-            modelled = [1000 * fit.predicted(w["ranks"], p), 1000 * fit.talk(w["ranks"], p)]
-            figures = [f"{v:.1f}" for v in (1000 * fastest(p), *modelled)]
-            checked.append([name, *figures, f"{100 * fit.error(w['ranks'], p):+.1f} %", "LEFT OUT" if left_out else ""])
+            modelled = [1000 * fit.predicted(w["ranks"], p), 1000 * fit.communication(w["ranks"], p)]
+            milliseconds = [f"{v:.1f}" for v in (1000 * fastest(p), *modelled)]
+            checked.append(
+                [name, *milliseconds, f"{100 * fit.error(w['ranks'], p):+.1f} %", "LEFT OUT" if left_out else ""]
+            )
     columns = [
         "ranks x rows",
         "ms a step",
@@ -147,16 +157,16 @@ def show(worlds: list[World], fit: Fit) -> None:
         "strong",
         "weak",
     ]
-    console.table("Measured: stage 2's step; all-to-all and padding of a rank, efficiencies", columns, rows)
+    console.table("Measured: stage 2's step; all-to-all and padding per rank, efficiencies", columns, rows)
     links = [
         [f"{kind}, {n} ranks", f"{1e6 * link.alpha:.0f}", f"{1e-9 / link.beta:.2f}" if link.beta else "-"]
         for n, of_world in fit.links.items()
         for kind, link in of_world.items()
     ]
-    console.table("Fitted to the microbenchmark", ["collective", "α, µs a call", "1/β, GB/s"], links)
+    console.table("Fitted to the microbenchmark", ["collective", "α, µs per call", "1/β, GB/s"], links)
     c = fit.compute
-    title = f"The model against the measurement: {1000 * c.fixed:.1f} ms a step + {1e6 * c.per_slot:.0f} µs a token"
-    columns = ["ranks x rows", "fastest ms", "modelled ms", "of them talk", "error", "in the fit"]
+    title = f"The model against the measurement: {1000 * c.fixed:.1f} ms per step + {1e6 * c.per_slot:.0f} µs per token"
+    columns = ["ranks x rows", "fastest ms", "modelled ms", "communication", "error", "in the fit"]
     console.table(title, columns, checked)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes, systems under test, interleaved timing, and records of what was seen."""
+"""What the benchmarks share: model shapes, systems under test, interleaved timing, and records of results."""
 
 import os
 

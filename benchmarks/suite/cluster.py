@@ -1,6 +1,6 @@
-"""Stage 2's step on a cluster that nobody has measured here: a model, not a measurement.
+"""Stage 2's step on a large GPU cluster: a model, not a measurement.
 
-Of the form of `suite.costs`, which is tested by measurement, but with constants that are assumed.
+It has the form of `suite.costs`, which is tested against measurements, with assumed constants.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from suite.costs import Link
 
 @dataclass(frozen=True)
 class Shape:
-    """What the model needs to know of a network whose every layer is an AlignX layer."""
+    """The sizes that the model depends on, of a network with an AlignX layer in every decoder layer."""
 
     layers: int
     hidden: int
@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """A cluster that nobody has measured here; every figure is an option of the benchmark."""
+    """The assumed cluster; each value is an option of the benchmark."""
 
     flops: float = 350e12  # achieved by a GPU, of 989e12 (H100, bf16 dense)
     overhead_ms: float = 20.0  # of a step: launches and the optimizer, not hidden
@@ -74,7 +74,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One point of the drawing, in seconds."""
+    """One point of the extrapolation; times in seconds."""
 
     gpus: int
     tokens: float  # of the global batch
@@ -98,9 +98,9 @@ def expert_parallel(shape: Shape, gpus: int, a: Assumptions) -> int:
 
 
 def draw(shape: Shape, gpus: int, tokens: float, a: Assumptions) -> Drawn:
-    """A step on so many GPUs: expert parallel within nodes, data parallel across them, ZeRO-2 on what is trained.
+    """A step on this many GPUs: expert parallel within nodes, data parallel across them, ZeRO-2 on what is trained.
 
-    The batch is worked off in micro batches of `tokens_per_gpu`; ZeRO-2 reduces after each. Nothing overlaps.
+    The batch is split into micro batches of `tokens_per_gpu`; ZeRO-2 reduces after each. Nothing overlaps.
     """
     own = tokens / gpus
     micro = max(1, math.ceil(own / a.tokens_per_gpu))
@@ -113,14 +113,14 @@ def draw(shape: Shape, gpus: int, tokens: float, a: Assumptions) -> Drawn:
     experts = shape.layers * shape.factors * shape.experts / ep
     each = _reduce_scatter(shape.shared_trained * a.element, gpus, 1, a)
     each += _reduce_scatter(experts * a.element, gpus // ep, ep, a)
-    all_gather = each  # of the updated weights: as much, once
+    all_gather = each  # of the updated weights: as many bytes, once
     return Drawn(gpus, tokens, compute, all_to_all, micro * each + all_gather, a.overhead_ms / 1000)
 
 
 def _reduce_scatter(size: float, ranks: int, stride: int, a: Assumptions) -> float:
     """Over ranks of which every `stride`-th GPU is one.
 
-    Latency grows with the depth of a tree, bytes pass the slower of the links that are used.
+    Latency grows with the depth of a tree; bandwidth is that of the slowest link on the way.
     """
     if ranks == 1:
         return 0.0

@@ -1,4 +1,4 @@
-"""What the ranks say to each other: what a message costs, what DeepSpeed calls, and what Dispatch sends on its way."""
+"""Communication between ranks: cost of messages, collectives that DeepSpeed calls, bytes that Dispatch sends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Measured = dict[str, list[tuple[int, float]]]  # by kind: (bytes, seconds)
 
 
 def microbenchmark(device: torch.device, repeats: int) -> Measured:
-    """Seconds of a call by message size, on the group of all ranks: the slowest rank's, at its best."""
+    """Seconds of a call by message size, on the group of all ranks: of the slowest rank, in the best round."""
     import torch.distributed as dist
 
     found: Measured = {ALL_TO_ALL: [], ALL_REDUCE: []}
@@ -50,7 +50,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-# Kind, and how much a call moves in units of an all-reduce, which is a reduce-scatter and an all-gather in one.
+# By function: its kind, and its cost relative to an all-reduce, which is a reduce-scatter and an all-gather.
 HALVES = ("reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
 WEIGHTS = {
     "all_to_all_single": (ALL_TO_ALL, 1.0),
@@ -81,7 +81,7 @@ class Tally:
 
 
 def _bytes(argument: Any) -> int:
-    """Of a tensor or a list of them. A collective's largest argument is what all its ranks have together."""
+    """Of a tensor or a list of tensors. A collective's largest argument has the data of all its ranks."""
     if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
     return sum(map(_bytes, argument)) if isinstance(argument, list) else 0
@@ -89,7 +89,7 @@ def _bytes(argument: Any) -> int:
 
 @contextmanager
 def listening() -> Iterator[Tally]:
-    """Counts every collective that DeepSpeed, or the loop itself, makes meanwhile. Not for timed steps."""
+    """Counts every collective that DeepSpeed or the training loop calls in the block. Not for timed steps."""
     import deepspeed.comm
     import torch.distributed
 
@@ -123,7 +123,7 @@ def listening() -> Iterator[Tally]:
 
 @dataclass
 class Dispatched:
-    """What the Dispatch modules sent on their way in one pass."""
+    """What the Dispatch modules have sent in one pass."""
 
     size: int = 0  # bytes, forward and backward
     capacities: list[int] = field(default_factory=list)  # of each layer
@@ -132,7 +132,7 @@ class Dispatched:
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[Dispatched]:
-    """Counts from the routes of every Dispatch. What gets no gradient comes in once less on the way back."""
+    """Counts from the routes of every Dispatch. An input without gradient saves a message in the backward pass."""
     seen = Dispatched()
 
     def hook(dispatch: nn.Module, arguments: tuple[Any, ...], routes: tuple[Any, ...]) -> None:

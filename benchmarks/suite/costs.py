@@ -1,9 +1,9 @@
-"""A cost model of stage 2's step: compute by the token, communication by the call (α) and by the byte (β).
+"""A cost model of stage 2's step: compute by token, communication by call (α) and by byte (β).
 
     T = fixed + c·n + Σ over kinds of (α·calls + β·bytes)
 
-n are the slots of one expert that a rank's step dispatches: its tokens, and what pads them to the fullest rank's.
-Fitted to what was measured, and tested on a point that it was not fitted to; `suite.cluster` draws it further.
+n is the number of slots of one expert that a rank dispatches in a step: its tokens, padded to the fullest rank's. The
+model is fitted to measurements and tested on one that is left out; `suite.cluster` extrapolates it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALL_TO_ALL, ALL_REDUCE = "all-to-all", "all-reduce"
 
 @dataclass(frozen=True)
 class Link:
-    """What a message costs: α seconds a call, β seconds a byte."""
+    """Cost of a message: α seconds per call, β seconds per byte."""
 
     alpha: float
     beta: float
@@ -31,7 +31,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank hands to the collectives of a kind in one step."""
+    """What one rank passes to the collectives of one kind in a step."""
 
     calls: float
     size: float  # bytes, of all calls together
@@ -39,7 +39,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Compute:
-    """Seconds of a step that talks to nobody."""
+    """Seconds of a step without communication."""
 
     fixed: float
     per_slot: float
@@ -49,9 +49,9 @@ class Compute:
 
 
 def fit_link(sizes: Iterable[float], seconds: Iterable[float]) -> Link:
-    """α and β by least squares of the relative errors: in absolute ones the largest messages alone would decide.
+    """Non-negative α and β with the least squared relative errors.
 
-    Neither can be below zero; where one would be, the other is fitted alone.
+    With absolute errors the largest messages alone would decide.
     """
     s, t = np.asarray(list(sizes), float), np.asarray(list(seconds), float)
     alpha, beta = _non_negative(np.stack([np.ones_like(s), s], axis=1) / t[:, None])
@@ -65,7 +65,7 @@ def fit_compute(slots: Iterable[float], seconds: Iterable[float]) -> Compute:
 
 
 def _non_negative(columns: np.ndarray) -> tuple[float, float]:
-    """x ≥ 0 with columns·x nearest to one."""
+    """x ≥ 0 with columns·x closest to one."""
     from scipy.optimize import nnls
 
     scale = columns.max(axis=0)  # bytes and calls differ by orders of magnitude
@@ -80,7 +80,7 @@ def communication(traffic: dict[str, Traffic], links: dict[str, Link]) -> float:
 
 
 def dispatched_bytes(capacity: int, experts: int, hidden: int, element: int, directions: int) -> int:
-    """What one rank hands to the all-to-alls of one layer: to the experts and back, forward and backward."""
+    """Bytes that one rank passes to the all-to-alls of one layer."""
     return capacity * experts * hidden * element * directions
 
 
@@ -89,7 +89,7 @@ Point = dict[str, Any]  # rows, tokens, slots, traffic by kind, milliseconds of 
 
 
 class Fit:
-    """The model of measured worlds, with the largest batch on the most ranks left out of it."""
+    """The model fitted to measured worlds, without the largest batch on the most ranks."""
 
     def __init__(self, worlds: list[World]) -> None:
         self.links = {
@@ -99,22 +99,22 @@ class Fit:
         self.left_out = (most["ranks"], max(p["rows"] for p in most["points"]))
         points = [(w["ranks"], p) for w in worlds for p in w["points"]]
         kept = [(n, p) for n, p in points if (n, p["rows"]) != self.left_out]
-        alone = [max(fastest(p) - self.talk(n, p), 1e-6) for n, p in kept]
+        alone = [max(fastest(p) - self.communication(n, p), 1e-6) for n, p in kept]
         self.compute = fit_compute([p["slots"] for _, p in kept], alone)
 
-    def talk(self, ranks: int, point: Point) -> float:
+    def communication(self, ranks: int, point: Point) -> float:
         """Seconds of the step's collectives."""
         return communication({k: Traffic(**t) for k, t in point["traffic"].items()}, self.links[ranks])
 
     def predicted(self, ranks: int, point: Point) -> float:
-        return self.compute.seconds(point["slots"]) + self.talk(ranks, point)
+        return self.compute.seconds(point["slots"]) + self.communication(ranks, point)
 
     def error(self, ranks: int, point: Point) -> float:
         return self.predicted(ranks, point) / fastest(point) - 1
 
 
 def fastest(point: Point) -> float:
-    """Seconds of the round that other processes disturbed least: the model knows nothing of them."""
+    """Seconds of the fastest round, which other processes have disturbed least."""
     return float(min(point["milliseconds"])) / 1000
 
 

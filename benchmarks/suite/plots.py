@@ -1,4 +1,4 @@
-"""Pictures of a benchmark, drawn without a display."""
+"""Plots of a benchmark, drawn without a display."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OURS, THEIRS = "#1b6ca8", "#9aa5b1"
 
 
 def subplots(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """As pyplot's, on a figure that no window manager knows of."""
+    """Like pyplot's subplots, without a window."""
     size = {name: options.pop(name) for name in ("figsize",) if name in options}
     figure = Figure(**size)
     return figure, figure.subplots(rows, columns, **options)

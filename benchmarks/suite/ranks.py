@@ -1,7 +1,7 @@
-"""Ranks of a benchmark: its own script, started anew under DeepSpeed's launcher; rank 0's findings are read back.
+"""Benchmarks on several ranks: the script starts itself under DeepSpeed's launcher and reads rank 0's result.
 
-A launch costs some 13 s, so one launch measures everything that is wanted of its world size. Worlds that are to be
-compared are started at once and take turns, so that a change of the machine's speed hits all alike.
+A launch costs about 13 s, so one launch measures everything of its world size. Worlds that are compared with each other
+run at once and take turns, so that a change of the machine's speed affects all of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-THREADS = 1  # of a CPU's rank, so that more ranks are more cores
+THREADS = 1  # per rank on a CPU, so that more ranks use more cores
 STALE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-HUNG = 7200.0  # seconds after which the worlds are given up
+HUNG = 7200.0  # seconds until the worlds are killed
 
 
 def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
@@ -29,21 +29,23 @@ def add_options(parser: argparse.ArgumentParser, default: list[int]) -> None:
         "--ranks", type=int, nargs="+", default=default, metavar="N", help="world sizes (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and configurations, for a first look")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # of a rank: the directory that worlds share
+    parser.add_argument(
+        "--worker", type=Path, help=argparse.SUPPRESS
+    )  # set for ranks: the directory that the worlds share
 
 
 def hide_gpus() -> None:
-    """Before anything asks for a GPU: DeepSpeed's launcher shows them to the ranks of a CPU's world, too."""
+    """On a CPU, call this before anything initializes CUDA: DeepSpeed's launcher exposes GPUs to the ranks."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def collect(worlds: list[int], device: str) -> list[Any]:
-    """What `work` returned on rank 0 of each world; all are started at once, with this process's own command line."""
+    """Start all worlds at once with this process's command line; returns what `work` measured on each rank 0."""
     from alignx_ds.runtime import distributed
 
     running: dict[int, subprocess.Popen[bytes]] = {}
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no rank outlives us
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the ranks are killed, below
     with tempfile.TemporaryDirectory() as directory:
         try:
             for ranks in worlds:
@@ -55,7 +57,7 @@ def collect(worlds: list[int], device: str) -> list[Any]:
         finally:
             for process in running.values():
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all its ranks
+                    os.killpg(process.pid, signal.SIGKILL)  # the leader of a process group with all its ranks
                     process.wait()
         return [json.loads(_found(Path(directory), ranks).read_text(encoding="utf-8")) for ranks in worlds]
 
@@ -104,7 +106,7 @@ def work(directory: Path, measure: Callable[[], Any]) -> NoReturn:
 
 
 class Turns:
-    """Turns of worlds that run at once: turn number t is that of world t mod their count, and no other works in it."""
+    """Turns of worlds that run at once: turn t belongs to world t modulo their number; the other worlds wait."""
 
     def __init__(self, directory: Path, worlds: list[int], own: int) -> None:
         self.directory, self.worlds, self.own = directory, worlds, own
@@ -136,18 +138,18 @@ class Turns:
 
 
 def _wait_for(path: Path) -> None:
-    """Asleep, not in a collective: those spin on a GPU that another world is using."""
+    """Polls a file: waiting in a collective would keep the GPU busy that another world is using."""
     while not path.exists():
         time.sleep(0.005)
 
 
 def threads(device: str) -> int | None:
-    """Of each rank; on a GPU machine the environment decides."""
+    """CPU threads of each rank; None on a GPU machine, where the environment decides."""
     return THREADS if device == "cpu" else None
 
 
 def check(worlds: list[int], device: str) -> list[str]:
-    """Notes on worlds that the machine is too small or too busy for: cores can be shared in turns, GPUs can't be."""
+    """Notes on worlds with more ranks than cores and on a busy machine. Exits if there are too few GPUs."""
     import torch
 
     room = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table on screen, JSON with everything needed to make it again, and a plot."""
+"""Results of a benchmark: a table on the terminal, and JSON with everything that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that was promised, beside the one that was seen."""
+    """A measured value and the limit that it should keep."""
 
     what: str
     seen: float

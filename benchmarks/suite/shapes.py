@@ -1,4 +1,4 @@
-"""Model shapes by name: small ones that a laptop can hold, and the published 7B models'."""
+"""Model shapes by name: small ones for a laptop, and those of published 7B models."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ NAMES = (*SMALL, *shapes.SHAPES)
 
 
 def config_of(name: str, layers: int = 0, vocabulary: int = 0) -> PreTrainedConfig:
-    """The config; `layers` and `vocabulary` other than zero take the place of the shape's own."""
+    """The config of a shape; `layers` and `vocabulary` replace its own unless they are 0."""
     config = SMALL[name].config() if name in SMALL else shapes.shape(name)
     assert config is not None
-    config.name_or_path = name  # in place of where the file lies
+    config.name_or_path = name  # instead of the file's path
     if vocabulary:
         config.vocab_size = vocabulary
     if layers:

@@ -1,6 +1,6 @@
 """The systems under test, as whole models with random weights: same backbone, every layer's FFN replaced.
 
-Numbers decide how long a GEMM takes as little as they decide how large it is, so random weights suffice.
+The time and memory of a model do not depend on the values of its weights, so random ones suffice.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Setting:
 
     @classmethod
     def of(cls, args: argparse.Namespace, layers: int = 0) -> Setting:
-        """As the options of `record.parser` say; `layers`, where given, in place of theirs."""
+        """From the options of `record.parser`; `layers` replaces theirs unless it is 0."""
         config = config_of(args.shape, layers or args.layers, args.vocabulary)
         return cls(config, args.device, dtype_of(args), args.rank)
 
 
 @dataclass(frozen=True)
 class System:
-    """One or more models that serve a query together, and what sets them to this system's way of working."""
+    """One or more models that answer a prompt together; `prepare` switches shared models to this system's settings."""
 
     name: str
     models: list[PreTrainedModel]
@@ -173,7 +173,7 @@ def stock_moe(s: Setting) -> PreTrainedModel:
 
 
 def systems(s: Setting, names: list[str]) -> list[System]:
-    """The named systems, in this order; those that differ in settings alone share one model."""
+    """The named systems, in this order; systems that differ only in settings share one model."""
     built: dict[str, list[PreTrainedModel]] = {}
 
     def once(key: str, build: Callable[[], list[PreTrainedModel]]) -> list[PreTrainedModel]:

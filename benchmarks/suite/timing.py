@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs all systems in turn, so that a change of the machine's speed hits all alike."""
+"""Interleaved timing: every round runs all systems, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Times:
         return low, high
 
     def over(self, other: Times) -> float:
-        """The median of the rounds' own ratios: what both met in the same round cancels."""
+        """The median of the rounds' own ratios: disturbances of a whole round cancel."""
         return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
 
 
@@ -39,7 +39,7 @@ def interleaved(
     device: str,
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Times]:
-    """Times by name; every round starts with another system, so that no one always follows the same neighbour.
+    """Times by name. Every round starts with another system, so that none is always first.
 
     A round runs inside `turn()`, which may wait for other processes' rounds.
     """

@@ -1,4 +1,4 @@
-"""Training as the project does it, on random weights and random rows: both stages' engines and their steps."""
+"""The training steps of both stages with the project's own engines, on random weights and random rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS = "random tokens; length uniform on [L/4, L], prompt uniform on [1/4, 3/4] 
 
 
 def ep_sizes(world: int) -> list[int]:
-    """Over how many ranks the experts of so many ranks can be spread."""
+    """The numbers of ranks over which the experts can be spread in a world of this size."""
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
@@ -66,12 +66,12 @@ class Trainee:
         return micro_batches(self.rows, self.plan, PAD, SEED, packed=self.packed)
 
     def steps(self, stream: Iterator[list[MicroBatch]], count: int) -> list[float | None]:
-        """So many optimizer steps of the project's own loop."""
+        """Run `count` optimizer steps of the project's training loop."""
         job = TrainingJob("benchmark")
         return train(self.engine, lambda start: islice(stream, count), self.step_loss, self.plan, Progress(), job)
 
     def with_batch(self, batch: int) -> Trainee:
-        """The same engine on steps of so many rows; its JSON's sizes are for DeepSpeed's own reports only."""
+        """The same engine with another batch size; the sizes in its JSON matter to DeepSpeed's reports only."""
         return replace(self, plan=replace(self.plan, batch=batch))
 
     def close(self) -> None:

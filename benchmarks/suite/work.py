@@ -1,4 +1,4 @@
-"""The work that latency is measured of: a prefill, and a few decode steps, of every model of a system."""
+"""The timed work: a prefill, or a few decode steps, of every model of a system."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prefill_work(system: System, batch: int, length: int) -> Callable[[], object
 
 
 def decode_work(system: System, batch: int, length: int, rounds: int, compiled: bool) -> Callable[[], object]:
-    """`STEPS` tokens a call; the cache has room for all rounds."""
+    """Decodes `STEPS` tokens per call; the cache has room for all rounds."""
     system.prepare()
     decoders = [Decoder(model, compiled=compiled) for model in system.models]
     ids, mask = _prompts(system, batch, length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,22 @@ def test_the_memory_benchmark_counts_what_the_models_hold(tmp_path: Path, repo_r
         held = sum(t.numel() * t.element_size() for t in tensors.values()) / 2**30
         assert record["systems_gib"][kind]["weights"] == pytest.approx(held)
     assert {"date", "command", "commit", "hardware", "versions", "targets"} <= record.keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("breakdown", "--batches 1 --length 8 --passes 1"),
+        ("calibrator", "--batch 2 --length 8 --repeats 2"),
+        ("latency", "--batches 1 --lengths 8 --repeats 2"),
+    ],
+)
+def test_a_benchmark_of_one_process_runs(
+    script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"{script}.py --shape tiny --layers 2 --device cpu --rank 4 --out {tmp_path} {options}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    import_module(script).main()
+    record = json.loads((tmp_path / f"{script}-tiny-cpu.json").read_text())
+    assert record["command"] == f"python benchmarks/{command}"
+    assert "AlignX" in capsys.readouterr().out
