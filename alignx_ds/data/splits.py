@@ -121,4 +121,5 @@ def _first_rows(split: SplitRows, limit: int) -> SplitRows:
 
 def _why_empty(split: SplitRows) -> str:
     counts = ", ".join(f"{count} × {reason}" for reason, count in split.reasons().most_common())
-    return f" of {split.records} records ({counts})" if counts else ": the source is empty"
+    why = f" of {split.records} records ({counts})" if counts else ": the source is empty"
+    return f"{why}; give a source with usable rows"

@@ -97,12 +97,12 @@ def set_rows(config: RunConfig, directory: Path, train: list[Record], held_out: 
     axis.held_out = "" if held_out is None else str(write_lines(directory / "held_out.jsonl", held_out))
 
 
-def splits_of(rows: DataSplits) -> list[SplitRows]:
-    return [*rows.train.values(), *rows.held_out.values(), *rows.sets.values()]
+def splits_of(splits: DataSplits) -> list[SplitRows]:
+    return [*splits.train.values(), *splits.held_out.values(), *splits.sets.values()]
 
 
-def assert_splits_add_up(rows: DataSplits) -> None:
-    for split in splits_of(rows):
+def assert_splits_add_up(splits: DataSplits) -> None:
+    for split in splits_of(splits):
         assert len(split.rows) + len(split.dropped) == split.records
         places = [row.place for row in split.rows] + [d.place for d in split.dropped]
         assert len(set(places)) == len(places)

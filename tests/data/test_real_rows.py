@@ -176,24 +176,22 @@ def real_config(tiny_config: RunConfig) -> RunConfig:
     return tiny_config
 
 
-def assert_all_accounted_for(rows: DataSplits, config: RunConfig) -> None:
+def assert_all_accounted_for(splits: DataSplits, config: RunConfig) -> None:
     for name, axis in config.axes.items():
-        splits = (rows.train[name], rows.held_out[name])
+        both = (splits.train[name], splits.held_out[name])
         read_from = {axis.train, axis.held_out or axis.train}
-        places = [row.place for split in splits for row in split.rows] + [
-            d.place for split in splits for d in split.dropped
-        ]
+        places = [used.place for split in both for used in (*split.rows, *split.dropped)]
         assert len(set(places)) == len(places) == sum(len(records_of(Path(path))) for path in read_from)
     for name, s in config.evaluation.sets.items():
-        assert len(rows.sets[name].rows) + len(rows.sets[name].dropped) == len(records_of(Path(s.source)))
+        assert len(splits.sets[name].rows) + len(splits.sets[name].dropped) == len(records_of(Path(s.source)))
 
 
 def test_no_real_record_disappears_between_the_file_and_the_rows(real_config: RunConfig) -> None:
-    rows = read_splits(real_config)
-    assert_all_accounted_for(rows, real_config)
-    assert not rows.judged_questions & {row.question for split in rows.train.values() for row in split.rows}
-    assert len(rows.train["honest"].rows) + len(rows.held_out["honest"].rows) == 817
-    for split in rows.held_out.values():
+    splits = read_splits(real_config)
+    assert_all_accounted_for(splits, real_config)
+    assert not splits.judged_questions & {row.question for split in splits.train.values() for row in split.rows}
+    assert len(splits.train["honest"].rows) + len(splits.held_out["honest"].rows) == 817
+    for split in splits.held_out.values():
         assert not split.source or split.rows
 
 
@@ -212,8 +210,8 @@ def test_held_out_questions_are_not_trained_on_but_dropped(real_config: RunConfi
     records = records_of(TRUTHFULQA)
     judged = write_json(tmp_path / "judged.json", [r | {"Question": r["Question"].upper()} for r in records[:100]])
     real_config.axes["honest"].held_out = str(judged)
-    rows = read_splits(real_config)
-    assert_all_accounted_for(rows, real_config)
-    dropped = rows.train["honest"].dropped
+    splits = read_splits(real_config)
+    assert_all_accounted_for(splits, real_config)
+    dropped = splits.train["honest"].dropped
     assert [d.place for d in dropped] == [f"{TRUTHFULQA}, row {n}" for n in range(1, 101)]
     assert {d.reason for d in dropped} == {"its question is held out"}

@@ -18,10 +18,10 @@ from alignx_ds.plan.dry_run import accounts
 RECORD = st.fixed_dictionaries({"prompt": st.sampled_from(["", " ", *"abcdef", "A", " b "]), "response": st.just("x")})
 
 
-def assert_nothing_held_out_is_learned(rows: DataSplits) -> None:
-    judged = {row.question for split in rows.held_out.values() for row in split.rows}
-    assert judged <= rows.judged_questions
-    assert not rows.judged_questions & {row.question for split in rows.train.values() for row in split.rows}
+def assert_nothing_held_out_is_trained_on(splits: DataSplits) -> None:
+    judged = {row.question for split in splits.held_out.values() for row in split.rows}
+    assert judged <= splits.judged_questions
+    assert not splits.judged_questions & {row.question for split in splits.train.values() for row in split.rows}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -42,15 +42,15 @@ def test_every_record_is_used_or_dropped(
     one_axis.data.held_out_share = 0.5
     one_axis.data.train_rows, one_axis.data.held_out_rows, one_axis.data.records = limits
     try:
-        rows = read_splits(one_axis)
+        splits = read_splits(one_axis)
     except DataError:  # a split is left without rows
         return
-    assert_splits_add_up(rows)
-    assert_nothing_held_out_is_learned(rows)
+    assert_splits_add_up(splits)
+    assert_nothing_held_out_is_trained_on(splits)
     limit = one_axis.data.records or 10**6
     records = [min(len(part), limit) for part in (train, held_out or [])]
-    assert sum(split.records for split in splits_of(rows)) == sum(records)
-    assert len(rows.train["kind"].rows) <= limits[0] and len(rows.held_out["kind"].rows) <= limits[1]
+    assert sum(split.records for split in splits_of(splits)) == sum(records)
+    assert len(splits.train["kind"].rows) <= limits[0] and len(splits.held_out["kind"].rows) <= limits[1]
 
 
 def test_a_source_is_split_by_question(one_axis: RunConfig, tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_a_source_is_split_by_question(one_axis: RunConfig, tmp_path: Path) -> N
     records = questions(800)
     again = [r | {"prompt": f" {r['prompt'].upper()}".replace(" ", "  ")} for r in records]
     set_rows(one_axis, tmp_path, [*records, *again])
-    rows = read_splits(one_axis)
-    assert_splits_add_up(rows)
-    assert_nothing_held_out_is_learned(rows)
-    trained, judged = rows.train["kind"].rows, rows.held_out["kind"].rows
+    splits = read_splits(one_axis)
+    assert_splits_add_up(splits)
+    assert_nothing_held_out_is_trained_on(splits)
+    trained, judged = splits.train["kind"].rows, splits.held_out["kind"].rows
     assert len(trained) + len(judged) == 1600
     assert not {r.question for r in trained} & {r.question for r in judged}
     assert len(judged) / 1600 == pytest.approx(one_axis.data.held_out_share, abs=0.04)
@@ -72,10 +72,10 @@ def test_all_answers_to_a_question_are_in_one_split(one_axis: RunConfig, tmp_pat
     records = [answer(r["prompt"], f"{safe}", safe) for r in questions(100) for safe in (True, False)]
     one_axis.axes["kind"].schema = "beavertails"
     set_rows(one_axis, tmp_path, records)
-    rows = read_splits(one_axis)
-    assert_splits_add_up(rows)
-    assert_nothing_held_out_is_learned(rows)
-    assert {row.harmful for row in (*rows.train["kind"].rows, *rows.held_out["kind"].rows)} == {True}
+    splits = read_splits(one_axis)
+    assert_splits_add_up(splits)
+    assert_nothing_held_out_is_trained_on(splits)
+    assert {row.harmful for row in (*splits.train["kind"].rows, *splits.held_out["kind"].rows)} == {True}
 
 
 def test_a_question_held_out_of_one_axis_is_trained_on_in_none(one_axis: RunConfig, tmp_path: Path) -> None:
@@ -87,12 +87,12 @@ def test_a_question_held_out_of_one_axis_is_trained_on_in_none(one_axis: RunConf
     one_axis.axes["other"] = AxisConfig(prompt="", schema="plain", train=path)
     one_axis.generalist = GeneralistConfig(train=path)
     one_axis.data.held_out_rows = 3
-    rows = read_splits(one_axis)
-    assert_splits_add_up(rows)
-    assert_nothing_held_out_is_learned(rows)
-    assert {Row(r["prompt"], "").question for r in shared} <= rows.judged_questions
+    splits = read_splits(one_axis)
+    assert_splits_add_up(splits)
+    assert_nothing_held_out_is_trained_on(splits)
+    assert {Row(r["prompt"], "").question for r in shared} <= splits.judged_questions
     for name in ("other", "generalist"):
-        dropped = rows.train[name].reasons()["its question is held out"]
+        dropped = splits.train[name].reasons()["its question is held out"]
         elsewhere = sum(row.position(HELD_OUT) < 0.15 for row in (Row(r["prompt"], "") for r in shared))
         assert dropped == 6 - elsewhere > 0
 
@@ -102,11 +102,11 @@ def test_extra_sets_are_accounted_for(one_axis: RunConfig, tmp_path: Path) -> No
     prompts = [{"prompt": p, "label": "safe"} for p in ("a", "", "b", "c")]
     source = str(write_json(tmp_path / "x.json", prompts))
     one_axis.evaluation.sets = {"x": SetConfig("xstest", source, "refusal", rows=2)}
-    rows = read_splits(one_axis)
-    assert_splits_add_up(rows)
-    assert [row.prompt for row in rows.sets["x"].rows] == ["a", "b"]
-    assert rows.sets["x"].reasons() == {"empty prompt": 1, "more than 2 rows": 1}
-    lines = "\n".join(accounts(rows))
+    splits = read_splits(one_axis)
+    assert_splits_add_up(splits)
+    assert [row.prompt for row in splits.sets["x"].rows] == ["a", "b"]
+    assert splits.sets["x"].reasons() == {"empty prompt": 1, "more than 2 rows": 1}
+    lines = "\n".join(accounts(splits))
     assert "set x" in lines and "2 of 4 records" in lines
     assert f"-1 empty prompt, e.g. {source}, row 2" in lines
 
@@ -137,10 +137,10 @@ def test_a_set_loses_the_questions_that_an_axis_is_trained_on(one_axis: RunConfi
     set_rows(one_axis, tmp_path, questions(40))
     again = [{"prompt": r["prompt"].upper(), "label": "safe", "response": "x"} for r in questions(50)]
     one_axis.evaluation.sets = {"x": SetConfig("xstest", str(write_lines(tmp_path / "set.jsonl", again)), "refusal")}
-    rows = read_splits(one_axis)
-    trained = {row.question for row in rows.train["kind"].rows}
-    remaining = [row.question for row in rows.sets["x"].rows]
+    splits = read_splits(one_axis)
+    trained = {row.question for row in splits.train["kind"].rows}
+    remaining = [row.question for row in splits.sets["x"].rows]
     assert trained and not trained & set(remaining)
     assert len(remaining) == 50 - len(trained)
-    assert rows.sets["x"].reasons() == {"its question is trained on": len(trained)}
-    assert set(remaining) <= rows.judged_questions, "a base model from scratch is not trained on them either"
+    assert splits.sets["x"].reasons() == {"its question is trained on": len(trained)}
+    assert set(remaining) <= splits.judged_questions, "a base model from scratch is not trained on them either"
