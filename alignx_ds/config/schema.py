@@ -25,7 +25,9 @@ SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
 Text = Annotated[str, AnyText()]  # a path, a source or an id: what it names is checked in plan/
 Prose = Annotated[str, AnyText(lines=True)]
 SchemaName = Annotated[str, NameIn("schemas")]
+OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
 JudgeName = Annotated[str, NameIn("judges")]
+OptionalJudgeName = Annotated[str, NameIn("judges", optional=True)]
 Share = Annotated[float, Range(above=0, below=1, fix="0.15 is a good value")]
 Density = Annotated[float, Range(above=0, most=1)]
 
@@ -38,17 +40,15 @@ class AxisConfig:
     owner/name:config:split), or "world".
     """
 
-    prompt: Prose = MISSING  # system prompt injected into every training row
+    prompt: Prose = MISSING  # system prompt of every training row
     schema: SchemaName = MISSING  # how its rows are written: alpaca, beavertails, truthfulqa, preference or plain
     train: Text = MISSING  # source of the training rows
-    held_out: Text = ""  # source of the rows that are judged; empty: a share of train's questions, never trained on
-    held_out_schema: Annotated[str, NameIn("schemas", optional=True)] = ""  # of those; empty: as the training rows
+    held_out: Text = ""  # source of the rows that are judged; empty: a share of train's questions is held out
+    held_out_schema: OptionalSchemaName = ""  # of the held-out rows; empty: the schema of the training rows
     columns: dict[str, Text] = field(default_factory=dict)  # the schema's column -> the source's, where they differ
-    judge: Annotated[str, NameIn("judges", optional=True)] = (
-        ""  # of held-out answers; empty: only perplexity is measured
-    )
+    judge: OptionalJudgeName = ""  # of the answers to the held-out rows; empty: only perplexity is measured
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
-    adapter: Text = ""  # a LoRA adapter of FFN projections that is the axis's expert as it is; empty: train one
+    adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
         """Schema and columns of the held-out rows."""
@@ -57,7 +57,7 @@ class AxisConfig:
 
 @dataclass
 class GeneralistConfig:
-    """Plain requests that no axis claims; they go to expert 0, the base model's own FFN. Without rows, nothing does."""
+    """Plain requests that belong to no axis. They are routed to expert 0, the base model's FFN. Optional."""
 
     schema: SchemaName = "plain"
     train: Text = ""
@@ -70,12 +70,8 @@ class GeneralistConfig:
 
 @dataclass
 class ModelConfig:
-    path: Text = (
-        MISSING  # local directory or hub id of the base model, "world", or "scratch" to train one (see scratch)
-    )
-    layers: list[NonNegativeInt] = field(
-        default_factory=list
-    )  # decoder layers that become AlignX layers; empty: the upper half
+    path: Text = MISSING  # local directory or hub id of the base model, "world", or "scratch" to train one
+    layers: list[NonNegativeInt] = field(default_factory=list)  # that become AlignX layers; empty: the upper half
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     max_length: PositiveInt = 2048  # tokens of a row, prompt and answer
 
@@ -86,7 +82,7 @@ class DataConfig:
     held_out_rows: PositiveInt = 1000  # per axis, at most
     held_out_share: Share = 0.15  # of the questions, where an axis has no held-out source of its own
     calibration_share: Share = 0.15  # of the training questions: the calibration split, which fits the constants
-    records: NonNegativeInt = 0  # read no more of any one source; 0: all
+    records: NonNegativeInt = 0  # read from each source, at most; 0: all
 
 
 @dataclass
@@ -114,7 +110,7 @@ class TrainConfig(OptimizerConfig):
 
 @dataclass
 class TextConfig:
-    """More rows for the base model that is trained from scratch; their held-out questions are left out."""
+    """More rows for the base model that is trained from scratch. Held-out questions are removed from them."""
 
     schema: SchemaName = MISSING
     source: Text = MISSING
@@ -125,7 +121,7 @@ class TextConfig:
 class ScratchConfig:
     """A small Llama-architecture base model with its own BPE tokenizer, when model.path is "scratch".
 
-    It learns the training rows of every axis as plain text, right and wrong answers alike, and those of `texts`.
+    It is trained on the rows of every axis and of `texts` as plain text, with right and wrong answers alike.
     """
 
     vocabulary: PositiveInt = 4096
@@ -142,7 +138,7 @@ class ScratchConfig:
 @dataclass
 class ExpertsConfig:
     rank: NonNegativeInt = 64  # of each low-rank expert; 0 keeps full rank
-    feature_rows: PositiveInt = 512  # rows per axis whose features weigh the approximation
+    feature_rows: PositiveInt = 512  # rows per axis whose features weight the approximation
 
 
 @dataclass
@@ -183,15 +179,15 @@ class FusionConfig(OptimizerConfig):
 
 @dataclass
 class BaselinesConfig:
-    """What AlignX is compared with, beside sequential and mixed fine-tuning, which are always made.
+    """The systems that AlignX is compared with. Sequential and mixed fine-tuning are always among them.
 
-    The merges' scales and densities are those that their papers recommend where nothing can be tuned.
+    The merges' scales and densities are those that their papers recommend without tuning.
     """
 
     make: list[Annotated[str, OneOf((*MERGES, *FUSIONS))]] = field(default_factory=lambda: list(MERGES))
     arithmetic_scale: PositiveFloat = 0.4  # λ of the summed task vectors
     ties_scale: PositiveFloat = 1.0
-    ties_density: Density = 0.2  # share of a task vector's entries that are kept
+    ties_density: Density = 0.2  # share of a task vector's entries that remain
     dare_scale: PositiveFloat = 0.4
     dare_density: Density = 0.1
     h3fusion: FusionConfig = field(default_factory=lambda: FusionConfig(drift=0.1))
@@ -213,39 +209,39 @@ class SetConfig:
 class EvaluationConfig:
     batch: PositiveInt = 64  # prompts decoded together
     max_new_tokens: PositiveInt = 256
-    compile: bool = False  # the decode step with torch.compile: pays where many batches are decoded
+    compile: bool = False  # the decode step with torch.compile: faster if many batches are decoded
     sets: dict[str, SetConfig] = field(default_factory=dict)
 
 
 @dataclass
 class JudgesConfig:
-    """What the judges need; only what a recipe's judges use is looked at."""
+    """Settings of the judges. Files and addresses are checked only for the judges that the recipe names."""
 
     endpoint: Text = ""  # of an OpenAI-compatible server, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY
-    endpoint_model: Text = ""  # the model that it is asked for
+    endpoint_model: Text = ""  # name of the model that it serves
     endpoint_parallel: PositiveInt = 8  # requests under way at a time
-    reference: Text = ""  # alpaca_eval's: a JSON list of instruction, output, generator; empty: the rows' own
-    moderation: Text = "PKU-Alignment/beaver-dam-7b"  # directory or hub id, as the three below
+    reference: Text = ""  # for alpaca_eval: a JSON list of instruction, output, generator; empty: the rows' own
+    moderation: Text = "PKU-Alignment/beaver-dam-7b"  # directory or hub id, like the three below
     guard: Text = "meta-llama/Llama-Guard-3-8B"
     truth: Text = "allenai/truthfulqa-truth-judge-llama2-7B"
     info: Text = "allenai/truthfulqa-info-judge-llama2-7B"
-    classifier_rows: Text = ""  # BeaverTails rows that the offline safety judge learns from; its questions are split
-    classifier_held_out: Share = 0.15  # share of those questions that it never learns from, and is measured on
+    classifier_rows: Text = ""  # BeaverTails rows that train and test the offline safety judge
+    classifier_held_out: Share = 0.15  # share of their questions that test it
     batch: PositiveInt = 8  # answers that a local judge model reads together
 
 
 @dataclass
 class CheckpointsConfig:
-    """Of every training job. A job that has ended leaves its result, so its checkpoints go, unless they are to stay."""
+    """Checkpoints of every training job. They are removed when the job has saved its result, unless `finished`."""
 
-    every: NonNegativeInt = 100  # optimizer steps from one to the next; 0: only when a signal asks for one
-    keep: PositiveInt = 2  # the newest so many, and beside them the one with the lowest loss
-    finished: bool = False  # keep them when their job has ended
+    every: NonNegativeInt = 100  # optimizer steps between two; 0: only at a signal
+    keep: PositiveInt = 2  # number of the newest, besides the one with the lowest loss
+    finished: bool = False  # keep them when the job has ended
 
 
 @dataclass
 class LaunchConfig:
-    ranks: PositiveInt = 1  # processes that `alignx-ds run` starts when no launcher has
+    ranks: PositiveInt = 1  # processes that `alignx-ds run` starts if no launcher has
     timeout: PositiveInt = 1800  # seconds that a rank waits for the others, at the start and in a collective
 
 
@@ -253,7 +249,7 @@ class LaunchConfig:
 class RunConfig:
     output: Text = MISSING
     seed: NonNegativeInt = 0
-    specialists: Text = ""  # directory of stage 1's results; empty: inside the output. Point it elsewhere to share them
+    specialists: Text = ""  # directory of stage 1's results, if several runs share them; empty: in the output
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -268,7 +264,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judges: JudgesConfig = field(default_factory=JudgesConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
-    nonfinite: Annotated[str, OneOf(("stop", "skip"))] = "stop"  # what follows a loss or gradient that is not finite
+    nonfinite: Annotated[str, OneOf(("stop", "skip"))] = "stop"  # at a loss or gradient that is not finite
 
     @property
     def from_scratch(self) -> bool:

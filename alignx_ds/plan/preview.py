@@ -54,7 +54,7 @@ def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     for axis, examples in data.injected.items():
         for part, lengths in _parts(examples).items():
             rows.append([f"{axis}, {part}", *Lengths.of(lengths).cells()])
-    columns = ["tokens of the training rows", "least", "median", "95 %", "most", "total"]
+    columns = ["tokens of the training rows", "min", "median", "95 %", "max", "total"]
     console.table("Lengths", columns, rows)
     for axis, settings in config.axes.items():
         console.heading(f"{axis}: training rows, as stage 1 reads them")
