@@ -1,0 +1,117 @@
+"""Evaluation of systems: nothing is computed twice, and nothing stale is reused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alignx_ds.config.schema import RunConfig, SetConfig
+from alignx_ds.data.inputs import read_inputs
+from alignx_ds.data.rows import Row
+from alignx_ds.evaluation.evaluate import SAMPLES, Evaluation, System
+from alignx_ds.evaluation.judges import registry
+from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
+from alignx_ds.models.base import BaseModel
+from alignx_ds.runs.outputs import Outputs
+
+Loaded = list[str]
+ROWS = 4
+
+
+@pytest.fixture
+def evaluation(tiny_config: RunConfig, world_base: BaseModel) -> Evaluation:
+    """Three judged axes of the world, and an extra set that needs likelihoods alone."""
+    tiny_config.data.train_rows, tiny_config.data.held_out_rows = 8, ROWS
+    tiny_config.evaluation.max_new_tokens = 3
+    tiny_config.evaluation.sets = {"choices": SetConfig("truthfulqa", "world", "mc", rows=2)}
+    inputs = read_inputs(tiny_config, world_base)
+    return Evaluation(tiny_config, inputs.base, inputs.data, Outputs.of(tiny_config))
+
+
+@pytest.fixture
+def loaded() -> Loaded:
+    return []
+
+
+@pytest.fixture
+def system(evaluation: Evaluation, loaded: Loaded) -> Callable[..., System]:
+    def make(name: str = "base", **provenance: Any) -> System:
+        def load() -> PreTrainedModel:
+            loaded.append(name)
+            return AutoModelForCausalLM.from_pretrained(evaluation.base.path)
+
+        return System(name, provenance, load)
+
+    return make
+
+
+def test_a_model_is_loaded_once_and_not_again_for_what_is_stored(
+    evaluation: Evaluation, system: Callable[..., System], loaded: Loaded
+) -> None:
+    systems = [system("base", weights=1), system("other", weights=2)]
+    evaluation.evaluate_all(systems)
+    assert loaded == ["base", "other"]
+    evaluation.evaluate_all(systems)
+    assert loaded == ["base", "other"]
+    evaluation.evaluate_all([system("base", weights=3), systems[1]])
+    assert loaded == ["base", "other", "base"], "other weights are another model"
+    (evaluation.out.likelihoods / "other.json").unlink()
+    evaluation.evaluate_all([systems[1]])
+    assert loaded[3:] == ["other"]
+
+
+def test_likelihoods_are_stale_when_their_rows_change(
+    evaluation: Evaluation, system: Callable[..., System], loaded: Loaded
+) -> None:
+    base = system(weights=1)
+    evaluation.evaluate_all([base])
+    rows = evaluation.data.splits.sets["choices"].rows
+    rows[0] = replace(rows[0], response="another best answer")
+    evaluation.evaluate_all([base])
+    assert loaded == ["base", "base"]
+
+
+def test_results_hold_every_set_and_verdicts_are_asked_for_once(
+    evaluation: Evaluation, system: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Length:
+        """Judges answers by their length."""
+
+        identity: dict[str, Any] = {"judge": "length"}  # noqa: RUF012
+
+        def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
+            for row, answer in zip(rows, answers, strict=True):
+                asked.append(row.prompt)
+                yield {"length": len(answer)}
+
+        def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
+            return {"score": float(sum(v["length"] for v in verdicts))}
+
+    monkeypatch.setattr(registry, "make", lambda name, settings: Length())
+    base = system(weights=1)
+    evaluation.evaluate_all([base])
+    result = evaluation.judge_all([base])["base"]
+    axes = list(evaluation.config.axes)
+    assert list(result.metrics) == [*axes, "choices"]
+    assert set(result.metrics["choices"]) == {"score", "mc1", "mc2", "questions"}
+    assert list(result.perplexity) == axes
+    assert {name: len(samples) for name, samples in result.samples.items()} == dict.fromkeys(axes, SAMPLES)
+    for axis in axes:
+        lines = (evaluation.out.answers / f"base.{axis}.jsonl").read_text().splitlines()
+        outputs = [json.loads(line)["output"] for line in lines]
+        assert len(outputs) == ROWS and result.metrics[axis]["score"] == sum(map(len, outputs))
+    assert len(asked) == ROWS * len(axes)
+    assert evaluation.judge_all([base])["base"] == result
+    assert len(asked) == ROWS * len(axes)
+
+
+def test_what_is_not_evaluated_is_not_judged(evaluation: Evaluation, system: Callable[..., System]) -> None:
+    with pytest.raises(AssertionError, match="before it is evaluated"):
+        evaluation.judge_all([system(weights=1)])
