@@ -181,3 +181,4 @@ def _agree(right: bool, otherwise: str) -> None:
 
 if __name__ == "__main__":
     work(sys.argv[1], Path(sys.argv[2]))
+    distributed.exit_rank(0)

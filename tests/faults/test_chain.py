@@ -11,7 +11,7 @@ from recording import Record
 from alignx_ds.errors import EXIT_CODE, EXIT_STOPPED
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_crash_a_nan_and_a_signal_in_one_run_leave_no_trace(
     tmp_path: Path,
     undisturbed,  # type: ignore[no-untyped-def]

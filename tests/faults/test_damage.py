@@ -49,7 +49,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_the_checkpoint_before_a_damaged_one_is_used(
     name: str,
@@ -63,7 +63,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_without_a_whole_checkpoint_the_job_starts_again(stopped: Path, tmp_path: Path, record: Record) -> None:
     check(stopped, tmp_path, [2, 4], flip, 0)
     record("damage", "every checkpoint damaged", "each named in a warning, the job starts again")
@@ -87,7 +87,7 @@ def check(stopped: Path, tmp_path: Path, steps: list[int], harm: Callable[[Path]
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_damaged_calibrators_are_fitted_again(stopped: Path, tmp_path: Path, record: Record) -> None:
     command = Command("align", tmp_path / "run")
     shutil.copytree(stopped, command.output)

@@ -60,7 +60,7 @@ def test_a_full_disk_stops_the_run_with_its_checkpoint_whole(mount: Mount, tmp_p
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_disk_that_is_too_small_is_refused_before_any_work(mount: Mount, record: Record) -> None:
     command = Command("align", mount("size=8m") / "run", ranks=1)
     ended = command.start("align.ep_size=1")
@@ -71,7 +71,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(mount: Mount, recor
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_read_only_output_is_refused_before_any_work(mount: Mount, record: Record) -> None:
     disk = mount("ro,size=96m")
     command = Command("align", disk / "run" / "deep", ranks=1)

@@ -70,7 +70,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     tmp_path: Path,
     undisturbed,  # type: ignore[no-untyped-def]

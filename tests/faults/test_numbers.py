@@ -28,7 +28,7 @@ def is_finite(directory: Path) -> bool:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("job", ["stage1/helpful", "stage2"])
 @pytest.mark.parametrize("kind", ["nan loss", "infinite gradient"])
 def test_the_run_stops_names_the_rows_and_can_go_on(
@@ -57,7 +57,7 @@ def test_the_run_stops_names_the_rows_and_can_go_on(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_can_be_skipped(dtype: str, tmp_path: Path, record: Record) -> None:
     settings = ("nonfinite=skip", f"model.dtype={dtype}", "align.expert_lr_scale=1")
@@ -74,7 +74,7 @@ def test_the_step_can_be_skipped(dtype: str, tmp_path: Path, record: Record) -> 
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_weights_that_are_past_saving_stop_the_run_under_either_policy(tmp_path: Path, record: Record) -> None:
     command = Command("specialists", tmp_path / "run", ("nonfinite=skip", "train.steps=16"))
     ended = command.start(fault=poison("nan loss", "stage1/helpful", 3, every=True))

@@ -19,7 +19,7 @@ Processes = list[subprocess.Popen[bytes]]
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("number", "job", "step"), [(signal.SIGTERM, "stage1/harmless", 3), (signal.SIGUSR1, "stage2", 3)]
 )
@@ -46,7 +46,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_second_signal_ends_at_once_even_in_a_collective_that_hangs(tmp_path: Path, record: Record) -> None:
     command = Command("align", tmp_path / "run")
     seconds: list[float] = []
@@ -71,7 +71,7 @@ def test_a_second_signal_ends_at_once_even_in_a_collective_that_hangs(tmp_path: 
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
     tmp_path: Path,
     undisturbed,  # type: ignore[no-untyped-def]
