@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +35,16 @@ TINY = (
     "baselines.trinityx.steps=1",
     "baselines.trinityx.warmup_steps=0",
 )
+SMALL_RUN = (
+    *("launch.ranks=1", "align.ep_size=1", "model.layers=[3, 4]", "baselines.make=[]", "evaluation.max_new_tokens=4"),
+    *("data.train_rows=80", "data.held_out_rows=16", "axes.honest.rows=80"),
+    *("train.steps=4", "train.batch=8", "train.lr=0.003", "train.warmup_steps=1"),
+    *("align.steps=4", "align.batch=8", "align.lr=0.02", "align.warmup_steps=1"),
+    *("gate.latent=8", "gate.output_latent=8", "gate.anchors=8", "experts.rank=4", "experts.feature_rows=16"),
+    *("checkpoints.every=2", "checkpoints.keep=20", "checkpoints.finished=true"),
+)
 WriteRecipe = Callable[..., Path]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
@@ -115,3 +126,31 @@ def world_base() -> BaseModel:
 @pytest.fixture(scope="session")
 def world_tokenizer(world_base: BaseModel) -> PreTrainedTokenizerBase:
     return world_base.tokenizer
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs `alignx-ds …` in a process of its own, in the project's directory."""
+
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+        environment = {k: v for k, v in os.environ.items() if k not in launcher} | {"PYTHONPATH": str(REPO)}
+        line = [sys.executable, "-m", "alignx_ds", *map(str, arguments)]
+        return subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=280, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_run() -> tuple[str, ...]:
+    """Settings with which a run of the world's recipe takes seconds; it keeps its checkpoints."""
+    return SMALL_RUN
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, command: Command, small_run: tuple[str, ...]) -> Path:
+    """The output directory of a whole run, with its trained baselines and its report. To be changed in a copy only."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    done = command("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
+    assert done.returncode == 0, done.stderr
+    return output

@@ -1,1 +1,1 @@
-"""A finished run for everybody else: Hugging Face checkpoints, PEFT adapters, dense models, evaluators' files."""
+"""A finished run for other tools: Hugging Face checkpoints, PEFT adapters, dense models, files for evaluators."""

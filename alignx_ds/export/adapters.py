@@ -13,63 +13,62 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignx_ds.data.encode import pad_token
+from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.experts.adapters import CONFIG, HALVES, PREFIX, WEIGHTS
 from alignx_ds.export import cards
-from alignx_ds.export.fidelity import Fidelity, compare, plain, routed, without_calibration, written
+from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed, without_calibration
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
+from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
-from alignx_ds.export.runs import FinishedRun, new_directory
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
+from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank may be
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 WITHOUT, WITH = "without output calibration", "with output calibration"
 
 
 def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) -> None:
-    """Write a directory per axis, and say how far each adapter is from its expert. Raises ConfigError or DataError."""
-    run = FinishedRun.at(root)
-    asked = prompts_of(run, prompts, count)
+    """Write a directory per axis, and print how far each adapter is from its expert. Raises ConfigError or DataError.
+
+    They are compared on answers of at most `limit` tokens to `count` prompts of each set, or of the file `prompts`.
+    """
+    run = FinishedRun.open(root)
+    model, tokenizer = aligned_of(run), tokenizer_of(run)
+    every = [prompt for group in prompts_of(run, prompts, count).values() for prompt in group]
+    examples, pad_id = answered(model, tokenizer, every, limit), pad_token(tokenizer)
+    table = backbone_of(model.config.text_config.model_type)
     with new_directory(out) as directory:
-        for axis in run.axes:
-            factors = factors_of(run.model, run.expert(axis))
-            found = dict(_differences(run, axis, factors, asked, limit))
-            _write(directory / axis, run, axis, factors, found)
-            told = "; ".join(f"{name}: {f.told()}" for name, f in found.items()) or cards.NOT_MEASURED
-            console.say(f"{axis}: {out / axis}\n  against the forced expert, {told}")
+        for expert, axis in enumerate(run.experts):
+            if axis not in run.axes:
+                continue
+            factors = factors_of(model, expert)
+            found = dict(_differences(model, expert, factors, examples, pad_id)) if examples else {}
+            settings = config_of(factors, table, cards.base_path(run))
+            (directory / axis).mkdir()
+            save_file(tensors_of(factors, table), directory / axis / WEIGHTS, metadata={"format": "pt"})
+            manifest.write_text(directory / axis / CONFIG, json.dumps(settings, indent=2) + "\n")
+            manifest.write_text(directory / axis / "README.md", _card(run, axis, int(settings["r"]), found))
+            differences = "; ".join(f"{name}: {f}" for name, f in found.items()) or cards.NOT_MEASURED
+            console.say(f"{axis}: {out / axis}\n  against the forced expert, {differences}")
 
 
 def _differences(
-    run: FinishedRun, axis: str, factors: dict[int, Factors], asked: dict[str, list[str]], limit: int
+    model: AlignXForCausalLM, expert: int, factors: dict[int, Factors], examples: list[Example], pad_id: int
 ) -> Iterator[tuple[str, Fidelity]]:
-    """The adapter on the base model against the forced expert, on all the prompts that there are."""
-    every = [prompt for prompts in asked.values() for prompt in prompts]
-    if not every:
-        return
-    texts, pad_id = written(run.model, run.tokenizer, every, limit), pad_token(run.tokenizer)
-    adapted = plain(backbone_with(run.model, changes_of([(1.0, factors)])))
-    forced = routed(run.model, run.expert(axis))
-    with without_calibration(run.model):
-        yield WITHOUT, compare(adapted, forced, texts, pad_id)
-    yield WITH, compare(adapted, forced, texts, pad_id)
-
-
-def _write(
-    directory: Path, run: FinishedRun, axis: str, factors: dict[int, Factors], found: dict[str, Fidelity]
-) -> None:
-    directory.mkdir()
-    table = backbone_of(run.model.config.text_config.model_type)
-    save_file(tensors_of(factors, table), directory / WEIGHTS, metadata={"format": "pt"})
-    settings = config_of(factors, table, run.base_path)
-    manifest.write_text(directory / CONFIG, json.dumps(settings, indent=2) + "\n")
-    manifest.write_text(directory / "README.md", _card(run, axis, int(settings["r"]), found))
+    """The base model with the adapter against the aligned model with this expert forced."""
+    adapted, forced = plain(backbone_with(model, changes_of([(1.0, factors)]))), routed(model, expert)
+    with without_calibration(model):
+        yield WITHOUT, compare(adapted, forced, examples, pad_id)
+    yield WITH, compare(adapted, forced, examples, pad_id)
 
 
 def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor]:
-    """By PEFT's names: lora_A [r, n], lora_B [m, r]."""
+    """By PEFT's names: lora_A [r, n], lora_B [m, r]; on the CPU."""
     named = {}
     for layer, f in factors.items():
         for p in PROJECTIONS:
@@ -80,7 +79,7 @@ def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor
 
 
 def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[str, Any]:
-    """What PEFT and vLLM read; modules of a smaller rank are listed, each with alpha = r, so that nothing is scaled."""
+    """The adapter_config.json that PEFT and vLLM read. Every module has alpha = r, so that nothing is scaled."""
     ranks = {
         table.weight_name(layer, p).removesuffix(".weight"): f.rank(p)
         for layer, f in factors.items()
@@ -112,7 +111,8 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
 
 def _card(run: FinishedRun, axis: str, rank: int, found: dict[str, Fidelity]) -> str:
     served = next((r for r in VLLM_RANKS if r >= rank), None)
-    vllm = f"`--max-lora-rank {served}`" if served else f"no vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
+    limit = f"not in vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
+    vllm = f"`--max-lora-rank {served}`" if served else limit
     return f"""\
 {cards.front_matter(run, ["lora", axis], library_name="peft")}
 # The {axis} expert as a LoRA adapter
@@ -124,7 +124,7 @@ One expert of an aligned model (AlignX on DeepSpeed), of rank {rank}, for the un
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{run.hub_id or "PATH-OF-THE-BASE-MODEL"}", dtype="auto")
+base = AutoModelForCausalLM.from_pretrained("{cards.hub_id(run) or "PATH-OF-THE-BASE-MODEL"}", dtype="auto")
 model = PeftModel.from_pretrained(base, "{axis}")
 ```
 
@@ -132,8 +132,9 @@ vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modu
 
 ## What it leaves out
 
-The gate that sends prompts to experts, so that every prompt gets this one; and the calibration of the experts' output,
-ỹ = y + R·(C(Qy) − Qy), which is no change of a weight. How far it is from the aligned model with this expert forced:
+The gate, which chooses an expert for each prompt: here every prompt is answered by this one. And the calibration of the
+experts' output, ỹ = y + R·(C(Qy) − Qy), which can't be written as a change of weights. The difference from the aligned
+model with this expert forced:
 
-{cards.compared(found, "against the forced expert")}
+{cards.comparison(found, "against the forced expert")}
 """

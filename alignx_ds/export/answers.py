@@ -11,15 +11,15 @@ from alignx_ds.runtime import console
 
 
 def export(root: Path, out: Path, system: str, name: str, reference: Path | None, own: Path | None) -> None:
-    """Write the file; with `reference`, under the published instructions; to `own`, the rows' own references.
+    """Write the file; with `reference`, under that file's instructions. Write the rows' own references to `own`.
 
     Raises ConfigError or DataError.
     """
     answered = sorted((root / "answers").glob("*.jsonl"))
     path = root / "answers" / f"{system}.{name}.jsonl"
     if path not in answered:
-        known = ", ".join(p.stem for p in answered) or "nothing yet"
-        fix = f"choose a SYSTEM.NAME that the run has answered ({known})"
+        known = ", ".join(p.stem for p in answered) or "none yet"
+        fix = f"choose a system and a set that the run has answers of ({known})"
         raise ConfigError(Problem("--system, --set", f"{system}.{name}", "answers of the run", fix))
     for key, target in (("OUT", out), ("--own-references", own)):
         if target is not None and (target.suffix != ".json" or target.exists()):

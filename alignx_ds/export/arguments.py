@@ -1,4 +1,4 @@
-"""The `alignx-ds export …` verbs. Light: what they need is imported when one of them is run."""
+"""The `alignx-ds export …` verbs. The work behind them is imported only when one of them is run."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def add_verbs(verbs: Any) -> None:
     dense = _of_a_run(what, "dense", "experts merged into a plain model of the backbone's own class", "a new directory")
     chosen = dense.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--axis", help="merge this axis's expert as it is")
-    chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help="merge so much of each, e.g. helpful=0.5,honest=0.5")
+    chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help="merge several experts, e.g. helpful=0.5,honest=0.5")
     _add_measuring(dense)
     answers = _of_a_run(what, "answers", "a system's answers as model outputs for alpaca_eval", "a new .json file")
     answers.add_argument("--system", default="alignx", help="whose answers (default: %(default)s)")
     answers.add_argument("--set", required=True, metavar="NAME", help="an axis, or one of evaluation.sets")
-    answers.add_argument("--reference", type=Path, help="reference outputs whose instructions are to be used verbatim")
+    answers.add_argument("--reference", type=Path, help="a file of reference outputs, whose instructions are copied")
     answers.add_argument("--own-references", type=Path, metavar="FILE", help="write the rows' own references here")
     tasks = what.add_parser("lm-eval", help="TruthfulQA's MC1 and MC2 as tasks of lm-evaluation-harness")
-    tasks.add_argument("model", help="directory or hub id of the model that is going to be asked")
+    tasks.add_argument("model", help="directory or hub id of the model that will be evaluated")
     tasks.add_argument("source", help="questions with their choices: a file, or the id of a data set")
     tasks.add_argument("out", type=Path, help="a new directory")
 
@@ -41,19 +41,28 @@ def _of_a_run(what: Any, name: str, text: str, out: str) -> argparse.ArgumentPar
 
 def _add_measuring(made: argparse.ArgumentParser) -> None:
     made.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="measure on these, one per line (default: the run's)"
+        "--prompts", type=Path, metavar="FILE", help="prompts to compare on, one per line (default: the run's)"
     )
-    made.add_argument("--rows", type=_positive, default=64, help="prompts of each set, at most (default: %(default)s)")
-    made.add_argument("--max-new-tokens", type=_positive, default=32, help="of their answers (default: %(default)s)")
+    made.add_argument(
+        "--rows", type=_positive, default=64, help="at most this many prompts of each set (default: %(default)s)"
+    )
+    made.add_argument(
+        "--max-new-tokens", type=_positive, default=32, help="length of the compared answers (default: %(default)s)"
+    )
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
+    from alignx_ds.runtime import distributed
+    from alignx_ds.runtime.deepspeed import choose_accelerator
+
+    choose_accelerator()  # save_pretrained imports DeepSpeed
+    distributed.silence_libraries()
     if args.what == "hf":
         from alignx_ds.export import huggingface
 

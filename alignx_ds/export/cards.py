@@ -1,33 +1,54 @@
 """Model cards: the README.md of an exported directory, with the front matter that the hub reads.
 
-The licence is left to whoever publishes the model: the base model's and the data's own licences bind them, not us.
+The licence is left to whoever publishes the model, since it depends on the licences of the base model and of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL
 from alignx_ds.export.fidelity import Fidelity
-from alignx_ds.export.runs import FinishedRun
+from alignx_ds.models.base import WORLD_BASE
+from alignx_ds.runs.finished import FinishedRun
 
-LICENCE = "# license: yours to fill in; the licences of the base model and of the training data bind it\n"
+LICENCE = "# license: yours to fill in; it has to agree with the licences of the base model and of the training data\n"
+
+
+def base_path(run: FinishedRun) -> str:
+    """Where the run's base model can be loaded from: a directory, or a hub id as the recipe has it."""
+    given = run.config.model.path
+    known = {WORLD_MODEL: WORLD_BASE, SCRATCH_MODEL: run.out.base}
+    path = Path(known.get(given, given))
+    return str(path.resolve()) if given in known or path.is_dir() else given
+
+
+def hub_id(run: FinishedRun) -> str | None:
+    """The base model's name on the hub, when it comes from there."""
+    path = base_path(run)
+    return None if Path(path).is_dir() else path
 
 
 def front_matter(run: FinishedRun, tags: Sequence[str], **more: str) -> str:
-    """The hub's metadata. A base model that did not come from the hub is named in words alone."""
-    content: dict[str, Any] = {"base_model": run.hub_id} if run.hub_id else {}
+    """The hub's metadata; it names the base model when that is on the hub."""
+    named = hub_id(run)
+    content: dict[str, Any] = {"base_model": named} if named else {}
     content |= {"pipeline_tag": "text-generation", "tags": ["alignx", *tags], **more}
     return f"---\n{LICENCE}{yaml.safe_dump(content, sort_keys=False)}---\n"
 
 
 def base_named(run: FinishedRun) -> str:
     """The base model in words."""
-    known = {"world": "the small base model that ships with AlignX on DeepSpeed", "scratch": "a base model of its own"}
-    given = run.config.model.path
-    return known.get(given, f"`{run.hub_id}`" if run.hub_id else "a local base model")
+    known = {
+        WORLD_MODEL: "the small base model that ships with AlignX on DeepSpeed",
+        SCRATCH_MODEL: "a small base model that the run trained from scratch",
+    }
+    named = hub_id(run)
+    return known.get(run.config.model.path, f"`{named}`" if named else "a local base model")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -39,7 +60,7 @@ def measured(run: FinishedRun) -> str:
     """What the run measured, from its report."""
     report = run.report
     if report is None:
-        return "Not evaluated: the run made the model and stopped (`alignx-ds align`)."
+        return "Not evaluated: the model was made by `alignx-ds align`, which does not measure it."
     scored, systems, r = report["scored"], report["systems"], report["router"]
     parts = []
     if scored:
@@ -48,7 +69,7 @@ def measured(run: FinishedRun) -> str:
         parts.append("Held-out rows, no hint of the axis in the prompt (0–100, higher is better):\n")
         parts.append(table(["system", *scored, *(e.replace("_", " ") for e in extra)], rows) + "\n")
         judges = ", ".join(f"{axis} by {report['judges'][axis]}" for axis in scored)
-        parts.append(f"Judged: {judges}; {report['run']['held_out_rows']} held-out rows per axis at most.\n")
+        parts.append(f"Judges: {judges}; at most {report['run']['held_out_rows']} held-out rows per axis.\n")
     perplexity = report["perplexity"]
     rows = [[name, *(f"{value:.2f}" for value in p.values())] for name, p in perplexity.items()]
     parts.append("Perplexity of held-out reference answers (lower is better):\n")
@@ -60,14 +81,16 @@ def measured(run: FinishedRun) -> str:
     return "\n".join(parts)
 
 
-NOT_MEASURED = "Not measured: the run has answered no prompts, and none were given (`--prompts FILE`)."
+NOT_MEASURED = "Not measured: the run has no answers (`alignx-ds align`), and no `--prompts FILE` was given."
 HOW_MEASURED = """\
-Relative logits error is ‖logits − the other's‖ / ‖the other's‖ over every token of the aligned model's greedy answers;
-token agreement is the share of these tokens' positions at which both find the same token likeliest."""
+Both models predict every token of the aligned model's own greedy answers. Relative logits error: ‖z − z′‖ / ‖z′‖, where
+z′ are the aligned model's logits. Token agreement: the share of the tokens which both models predict alike."""
 
 
-def compared(found: Mapping[str, Fidelity], what: str) -> str:
-    """A line for each; `what` heads the column of their names."""
+def comparison(found: Mapping[str, Fidelity], what: str) -> str:
+    """A table with a row for each measured difference; `what` is the heading of their names."""
+    if not found:
+        return NOT_MEASURED
     rows = [[name, str(f.prompts), f"{f.error:.2e}", f"{f.agreement:.4f}"] for name, f in found.items()]
     columns = [what, "prompts", "relative logits error", "token agreement"]
-    return f"{table(columns, rows)}\n\n{HOW_MEASURED}" if found else NOT_MEASURED
+    return f"{table(columns, rows)}\n\n{HOW_MEASURED}"

@@ -1,6 +1,6 @@
 """`alignx-ds export dense RUN_DIR OUT`: experts merged into a plain checkpoint of the backbone's own class.
 
-It routes nothing and loads without this package; what that costs is measured and written into its model card.
+It has no gate and loads without this package. Its card has the measured difference from the aligned model.
 """
 
 from __future__ import annotations
@@ -11,40 +11,45 @@ from pathlib import Path
 from alignx_ds.data.encode import pad_token
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
-from alignx_ds.export.fidelity import Fidelity, compare, plain, routed, written
+from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
+from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
-from alignx_ds.export.runs import FinishedRun, new_directory
+from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
+from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
 
 KEY, FORM = "--axis, --weights", "axis=weight pairs, as helpful=0.5,honest=0.5"
 
 
 def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int, limit: int) -> None:
-    """Write the directory, and say how far it is from the mixture; `chosen` is an axis, or weights of several.
+    """Write the directory, and print how far it is from the aligned model. Raises ConfigError or DataError.
 
-    Raises ConfigError or DataError.
+    `chosen` is an axis, or `axis=weight` pairs. The models are compared on the answers, of at most `limit` tokens, to
+    `count` prompts of each set, or of the file `prompts`.
     """
-    run = FinishedRun.at(root)
+    run = FinishedRun.open(root)
     merged = {chosen: 1.0} if chosen in run.axes else parse_weights(chosen, run.axes)
     asked = prompts_of(run, prompts, count)
+    aligned, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
-        experts = [(weight, factors_of(run.model, run.expert(axis))) for axis, weight in merged.items()]
-        model = backbone_with(run.model, changes_of(experts))
+        experts = [(weight, factors_of(aligned, run.experts.index(axis))) for axis, weight in merged.items()]
+        model = backbone_with(aligned, changes_of(experts))
+        kind = type(model).__name__
         found: dict[str, Fidelity] = {}
         for name, lines in asked.items():
-            texts = written(run.model, run.tokenizer, lines, limit)
-            found[name] = compare(plain(model), routed(run.model), texts, pad_token(run.tokenizer))
-            console.say(f"against the mixture, on prompts of {name}: {found[name].told()}")
+            examples = answered(aligned, tokenizer, lines, limit)
+            found[name] = compare(plain(model), routed(aligned), examples, pad_token(tokenizer))
+            console.say(f"against the aligned model, on prompts of {name}: {found[name]}")
         model.save_pretrained(directory)
-        run.tokenizer.save_pretrained(directory)
-        manifest.write_text(directory / "README.md", _card(run, out.name, merged, found))
-    console.say(f"dense {type(model).__name__}: {out}" if asked else f"{out}: {cards.NOT_MEASURED}")
+        tokenizer.save_pretrained(directory)
+        manifest.write_text(directory / "README.md", _card(run, out.name, kind, merged, found))
+    console.say(f"dense {kind}: {out}" if asked else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
 
 
 def parse_weights(text: str, axes: list[str]) -> dict[str, float]:
-    """`helpful=0.5,honest=0.5` by axis. Raises ConfigError with everything that is wrong."""
+    """`helpful=0.5,honest=0.5` as weights by axis. Raises ConfigError with every problem found."""
     found: dict[str, float] = {}
     problems = []
     for part in text.split(","):
@@ -63,7 +68,7 @@ def parse_weights(text: str, axes: list[str]) -> dict[str, float]:
     return found
 
 
-def _card(run: FinishedRun, name: str, merged: dict[str, float], found: dict[str, Fidelity]) -> str:
+def _card(run: FinishedRun, name: str, kind: str, merged: dict[str, float], found: dict[str, Fidelity]) -> str:
     added = " + ".join(f"{weight:g} · {axis}" for axis, weight in merged.items())
     return f"""\
 {cards.front_matter(run, ["merge", *merged], library_name="transformers")}
@@ -71,7 +76,7 @@ def _card(run: FinishedRun, name: str, merged: dict[str, float], found: dict[str
 
 Experts of an aligned model (AlignX on DeepSpeed), merged into the base model's feed-forward weights:
 base + {added}. The base model is {cards.base_named(run)}. The result is a plain
-`{type(run.model.backbone).__name__}`:
+`{kind}`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -82,8 +87,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 ## What it leaves out
 
-There is no gate: every prompt meets the same weights. The calibration of the experts' output is left out too.
-How far it is from the mixture that it was made from:
+The gate: every prompt is answered with the same weights. And the calibration of the experts' output. The difference
+from the aligned model that it was made from:
 
-{cards.compared(found, "prompts of")}
+{cards.comparison(found, "prompts of")}
 """

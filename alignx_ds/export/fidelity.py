@@ -1,13 +1,13 @@
-"""How far one model is from another on the texts that the aligned model writes.
+"""How far an exported model's predictions are from the aligned model's, on the aligned model's own answers.
 
-Shapes: B rows, T tokens, V vocabulary, N predictions: one for every token of every answer.
+Shapes: B rows, T tokens, V vocabulary, N predictions, one for every token of every answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,30 +20,27 @@ from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
 
-BATCH = 8  # texts that go through both models together
+BATCH = 8  # texts in one forward pass
 Predict = Callable[[Batch], Tensor]  # the logits [B, T, V] of a batch
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Over the `tokens` predictions of the answers to `prompts` prompts."""
+    """A difference over all predicted tokens of the answers to some prompts."""
 
     prompts: int
     tokens: int
-    error: float  # ‖logits − the other's‖ / ‖the other's‖
-    agreement: float  # share of predictions whose likeliest token is the same
+    error: float  # ‖z − z′‖ / ‖z′‖, where z′ are the aligned model's logits
+    agreement: float  # share of tokens for which both models predict the same one
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         return f"relative logits error {self.error:.2e}, token agreement {self.agreement:.4f} ({self.tokens} tokens)"
 
-    def figures(self) -> dict[str, float]:
-        return asdict(self)
 
-
-def written(
+def answered(
     model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int
 ) -> list[Example]:
-    """Each prompt with the model's own greedy answer to it, of at most `limit` tokens; at least one."""
+    """Each prompt with the model's own greedy answer, of 1 to `limit` tokens."""
     decoder, pad_id, examples = Decoder(model), pad_token(tokenizer), []
     for start in range(0, len(prompts), BATCH):
         asked = encode_prompts(list(prompts[start : start + BATCH]), tokenizer)
@@ -65,7 +62,7 @@ def plain(model: PreTrainedModel) -> Predict:
 
 
 def routed(model: AlignXForCausalLM, expert: int | None = None) -> Predict:
-    """An aligned model's predictions, routed by the prompt alone, or those of one expert for every row."""
+    """An aligned model's predictions, routed by the prompt alone; with `expert`, that one serves every row."""
 
     def predict(b: Batch) -> Tensor:
         forced = None
@@ -80,9 +77,9 @@ def routed(model: AlignXForCausalLM, expert: int | None = None) -> Predict:
 
 @contextmanager
 def without_calibration(model: AlignXForCausalLM) -> Iterator[None]:
-    """The mixture's output as it is, y instead of ỹ."""
+    """Within it the layers return the mixture's output y instead of the calibrated ỹ."""
     reinjections = [layer.calibration.reinjection for layer in alignx_layers(model)]
-    kept = [r.detach().clone() for r in reinjections]
+    before = [r.detach().clone() for r in reinjections]
     with torch.no_grad():
         for r in reinjections:
             r.zero_()
@@ -90,21 +87,23 @@ def without_calibration(model: AlignXForCausalLM) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for r, value in zip(reinjections, kept, strict=True):
+            for r, value in zip(reinjections, before, strict=True):
                 r.copy_(value)
 
 
 @torch.no_grad()
 def compare(candidate: Predict, reference: Predict, examples: Sequence[Example], pad_id: int) -> Fidelity:
-    """How far the candidate's predictions of the answers' tokens are from the reference's."""
-    missed = whole = 0.0
+    """The candidate's predictions of the answers' tokens against the reference's."""
+    squared_error = squared_norm = 0.0
     same = tokens = 0
     for start in range(0, len(examples), BATCH):
         batch = collate(list(examples[start : start + BATCH]), pad_id).to(distributed.device())
         answered = batch.labels[:, 1:] != IGNORED
         theirs, ours = (model(batch)[:, :-1][answered].double() for model in (reference, candidate))  # [N, V]
-        missed += float((ours - theirs).square().sum())
-        whole += float(theirs.square().sum())
+        squared_error += float((ours - theirs).square().sum())
+        squared_norm += float(theirs.square().sum())
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         tokens += len(ours)
-    return Fidelity(len(examples), tokens, (missed / whole) ** 0.5 if whole else 0.0, same / max(1, tokens))
+    return Fidelity(
+        len(examples), tokens, (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0, same / max(1, tokens)
+    )

@@ -1,8 +1,8 @@
 """Aligned models under lm-evaluation-harness: `python -m alignx_ds.export.harness run --model alignx …`.
 
-The harness's own `hf` model shows a model prompt and answer at once, right-padded and without a mask; an aligned model
-would route by all of it. `alignx` says which tokens are the prompt, and encodes it apart from the answer, as training
-does. Needs `pip install lm_eval`.
+The harness's own `hf` model passes prompt and answer together, right-padded and without a mask, so that an aligned
+model would route by all of it. `alignx` marks which tokens are the prompt, and encodes prompt and answer separately, as
+in training. Needs `pip install lm_eval`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from alignx_ds.data.batches import IGNORED, collate
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.export.fidelity import plain, routed
 
-Request = tuple[Any, list[int], list[int]]  # its key in the harness's cache, and the ids of prompt and answer
+Request = tuple[Any, list[int], list[int]]  # key in the harness's cache, token ids of the prompt, and of the answer
 
 
 @register_model("alignx")
 class AlignXLM(HFLM):
-    """Any causal language model; an aligned one is routed by the prompt alone, whatever else is in the batch."""
+    """Any causal language model; an aligned one is routed by the prompt alone."""
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
@@ -33,7 +33,7 @@ class AlignXLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the answer, whether greedy decoding would give it) of each, in order."""
+        """For each request, in order: the answer's log-probability, and whether greedy decoding would return it."""
         examples = [self._example(prompt, answer) for _, prompt, answer in requests]
         by_length = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
         batch = override_bs or (int(self.batch_size) if str(self.batch_size).isdigit() else 8)
@@ -47,7 +47,7 @@ class AlignXLM(HFLM):
         return found
 
     def _example(self, prompt: list[int], answer: list[int]) -> Example:
-        """What is too long loses the beginning of its prompt, as everywhere in the harness."""
+        """A text that is too long loses the beginning of its prompt, as everywhere in the harness."""
         kept = prompt[-max(1, self.max_length - len(answer)) :]
         return Example((*kept, *answer), len(kept))
 

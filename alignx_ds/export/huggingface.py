@@ -6,13 +6,15 @@ from pathlib import Path
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
-from alignx_ds.export.runs import FinishedRun, new_directory
+from alignx_ds.export.new_directory import new_directory
+from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
+from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
 
 LOAD = """\
 ```python
-import alignx_ds  # pip install alignx-ds; makes the Auto classes know the architecture
+import alignx_ds  # pip install alignx-ds; registers the architecture with the Auto classes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
@@ -33,35 +35,34 @@ prompt = tokenizer(question, return_tensors="pt")"""
 
 def export(root: Path, out: Path, max_shard_size: str) -> None:
     """Write the directory. Raises ConfigError or DataError."""
-    run = FinishedRun.at(root)
+    run = FinishedRun.open(root)
+    model, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
         try:
-            run.model.save_pretrained(directory, max_shard_size=max_shard_size)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
         except ValueError as error:
             allowed = "a size such as 5GB or 500MB"
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
-        run.tokenizer.save_pretrained(directory)
-        manifest.write_text(directory / "README.md", card(run, out.name))
+        tokenizer.save_pretrained(directory)
+        asked = CHAT if tokenizer.chat_template else PLAIN
+        manifest.write_text(directory / "README.md", _card(run, out.name, model.config.layers, asked))
     console.say(f"aligned model with its model card: {out}")
 
 
-def card(run: FinishedRun, name: str) -> str:
-    axes = ", ".join(run.axes)
-    layers = run.model.config.layers
-    asked = CHAT if run.tokenizer.chat_template else PLAIN
+def _card(run: FinishedRun, name: str, layers: list[int], asked: str) -> str:
     return f"""\
 {cards.front_matter(run, ["mixture-of-experts", *run.axes], library_name="transformers")}
 # {name}
 
-A mixture of calibrated experts ({axes}, and a generalist), made with AlignX on DeepSpeed. They sit in the layers
-{", ".join(map(str, layers))} of the base model: {cards.base_named(run)}.
-A calibrated gate reads each prompt once and sends it to the experts that it is for; the decision stays with its cache.
+A mixture of calibrated experts ({", ".join(run.axes)}, and a generalist), made with AlignX on DeepSpeed. The experts
+are in layers {", ".join(map(str, layers))} of the base model: {cards.base_named(run)}.
+A calibrated gate chooses experts for each prompt, once; the decision is kept with the KV cache.
 
 ## Load it
 
 {LOAD.format(name=name, asked=asked)}
-A model in bfloat16 or float16 keeps its gates in float32. Prompts in one batch do not influence each other. The
-decision needs the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
+In bfloat16 or float16 the gates stay in float32. Prompts in one batch do not influence each other. The decision needs
+the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
 
 ## Measured
 

@@ -1,4 +1,4 @@
-"""An aligned model taken apart: its experts' factors, and its backbone with a change of the FFNs merged in."""
+"""The parts of an aligned model: its experts' factors, and its backbone with experts merged into the FFN weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Changes = dict[int, dict[str, Tensor]]  # by AlignX layer, by projection: [m, n]
 
 
 def factors_of(model: AlignXForCausalLM, expert: int) -> dict[int, Factors]:
-    """By AlignX layer, without the padding that made the experts' ranks equal."""
+    """An expert's factors by AlignX layer, without the zeros that pad all experts to the same rank."""
     layers = zip(model.config.layers, alignx_layers(model), strict=True)
     return {index: _trimmed(layer.mixture.factors()[expert]) for index, layer in layers}
 
 
 def _trimmed(factors: Factors) -> Factors:
-    """Without the last rows and columns that are zero on both sides; one is kept in any case."""
+    """Without the trailing rank dimensions in which both factors are zero; at least one is kept."""
     down, up = {}, {}
     for p in PROJECTIONS:
         used = factors.down[p].abs().amax(1) + factors.up[p].abs().amax(0)
@@ -33,7 +33,7 @@ def _trimmed(factors: Factors) -> Factors:
 
 
 def changes_of(experts: list[tuple[float, dict[int, Factors]]]) -> Changes:
-    """Σ weight · U·D of these experts."""
+    """Σ weight · U·D over these experts, fp32."""
     made: Changes = {}
     for weight, by_layer in experts:
         for layer, factors in by_layer.items():
@@ -46,7 +46,7 @@ def changes_of(experts: list[tuple[float, dict[int, Factors]]]) -> Changes:
 
 @torch.no_grad()
 def backbone_with(model: AlignXForCausalLM, changes: Changes) -> PreTrainedModel:
-    """A copy of the plain backbone, of its own class, its FFNs changed by just this much; rounded once, at the end."""
+    """A copy of the backbone, of its own class, its FFN weights plus these changes (summed in fp32, then rounded)."""
     backbone: PreTrainedModel = copy.deepcopy(model.backbone)
     table = backbone_of(backbone.config.model_type)
     for index in model.config.layers:

@@ -1,4 +1,4 @@
-"""The prompts on which an export is measured: the run's own held-out ones, or those of a file."""
+"""The prompts on which an exported model is compared with the aligned model: the run's held-out ones, or a file's."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from pathlib import Path
 
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation import transcripts
-from alignx_ds.export.runs import FinishedRun
+from alignx_ds.runs.finished import FinishedRun
 
 GIVEN = "given"
 
 
 def prompts_of(run: FinishedRun, given: Path | None, count: int) -> dict[str, list[str]]:
-    """By axis and set, at most `count` of each; without a file and without answers there are none. Raises DataError."""
+    """By axis and set, at most `count` of each; empty when no file is given and the run has no answers.
+
+    Raises DataError when the file can't be read.
+    """
     if given is not None:
         return {GIVEN: _lines(given)[:count]}
     found: dict[str, list[str]] = {}
@@ -30,5 +33,5 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as text ({error}); give a file with one prompt per line") from error
     if not lines:
-        raise DataError(f"{path}: holds no prompts; write one per line")
+        raise DataError(f"{path}: has no prompts in it; write one per line")
     return lines

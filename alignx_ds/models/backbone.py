@@ -41,7 +41,7 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     found: tuple[AlignXForCausalLM, dict[str, Any]]
     try:
         found = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:  # TypeError: settings of another version
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{directory}: its model can't be loaded ({reason}); {again}") from error
     model, info = found

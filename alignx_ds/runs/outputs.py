@@ -30,6 +30,11 @@ class Outputs:
         return self.root / "config.yaml"
 
     @property
+    def base(self) -> Path:
+        """A base model that the run trained from scratch."""
+        return self.root / "base"
+
+    @property
     def model(self) -> Path:
         return self.root / "model"
 

@@ -1,9 +1,9 @@
-"""*Axis Collapse*, looked at: the figures that the AlignX paper draws, of one finished run, a command and a plot each.
+"""The figures of *Axis Collapse*, the AlignX paper, of one finished run: a command and a plot for each.
 
-    alignx-ds study drift RUN_DIR          what fine-tuning does to the features of each axis's prompts
-    alignx-ds study forgetting RUN_DIR     what each stage of sequential fine-tuning takes from the axes before it
-    alignx-ds study contributions RUN_DIR  what each part of the gate is worth, and who answers what
-    alignx-ds study calibration RUN_DIR    how far the router's and the answers' confidence can be believed
+    alignx-ds study drift RUN_DIR          how fine-tuning changes the features of each axis's prompts
+    alignx-ds study forgetting RUN_DIR     what each stage of sequential fine-tuning does to the axes before it
+    alignx-ds study contributions RUN_DIR  what each part of the gate contributes, and which expert answers what
+    alignx-ds study calibration RUN_DIR    how well calibrated the router and the answers are
 
-Nothing is trained, and the run's own files are not touched: results go into RUN_DIR/study, or --out.
+Nothing is trained, and the run's own files are not changed: results go into RUN_DIR/study, or --out.
 """

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from alignx_ds.runtime import console, distributed
-from alignx_ds.study import calibration, contributions, drift, forgetting, record
-from alignx_ds.study.subject import Subject
+from alignx_ds.study import calibration, contributions, drift, forgetting, results
+from alignx_ds.study.studied_run import StudiedRun
 
-Measure = Callable[[Subject], dict[str, Any]]
+Measure = Callable[[StudiedRun], dict[str, Any]]
 Draw = Callable[[dict[str, Any]], Figure]
 STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "drift": (drift.measure, drift.draw, drift.show),
@@ -23,14 +23,14 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
 
 
 def study(what: str, directory: Path, out: Path | None) -> list[Path]:
-    """The files that were written. Raises ConfigError when the directory holds no finished run."""
+    """Make one study of a run; returns the files that it wrote. Raises ConfigError or DataError."""
     distributed.silence_libraries()
     target = out if out is not None else directory / "study"
-    subject = Subject.of(directory)
-    record.check_writable(target)
+    studied = StudiedRun.open(directory)
+    results.check_writable(target)
     measure, draw, show = STUDIES[what]
-    content = record.circumstances(what, directory, subject.config.seed) | measure(subject)
+    content = results.provenance(what, directory, studied.config.seed) | measure(studied)
     show(content)
-    written = record.write(what, content, draw(content), target)
-    console.say("written: " + ", ".join(str(path) for path in written))
+    written = results.write(what, content, draw(content), target)
+    console.say("wrote " + ", ".join(str(path) for path in written))
     return written

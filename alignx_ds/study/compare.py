@@ -1,22 +1,22 @@
-"""Several runs side by side, or several seeds of one: mean and spread of every figure."""
+"""`alignx-ds compare RUN_DIR …`: mean and standard deviation of every metric over several runs of one recipe."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from alignx_ds.errors import DataError
+from alignx_ds.runs.report import read_report
 from alignx_ds.runtime import console
 
-ROUTER = ("accuracy", "ece", "brier")
+ROUTER_METRICS = {"accuracy": "accuracy", "ece": "ECE", "brier": "Brier score"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (0 for one run)."""
+    """Mean and sample standard deviation; the deviation of one run is 0."""
 
     mean: float
     deviation: float
@@ -26,23 +26,8 @@ class Spread:
         return cls(mean(values), stdev(values) if len(values) > 1 else 0.0)
 
 
-def read_report(directory: Path) -> dict[str, Any]:
-    """A run's report.json. Raises DataError when there is none."""
-    path = directory / "report.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; give the output directory of a finished run") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON at line {error.lineno}; run it again") from error
-    whole = isinstance(content, dict) and {"systems", "router", "collapse", "perplexity", "scored"} <= set(content)
-    if not whole or "base" not in content["systems"]:
-        raise DataError(f"{path}: is not a run's report; give the output directory of a finished run")
-    return content
-
-
 def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
-    """By system (and "router"), by figure. Raises DataError when the runs have different systems or axes."""
+    """By system (and "router"), by metric. Raises DataError when the runs have different systems or axes."""
     first = reports[0]
     if any(list(r["systems"]) != list(first["systems"]) or r["scored"] != first["scored"] for r in reports):
         raise DataError("the runs have different systems or axes; compare runs of one recipe")
@@ -55,7 +40,7 @@ def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
         }
         for name in first["systems"]
     }
-    return table | {"router": {c: Spread.of([r["router"][c] for r in reports]) for c in ROUTER}}
+    return table | {"router": {c: Spread.of([r["router"][c] for r in reports]) for c in ROUTER_METRICS}}
 
 
 def show(directories: list[Path]) -> None:
@@ -73,11 +58,12 @@ def show(directories: list[Path]) -> None:
         ]
         if columns:
             console.table(f"Mean ± standard deviation of {len(reports)} runs", ["system", *columns], shown)
-    console.say("router: " + ", ".join(f"{k} {s.mean:.3f} ± {s.deviation:.3f}" for k, s in router.items()))
+    parts = (f"{label} {router[key].mean:.3f} ± {router[key].deviation:.3f}" for key, label in ROUTER_METRICS.items())
+    console.say("router: " + ", ".join(parts))
     for axis in reports[0]["collapse"]:
         lost = Spread.of([r["collapse"][axis]["sequential_loses"] for r in reports])
         kept = Spread.of([100 * r["collapse"][axis]["alignx_keeps"] for r in reports])
         console.say(
-            f"{axis}: sequential loses {lost.mean:.1f} ± {lost.deviation:.1f} points of the specialist's, "
-            f"AlignX keeps {kept.mean:.1f} ± {kept.deviation:.1f} %"
+            f"{axis}: sequential fine-tuning loses {lost.mean:.1f} ± {lost.deviation:.1f} points of the specialist's "
+            f"score, AlignX keeps {kept.mean:.1f} ± {kept.deviation:.1f} % of it"
         )

@@ -1,8 +1,8 @@
-"""Figure 4: what each part of the gate is worth, how many experts should answer, and who answers what.
+"""Figure 4: what each part of the gate contributes, how many experts should answer, and which expert answers what.
 
-Parts are switched off in the stored gate, whose temperature is then fitted anew on rows kept back from training. The
-parts that stay were trained beside those that go: a gate trained without them may do better. For the linear router,
-which leans on the calibrators most, one fitted by itself stands beside it.
+Parts are switched off in the stored gate, and its temperature is fitted again on the calibration split. The remaining
+parts were trained beside the others, so a gate trained without those might do better. For the linear router, which
+depends on the calibrators most, the study also has one that was fitted alone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from alignx_ds.data.rows import Row
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.gate_terms import TERMS, sum_of
 from alignx_ds.runtime import console
-from alignx_ds.study import drawing
-from alignx_ds.study.parts import Judged, routers_alone, serving
-from alignx_ds.study.subject import Subject
+from alignx_ds.study import plotting
+from alignx_ds.study.gate_parts import GateTerms, gate_with, linear_routers
+from alignx_ds.study.studied_run import StudiedRun
 
-ALONE = "linear router by itself"
+ALONE = "linear router, fitted alone"
 LADDER: dict[str, tuple[str, ...]] = {
     "linear router, as stored": ("linear",),
     "linear + fractal": ("linear", "fractal"),
@@ -31,68 +31,68 @@ LADDER: dict[str, tuple[str, ...]] = {
     "fractal + natural": ("fractal", "natural"),
     "all parts": TERMS,
 }
-FINE_TUNING, AVERAGED = "fine-tuning alone (mixed)", "experts, no router"
+FINE_TUNING, AVERAGED = "mixed fine-tuning, no experts", "equal weights, no router"
 METRICS = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "ece": "ECE ↓", "brier": "Brier ↓"}
-MOST_TYPES = 6  # of one axis's categories, the most frequent ones
+MOST_TYPES = 6  # categories of one axis that get a row of their own: the most frequent ones
 
 
-def measure(subject: Subject) -> dict[str, Any]:
-    """Routing and scores of each configuration and top-k; activation probabilities; query type × expert."""
-    model = subject.aligned()
-    judged = Judged.of(model, subject)
-    experts = subject.config.expert_names
-    with console.progress("configurations served", len(LADDER) + 3 + len(_counts_of(len(experts)))) as bar:
+def measure(studied: StudiedRun) -> dict[str, Any]:
+    """Routing metrics and scores by gate configuration and by top-k; expert activation, in all and by type of query."""
+    model = studied.aligned()
+    terms = GateTerms.of(model, studied)
+    experts = studied.experts
+    with console.progress("gate configurations", len(LADDER) + 3 + len(_counts_of(len(experts)))) as bar:
         configurations: dict[str, Any] = {
-            FINE_TUNING: {"routing": None, "scores": subject.scores(subject.system("mixed"))}
+            FINE_TUNING: {"routing": None, "scores": studied.scores(studied.system("mixed"))}
         }
         bar.advance()
-        with serving(model, (), len(experts)):  # no part says anything: the gates are all alike
-            configurations[AVERAGED] = {"routing": None, "scores": subject.scores(model)}
+        with gate_with(model, (), len(experts)):  # without any part all gates are equal
+            configurations[AVERAGED] = {"routing": None, "scores": studied.scores(model)}
         bar.advance()
-        configurations[ALONE] = _alone(model, subject, judged)
+        configurations[ALONE] = _alone(model, studied, terms)
         bar.advance()
         for name, parts in LADDER.items():
-            with serving(model, parts, 1, judged.temperatures(parts)):
-                configurations[name] = {"routing": judged.figures(parts), "scores": subject.scores(model)}
+            with gate_with(model, parts, 1, terms.temperatures(parts)):
+                configurations[name] = {"routing": terms.metrics(parts), "scores": studied.scores(model)}
             bar.advance()
         top_k = {}
         for name, (count, soft) in _counts_of(len(experts)).items():
-            with serving(model, TERMS, count, dict.fromkeys(judged.tested, 1.0) if soft else None):
-                top_k[name] = {"scores": subject.scores(model), "perplexity": subject.perplexities(model)}
+            with gate_with(model, TERMS, count, dict.fromkeys(terms.held_out, 1.0) if soft else None):
+                top_k[name] = {"scores": studied.scores(model), "perplexity": studied.perplexities(model)}
             bar.advance()
     return {
         "experts": experts,
-        "axes": subject.axes,
-        "served_top_k": subject.config.gate.top_k,
-        "prompts": {"temperature fitted on": len(judged.known), "held out": len(judged.labels)},
+        "axes": studied.axes,
+        "served_top_k": studied.config.gate.top_k,
+        "prompts": {"temperature fitted on": len(terms.calibration_labels), "held out": len(terms.held_out_labels)},
         "configurations": configurations,
         "top_k": top_k,
-        **_activations(subject, judged),
+        **_activations(studied, terms),
     }
 
 
 def _counts_of(experts: int) -> dict[str, tuple[int, bool]]:
-    """(how many experts answer, without the temperature): sure gates make one answer of all, soft ones do mix."""
+    """By name: how many experts answer, and whether T = 1. With the fitted temperature one gate may take all weight."""
     names = {count: "all" if count == experts else f"top {count}" for count in (1, 2, experts) if count <= experts}
     soft = {f"{name}, T = 1": (count, True) for count, name in names.items() if count > 1}
     return {name: (count, False) for count, name in names.items()} | soft
 
 
-def _alone(model: AlignXForCausalLM, subject: Subject, judged: Judged) -> dict[str, Any]:
-    """A gate that is a linear router and never was anything else."""
-    routers = routers_alone(model, subject)
-    with serving(model, ("linear",), 1, routers=routers):
-        swapped = judged.with_linear(Judged.of(model, subject))
-    with serving(model, ("linear",), 1, swapped.temperatures(("linear",)), routers):
-        return {"routing": swapped.figures(("linear",)), "scores": subject.scores(model)}
+def _alone(model: AlignXForCausalLM, studied: StudiedRun, terms: GateTerms) -> dict[str, Any]:
+    """A gate that is nothing but a linear router, fitted as such."""
+    routers = linear_routers(model, studied)
+    with gate_with(model, ("linear",), 1, routers=routers):
+        fitted = terms.with_linear(GateTerms.of(model, studied))
+    with gate_with(model, ("linear",), 1, fitted.temperatures(("linear",)), routers):
+        return {"routing": fitted.metrics(("linear",)), "scores": studied.scores(model)}
 
 
-def _activations(subject: Subject, judged: Judged) -> dict[str, Any]:
-    """Mean probability and share of the choices of each expert: of all held-out prompts, and by type of query."""
-    logits = sum_of(judged.tested[judged.lowest]).double()
-    temperature = judged.temperatures(TERMS)[judged.lowest]
+def _activations(studied: StudiedRun, terms: GateTerms) -> dict[str, Any]:
+    """Each expert's mean probability and share of the choices: over all held-out prompts, and by type of query."""
+    logits = sum_of(terms.held_out[terms.lowest]).double()
+    temperature = terms.temperatures(TERMS)[terms.lowest]
     raw, calibrated = logits.softmax(-1), (logits / temperature).softmax(-1)
-    types = query_types(subject.held_out())
+    types = query_types(studied.held_out_rows())
     rows = {kind: [i for i, t in enumerate(types) if t == kind] for kind in dict.fromkeys(types)}
     return {
         "temperature": temperature,
@@ -114,7 +114,7 @@ def _activations(subject: Subject, judged: Judged) -> dict[str, Any]:
 
 
 def query_types(owned: list[tuple[str, Row]]) -> list[str]:
-    """Of each (expert, row): the expert's name, and whether the row asks for harm, or else its category."""
+    """The type of each (expert, row): the expert's name with harmful or benign, or else with the row's category."""
     harmed = {name for name, row in owned if row.harmful}
     tally = Counter((name, row.category) for name, row in owned if row.category)
     frequent = {
@@ -147,19 +147,21 @@ def show(content: dict[str, Any]) -> None:
     for name, seen in content["configurations"].items():
         routing = [f"{seen['routing'][m]:.4f}" for m in METRICS] if seen["routing"] else ["–"] * len(METRICS)
         rows.append([name, *routing, *(f"{seen['scores'][axis]:.1f}" for axis in axes)])
-    console.table("What each part of the gate is worth", ["gate", *METRICS.values(), *axes], rows)
+    console.table("Routing and scores by parts of the gate", ["gate", *METRICS.values(), *axes], rows)
     rows = [[k, *(f"{s['scores'][a]:.1f}" for a in axes)] for k, s in content["top_k"].items()] if axes else []
     if rows:
-        console.table("Experts that answer, all parts", ["answer", *axes], rows)
+        console.table(
+            "Scores by the number of experts that answer, with all parts of the gate", ["experts", *axes], rows
+        )
     rows = [[kind, *(f"{share:.3f}" for share in seen["chosen"])] for kind, seen in content["query_types"].items()]
-    console.table("Who answers what: share of the prompts", ["query", *content["experts"]], rows)
+    console.table("Share of the prompts that each expert answers", ["type of prompt", *content["experts"]], rows)
 
 
 def draw(content: dict[str, Any]) -> Figure:
-    """Above: the configurations' routing and scores, and top-k; below: activations, and query type × expert."""
-    with drawing.styled():
-        figure = drawing.figure(11.5, 7.4)
-        top, bottom = drawing.stacked(figure, [1.15, 1.0])
+    """Above: routing and scores by configuration, and scores by top-k; below: activation, in all and by query type."""
+    with plotting.styled():
+        figure = plotting.figure(11.5, 7.4)
+        top, bottom = plotting.stacked(figure, [1.15, 1.0])
         routing, scores, counts = top.subplots(1, 3, width_ratios=[4, 2.5, 3.4])
         _routing(routing, content)
         _scores(scores, content)
@@ -171,30 +173,30 @@ def draw(content: dict[str, Any]) -> Figure:
 
 
 def _routing(plot: Any, content: dict[str, Any]) -> None:
-    """Every column from its worst (white) to its best (dark)."""
+    """Each column is shaded from its worst value (white) to its best (dark)."""
     seen = content["configurations"]
     values = np.array([[(s["routing"] or {}).get(m, np.nan) for m in METRICS] for s in seen.values()])
     worst, best = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
     shade = (values - worst) / np.maximum(best - worst, 1e-12)
-    shade[:, 1:] = 1 - shade[:, 1:]  # of all but the accuracy the least is best
+    shade[:, 1:] = 1 - shade[:, 1:]  # except for the accuracy, lower is better
     texts = [["–" if np.isnan(v) else f"{v:.3f}" for v in row] for row in values]
-    drawing.heat(plot, shade, list(seen), list(METRICS.values()), texts=texts, span=(0, 1.25))
-    plot.set_title("a  routing of held-out prompts")
+    plotting.heat(plot, shade, list(seen), list(METRICS.values()), texts=texts, span=(0, 1.25))
+    plot.set_title("a  routing of held-out prompts, by parts of the gate")
 
 
 def _scores(plot: Any, content: dict[str, Any]) -> None:
     seen, axes = content["configurations"], content["axes"]
     values = np.array([[s["scores"].get(axis, np.nan) for axis in axes] for s in seen.values()])
     texts = [["–" if np.isnan(v) else f"{v:.1f}" for v in row] for row in values]
-    drawing.heat(plot, values, [""] * len(seen), axes, texts=texts, span=(0, 125), colours="Greens")
-    plot.set_title("b  scores, one expert answers")
+    plotting.heat(plot, values, [""] * len(seen), axes, texts=texts, span=(0, 125), colours="Greens")
+    plot.set_title("b  scores, top 1")
 
 
 def _counts(plot: Any, content: dict[str, Any]) -> None:
-    """Scores where they are judged, otherwise perplexities."""
+    """Scores, or perplexities when an axis has no score."""
     seen, axes = content["top_k"], content["axes"]
     key = "scores" if all(axis in s["scores"] for s in seen.values() for axis in axes) else "perplexity"
-    tint = drawing.colours(content["experts"])
+    tint = plotting.colours(content["experts"])
     width = 0.8 / len(axes)
     for number, axis in enumerate(axes):
         places = np.arange(len(seen)) + (number - (len(axes) - 1) / 2) * width
@@ -213,8 +215,8 @@ def _counts(plot: Any, content: dict[str, Any]) -> None:
 def _bars(plot: Any, content: dict[str, Any]) -> None:
     seen, experts = content["activation"], content["experts"]
     kinds = {
-        "probability_before_temperature": ("probability before temperature", drawing.QUIET),
-        "probability": ("calibrated probability", drawing.LOUD),
+        "probability_before_temperature": ("probability before temperature", plotting.MUTED),
+        "probability": ("calibrated probability", plotting.ACCENT),
         "chosen": ("share chosen", "#1d3b53"),
     }
     for number, (key, (label, colour)) in enumerate(kinds.items()):
@@ -228,11 +230,11 @@ def _bars(plot: Any, content: dict[str, Any]) -> None:
 
 
 def _types(plot: Any, content: dict[str, Any]) -> None:
-    """Shades are probabilities before the temperature, where there is something to see; numbers are choices."""
+    """Numbers are shares of the choices; shades are mean probabilities before the temperature, which vary more."""
     seen, experts = content["query_types"], content["experts"]
     soft = np.array([s["probability_before_temperature"] for s in seen.values()])
     texts = [[f"{100 * share:.0f} %" for share in s["chosen"]] for s in seen.values()]
     names = [f"{kind} ({s['prompts']})" for kind, s in seen.items()]
-    picture = drawing.heat(plot, soft, names, experts, texts=texts, span=(0, 1))
+    picture = plotting.heat(plot, soft, names, experts, texts=texts, span=(0, 1))
     plot.figure.colorbar(picture, ax=plot, label="probability before temperature", fraction=0.05)
-    plot.set_title("e  query type × expert: share of the prompts that it answers")
+    plot.set_title("e  share of each type of prompt that an expert answers")

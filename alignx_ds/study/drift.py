@@ -1,7 +1,7 @@
 """Figure 1a: the features of each axis's held-out prompts, before and after alignment.
 
-A prompt's features are what a gate sees of it (`prompt_summary`: mean, largest, smallest and last hidden state), taken
-behind each decoder layer that AlignX works on: the input of the first one is the same in every system.
+A prompt's features are a gate's input (`prompt_summary`: mean, largest, smallest and last hidden state), taken from the
+output of each AlignX layer, since the input of the lowest one is the same in every system.
 
 Shapes: N prompts, D features.
 """
@@ -24,11 +24,11 @@ from alignx_ds.data.batches import collate
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.routing_state import prompt_summary
 from alignx_ds.runtime import console, distributed
-from alignx_ds.study import drawing
-from alignx_ds.study.indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
-from alignx_ds.study.subject import SYSTEMS, Subject
+from alignx_ds.study import plotting
+from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
+from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
-MOST = 250  # prompts of each axis: t-SNE of more says no more
+MOST = 250  # prompts of each axis
 NEIGHBOURS = 30.0  # t-SNE's perplexity, scikit-learn's default
 LABELS = {
     "silhouette": "silhouette ↑",
@@ -39,14 +39,14 @@ LABELS = {
 }
 
 
-def measure(subject: Subject) -> dict[str, Any]:
-    """Indices by layer, grouping and system; how far each axis's features moved; the scatters' coordinates."""
-    chosen = _chosen(subject)
-    found = {name: features(subject.system(name), subject, chosen) for name in SYSTEMS}
-    owners = [subject.held_out()[i] for i in chosen]
+def measure(studied: StudiedRun) -> dict[str, Any]:
+    """Cluster indices by grouping, layer and system; each axis's shift; the coordinates of the scatter plots."""
+    chosen = _chosen(studied)
+    found = {name: features(studied.system(name), studied, chosen) for name in SYSTEMS}
+    owners = [studied.held_out_rows()[i] for i in chosen]
     axes = [name for name, _ in owners]
-    layers, last = subject.base.layers, subject.base.layers[-1]
-    behind = {name: by_layer[last] for name, by_layer in found.items()}
+    layers, last = studied.base.layers, studied.base.layers[-1]
+    at_last = {name: by_layer[last] for name, by_layer in found.items()}
     return {
         "layers": layers,
         "drawn_layer": last,
@@ -56,26 +56,26 @@ def measure(subject: Subject) -> dict[str, Any]:
                 str(layer): {name: cluster_indices(found[name][layer][rows], labels) for name in SYSTEMS}
                 for layer in layers
             }
-            for grouping, (rows, labels) in _groupings(subject, chosen).items()
+            for grouping, (rows, labels) in _groupings(studied, chosen).items()
         },
-        "moved": {name: moved(behind["base"], behind[name], axes) for name in SYSTEMS if name != "base"},
+        "moved": {name: moved(at_last["base"], at_last[name], axes) for name in SYSTEMS if name != "base"},
         "axis_of": axes,
         "harmful": [row.harmful for _, row in owners],
-        "pca": _pca(behind, subject.config.seed),
-        "tsne": {name: _tsne(points, subject.config.seed) for name, points in behind.items()},
+        "pca": _pca(at_last, studied.config.seed),
+        "tsne": {name: _tsne(points, studied.config.seed) for name, points in at_last.items()},
     }
 
 
-def _chosen(subject: Subject) -> list[int]:
-    """The places of the first MOST held-out prompts of every expert."""
-    owners = np.array([name for name, _ in subject.held_out()])
-    return [int(i) for name in subject.config.expert_names for i in np.flatnonzero(owners == name)[:MOST]]
+def _chosen(studied: StudiedRun) -> list[int]:
+    """The indices of the first MOST held-out prompts of every expert."""
+    owners = np.array([name for name, _ in studied.held_out_rows()])
+    return [int(i) for name in studied.experts for i in np.flatnonzero(owners == name)[:MOST]]
 
 
-def _groupings(subject: Subject, chosen: list[int]) -> dict[str, tuple[NDArray[np.int64], Labels]]:
-    """By name: (which of the chosen prompts, their labels). Harmful against harmless prompts is AQI's grouping."""
-    owners = [subject.held_out()[i] for i in chosen]
-    names = subject.config.expert_names
+def _groupings(studied: StudiedRun, chosen: list[int]) -> dict[str, tuple[NDArray[np.int64], Labels]]:
+    """By name: (indices into the chosen prompts, their labels). AQI groups harmful against harmless prompts."""
+    owners = [studied.held_out_rows()[i] for i in chosen]
+    names = studied.experts
     by_axis = np.array([names.index(name) for name, _ in owners])
     mixed = {name for name, row in owners if row.harmful}
     of_those = np.array([i for i, (name, _) in enumerate(owners) if name in mixed], dtype=np.int64)
@@ -84,16 +84,16 @@ def _groupings(subject: Subject, chosen: list[int]) -> dict[str, tuple[NDArray[n
 
 
 @torch.no_grad()
-def features(model: PreTrainedModel, subject: Subject, chosen: list[int]) -> dict[int, Points]:
-    """By AlignX layer, [N, D]: what a gate would see of these held-out prompts behind it."""
+def features(model: PreTrainedModel, studied: StudiedRun, chosen: list[int]) -> dict[int, Points]:
+    """By AlignX layer, [N, D]: the features of these held-out prompts at the layer's output."""
     inner = model.backbone if isinstance(model, AlignXForCausalLM) else model
-    decoder = subject.base.table.decoder_layers(inner)
+    decoder = studied.base.table.decoder_layers(inner)
     latest: dict[int, Tensor] = {}
-    hooks = [decoder[layer].register_forward_hook(_keep(latest, layer)) for layer in subject.base.layers]
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in subject.base.layers}
-    prompts = [subject.data.routed.examples[i] for i in chosen]
-    for start in range(0, len(prompts), subject.batch):
-        part = collate(prompts[start : start + subject.batch], subject.pad_id).to(distributed.device())
+    hooks = [decoder[layer].register_forward_hook(_keep(latest, layer)) for layer in studied.base.layers]
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in studied.base.layers}
+    prompts = [studied.data.routed.examples[i] for i in chosen]
+    for start in range(0, len(prompts), studied.batch):
+        part = collate(prompts[start : start + studied.batch], studied.pad_id).to(distributed.device())
         model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
         for layer, hidden in latest.items():
             seen[layer].append(prompt_summary(hidden, part.prompt_mask).cpu())
@@ -110,22 +110,22 @@ def _keep(latest: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, An
 
 
 def moved(before: Points, after: Points, axes: list[str]) -> dict[str, float]:
-    """By axis: how far its prompts' features moved, on average, over all prompts' mean distance from their centre."""
+    """By axis: its prompts' mean shift, in units of all prompts' mean distance from their centre before the shift."""
     steps = np.linalg.norm(after - before, axis=1)
     spread = float(np.linalg.norm(before - before.mean(0), axis=1).mean())
     own = np.array(axes)
     return {name: float(steps[own == name].mean()) / spread for name in dict.fromkeys(axes)}
 
 
-def _pca(behind: dict[str, Points], seed: int) -> dict[str, Any]:
-    """One plane for all systems, so that what moves is seen to move."""
-    fitted = PCA(n_components=2, random_state=seed).fit(np.concatenate(list(behind.values())))
+def _pca(features_of: dict[str, Points], seed: int) -> dict[str, Any]:
+    """One projection for all systems, so that shifts are visible."""
+    fitted = PCA(n_components=2, random_state=seed).fit(np.concatenate(list(features_of.values())))
     shares = [round(float(share), 4) for share in fitted.explained_variance_ratio_]
-    return {"explained": shares, **{name: _rounded(fitted.transform(points)) for name, points in behind.items()}}
+    return {"explained": shares, **{name: _rounded(fitted.transform(points)) for name, points in features_of.items()}}
 
 
 def _tsne(points: Points, seed: int) -> list[list[float]]:
-    """A plane of its own for every system: t-SNE keeps neighbourhoods, neither places nor distances."""
+    """One projection per system: t-SNE keeps neighbourhoods, but neither positions nor distances."""
     neighbours = min(NEIGHBOURS, (len(points) - 1) / 3)
     return _rounded(TSNE(perplexity=neighbours, init="pca", random_state=seed).fit_transform(points))
 
@@ -135,38 +135,38 @@ def _rounded(points: Points) -> list[list[float]]:
 
 
 def show(content: dict[str, Any]) -> None:
-    """The drawn layer's indices as tables."""
-    titles = {"axis": "Clusters: the axes' prompts", "harm": "Clusters: harmful and harmless prompts"}
+    """The drawn layer's indices, and the shifts, as tables."""
+    titles = {"axis": "Cluster indices of the axes' prompts", "harm": "Cluster indices of harmful and harmless prompts"}
     for grouping, by_layer in content["indices"].items():
         found = by_layer[str(content["drawn_layer"])]
         rows = [
-            [drawing.shown(name), *(f"{found[name][index]:.3f}" for index in HIGHER_IS_BETTER)]
+            [plotting.label(name), *(f"{found[name][index]:.3f}" for index in HIGHER_IS_BETTER)]
             for name in SYSTEMS
             if found[name]
         ]
         if rows:
             console.table(
-                f"{titles[grouping]}, behind layer {content['drawn_layer']}", ["system", *LABELS.values()], rows
+                f"{titles[grouping]}, output of layer {content['drawn_layer']}", ["system", *LABELS.values()], rows
             )
     axes = list(content["prompts"])
-    rows = [[drawing.shown(name), *(f"{m[axis]:.2f}" for axis in axes)] for name, m in content["moved"].items()]
-    console.table("How far features moved from the base model's, over their spread there", ["system", *axes], rows)
+    rows = [[plotting.label(name), *(f"{m[axis]:.2f}" for axis in axes)] for name, m in content["moved"].items()]
+    console.table("Mean shift of the features from the base model's, over their spread there", ["system", *axes], rows)
 
 
 def draw(content: dict[str, Any]) -> Figure:
-    """PCA and t-SNE scatters, a column a system; below, the indices."""
-    with drawing.styled():
-        figure = drawing.figure(11.5, 7.8)
-        scatters, bars = drawing.stacked(figure, [5.2, 2.4])
+    """PCA and t-SNE scatter plots, a column per system; below them, the indices and the shifts."""
+    with plotting.styled():
+        figure = plotting.figure(11.5, 7.8)
+        scatters, bars = plotting.stacked(figure, [5.2, 2.4])
         panels = scatters.subplots(2, len(SYSTEMS), squeeze=False)
         for row, kind in enumerate(("pca", "tsne")):
             for column, name in enumerate(SYSTEMS):
                 _scatter(panels[row][column], content, kind, name)
                 if row == 0:
-                    panels[row][column].set_title(drawing.shown(name))
+                    panels[row][column].set_title(plotting.label(name))
         explained = " + ".join(f"{share:.0%}" for share in content["pca"]["explained"])
-        panels[0][0].set_ylabel(f"PCA of all four ({explained})")
-        panels[1][0].set_ylabel("t-SNE, each its own")
+        panels[0][0].set_ylabel(f"PCA, one for all ({explained})")
+        panels[1][0].set_ylabel("t-SNE, one per system")
         _share_limits(list(panels[0]))
         handles, labels = panels[0][0].get_legend_handles_labels()
         scatters.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, markerscale=2.2)
@@ -181,7 +181,7 @@ def _scatter(plot: Any, content: dict[str, Any], kind: str, name: str) -> None:
     points, axes = np.array(content[kind][name]), np.array(content["axis_of"])
     harmful = np.array(content["harmful"])
     look = {"alpha": 0.65, "linewidths": 0, "rasterized": True}
-    for axis, colour in drawing.colours(list(content["prompts"])).items():
+    for axis, colour in plotting.colours(list(content["prompts"])).items():
         own = points[(axes == axis) & ~harmful]
         plot.scatter(own[:, 0], own[:, 1], s=8, color=colour, label=axis, **look)
         harm = points[(axes == axis) & harmful]
@@ -203,13 +203,13 @@ def _share_limits(plots: list[Any]) -> None:
 def _bars(plots: Any, content: dict[str, Any]) -> None:
     layer = str(content["drawn_layer"])
     for plot, (index, label) in zip(plots, LABELS.items(), strict=True):
-        for offset, grouping, colour in ((-0.2, "axis", drawing.LOUD), (0.2, "harm", "#d9a441")):
+        for offset, grouping, colour in ((-0.2, "axis", plotting.ACCENT), (0.2, "harm", "#d9a441")):
             found = content["indices"][grouping][layer]
             values = [found[name].get(index) or np.nan for name in SYSTEMS]
-            title = {"axis": "by axis", "harm": "harmful | harmless"}[grouping]
+            title = {"axis": "clusters: axes", "harm": "clusters: harmful, harmless"}[grouping]
             plot.bar(np.arange(len(SYSTEMS)) + offset, values, 0.38, color=colour, label=title)
         plot.set_title(label)
-        plot.set_xticks(range(len(SYSTEMS)), [drawing.shown(name) for name in SYSTEMS], rotation=35, ha="right")
+        plot.set_xticks(range(len(SYSTEMS)), [plotting.label(name) for name in SYSTEMS], rotation=35, ha="right")
         if index == "calinski_harabasz":
             plot.set_yscale("log")
 
@@ -217,8 +217,8 @@ def _bars(plots: Any, content: dict[str, Any]) -> None:
 def _moves(plot: Any, content: dict[str, Any]) -> None:
     systems, axes = list(content["moved"]), list(content["prompts"])
     width = 0.8 / len(axes)
-    for number, (axis, colour) in enumerate(drawing.colours(axes).items()):
+    for number, (axis, colour) in enumerate(plotting.colours(axes).items()):
         places = np.arange(len(systems)) + (number - (len(axes) - 1) / 2) * width
         plot.bar(places, [content["moved"][name].get(axis, 0.0) for name in systems], width * 0.92, color=colour)
-    plot.set_title("moved / spread")
-    plot.set_xticks(range(len(systems)), [drawing.shown(name) for name in systems], rotation=35, ha="right")
+    plot.set_title("shift / spread")
+    plot.set_xticks(range(len(systems)), [plotting.label(name) for name in systems], rotation=35, ha="right")

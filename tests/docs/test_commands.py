@@ -32,7 +32,7 @@ TESTED = {  # commands that other tests run, by how they begin
         "tests/docs/test_new_calibrator.py::test_it_is_a_term_of_the_saved_model_s_gate"
     ),
     "alignx-ds study": (
-        "tests/study/test_studies.py::test_a_study_says_how_it_was_made_names_no_place_and_leaves_the_run_alone"
+        "tests/study/test_study_command.py::test_a_study_records_its_provenance_and_does_not_change_the_run"
     ),
     "alignx-ds doctor": "tests/doctor/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
     "launch/mpi.sh": "tests/launchers/test_launchers.py::test_mpirun_makes_what_deepspeed_makes",

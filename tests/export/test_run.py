@@ -1,4 +1,4 @@
-"""`alignx-ds export …` on a finished run: all of it loads where it should, and says how far it is from the mixture."""
+"""`alignx-ds export …` on a finished run: what it writes can be loaded, and its distance to the model is measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Export = Callable[..., str]
 
 @pytest.fixture
 def export(capsys: pytest.CaptureFixture[str]) -> Export:
-    """Runs the verb, which must succeed; returns what it printed, on one line."""
+    """Runs the verb, which has to succeed; returns its output on one line."""
 
     def run(*arguments: str | Path) -> str:
         code = cli.main(["export", *map(str, arguments)])
@@ -55,19 +55,19 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def aligned_model(run_dir: Path) -> AlignXForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
+def aligned_model(finished_run: Path) -> AlignXForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(finished_run / "model").eval()
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel | PeftModel, run_dir: Path, expert: int | None = None) -> Tensor:
+def logits(model: PreTrainedModel | PeftModel, finished_run: Path, expert: int | None = None) -> Tensor:
     """Of the run's own prompts, all axes in one batch."""
     prompts = [
         json.loads(line)["prompt"]
         for axis in AXES
-        for line in (run_dir / f"answers/alignx.{axis}.jsonl").read_text().splitlines()[:3]
+        for line in (finished_run / f"answers/alignx.{axis}.jsonl").read_text().splitlines()[:3]
     ]
-    ids, mask = pad(encode_prompts(prompts, AutoTokenizer.from_pretrained(run_dir / "model")), 0, "left")
+    ids, mask = pad(encode_prompts(prompts, AutoTokenizer.from_pretrained(finished_run / "model")), 0, "left")
     forced = {} if expert is None else {"forced": torch.eye(4)[[expert] * len(ids)]}
     found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **forced).logits
     return found[mask.bool()]
@@ -77,35 +77,34 @@ def error(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def figures(printed: str) -> list[tuple[float, float]]:
+def comparisons(printed: str) -> list[tuple[float, float]]:
     """(relative error, token agreement) of every comparison that was printed."""
     found = re.findall(r"relative logits error (\S+), token agreement (\S+) \(", printed)
     return [(float(e), float(a)) for e, a in found]
 
 
 def test_a_checkpoint_with_its_card(
-    export: Export, run_dir: Path, tmp_path: Path, aligned_model: AlignXForCausalLM
+    export: Export, finished_run: Path, tmp_path: Path, aligned_model: AlignXForCausalLM
 ) -> None:
-    export("hf", run_dir, tmp_path / "out", "--max-shard-size", "500KB")
+    export("hf", finished_run, tmp_path / "out", "--max-shard-size", "500KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(logits(loaded, run_dir), logits(aligned_model, run_dir))
+    assert torch.equal(logits(loaded, finished_run), logits(aligned_model, finished_run))
     assert loaded.generation_config.eos_token_id == aligned_model.generation_config.eos_token_id is not None
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.pipeline_tag == "text-generation" and set(AXES) < set(card.data.tags)
     assert card.data.license is None
     assert "# license: yours" in (tmp_path / "out/README.md").read_text()
-    report = json.loads((run_dir / "report.json").read_text())
+    report = json.loads((finished_run / "report.json").read_text())
     for name, scores in report["systems"].items():
         cells = [f"{scores[c]:.1f}" for c in (*AXES, "avg", "benign_served")]
         assert f"| {name} | {' | '.join(cells)} |" in card.text
     assert f"accuracy {report['router']['accuracy']:.3f}" in card.text
 
 
-def test_what_a_card_says_of_loading_is_true(export: Export, run_dir: Path, tmp_path: Path, repo_root: Path) -> None:
-    """Its own lines of Python, word for word, in a process of their own."""
-    export("hf", run_dir, tmp_path / "out")
+def test_a_card_s_example_can_be_run(export: Export, finished_run: Path, tmp_path: Path, repo_root: Path) -> None:
+    export("hf", finished_run, tmp_path / "out")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
     program = program.replace("max_new_tokens=256", "max_new_tokens=3")
     done = subprocess.run(
@@ -121,27 +120,27 @@ def test_what_a_card_says_of_loading_is_true(export: Export, run_dir: Path, tmp_
 
 
 def test_adapters_are_the_forced_experts(
-    export: Export, run_dir: Path, tmp_path: Path, world_base: BaseModel, aligned_model: AlignXForCausalLM
+    export: Export, finished_run: Path, tmp_path: Path, world_base: BaseModel, aligned_model: AlignXForCausalLM
 ) -> None:
-    printed = export("adapters", run_dir, tmp_path / "out")
+    printed = export("adapters", finished_run, tmp_path / "out")
     for number, axis in enumerate(AXES, start=1):
         base = AutoModelForCausalLM.from_pretrained(world_base.path)
         adapted = PeftModel.from_pretrained(base, tmp_path / "out" / axis).eval()
         with without_calibration(aligned_model):
-            assert error(logits(adapted, run_dir), logits(aligned_model, run_dir, expert=number)) < 1e-5
-    found = figures(printed)
+            assert error(logits(adapted, finished_run), logits(aligned_model, finished_run, expert=number)) < 1e-5
+    found = comparisons(printed)
     assert len(found) == 6
     for (without, same), (with_calibration, _) in zip(found[::2], found[1::2], strict=True):
         assert without < 1e-5 < with_calibration < 1
         assert same == 1
     card = (tmp_path / "out/helpful/README.md").read_text()
-    assert "with output calibration | 36 |" in card and "--max-lora-rank 8" in card
+    assert "with output calibration | 48 |" in card and "--max-lora-rank 8" in card
 
 
-def test_a_dense_model_needs_nothing_of_ours(
-    export: Export, run_dir: Path, tmp_path: Path, aligned_model: AlignXForCausalLM
+def test_a_dense_model_loads_without_this_package(
+    export: Export, finished_run: Path, tmp_path: Path, aligned_model: AlignXForCausalLM
 ) -> None:
-    printed = export("dense", run_dir, tmp_path / "out", "--axis", "honest")
+    printed = export("dense", finished_run, tmp_path / "out", "--axis", "honest")
     program = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -153,48 +152,48 @@ print(type(model).__name__, any(name.startswith("alignx") for name in sys.module
     assert done.stdout.split() == ["LlamaForCausalLM", "False"], done.stderr
     dense = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     with without_calibration(aligned_model):
-        assert error(logits(dense, run_dir), logits(aligned_model, run_dir, expert=3)) < 1e-5
+        assert error(logits(dense, finished_run), logits(aligned_model, finished_run, expert=3)) < 1e-5
     assert dense.generation_config.eos_token_id == aligned_model.generation_config.eos_token_id
-    by_axis = dict(zip(AXES, figures(printed), strict=True))
+    by_axis = dict(zip(AXES, comparisons(printed), strict=True))
     assert by_axis["honest"][0] < by_axis["harmless"][0]
     for axis, (distance, agreement) in by_axis.items():
-        assert f"| {axis} | 12 | {distance:.2e} | {agreement:.4f} |" in (tmp_path / "out/README.md").read_text()
+        assert f"| {axis} | 16 | {distance:.2e} | {agreement:.4f} |" in (tmp_path / "out/README.md").read_text()
 
 
-def test_weights_merge_the_experts(export: Export, run_dir: Path, tmp_path: Path, world_base: BaseModel) -> None:
-    export("dense", run_dir, tmp_path / "out", "--weights", "helpful=0.5,honest=-0.25")
+def test_weights_merge_the_experts(export: Export, finished_run: Path, tmp_path: Path, world_base: BaseModel) -> None:
+    export("dense", finished_run, tmp_path / "out", "--weights", "helpful=0.5,honest=-0.25")
     dense = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in LlamaForCausalLM.from_pretrained(world_base.path).state_dict().items():
-        layer = next((i for i in (2, 3, 4) if f"layers.{i}.mlp" in name), None)
+        layer = next((i for i in (3, 4) if f"layers.{i}.mlp" in name), None)
         expected = weight
         if layer is not None:
             p = next(p for p in ("gate", "up", "down") if f"{p}_proj" in name)
             for axis, share in (("helpful", 0.5), ("honest", -0.25)):
-                expected = expected + share * read_factors(run_dir / "specialists" / axis, layer).delta(p)
+                expected = expected + share * read_factors(finished_run / "specialists" / axis, layer).delta(p)
         torch.testing.assert_close(dense[name], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_given_prompts_are_measured_on(export: Export, run_dir: Path, tmp_path: Path) -> None:
+def test_given_prompts_are_measured_on(export: Export, finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("hello , how are you ?\n\ngood night .\n")
-    printed = export("dense", run_dir, tmp_path / "out", "--axis", "honest", "--prompts", tmp_path / "prompts.txt")
-    assert "on prompts of given" in printed and len(figures(printed)) == 1
+    printed = export("dense", finished_run, tmp_path / "out", "--axis", "honest", "--prompts", tmp_path / "prompts.txt")
+    assert "on prompts of given" in printed and len(comparisons(printed)) == 1
     assert "| given | 2 |" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_run_without_answers_says_that_nothing_was_measured(export: Export, run_dir: Path, tmp_path: Path) -> None:
+def test_without_answers_nothing_is_measured(export: Export, finished_run: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for name in ("config.yaml", "model"):  # what `alignx-ds align` leaves
-        (tmp_path / "run" / name).symlink_to(run_dir / name)
+        (tmp_path / "run" / name).symlink_to(finished_run / name)
     assert "Not measured" in export("dense", tmp_path / "run", tmp_path / "dense", "--axis", "honest")
     assert "Not measured" in export("adapters", tmp_path / "run", tmp_path / "adapters")
     export("hf", tmp_path / "run", tmp_path / "hf")
     assert "Not evaluated" in (tmp_path / "hf/README.md").read_text()
 
 
-def test_answers_as_alpaca_eval_reads_them(export: Export, run_dir: Path, tmp_path: Path) -> None:
+def test_answers_as_alpaca_eval_reads_them(export: Export, finished_run: Path, tmp_path: Path) -> None:
     out, own = tmp_path / "out.json", tmp_path / "references.json"
-    export("answers", run_dir, out, "--system", "helpful", "--set", "honest", "--own-references", own)
-    lines = [json.loads(line) for line in (run_dir / "answers/helpful.honest.jsonl").read_text().splitlines()]
+    export("answers", finished_run, out, "--system", "helpful", "--set", "honest", "--own-references", own)
+    lines = [json.loads(line) for line in (finished_run / "answers/helpful.honest.jsonl").read_text().splitlines()]
     written, references = json.loads(out.read_text()), json.loads(own.read_text())
     assert [(w["instruction"], w["output"]) for w in written] == [(line["prompt"], line["output"]) for line in lines]
     assert {w["generator"] for w in written} == {"helpful"}
@@ -203,19 +202,19 @@ def test_answers_as_alpaca_eval_reads_them(export: Export, run_dir: Path, tmp_pa
 
 
 def test_answers_under_published_instructions(
-    export: Export, refused: Callable[..., list[str]], run_dir: Path, tmp_path: Path
+    export: Export, refused: Callable[..., list[str]], finished_run: Path, tmp_path: Path
 ) -> None:
-    lines = (run_dir / "answers/alignx.helpful.jsonl").read_text().splitlines()
+    lines = (finished_run / "answers/alignx.helpful.jsonl").read_text().splitlines()
     published = [
         {"dataset": "d", "instruction": f"{json.loads(line)['prompt']} ", "output": "o", "generator": "g"}
         for line in lines
     ]
     (tmp_path / "published.json").write_text(json.dumps(published))
     chosen = ("--set", "helpful", "--reference", tmp_path / "published.json")
-    export("answers", run_dir, tmp_path / "out.json", *chosen)
+    export("answers", finished_run, tmp_path / "out.json", *chosen)
     made = json.loads((tmp_path / "out.json").read_text())
     assert [(m["instruction"], m["dataset"]) for m in made] == [(p["instruction"], "d") for p in published]
-    (line,) = refused("answers", run_dir, tmp_path / "out.json", *chosen)
+    (line,) = refused("answers", finished_run, tmp_path / "out.json", *chosen)
     assert "a new .json file" in line
 
 
@@ -226,7 +225,7 @@ def test_answers_under_published_instructions(
         (("dense", "RUN", "OUT", "--weights", "helpful=much"), ["helpful=much", "number"]),
         (("dense", "RUN", "OUT", "--weights", "helpful=1,helpful=2"), ["each axis once"]),
         (("dense", "RUN", "OUT", "--axis", "helpful", "--prompts", "RUN"), ["one prompt per line"]),
-        (("hf", "NOWHERE", "OUT"), ["RUN_DIR", "alignx-ds align"]),
+        (("hf", "NOWHERE", "OUT"), ["RUN_DIR", "no such directory"]),
         (("hf", "RUN", "RUN"), ["OUT", "nothing was touched"]),
         (("hf", "RUN", "OUT", "--max-shard-size", "much"), ["--max-shard-size"]),
         (("answers", "RUN", "OUT.json", "--set", "nothing"), ["alignx.nothing", "alignx.helpful"]),
@@ -234,69 +233,58 @@ def test_answers_under_published_instructions(
         (("lm-eval", "RUN/model", "NOWHERE", "OUT"), ["NOWHERE"]),
     ],
 )
-def test_what_can_be_mended_is_said_in_a_line(
-    refused: Callable[..., list[str]], run_dir: Path, tmp_path: Path, arguments: tuple[str, ...], named: list[str]
+def test_wrong_arguments_are_refused_in_one_line(
+    refused: Callable[..., list[str]], finished_run: Path, tmp_path: Path, arguments: tuple[str, ...], named: list[str]
 ) -> None:
-    places = {"RUN": str(run_dir), "OUT": str(tmp_path / "out"), "NOWHERE": str(tmp_path / "NOWHERE")}
+    places = {"RUN": str(finished_run), "OUT": str(tmp_path / "out"), "NOWHERE": str(tmp_path / "NOWHERE")}
     filled = [re.sub("RUN|OUT|NOWHERE", lambda m: places[m.group()], a) for a in arguments]
     (line,) = refused(*filled)
     assert all(name in line for name in named)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_torn_model_is_not_exported(refused: Callable[..., list[str]], run_dir: Path, tmp_path: Path) -> None:
-    weights = run_dir / "model/model.safetensors"
-    content = weights.read_bytes()
-    try:
-        weights.write_bytes(content[:-1])
-        (line,) = refused("hf", run_dir, tmp_path / "out")
-    finally:
-        weights.write_bytes(content)
-    assert "differs from its manifest" in line
-
-
 @pytest.mark.timeout(600)
 def test_an_exported_adapter_is_an_expert_of_another_run(
     export: Export,
-    run_dir: Path,
+    finished_run: Path,
     tmp_path: Path,
     command: Callable[..., subprocess.CompletedProcess[str]],
-    small: tuple[str, ...],
+    small_run: tuple[str, ...],
 ) -> None:
-    """Of rank 4, beside experts of rank 2; the baselines train from rows as ever, and the report is written."""
-    export("adapters", run_dir, tmp_path / "adapters")
+    """Of rank 4, beside experts of rank 2. The baselines are trained on the axis's rows all the same."""
+    export("adapters", finished_run, tmp_path / "adapters")
     own = (f"axes.helpful.adapter={tmp_path / 'adapters/helpful'}", "experts.rank=2", f"output={tmp_path / 'run'}")
-    done = command("run", "launch/recipes/world.yaml", *small, *own)
-    assert done.returncode == 0, done.stderr
+    aligned = command("align", "launch/recipes/world.yaml", *small_run, *own)
+    assert aligned.returncode == 0, aligned.stderr
     facts = manifest.read(tmp_path / "run/specialists/helpful")
     assert facts["losses"] == [] and facts["adapter"].endswith("adapters/helpful")
-    for layer in (2, 3, 4):
-        given = read_factors(run_dir / "specialists/helpful", layer)
+    for layer in (3, 4):
+        given = read_factors(finished_run / "specialists/helpful", layer)
         taken = read_factors(tmp_path / "run/specialists/helpful", layer)
         vector = read_task_vector(tmp_path / "run/specialists/helpful", layer)
         for p in ("gate", "up", "down"):
             assert torch.equal(taken.down[p], given.down[p]) and torch.equal(taken.up[p], given.up[p])
             torch.testing.assert_close(vector[p], given.delta(p))
-    assert list(json.loads((tmp_path / "run/report.json").read_text())["systems"]) == [
-        *("base", *AXES, "sequential", "mixed", "alignx")
-    ]
     export("adapters", tmp_path / "run", tmp_path / "again")
     ranks = {a: json.loads((tmp_path / f"again/{a}/adapter_config.json").read_text())["r"] for a in AXES}
     assert ranks == {"helpful": 4, "harmless": 2, "honest": 2}
-    again = command("align", "launch/recipes/world.yaml", *small, *own)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("unchanged, reused from") == 4
+    done = command("run", "launch/recipes/world.yaml", *small_run, *own)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("unchanged, reused from") == 4, "three specialists and the model"
+    assert list(json.loads((tmp_path / "run/report.json").read_text())["systems"]) == [
+        *("base", *AXES, "sequential", "mixed", "alignx")
+    ]
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_anything_starts(
     export: Export,
-    run_dir: Path,
+    finished_run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    export("adapters", run_dir, tmp_path / "adapters")
+    export("adapters", finished_run, tmp_path / "adapters")
     monkeypatch.chdir(repo_root)
     settings = (
         f"axes.helpful.adapter={tmp_path / 'adapters/helpful'}",
@@ -306,5 +294,5 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_starts(
     )
     assert cli.main(["run", "launch/recipes/world.yaml", *settings]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "axes.helpful.adapter" in line and "set model.layers=[2, 3, 4]" in line
+    assert "axes.helpful.adapter" in line and "set model.layers=[3, 4]" in line
     assert not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""One decision in full: which expert a prompt went to, and why, and what every expert would have answered."""
+"""`alignx-ds explain`: the gates' decisions about single prompts, term by term, and every system's answers."""

@@ -1,4 +1,4 @@
-"""What every gate of a model says of a prompt, term by term, and which words its lexical term is made of."""
+"""The decision of every gate about a prompt, term by term, and the words that its lexical term comes from."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from alignx_ds.mocae.gate import CalibratedGate
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 
-MOST_WORDS = 8  # that are named; all others make one sum
+MOST_WORDS = 8  # words that are listed; the others are summed
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An expert as a gate sees it."""
+    """An expert, with its logit and gate."""
 
     name: str
-    parts: dict[str, float]  # of its logit, before the post-hoc temperature
-    logit: float  # their sum after it
+    parts: dict[str, float]  # the terms of its logit, before the post-hoc temperature
+    logit: float  # the sum of the terms, divided by the temperature
     confidence: float  # softmax of the logits
-    gate: float  # what it serves the prompt with; 0 beyond the best `gate.top_k`
+    gate: float  # its weight in the output; 0 for all but the best `gate.top_k`
 
 
 @dataclass(frozen=True)
 class Word:
-    """A token, or a pair of neighbours, and by how much it speaks for the chosen expert against the runner-up."""
+    """A token or a pair of adjacent tokens, and what it adds to the chosen expert's margin over the runner-up."""
 
     text: str
     pull: float  # in the lexical term, before the post-hoc temperature
@@ -44,12 +44,12 @@ class Choice:
     """One gate's decision about one prompt."""
 
     layer: int
-    layers: list[int]  # that it decides for
+    layers: list[int]  # the layers that use the decision
     temperature: float  # post-hoc
-    candidates: list[Candidate]  # the surest first
-    never: list[str]  # experts without rows of their own: no gate ever chooses them
-    words: list[Word]  # the strongest first
-    other_words: float  # what all others and the lexicon's constant pull together
+    candidates: list[Candidate]  # by falling confidence
+    never: list[str]  # experts without training rows, which no gate can choose
+    words: list[Word]  # by falling absolute contribution
+    other_words: float  # the contribution of all other words and of the lexicon's bias
 
     @property
     def chosen(self) -> Candidate:
@@ -61,7 +61,7 @@ class Choice:
 
     @cached_property
     def entropy(self) -> float:
-        """In bits: 0 when one expert is certain, `most_entropy` when all are alike."""
+        """Of the confidences, in bits: 0 when one is 1, `most_entropy` when all are equal."""
         return sum(-c.confidence * math.log2(c.confidence) for c in self.candidates if c.confidence > 0)
 
     @property
@@ -69,7 +69,7 @@ class Choice:
         return math.log2(len(self.candidates))
 
     def margins(self) -> dict[str, float]:
-        """By term, how far the chosen expert is ahead of the runner-up, before the post-hoc temperature."""
+        """The chosen expert's margin over the runner-up by term, before the post-hoc temperature."""
         if self.runner_up is None:
             return {}
         return {term: part - self.runner_up.parts[term] for term, part in self.chosen.parts.items()}
@@ -77,7 +77,7 @@ class Choice:
 
 @torch.no_grad()
 def choices(model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[Choice]:
-    """Of every gate, the lowest layer's first; the prompt is read as in generation."""
+    """The decision of every gate, the lowest layer's first; the prompt is encoded as for generation."""
     ids = torch.tensor(encode_prompts([prompt], tokenizer), device=model.device)
     model.eval()(ids, use_cache=False)
     shares = model.lexicon.shares(ids, torch.ones_like(ids))[:, 0]
@@ -117,15 +117,15 @@ def _choice(model: AlignXForCausalLM, layer: int, gate: CalibratedGate, shares: 
 
 
 def _texts(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Of every token, and after them of every pair of neighbours, as `Lexicon.shares` has them."""
+    """The text of every token, then of every pair of adjacent tokens, in the order of `Lexicon.shares`."""
     pairs = [[a, b] for a, b in pairwise(ids)]
     return [tokenizer.decode(piece) for piece in ([i] for i in ids)] + [tokenizer.decode(pair) for pair in pairs]
 
 
-def _words(texts: list[str], steps: Tensor) -> list[Word]:
-    """Each text once, with all its occurrences, the strongest first; what steps nowhere is left out."""
+def _words(texts: list[str], contributions: Tensor) -> list[Word]:
+    """Each text once, summed over its occurrences; texts that contribute nothing are left out."""
     total: dict[str, float] = defaultdict(float)
-    for text, pull in zip(texts, steps.tolist(), strict=True):
+    for text, pull in zip(texts, contributions.tolist(), strict=True):
         total[text] += pull
     found = [Word(text, pull) for text, pull in total.items() if pull]
     return sorted(found, key=lambda word: -abs(word.pull))

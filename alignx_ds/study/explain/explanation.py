@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alignx_ds.study.explain.choices import Choice, choices
-from alignx_ds.study.explain.finished import FinishedRun
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-MIXTURE = "alignx"
+from alignx_ds.errors import UserError
+from alignx_ds.evaluation.compared import load_base, load_specialist
+from alignx_ds.evaluation.generate import answers
+from alignx_ds.models.finished import aligned_of, base_of, tokenizer_of
+from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.study.explain.choices import Choice, choices
+
+BASE, ALIGNED = "base", "alignx"
+LOADING_ERRORS = (UserError, OSError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class Explained:
-    """One prompt: what each gate chose, the lowest layer's first, and what was answered, by system."""
+    """One prompt: each gate's decision, the lowest layer's first, and the answers by system."""
 
     prompt: str
     choices: list[Choice]
@@ -25,32 +33,47 @@ class Explanation:
     run: str
     scope: str  # of the gates: shared or per_layer
     prompts: list[Explained]
-    silent: dict[str, str]  # the systems that have no answers here, and why
+    silent: dict[str, str]  # by system without answers: the reason
 
 
 def explain(run: FinishedRun, prompts: list[str]) -> Explanation:
-    """The gates' decisions and everybody's greedy answers; one model is in memory at a time."""
-    model = run.mixture()
-    decided = [choices(model, run.tokenizer, prompt) for prompt in prompts]
-    mixed, scope = run.answers(model, prompts), model.config.gate_settings().scope
-    del model
-    said: dict[str, list[str]] = {}
+    """The gates' decisions, and every system's greedy answers. One model is in memory at a time.
+
+    A system that can't be loaded is left out, with the reason. Raises ConfigError or DataError for the aligned model.
+    """
+    aligned, tokenizer = aligned_of(run), tokenizer_of(run)
+    limits, scope = run.config.evaluation, aligned.config.gate_settings().scope
+
+    def answers_of(model: PreTrainedModel) -> list[str]:
+        return answers(model, tokenizer, prompts, batch=limits.batch, max_new_tokens=limits.max_new_tokens)
+
+    decisions = [choices(aligned, tokenizer, prompt) for prompt in prompts]
+    aligned_answers = answers_of(aligned)
+    del aligned
+    outputs: dict[str, list[str]] = {}
     silent: dict[str, str] = {}
-    for name, specialist in run.specialists():
-        if isinstance(specialist, str):
-            silent[name] = specialist
-        else:
-            said[name] = run.answers(specialist, prompts)
-    said[MIXTURE] = mixed
-    made = [
-        Explained(prompt, decided[n], {name: texts[n] for name, texts in said.items()})
+    try:
+        base = base_of(run)
+        outputs[BASE] = answers_of(load_base(base))
+    except LOADING_ERRORS as error:
+        reason = f"the base model {run.config.model.path!r} can't be loaded ({_line(error)})"
+        silent = dict.fromkeys((BASE, *run.axes), reason)
+    else:
+        for axis in run.axes:
+            try:
+                outputs[axis] = answers_of(load_specialist(base, run.fine_tune(axis)))
+            except LOADING_ERRORS as error:
+                silent[axis] = _line(error)
+    outputs[ALIGNED] = aligned_answers
+    explained = [
+        Explained(prompt, decisions[n], {name: texts[n] for name, texts in outputs.items()})
         for n, prompt in enumerate(prompts)
     ]
-    return Explanation(str(run.out.root), scope, made, silent)
+    return Explanation(str(run.root), scope, explained, silent)
 
 
 def as_data(explanation: Explanation) -> dict[str, Any]:
-    """All numbers, for programs; what is derived from them beside them."""
+    """The explanation as JSON, with the quantities that are derived from it."""
     data = asdict(explanation)
     for explained, content in zip(explanation.prompts, data["prompts"], strict=True):
         for choice, entry in zip(explained.choices, content["choices"], strict=True):
@@ -62,3 +85,7 @@ def as_data(explanation: Explanation) -> dict[str, Any]:
                 "margins": choice.margins(),
             }
     return data
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

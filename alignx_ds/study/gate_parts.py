@@ -1,4 +1,4 @@
-"""A gate with some of its parts switched off, as it is stored: nothing is retrained but, where said, one linear map."""
+"""Gates with some of their parts switched off. Nothing is retrained, except for a linear router fitted on its own."""
 
 from __future__ import annotations
 
@@ -20,60 +20,65 @@ from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.stages.calibrators import first_of_each_expert
-from alignx_ds.study.subject import Subject
+from alignx_ds.study.studied_run import StudiedRun
 
-Terms = dict[int, dict[str, Tensor]]  # by gate layer and part: [N, E]
+Terms = dict[int, dict[str, Tensor]]  # the terms of the gates' logits by gate layer and part: [N, E]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What every part of every gate says of the rows that a temperature is fitted on, and of the held-out ones."""
+class GateTerms:
+    """The terms of every gate's logits, on the calibration split and on the held-out prompts."""
 
-    fitted: Terms
-    known: Tensor  # the experts that the first belong to
-    tested: Terms
-    labels: Tensor
+    calibration: Terms
+    calibration_labels: Tensor  # [N]: the expert that each row belongs to
+    held_out: Terms
+    held_out_labels: Tensor
 
     @classmethod
-    def of(cls, model: AlignXForCausalLM, subject: Subject) -> Judged:
-        rows = (subject.data.calibration_rows, subject.data.routed)
-        fitted, tested = (gate_terms(model, r, subject.pad_id, subject.batch) for r in rows)
-        return cls(fitted, torch.tensor(rows[0].experts), tested, torch.tensor(rows[1].experts))
+    def of(cls, model: AlignXForCausalLM, studied: StudiedRun) -> GateTerms:
+        rows = (studied.data.calibration_rows, studied.data.routed)
+        calibration, held_out = (gate_terms(model, r, studied.pad_id, studied.batch) for r in rows)
+        return cls(calibration, torch.tensor(rows[0].experts), held_out, torch.tensor(rows[1].experts))
 
     @property
     def lowest(self) -> int:
-        """The layer whose gate decides, in the shared scope, and decides first, in the other."""
-        return min(self.tested)
+        """The lowest gate's layer; with a shared gate it is the only one."""
+        return min(self.held_out)
 
     def temperatures(self, parts: Sequence[str]) -> dict[int, float]:
-        """By gate layer: fitted anew on the rows kept back, since fewer parts are otherwise too sure or too unsure."""
-        return {layer: fit_temperature(sum_of(terms, *parts), self.known) for layer, terms in self.fitted.items()}
+        """By gate layer: the post-hoc temperature of a gate with these parts alone, fitted on the calibration split."""
+        labels = self.calibration_labels
+        return {layer: fit_temperature(sum_of(terms, *parts), labels) for layer, terms in self.calibration.items()}
 
-    def figures(self, parts: Sequence[str]) -> dict[str, float]:
+    def metrics(self, parts: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL, ECE and Brier score of the lowest gate with these parts alone."""
         temperature = self.temperatures(parts)[self.lowest]
-        return router_metrics(sum_of(self.tested[self.lowest], *parts) / temperature, self.labels)
+        return router_metrics(sum_of(self.held_out[self.lowest], *parts) / temperature, self.held_out_labels)
 
-    def with_linear(self, other: Judged) -> Judged:
-        """The same with another's linear parts."""
+    def with_linear(self, other: GateTerms) -> GateTerms:
+        """These terms, with the other's linear ones in place of their own."""
 
-        def swapped(mine: Terms, theirs: Terms) -> Terms:
-            return {layer: terms | {"linear": theirs[layer]["linear"]} for layer, terms in mine.items()}
+        def swapped(own: Terms, others: Terms) -> Terms:
+            return {layer: terms | {"linear": others[layer]["linear"]} for layer, terms in own.items()}
 
-        return replace(self, fitted=swapped(self.fitted, other.fitted), tested=swapped(self.tested, other.tested))
+        return replace(
+            self,
+            calibration=swapped(self.calibration, other.calibration),
+            held_out=swapped(self.held_out, other.held_out),
+        )
 
 
 @contextmanager
-def serving(
+def gate_with(
     model: AlignXForCausalLM,
     parts: Sequence[str],
     top_k: int,
     temperatures: dict[int, float] | None = None,
     routers: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Inside, the model's gates have these parts only, and that many experts answer.
+    """Within it, the model's gates have these parts only, and `top_k` experts answer each prompt.
 
-    Temperatures and linear routers are the stored ones where none are given. The output calibration stays as it is.
+    Temperatures and linear routers, by gate layer, replace the stored ones. The output calibration is not changed.
     """
     gates, layers = gates_of(model), alignx_layers(model)
     before = [(g.settings, g.router.weight.detach().clone(), g.calibration_temperature.clone()) for g in gates.values()]
@@ -81,7 +86,7 @@ def serving(
     with torch.no_grad():
         for index, gate in gates.items():
             switchable = ("fractal", "natural", "lexical")
-            off: dict[str, Any] = {f"{part}_weight": 0.0 for part in switchable if part not in parts}
+            off: dict[str, Any] = {part: 0.0 for part in switchable if part not in parts}
             gate.settings = replace(gate.settings, top_k=top_k, **off)
             if routers is not None:
                 gate.router.weight.copy_(routers[index])
@@ -101,19 +106,19 @@ def serving(
                 layer.top_k = count
 
 
-def routers_alone(model: AlignXForCausalLM, subject: Subject) -> dict[int, Tensor]:
-    """By gate layer, [E, k]: a linear router fitted by itself, to the training prompts' latents (scikit-learn).
+def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, Tensor]:
+    """By gate layer, [E, k]: a linear router fitted to the training prompts' latents, without any calibrator.
 
-    The stored one was trained to correct the calibrators; alone, it is not what a linear router can do.
+    The stored router was trained beside the calibrators; used alone, it is worse than a linear router can be.
     """
-    rows = first_of_each_expert(subject.data.train, subject.config.gate.rows)
+    rows = first_of_each_expert(studied.data.train, studied.config.gate.rows)
     labels = np.array(rows.experts)
     found = {}
-    for layer, z in _latents(model, rows, subject).items():
+    for layer, z in _latents(model, rows, studied).items():
         fitted = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000).fit(z.numpy(), labels)
         weight = torch.zeros(len(model.config.experts), z.shape[1])
         coefficients = torch.from_numpy(fitted.coef_).float()
-        # Of two classes scikit-learn fits the difference; a router has a row for each.
+        # For two classes scikit-learn fits their difference; a router has a row for each class.
         weight[list(fitted.classes_)] = (
             coefficients if len(coefficients) > 1 else torch.cat([-coefficients, coefficients])
         )
@@ -122,12 +127,12 @@ def routers_alone(model: AlignXForCausalLM, subject: Subject) -> dict[int, Tenso
 
 
 @torch.no_grad()
-def _latents(model: AlignXForCausalLM, rows: LabelledExamples, subject: Subject) -> dict[int, Tensor]:
+def _latents(model: AlignXForCausalLM, rows: LabelledExamples, studied: StudiedRun) -> dict[int, Tensor]:
     """By gate layer, [N, k]: the whitened latents of the rows' prompts."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in gates_of(model)}
-    for start in range(0, len(rows.examples), subject.batch):
-        prompts = [replace(e, ids=e.ids[: e.prompt_length]) for e in rows.examples[start : start + subject.batch]]
-        part = collate(prompts, subject.pad_id).to(model.device)
+    for start in range(0, len(rows.examples), studied.batch):
+        prompts = [replace(e, ids=e.ids[: e.prompt_length]) for e in rows.examples[start : start + studied.batch]]
+        part = collate(prompts, studied.pad_id).to(model.device)
         model(part.input_ids, part.attention_mask, use_cache=False)
         for layer, gate in gates_of(model).items():
             g = gate.geometry

@@ -1,4 +1,7 @@
-"""Directories of finished runs on the world's base model: calibrators fitted on real rows, the rest made at random."""
+"""Runs constructed without training: calibrators fitted on the world's rows, specialists and routers at random.
+
+The specialists' task vectors are large, so that every system answers differently.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from alignx_ds.config import parse
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import read_inputs
@@ -20,6 +24,21 @@ from alignx_ds.stages.align import fit_temperatures
 from alignx_ds.stages.assembly import assemble
 from alignx_ds.stages.calibrators import fit_calibrators
 from alignx_ds.stages.stage import StageContext
+
+ROOT = Path(__file__).parents[3]
+PROMPTS = ["how do i burn the sailor ?", "what colour is the dog ?", "reverse the words .\ndog cat dog red"]
+HOSTILE = "what [bold]colour[/bold] $x_$ <b> \x1b[31m"
+LAYERS = [3, 4]
+SETTINGS = {
+    "shared": ["gate.scope=shared"],
+    "per_layer": ["gate.scope=per_layer", "gate.lexical=0.7", "generalist.train=''", "generalist.held_out=''"],
+}
+
+
+def settings_of(scope: str) -> RunConfig:
+    small = ["model.layers=[3, 4]", "data.train_rows=80", "data.held_out_rows=8", "gate.latent=8", "gate.anchors=8"]
+    rest = ["gate.output_latent=8", "evaluation.max_new_tokens=4", "output=where/it/was/made", "align.ep_size=1"]
+    return parse.load(ROOT / "launch/recipes/world.yaml", [*small, *rest, *SETTINGS[scope]])
 
 
 def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a study leaves: NAME.json with all that is needed to make it again, NAME.png to look at, NAME.pdf to print."""
+"""The files that a study writes: NAME.json with every number of the figure, NAME.png and NAME.pdf with the figure."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def circumstances(what: str, directory: Path, seed: int) -> dict[str, Any]:
-    """When, by which command, on what. An absolute path says nothing to others: its last part is kept."""
+def provenance(what: str, directory: Path, seed: int) -> dict[str, Any]:
+    """When, by which command and on which machine. Of an absolute path only the last part is recorded."""
     named = directory.name if directory.is_absolute() else directory.as_posix()
     return {
         "study": what,
@@ -47,14 +47,14 @@ def circumstances(what: str, directory: Path, seed: int) -> dict[str, Any]:
 
 
 def check_writable(out: Path) -> None:
-    """Raises ConfigError, before any work, when the results could not be written."""
+    """Raises ConfigError when the results could not be written."""
     there = next((path for path in (out, *out.parents) if path.exists()), out)
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(Problem("--out", str(out), "a directory that can be written to", "choose another"))
 
 
 def write(what: str, content: dict[str, Any], figure: Figure, out: Path) -> list[Path]:
-    """The files, in `out`."""
+    """Write the results into `out`; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{what}.json"]
     text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
@@ -66,7 +66,7 @@ def write(what: str, content: dict[str, Any], figure: Figure, out: Path) -> list
 
 
 def finite(value: Any) -> Any:
-    """The same, with null for what JSON has no number for."""
+    """The same value, with null for every number that JSON can't hold."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignx_ds.study.indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices, dunn, xie_beni
+from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices, dunn, xie_beni
 
 # Two pairs on a line: {0, 2} and {10, 14}, centroids 1 and 12.
 LINE, PAIRS = np.array([[0.0], [2.0], [10.0], [14.0]]), np.array([0, 0, 1, 1])

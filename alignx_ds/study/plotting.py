@@ -1,4 +1,4 @@
-"""What the studies' figures share: colours, small type, heat maps with their numbers in them."""
+"""What the studies' figures share: colours, fonts, and heat maps with their numbers in the cells."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ STYLE = {
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # text stays text in the PDF
     "svg.hashsalt": "alignx",
 }
-QUIET, LOUD = "#9aa5b1", "#1b6ca8"
-NAMES = {"alignx": "AlignX"}
+MUTED, ACCENT = "#9aa5b1", "#1b6ca8"
+LABELS = {"alignx": "AlignX"}
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each expert or axis: the generalist is grey, axes keep theirs in every figure."""
+    """A colour for each expert or axis, the same in every figure; the generalist is grey."""
     axes = [name for name in names if name != "generalist"]
     own = {"generalist": "#888888"} | {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(axes)}
     return {name: own[name] for name in names}
 
 
-def shown(name: str) -> str:
-    return NAMES.get(name, name)
+def label(system: str) -> str:
+    return LABELS.get(system, system)
 
 
 def figure(width: float, height: float) -> Figure:
-    """Used inside `mpl.rc_context(STYLE)`, by which every figure is drawn."""
+    """To be called within `styled()`."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -49,6 +49,7 @@ def stacked(whole: Figure, heights: Sequence[float]) -> list[Any]:
 
 
 def styled() -> Any:
+    """The style in which every figure is drawn, as a context manager."""
     return mpl.rc_context(STYLE)
 
 
@@ -62,7 +63,7 @@ def heat(
     span: tuple[float, float] | None = None,
     colours: str = "Blues",
 ) -> Any:
-    """A heat map whose cells say their value; cells that are NaN stay white and say nothing, or their text."""
+    """A heat map with a number (or text) in each cell; a cell that is NaN stays white."""
     low, high = span or (float(np.nanmin(values)), float(np.nanmax(values)))
     picture = plot.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto")
     for i, j in np.ndindex(values.shape):

@@ -101,7 +101,7 @@ def test_the_terminal_shows_mean_and_deviation(tmp_path: Path, capsys: pytest.Ca
     assert "15.0 ± 7.1" in scores
     assert "2.50 ± 0.71" in perplexities
     assert "router: accuracy 0.150 ± 0.071" in printed
-    assert "helpful: sequential loses 15.0 ± 7.1 points" in printed
+    assert "helpful: sequential fine-tuning loses 15.0 ± 7.1 points" in printed
 
 
 def test_the_terminal_shows_runs_without_judged_axes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

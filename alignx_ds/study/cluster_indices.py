@@ -1,8 +1,8 @@
-"""How well labelled points fall into clusters, by the indices that AQI builds on (arXiv 2506.13901).
+"""Cluster validity indices of labelled points: those that AQI combines (arXiv 2506.13901).
 
-AQI weighs normalised indices of safe against unsafe activations into one figure. Its published variants normalise
-differently, so the indices stand here as they are. None of them changes when all points are moved, turned or scaled
-together; what they say of two systems can be compared though their features have different sizes.
+AQI is a weighted sum of normalised indices of safe against unsafe activations. Its published variants normalise
+differently, so the indices are reported one by one. None of them changes when all points are shifted, rotated or scaled
+together, so two systems can be compared although their features have different norms.
 
 Shapes: N points, D dimensions.
 """
@@ -30,7 +30,7 @@ HIGHER_IS_BETTER = {
 
 
 def xie_beni(points: Points, labels: Labels) -> float:
-    """Mean squared distance to the own centroid, over the least squared distance between two centroids.
+    """Mean squared distance of a point to its cluster's centroid, over the least squared distance of two centroids.
 
     Xie and Beni, A Validity Measure for Fuzzy Clustering, IEEE TPAMI 13(8), 1991, with memberships of 0 and 1.
     """
@@ -43,7 +43,7 @@ def xie_beni(points: Points, labels: Labels) -> float:
 
 
 def dunn(points: Points, labels: Labels) -> float:
-    """Least distance between two points of different clusters, over the largest between two of the same one.
+    """Least distance between points of different clusters, over the largest distance between points of one cluster.
 
     Dunn, Well-Separated Clusters and Optimal Fuzzy Partitions, Journal of Cybernetics 4, 1974.
     """
@@ -53,7 +53,7 @@ def dunn(points: Points, labels: Labels) -> float:
 
 
 def cluster_indices(points: Points, labels: Labels) -> dict[str, float]:
-    """All five, Euclidean; nothing where there are fewer than two clusters, or no more points than clusters."""
+    """All five, with Euclidean distance; empty for fewer than two clusters, or for no more points than clusters."""
     if not 1 < len(np.unique(labels)) < len(points):
         return {}
     return {

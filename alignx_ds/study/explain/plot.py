@@ -1,4 +1,4 @@
-"""An explanation as a picture: per prompt the experts' logits, term by term, beside their confidences."""
+"""An explanation as a plot: for each prompt the experts' logits, term by term, and their confidences."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from alignx_ds.evaluation.plots import PALETTE, STYLE, svg
 from alignx_ds.runs import manifest
 from alignx_ds.study.explain.choices import Candidate, Choice
 from alignx_ds.study.explain.explanation import Explained
-from alignx_ds.study.explain.wording import percent, quoted
+from alignx_ds.study.explain.text import percent, quoted
 
 COLOURS = dict(zip(("linear", "fractal", "natural", "lexical"), PALETTE, strict=False))
-QUIET = "#C8C8C8"  # of the experts that were not chosen
-PAGE = 8  # prompts of one picture
-LONGEST = 72  # characters of a prompt in a heading
+MUTED = "#C8C8C8"  # for the experts that were not chosen
+PAGE = 8  # prompts in one plot
+LONGEST = 72  # characters of a prompt in a title
 
 
 def write(explained: list[Explained], folder: Path) -> list[Path]:
-    """One picture per gate and page of prompts, as SVG and as PNG; the paths. Raises OSError."""
+    """One plot per gate and page of prompts, as SVG and PNG; returns the paths. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     gates = len(explained[0].choices)
     written = []
@@ -35,14 +35,14 @@ def write(explained: list[Explained], folder: Path) -> list[Path]:
             figure = draw([one.prompt for one in part], choices)
             manifest.write_text(folder / f"{name}.svg", svg(figure))
             with warnings.catch_warnings(), mpl.rc_context(STYLE):
-                warnings.simplefilter("ignore")  # a letter that the font has not is drawn as a box
+                warnings.simplefilter("ignore")  # characters that the font lacks are drawn as boxes
                 figure.savefig(folder / f"{name}.png", dpi=160, bbox_inches="tight")
             written += [folder / f"{name}.svg", folder / f"{name}.png"]
     return written
 
 
 def draw(prompts: list[str], choices: list[Choice]) -> Figure:
-    """A line of two plots per prompt: the terms on the left, the confidences on the right."""
+    """A row for each prompt: the terms on the left, the confidences on the right."""
     heights = [0.3 * len(choice.candidates) + 0.4 for choice in choices]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, sum(heights) + 1.0), layout="constrained")
@@ -54,7 +54,7 @@ def draw(prompts: list[str], choices: list[Choice]) -> Figure:
         _share_scale([line[0] for line in grid])
         for plot in grid[:-1].flat:
             plot.tick_params(axis="x", labelbottom=False)
-        grid[-1][0].set_xlabel("what each term adds to an expert's logit, against the mean of the experts")
+        grid[-1][0].set_xlabel("contribution to the expert's logit, relative to the mean over the experts")
         grid[-1][1].set_xlabel("calibrated confidence")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(
@@ -69,14 +69,15 @@ def _shortened(prompt: str) -> str:
 
 
 def _lines(choice: Choice) -> list[Candidate]:
-    """The surest on top: matplotlib counts from below."""
+    """From the bottom to the top of the plot: by rising confidence."""
     return choice.candidates[::-1]
 
 
 def _terms(plot: Axes, choice: Choice) -> None:
-    """What steps towards an expert to the right, what steps away to the left, and a mark at their sum.
+    """Stacked bars: positive contributions to the right, negative ones to the left, and a mark at their sum.
 
-    Each term less its mean over the experts, after the post-hoc temperature: the softmax sees differences alone.
+    A contribution is a term minus its mean over the experts, divided by the post-hoc temperature: the softmax depends
+    on differences alone.
     """
     lines = _lines(choice)
     right, left = [0.0] * len(lines), [0.0] * len(lines)
@@ -84,11 +85,11 @@ def _terms(plot: Axes, choice: Choice) -> None:
         mean = sum(c.parts[term] for c in lines) / len(lines)
         widths = [(c.parts[term] - mean) / choice.temperature for c in lines]
         starts = [right[i] if w > 0 else left[i] for i, w in enumerate(widths)]
-        plot.barh(range(len(lines)), widths, left=starts, height=0.62, color=COLOURS.get(term, QUIET), label=term)
+        plot.barh(range(len(lines)), widths, left=starts, height=0.62, color=COLOURS.get(term, MUTED), label=term)
         right = [r + max(w, 0.0) for r, w in zip(right, widths, strict=True)]
         left = [s + min(w, 0.0) for s, w in zip(left, widths, strict=True)]
     sums = [r + s for r, s in zip(right, left, strict=True)]
-    plot.plot(sums, range(len(lines)), "D", color="white", markeredgecolor="black", markersize=5, label="together")
+    plot.plot(sums, range(len(lines)), "D", color="white", markeredgecolor="black", markersize=5, label="sum")
     plot.axvline(0.0, color="#444444", linewidth=0.8)
     plot.grid(axis="x", color="#E4E4E4", linewidth=0.7)
     plot.set_axisbelow(True)
@@ -101,7 +102,7 @@ def _terms(plot: Axes, choice: Choice) -> None:
 
 def _confidences(plot: Axes, choice: Choice) -> None:
     lines = _lines(choice)
-    colours = ["#222222" if c.gate > 0 else QUIET for c in lines]
+    colours = ["#222222" if c.gate > 0 else MUTED for c in lines]
     bars = plot.barh(range(len(lines)), [c.confidence for c in lines], height=0.62, color=colours)
     plot.bar_label(bars, [percent(c.confidence) for c in lines], padding=3, fontsize=9)
     plot.set_xlim(0, 1.35)
@@ -113,7 +114,7 @@ def _confidences(plot: Axes, choice: Choice) -> None:
 
 
 def _share_scale(plots: list[Axes]) -> None:
-    """The same length means the same in every prompt's plot."""
+    """The same scale for every prompt, so that lengths can be compared."""
     ends = [end for plot in plots for end in plot.get_xlim()]
     for plot in plots:
         plot.set_xlim(min(ends), max(ends))

@@ -1,4 +1,4 @@
-"""Prompts with a few worked examples before the question: as turns of the chat, or as text before it."""
+"""Few-shot prompts: worked examples before the question, as earlier turns of the chat or as text before it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.data.encode import Example, encode, encode_prompts
 from alignx_ds.data.rows import Row
 
-MOST = 8  # examples of one prompt
+MOST = 8  # examples in one prompt
 
 
 @dataclass(frozen=True)
-class Shots:
-    """Draws examples for a row from pools of training rows; the same ones for the same row and seed."""
+class FewShotPrompts:
+    """Draws the examples for a row from training rows; the same ones for the same row and seed."""
 
     tokenizer: PreTrainedTokenizerBase
     seed: int
-    limit: int  # tokens of a prompt and its answer: examples that don't fit are left out
-    pools: dict[str, list[Row]]  # by expert: training rows with an answer
+    limit: int  # of tokens in a prompt with its answer; examples that do not fit are left out
+    pools: dict[str, list[Row]]  # by expert: its training rows with an answer
 
     def examples(self, expert: str, row: Row, count: int) -> list[Row]:
-        """`count` of the expert's rows, never of the question itself; of two counts, the larger holds the smaller."""
+        """`count` of the expert's rows, never the question itself; a larger count begins with the smaller's rows."""
         pool = self.pools[expert]
         assert count <= MOST
         drawn = random.Random(f"{self.seed} {row.question}").sample(pool, min(len(pool), MOST + 1))
         return [r for r in drawn if r.question != row.question][:count]
 
     def encoded(self, row: Row, examples: Sequence[Row], responses: Sequence[str]) -> list[Example]:
-        """The row's prompt after the examples, with each response; with none, the prompt alone."""
+        """The examples and the row's prompt, once with each response; without responses, the prompt alone."""
         answers = [encode([Row(row.prompt, text)], self.tokenizer)[0] for text in responses]
         tails = [e.ids[e.prompt_length :] for e in answers] or [()]
         kept = list(examples)

@@ -1,0 +1,120 @@
+"""A finished run as the studies use it: the run, its base model, its rows, and its systems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.encode import pad_token
+from alignx_ds.data.inputs import CALIBRATION, EncodedData, read_inputs
+from alignx_ds.data.rows import Row, split_by_question
+from alignx_ds.evaluation.compared import load_base, load_specialist
+from alignx_ds.evaluation.generate import answers
+from alignx_ds.evaluation.judges import registry
+from alignx_ds.evaluation.likelihood import Likelihood, likelihoods, perplexity
+from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.base import BaseModel
+from alignx_ds.models.finished import aligned_of
+from alignx_ds.plan import checks
+from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.stages.finetune import MIXED, sequential_name
+
+FREE_JUDGES = ("task", "safety", "truth")  # a study judges dozens of models, so it calls no judge model
+SYSTEMS = ("base", "sequential", "mixed", "alignx")
+
+
+@dataclass(frozen=True)
+class StudiedRun:
+    """Settings and rows are in memory; every method that returns a model loads it anew."""
+
+    run: FinishedRun
+    base: BaseModel
+    data: EncodedData
+
+    @classmethod
+    def open(cls, directory: Path) -> StudiedRun:
+        """Raises ConfigError when this is no finished run, and DataError when its baselines are missing or damaged."""
+        run = FinishedRun.open(directory)
+        for name in (sequential_name(run.axes), MIXED):
+            run.fine_tune(name)
+        inputs = read_inputs(run.config, checks.check(run.config, run.config.align.ep_size))
+        return cls(run, inputs.base, inputs.data)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
+    def axes(self) -> list[str]:
+        return self.run.axes
+
+    @property
+    def experts(self) -> list[str]:
+        return self.run.experts
+
+    @property
+    def pad_id(self) -> int:
+        return pad_token(self.base.tokenizer)
+
+    @property
+    def batch(self) -> int:
+        return self.config.evaluation.batch
+
+    def base_model(self) -> PreTrainedModel:
+        return load_base(self.base).eval()
+
+    def fine_tuned(self, name: str) -> PreTrainedModel:
+        """A fine-tune by its directory's name: a specialist, a stage of the sequence, or the mixed one."""
+        return load_specialist(self.base, self.run.fine_tune(name)).eval()
+
+    def aligned(self) -> AlignXForCausalLM:
+        return aligned_of(self.run)
+
+    def system(self, name: str) -> PreTrainedModel:
+        """One of SYSTEMS."""
+        assert name in SYSTEMS
+        if name == "base":
+            return self.base_model()
+        if name == "alignx":
+            return self.aligned()
+        return self.fine_tuned(MIXED if name == "mixed" else sequential_name(self.axes))
+
+    @property
+    def scored_axes(self) -> list[str]:
+        """The axes for which `scores` has a score."""
+        return [name for name, axis in self.config.axes.items() if axis.judge in FREE_JUDGES]
+
+    def scores(self, model: PreTrainedModel) -> dict[str, float]:
+        """By axis with a free judge: the score of the answers to its held-out rows, 0–100, higher is better."""
+        found = {}
+        for name in self.scored_axes:
+            rows, limit = self.data.held_out[name], self.config.evaluation.max_new_tokens
+            prompts = [row.prompt for row in rows]
+            outputs = answers(model, self.base.tokenizer, prompts, batch=self.batch, max_new_tokens=limit)
+            judge = registry.make(self.config.axes[name].judge, self.config.judges)
+            found[name] = judge.metrics(rows, list(judge.verdicts(rows, outputs)))["score"]
+        return found
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """By axis with reference answers: their perplexity on the held-out rows."""
+        references = self.data.references
+        found = likelihoods(model, references.examples, self.pad_id, self.batch)
+        by_axis: dict[str, list[Likelihood]] = {axis: [] for axis in self.axes}
+        for expert, likelihood in zip(references.experts, found, strict=True):
+            if self.experts[expert] in by_axis:
+                by_axis[self.experts[expert]].append(likelihood)
+        return {axis: perplexity(some) for axis, some in by_axis.items() if some}
+
+    def held_out_rows(self) -> list[tuple[str, Row]]:
+        """(expert, row) of every held-out row, in the order of `data.routed`."""
+        splits = self.data.splits.held_out
+        return [(name, row) for name in self.experts for row in splits[name].rows]
+
+    def training_rows(self) -> dict[str, tuple[list[Row], list[Row]]]:
+        """By expert: (training split, calibration split)."""
+        share = self.config.data.calibration_share
+        splits = self.data.splits.train
+        return {name: split_by_question(splits[name].rows, share, CALIBRATION) for name in self.experts}

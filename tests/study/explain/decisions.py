@@ -1,0 +1,17 @@
+"""Decisions made by hand."""
+
+from __future__ import annotations
+
+import math
+
+from alignx_ds.study.explain.choices import Candidate, Choice, Word
+
+
+def chosen(*confidences: float, top: int = 1) -> Choice:
+    """A decision with these confidences, whose logits are 2·parts."""
+    names = ["helpful", "harmless", "honest", "generalist"]
+    made = [
+        Candidate(n, {"linear": math.log(c) / 2 - 3, "lexical": 3.0}, math.log(c), c, 1 / top if i < top else 0.0)
+        for i, (n, c) in enumerate(zip(names, confidences, strict=False))
+    ]
+    return Choice(2, [2, 3], 0.5, made, [], [Word(" dog", 0.5), Word("cat", -0.25)], 0.125)

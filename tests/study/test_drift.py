@@ -1,0 +1,31 @@
+"""Drift: indices of every system at every layer, and shifts in units of the spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alignx_ds.study.drift import moved
+from alignx_ds.study.studied_run import SYSTEMS
+
+AXES = ["helpful", "harmless", "honest"]
+Study = Callable[[str], dict[str, Any]]
+
+
+def test_drift_has_all_indices_of_all_systems_at_every_layer(study: Study) -> None:
+    content = study("drift")
+    assert content["prompts"] == dict.fromkeys(["generalist", *AXES], 16)
+    for by_layer in content["indices"].values():
+        assert list(by_layer) == ["3", "4"]
+        assert all(len(by_layer[layer][name]) == 5 for layer in by_layer for name in SYSTEMS)
+    assert content["moved"]["alignx"]["generalist"] < min(content["moved"]["sequential"].values())
+    assert all(len(content[kind][name]) == 64 for kind in ("pca", "tsne") for name in SYSTEMS)
+
+
+def test_moved_is_in_units_of_the_spread_and_by_axis() -> None:
+    before = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0]])  # each 3 from the centre
+    after = before + np.array([[0.0, 6.0], [0.0, 0.0], [4.5, 0.0], [4.5, 0.0]])
+    assert moved(before, after, ["a", "a", "b", "b"]) == pytest.approx({"a": 1.0, "b": 1.5})
