@@ -49,7 +49,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
 # Fixtures that start a whole run or several ranks, the slowest first.
-RUNS = ("runs", "made", "undisturbed", "one_node", "finished", "furnished", "place", "run_dir")
+RUNS = ("runs", "made", "undisturbed", "one_node", "finished_run", "furnished", "place", "run_dir")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def group(item: pytest.Item) -> tuple[int, str]:
         for place, name in enumerate(RUNS):
             if name in getattr(item, "fixturenames", ()):
-                return place, f"{item.path.parent.name}: {name}"
+                return place, name if name == "finished_run" else f"{item.path.parent.name}: {name}"
         starts_ranks = item.path.parent.name in ("distributed", "faults", "launchers")
         return len(RUNS) + (not starts_ranks), str(item.path)
 

@@ -23,7 +23,13 @@ def add_verbs(verbs: Any) -> None:
         help="mean and spread over finished runs",
         description="Print mean and spread of every system's scores over finished runs.",
     )
-    compare.add_argument("runs", nargs="+", type=Path, help="output directories, e.g. of one recipe with several seeds")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="finished runs of one recipe, e.g. with several seeds",
+    )
     compare.set_defaults(work=_compare)
     study = verbs.add_parser(
         "study",
@@ -31,7 +37,7 @@ def add_verbs(verbs: Any) -> None:
         description="Measure and plot one aspect of Axis Collapse on a finished run. Trains nothing.",
     )
     study.add_argument("what", choices=("drift", "forgetting", "contributions", "calibration"), metavar="WHAT")
-    study.add_argument("run_dir", type=Path, help="output directory of a finished run")
+    study.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a finished run, e.g. runs/world")
     study.add_argument("--out", type=Path, help="directory of WHAT.json, .png and .pdf (default: RUN_DIR/study)")
     study.set_defaults(work=_study)
 
@@ -53,5 +59,5 @@ def _compare(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     from alignx_ds.study import command
 
-    command.study(args.what, args.run_dir, args.out)
+    command.study(args.what, args.run, args.out)
     return 0

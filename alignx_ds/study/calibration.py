@@ -188,7 +188,7 @@ def show(content: dict[str, Any]) -> None:
 
 def draw(content: dict[str, Any]) -> Figure:
     """A row for the router and one for AlignX's answers: reliability diagrams, then ECE and Brier score."""
-    both = {"router": content["router"], "answers": content["answers"].get("alignx")}
+    both = {"router": content["router"], "AlignX's answers": content["answers"].get("alignx")}
     present = {name: seen for name, seen in both.items() if seen}
     with plotting.styled():
         figure = plotting.figure(11.5, 3.2 * len(present))

@@ -181,7 +181,7 @@ def _routing(plot: Any, content: dict[str, Any]) -> None:
     shade[:, 1:] = 1 - shade[:, 1:]  # except for the accuracy, lower is better
     texts = [["–" if np.isnan(v) else f"{v:.3f}" for v in row] for row in values]
     plotting.heat(plot, shade, list(seen), list(METRICS.values()), texts=texts, span=(0, 1.25))
-    plot.set_title("a  routing of held-out prompts, by parts of the gate")
+    plot.set_title("a  routing of held-out prompts")
 
 
 def _scores(plot: Any, content: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ def test_an_exported_model_answers(furnished: Callable[[], Path], shell: Callabl
     assert demo == "make demo"
     assert "alignx-ds run launch/recipes/world.yaml" in shell("make -n demo", place)
     shell(export, place)
-    answer = shell(load, place)
-    assert "generated_text" in answer and "how do i burn the sailor ?" in answer
+    (answer,) = shell(load, place).splitlines()
+    assert answer == shell('alignx-ds generate runs/world-hf "how do i burn the sailor ?" --max-new-tokens 16', place).strip()
+    assert answer and "how do i burn the sailor" not in answer
     assert "trust_remote_code" not in load

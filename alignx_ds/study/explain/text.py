@@ -64,7 +64,7 @@ def _table(choice: Choice) -> None:
 def sentences(choice: Choice) -> Iterator[str]:
     """The decision in words: the chosen expert, how certain the choice is, and which terms it comes from."""
     chosen, other = choice.chosen, choice.runner_up
-    yield f"Post-hoc temperature: {choice.temperature:.3g}."
+    yield f"Post-hoc temperature: {choice.temperature:.2g}."
     for name in choice.never:
         yield f"The expert {name} has no training rows, so the gate never chooses it."
     if other is None:
