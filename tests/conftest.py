@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this sm
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from processes import alignx_ds
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config import parse
@@ -44,7 +43,6 @@ SMALL_RUN = (
     *("checkpoints.every=2", "checkpoints.keep=20", "checkpoints.finished=true"),
 )
 WriteRecipe = Callable[..., Path]
-Command = Callable[..., subprocess.CompletedProcess[str]]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
@@ -129,28 +127,15 @@ def world_tokenizer(world_base: BaseModel) -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def command() -> Command:
-    """Runs `alignx-ds …` in a process of its own, in the project's directory."""
-
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-        environment = {k: v for k, v in os.environ.items() if k not in launcher} | {"PYTHONPATH": str(REPO)}
-        line = [sys.executable, "-m", "alignx_ds", *map(str, arguments)]
-        return subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=280, check=False)
-
-    return run
-
-
-@pytest.fixture(scope="session")
 def small_run() -> tuple[str, ...]:
     """Settings with which a run of the world's recipe takes seconds; it keeps its checkpoints."""
     return SMALL_RUN
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, command: Command, small_run: tuple[str, ...]) -> Path:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, small_run: tuple[str, ...]) -> Path:
     """The output directory of a whole run, with its trained baselines and its report. To be changed in a copy only."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    done = command("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
+    done = alignx_ds("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
     assert done.returncode == 0, done.stderr
     return output

@@ -16,6 +16,9 @@ def test_an_exported_model_answers(furnished: Callable[[], Path], shell: Callabl
     assert "alignx-ds run launch/recipes/world.yaml" in shell("make -n demo", place)
     shell(export, place)
     (answer,) = shell(load, place).splitlines()
-    assert answer == shell('alignx-ds generate runs/world-hf "how do i burn the sailor ?" --max-new-tokens 16', place).strip()
+    assert (
+        answer
+        == shell('alignx-ds generate runs/world-hf "how do i burn the sailor ?" --max-new-tokens 16', place).strip()
+    )
     assert answer and "how do i burn the sailor" not in answer
     assert "trust_remote_code" not in load

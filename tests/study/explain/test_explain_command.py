@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from constructed_runs import LAYERS, PROMPTS
+from processes import alignx_ds
 from safetensors.torch import load_file, save_file
 
 from alignx_ds import cli
@@ -69,10 +69,11 @@ def test_each_gate_is_printed_and_plotted(
 
 
 def test_json_holds_everything_and_nothing_else_is_printed(
-    made: dict[str, Path], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process of its own, where every library is imported anew and might print something."""
-    ended = command("explain", made["shared"], "--json", "--out", tmp_path, *PROMPTS)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    ended = alignx_ds("explain", str(made["shared"]), "--json", "--out", str(tmp_path), *PROMPTS)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
     assert [entry["prompt"] for entry in found["prompts"]] == PROMPTS
