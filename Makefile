@@ -1,7 +1,7 @@
 # make demo    install everything, then train and evaluate an aligned model on the embedded world
 # make bench   run every benchmark at a small shape, in less than 5 minutes without a GPU
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
-# make test    set everything up, then run the tests in two processes (WORKERS=4 make test: in four)
+# make test    install everything, then run lint, types and tests, these in two processes (WORKERS=4 make test: in four)
 # make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   the same as make test
