@@ -11,29 +11,29 @@ import torch
 from problems import (
     ALIGNX_LAYERS,
     CALIBRATION_ROWS,
+    DECODING,
     EXAMPLES,
     EXPERTS,
+    IMBALANCED,
     LABELS,
-    LOPSIDED,
     MODES,
     NAMES,
     PAD,
     PARITY_ROWS,
+    PROMPT_ROWS,
     SEED,
-    SPOKEN,
     STAGE_ROWS,
     TABLE,
-    WALKS,
-    WAYS,
+    VARIANTS,
     align_config,
     cotangents,
     dense_parameters,
     fine_tune_config,
     fine_tune_context,
     fusion_context,
-    lopsided_steps,
+    generated,
+    imbalanced_steps,
     mixture,
-    spoken,
     whole_stage_config,
 )
 from safetensors.torch import load_file
@@ -107,27 +107,27 @@ def parity(out: Path) -> dict[str, Any]:
     return {f"{mode} ep{n}": one_pass(n, mode) for mode in MODES for n in sizes}
 
 
-def lopsided(out: Path) -> dict[str, Any]:
-    found = {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in LOPSIDED.items() for mode in ("top1", "dense")}
+def imbalanced(out: Path) -> dict[str, Any]:
+    found = {f"{name} {mode}": one_pass(WORLD, mode, e) for name, e in IMBALANCED.items() for mode in ("top1", "dense")}
     return found | {f"pads alone {mode}": one_pass(WORLD, mode, pads=RANK == 1) for mode in MODES}
 
 
 def lockstep(out: Path) -> dict[str, Any]:
-    """Answers of this rank's own prompts through plain `generate`, by ep_size and walk."""
+    """Answers of this rank's own prompts through plain `generate`, by ep_size and decoding."""
     found = {}
     for ep_size in (n for n in (1, 2, 4) if WORLD % n == 0):
         align.make_expert_groups(ep_size)
         model = connect(mixture(placement=Placement(ep_size, RANK % ep_size))).eval()
-        found |= {f"{walk} ep{ep_size}": spoken(model, SPOKEN[RANK], walk) for walk in WALKS}
+        found |= {f"{decoding} ep{ep_size}": generated(model, PROMPT_ROWS[RANK], decoding) for decoding in DECODING}
     return found
 
 
 def steps(out: Path) -> dict[str, Any]:
     """Stage 2's training on real engines, by variation."""
     found = {}
-    for way in WAYS[WORLD]:
-        kind, ep_size, accumulation = way.replace(" forced", "").split()
-        found[way] = trained(int(ep_size[2:]), int(accumulation[3:]), kind, "forced" in way)
+    for variant in VARIANTS[WORLD]:
+        kind, ep_size, accumulation = variant.replace(" forced", "").split()
+        found[variant] = trained(int(ep_size[2:]), int(accumulation[3:]), kind, "forced" in variant)
     return found
 
 
@@ -149,7 +149,9 @@ def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[st
         curves.append(values)
 
     if forced:
-        forced_rows = ([loop.MicroBatch(*part) for part in step] for step in lopsided_steps(WORLD, RANK, accumulation))
+        forced_rows = (
+            [loop.MicroBatch(*part) for part in step] for step in imbalanced_steps(WORLD, RANK, accumulation)
+        )
         batches: loop.Batches = lambda start: forced_rows  # noqa: E731
     else:
         batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
@@ -276,5 +278,5 @@ def fusions(out: Path) -> dict[str, Any]:
     return found
 
 
-WORK = (parity, lopsided, lockstep, steps, fine_tune, interrupted, streamed, whole_stage, fusions)
+WORK = (parity, imbalanced, lockstep, steps, fine_tune, interrupted, streamed, whole_stage, fusions)
 JOBS = {job.__name__: job for job in WORK}

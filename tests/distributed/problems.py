@@ -63,16 +63,16 @@ MODES = {"top1": (1, False), "top2": (2, False), "dense": (1, True)}
 PARITY_ROWS = random_rows([5, 11, 3, 8, 14, 2, 9, 6], seed=21)
 
 # Forced experts of the same rows, in the order of the ranks' shares.
-LOPSIDED = {
+IMBALANCED = {
     "all to one": [1] * 8,
     "a rank to one": [3, 3, 3, 3, 0, 1, 2, 0],
     "each rank to another's": [2, 2, 3, 3, 0, 0, 1, 1],
 }
 
 # Generation in step: the prompts of each rank, as many and as long as no other's, and how answers are looked for.
-SPOKEN = [random_rows(lengths, 60 + n) for n, lengths in enumerate([[3, 9, 5], [12], [2, 4], [7, 1, 6, 3]])]
+PROMPT_ROWS = [random_rows(lengths, 60 + n) for n, lengths in enumerate([[3, 9, 5], [12], [2, 4], [7, 1, 6, 3]])]
 ENDS = [14, 37]  # one rank is done at once, another later, the others never
-WALKS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "without a cache": {"use_cache": False}}
+DECODING: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "without a cache": {"use_cache": False}}
 
 # Training: eight rows, four a step.
 PROMPTS = [4, 2, 6, 3, 4, 2, 6, 3]
@@ -85,7 +85,7 @@ STAGE_ROWS = LabelledExamples(
 CALIBRATION_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
 )
-WAYS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation
+VARIANTS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation
     1: ["sgd ep1 acc1", "sgd ep1 acc2", "adamw ep1 acc1", "sgd forced ep1 acc1"],
     2: [
         "sgd ep1 acc1",
@@ -190,11 +190,11 @@ def mixture(top_k: int = 1, placement: Placement | None = None, trained: bool = 
     return made
 
 
-def spoken(model: AlignXForCausalLM, rows: list[list[int]], walk: str) -> list[list[int]]:
+def generated(model: AlignXForCausalLM, rows: list[list[int]], decoding: str) -> list[list[int]]:
     """The answers to these prompts, each up to its end; at most 12 tokens."""
     ids, mask = padded(rows, side="left")
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ENDS, "pad_token_id": PAD}
-    made = model.generate(ids, attention_mask=mask, **settings, **WALKS[walk])
+    made = model.generate(ids, attention_mask=mask, **settings, **DECODING[decoding])
     answers = [row[ids.shape[1] :].tolist() for row in made]
     ends = [next((n for n, token in enumerate(a, start=1) if token in ENDS), len(a)) for a in answers]
     return [a[:end] for a, end in zip(answers, ends, strict=True)]
@@ -224,7 +224,7 @@ def schedule(step: int, warmup: int, steps: int) -> float:
 Step = list[tuple[Batch, Tensor, float]]
 
 
-def lopsided_steps(world: int, rank: int, accumulation: int) -> list[Step]:
+def imbalanced_steps(world: int, rank: int, accumulation: int) -> list[Step]:
     """Rows in their order: the first share of a step belongs to one expert only. (batch, experts, lm_scale) a part."""
     steps = []
     for chosen in (range(4), range(4, 8), range(4)):
@@ -266,7 +266,7 @@ def align_in_plain_torch(kind: str, forced: bool) -> dict[str, Any]:
     ]
     optimizer: torch.optim.Optimizer
     optimizer = torch.optim.SGD(groups, lr=0.0) if kind == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    steps: list[Step] = lopsided_steps(1, 0, 1)
+    steps: list[Step] = imbalanced_steps(1, 0, 1)
     if not forced:
         steps = [
             [_part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))]

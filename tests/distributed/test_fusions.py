@@ -26,7 +26,7 @@ from alignx_ds.stages import fuse
 from alignx_ds.training.losses import answer_nll
 
 NAMES = ("h3fusion", "trinityx")
-WAYS = [(1, "acc1"), (1, "acc2"), (2, "acc1")]
+VARIANTS = [(1, "acc1"), (1, "acc2"), (2, "acc1")]
 
 
 def start(name: str) -> Any:
@@ -110,11 +110,11 @@ def first_gates(runs: Runs, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("world", "way"), WAYS)
-def test_a_few_steps_give_plain_torch_s_weights(runs: Runs, name: str, world: int, way: str) -> None:
+@pytest.mark.parametrize(("world", "variant"), VARIANTS)
+def test_a_few_steps_give_plain_torch_s_weights(runs: Runs, name: str, world: int, variant: str) -> None:
     for part in runs.of(world, "fusions"):
         expected = in_plain_torch(name, first_gates(runs, name))
-        made = part[f"{name} {way}"]
+        made = part[f"{name} {variant}"]
         np.testing.assert_allclose(made["losses"], expected["losses"], rtol=1e-5)
         assert made["tensors"].keys() == expected["tensors"].keys()
         for key, tensor in expected["tensors"].items():

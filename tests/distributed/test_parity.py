@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import ALIGNX_LAYERS, EXPERTS, LOPSIDED, MODES, PARITY_ROWS, cotangents, dense_parameters, mixture
+from problems import ALIGNX_LAYERS, EXPERTS, IMBALANCED, MODES, PARITY_ROWS, cotangents, dense_parameters, mixture
 from tiny_models import factor_gradients, one_hot, padded, relative
 from torch import Tensor
 from worlds import Runs
@@ -81,11 +81,11 @@ def test_the_gradients_compared_are_not_all_zero() -> None:
 
 
 @pytest.mark.parametrize("mode", ["top1", "dense"])
-@pytest.mark.parametrize("name", LOPSIDED)
+@pytest.mark.parametrize("name", IMBALANCED)
 def test_idle_experts_and_crowded_ones(runs: Runs, name: str, mode: str) -> None:
     """Every token of a rank to one expert; experts that no row of a rank, or of any rank, reaches."""
-    results = [part[f"{name} {mode}"] for part in runs.of(2, "lopsided")]
-    check(results, mode, 2, LOPSIDED[name])
+    results = [part[f"{name} {mode}"] for part in runs.of(2, "imbalanced")]
+    check(results, mode, 2, IMBALANCED[name])
     for part in results:
         assert all(g is not None and torch.isfinite(g).all() for g in part["experts"].values())
 
@@ -93,7 +93,7 @@ def test_idle_experts_and_crowded_ones(runs: Runs, name: str, mode: str) -> None
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rank_that_has_nothing_but_pads(runs: Runs, mode: str) -> None:
     """It takes part, brings nothing, and spoils nothing."""
-    results = [part[f"pads alone {mode}"] for part in runs.of(2, "lopsided")]
+    results = [part[f"pads alone {mode}"] for part in runs.of(2, "imbalanced")]
     assert [len(part["logits"]) for part in results] == [4, 4]
     assert not any(len(row) for row in results[1]["logits"].values())
     check(results, mode, 2, count=4)
@@ -103,7 +103,7 @@ def test_a_rank_that_has_nothing_but_pads(runs: Runs, mode: str) -> None:
 
 
 def test_padding_is_what_a_lopsided_batch_costs(runs: Runs) -> None:
-    results = [part["all to one top1"] for part in runs.of(2, "lopsided")]
+    results = [part["all to one top1"] for part in runs.of(2, "imbalanced")]
     tokens = [sum(map(len, PARITY_ROWS[:4])), sum(map(len, PARITY_ROWS[4:]))]
     for part, own in zip(results, tokens, strict=True):
         assert part["padding"] == pytest.approx([1 - own / (max(tokens) * EXPERTS)] * len(ALIGNX_LAYERS))

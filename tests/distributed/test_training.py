@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import WAYS, align_config, align_in_plain_torch, mixture, step_tokens
+from problems import VARIANTS, align_config, align_in_plain_torch, mixture, step_tokens
 from worlds import Runs
 
 TOLERANCE = {"sgd": 1e-6, "adamw": 5e-5}  # Adam divides rounding by rounding where a gradient is almost zero
@@ -19,33 +19,38 @@ def oracles() -> dict[tuple[str, bool], dict[str, Any]]:
     return {key: align_in_plain_torch(*key) for key in kinds}
 
 
-@pytest.mark.parametrize(("world", "way"), [(world, way) for world, ways in WAYS.items() for way in ways])
+@pytest.mark.parametrize(
+    ("world", "variant"), [(world, variant) for world, variants in VARIANTS.items() for variant in variants]
+)
 def test_a_few_steps_give_plain_torch_s_weights(
-    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, way: str
+    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, variant: str
 ) -> None:
-    expected = oracles[way.split()[0], "forced" in way]
-    for made in (part[way] for part in runs.of(world, "steps")):
+    expected = oracles[variant.split()[0], "forced" in variant]
+    for made in (part[variant] for part in runs.of(world, "steps")):
         np.testing.assert_allclose(made["losses"], expected["losses"], rtol=1e-5)
         np.testing.assert_allclose(made["norms"], expected["norms"], rtol=1e-4)
         for name, weight in expected["weights"].items():
-            assert float((made["weights"][name] - weight).abs().max()) < TOLERANCE[way.split()[0]], name
+            assert float((made["weights"][name] - weight).abs().max()) < TOLERANCE[variant.split()[0]], name
 
 
 @pytest.mark.parametrize(
-    ("world", "way"), [(world, way) for world, ways in WAYS.items() for way in ways if "forced" not in way]
+    ("world", "variant"),
+    [(world, variant) for world, variants in VARIANTS.items() for variant in variants if "forced" not in variant],
 )
 def test_the_router_s_curves_are_those_of_all_rows(
-    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, way: str
+    runs: Runs, oracles: dict[tuple[str, bool], dict[str, Any]], world: int, variant: str
 ) -> None:
     """On any ranks, in any number of micro batches; and padding is what the dispatch of all ranks holds of it."""
-    expected = oracles[way.split()[0], False]["curves"]
+    expected = oracles[variant.split()[0], False]["curves"]
     for part in runs.of(world, "steps"):
-        for number, (made, known) in enumerate(zip(part[way]["curves"], expected, strict=True)):
+        for number, (made, known) in enumerate(zip(part[variant]["curves"], expected, strict=True)):
             router = {name: value for name, value in made.items() if name.startswith("router/")}
             padding = router.pop("router/padding")
             assert router == pytest.approx(known, abs=2e-5)
-            if way.endswith("acc1"):
-                assert padding == pytest.approx(dispatched_padding(number, world, int(way.split()[1][2:])), abs=1e-6)
+            if variant.endswith("acc1"):
+                assert padding == pytest.approx(
+                    dispatched_padding(number, world, int(variant.split()[1][2:])), abs=1e-6
+                )
 
 
 def dispatched_padding(step: int, world: int, ep_size: int) -> float:
@@ -79,8 +84,8 @@ def test_the_steps_compared_do_train(oracles: dict[tuple[str, bool], dict[str, A
 
 def test_the_generalist_stays_the_base_model(runs: Runs) -> None:
     """Its factors start at zero, and zero factors have zero gradients."""
-    for way in ("sgd ep2 acc1", "adamw ep2 acc1"):
-        changed = runs.of(2, "steps")[0][way]["generalist"]
+    for variant in ("sgd ep2 acc1", "adamw ep2 acc1"):
+        changed = runs.of(2, "steps")[0][variant]["generalist"]
         assert len(changed) == 2 * 6 and not any(changed)
 
 

@@ -12,7 +12,7 @@ from ranks import RanksError, start
 
 JOBS = {
     1: ("steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
-    2: ("parity", "lopsided", "lockstep", "steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+    2: ("parity", "imbalanced", "lockstep", "steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }
 
