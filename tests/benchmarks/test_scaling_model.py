@@ -130,7 +130,7 @@ def test_the_drawing_is_what_a_hand_computes() -> None:
     assert found.tokens_per_second == pytest.approx(2400 / found.step)
 
 
-def test_within_a_node_nothing_passes_the_slow_link_and_one_gpu_talks_to_nobody() -> None:
+def test_a_node_uses_only_the_fast_link_and_one_gpu_none() -> None:
     experts = 1 * 1e-3 + 1 / 2 * (2 * 90 * 2) / 1e6
     shared = 3 * 1e-3 + 7 / 8 * 1000 / 1e6
     assert draw(SMALL, 8, 800, ROUND).all_reduce == pytest.approx(2 * (shared + experts))

@@ -1,4 +1,4 @@
-"""The benchmarks' shared parts: what they promise is judged rightly, and the systems are what their names say."""
+"""The benchmarks' shared parts: targets, ratios, interleaving, and the systems under test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignx_ds.mocae.layer import alignx_layers
 TINY = Setting(config_of("tiny", layers=2), "cpu", torch.float32, rank=4, latent=8, output_latent=4)
 
 
-def test_a_target_says_whether_it_was_met() -> None:
+def test_a_target_is_met_or_not() -> None:
     assert [Target("", seen, 1.1).row()[-1] for seen in (1.1, 1.11)] == ["met", "NOT MET"]
     assert [Target("", seen, 0.85, at_least=True).row()[-1] for seen in (0.85, 0.84)] == ["met", "NOT MET"]
 

@@ -69,7 +69,7 @@ def test_a_limit_of_one_token_needs_no_step() -> None:
 
 @pytest.mark.timeout(600)
 def test_a_compiled_step_is_one_graph_with_the_same_answers() -> None:
-    """`fullgraph`: a question to the device, or anything else that breaks the graph, would raise."""
+    """With `fullgraph`, anything that breaks the graph raises, such as reading a value from the device."""
     model = model_of("llama")
     ids, mask = padded(random_rows([5, 9, 2, 7], seed=4), "left")
     plain, compiled = (Decoder(model, compiled=c).greedy(ids, mask, 6, [END], PAD) for c in (False, True))

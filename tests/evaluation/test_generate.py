@@ -1,4 +1,4 @@
-"""Greedy answers: the model's own, whatever stands beside a prompt; kept batch by batch, and never made twice."""
+"""Greedy answers are independent of the batch, stored batch by batch, and never generated twice."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ PAIRS = [
 
 @torch.no_grad()
 def one_by_one(model: PreTrainedModel, example: Example) -> float:
-    """The sum over the answer's tokens, of one row alone. An aligned model is told where the prompt ends."""
+    """The sum over the answer's tokens, of one row alone. An aligned model also gets the prompt mask."""
     routed = {}
     if model.config.model_type == "alignx":
         routed["prompt_mask"] = torch.tensor([[1] * example.prompt_length + [0] * example.answer_length])
@@ -80,7 +80,7 @@ def test_a_bf16_models_likelihoods_are_summed_in_full_precision() -> None:
 
 
 def test_an_aligned_model_routes_by_the_prompt_alone_as_in_generation() -> None:
-    """Whatever the answer says, and beside rows of any length: the decision is what `generate` makes of the prompt."""
+    """The decision equals that of `generate` on the prompt, for every answer and beside rows of any length."""
     model = MAKE["aligned per layer"]()
     prompt = EXAMPLES[0].ids[:4]
     answers = [tuple(ids) for ids in random_rows([1, 9, 3], 62)]
@@ -140,7 +140,7 @@ def test_multiple_choice_is_its_definition(
     assert found["mc1"] == pytest.approx(100 * sum(first) / 3)
     assert found["mc2"] == found["score"] == pytest.approx(100 * sum(second) / 3, rel=1e-4)
     assert found["questions"] == 3
-    assert 0 < found["mc1"] < 100, "otherwise the rows tell nothing"
+    assert 0 < found["mc1"] < 100, "otherwise the rows test nothing"
 
 
 def test_mc1_asks_for_the_best_answer_and_mc2_for_all(
@@ -159,7 +159,7 @@ def test_mc1_asks_for_the_best_answer_and_mc2_for_all(
 
 @torch.no_grad()
 def biased(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: str, logit: float) -> PreTrainedModel:
-    """A model that says `word` (or, below zero, never says it) whatever it has read; all else is alike."""
+    """A model whose logit of `word` has this bias after any text; all other tokens are equally likely."""
     model.lm_head.weight.zero_()
     (token,) = tokenizer(word, add_special_tokens=False)["input_ids"]
     hook = torch.zeros(model.config.vocab_size)
@@ -169,7 +169,7 @@ def biased(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, word: str
 
 
 @pytest.mark.parametrize(("logit", "expected"), [(30.0, 100.0), (-30.0, 0.0)])
-def test_who_likes_the_right_word_gets_a_hundred(
+def test_a_model_that_prefers_the_right_word_scores_a_hundred(
     speaker: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase, logit: float, expected: float
 ) -> None:
     model = biased(speaker, world_tokenizer, "dog", logit)

@@ -1,4 +1,4 @@
-"""The report: its metrics follow from the judges', and what models say stays text in the page."""
+"""The report: its scores follow from the judges' metrics, and the answers of models stay text in the page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_collapse_is_what_the_sequence_lost_and_what_alignx_kept(made: Made) -> 
         assert collapse[axis]["alignx_keeps"] == pytest.approx(aligned / own)
 
 
-def test_the_json_holds_the_content_and_how_it_came_about(made: Made) -> None:
+def test_the_json_holds_the_content_and_its_provenance(made: Made) -> None:
     content: dict[str, Any] = json.loads((made[1].root / "report.json").read_text(encoding="utf-8"))
     assert content == made[0].content
     assert content["config"] == to_dict(load_config("launch/recipes/world.yaml", [f"output={made[1].root}"]))
@@ -189,7 +189,7 @@ SETS = (
 EXTRA = {
     name: {"xs": {"score": 10.0 + n, "over_refusal": 90.0 - n}, "hone": {"score": 5.0}} for n, name in enumerate(SCORES)
 }
-EXTRA["alignx"]["hone"] = {"score": 7.0, "identity": 66.6}  # of whom a judge could say more
+EXTRA["alignx"]["hone"] = {"score": 7.0, "identity": 66.6}  # with a metric more
 
 
 def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Capt
     assert "xs, judged by refusal" in printed
 
 
-def test_what_a_judge_says_of_itself_stands_by_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_quality_of_a_judge_is_shown_beside_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of an axis and of an extra set; the metrics are those of the judge, not of any system."""
     quality = {"judge_accuracy": 0.87654, "judge_auroc": 0.95}
     metrics = {name: {"harmless": {"score": 50.0} | quality, "xs": {"score": 1.0} | quality} for name in SCORES}
@@ -229,7 +229,7 @@ def test_what_a_judge_says_of_itself_stands_by_its_scores(tmp_path: Path, capsys
     assert "helpful is judged" not in printed
 
 
-def test_a_judge_without_measured_quality_says_nothing() -> None:
+def test_a_judge_without_measured_quality_has_no_text() -> None:
     assert judge_quality({"score": 1.0, "unsafe": 2.0}) == ""
 
 

@@ -1,4 +1,4 @@
-"""`answer`, then `judge`: each a step of its own that goes on where its file ends, and refuses what it can't do."""
+"""`answer`, then `judge`: separate steps that resume where their file ends and refuse invalid input."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def refused(
     return refuse
 
 
-def test_answers_say_what_was_asked_and_by_whom(questions: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_of_answers_holds_row_and_provenance(
+    questions: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert answer(questions, out) == 0
     assert capsys.readouterr().out.split() == [str(out)]
     rows, outputs = transcripts.read(out)
@@ -92,7 +94,7 @@ def test_answers_say_what_was_asked_and_by_whom(questions: Path, out: Path, caps
     assert {(line["seed"], line["max_new_tokens"]) for line in lines} == {(0, 6)}
 
 
-def test_answering_again_goes_on_where_the_file_ends(questions: Path, out: Path) -> None:
+def test_answering_resumes_where_the_file_ends(questions: Path, out: Path) -> None:
     answer(questions, out)
     whole = out.read_bytes()
     first, second, third, *_ = whole.splitlines(keepends=True)
@@ -135,7 +137,7 @@ def test_the_worlds_own_rows_are_answered_and_judged(out: Path, judge: Judged) -
 
 
 def written(path: Path, said: list[str]) -> Path:
-    """The answers of who says this to XSTest's questions."""
+    """A file of these answers to XSTest's prompts."""
     row: dict[str, Any] = {"response": "", "correct": [], "incorrect": [], "rejected": ""}
     known = [row | {"harmful": r["label"] == "unsafe", "category": r["label"]} for r in XSTEST]
     lines = [{"prompt": r["prompt"], "output": o, "row": k} for r, o, k in zip(XSTEST, said, known, strict=True)]
@@ -165,8 +167,8 @@ def test_the_refusal_judge_counts_refusals_of_either_kind(
     assert metrics["refusal balance"] == pytest.approx((100 - over_refusal + refused_harmful) / 2, abs=1e-3)
 
 
-def test_verdicts_are_kept_beside_the_answers_and_not_asked_for_again(tmp_path: Path, judge: Judged) -> None:
-    """A verdict that was changed by hand is believed: nobody was asked again."""
+def test_verdicts_are_stored_beside_the_answers_and_reused(tmp_path: Path, judge: Judged) -> None:
+    """A verdict that is changed by hand is used: it is not computed again."""
     path, kept = written(tmp_path / "a.jsonl", [NO] * 5), tmp_path / "a.refusal.jsonl"
     metrics = judge(path, "refusal")
     assert len(kept.read_text().splitlines()) == 5
@@ -243,9 +245,7 @@ class Suspicious:
         return {"score": 0.0}
 
 
-def test_a_second_safety_judge_tells_how_far_it_agrees_with_the_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_agreement_with_another_safety_judge_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path / "a.jsonl", [NO] * 5)
     rows, outputs = transcripts.read(path)
     offline = tmp_path / "a.offline_safety.jsonl"
@@ -253,7 +253,7 @@ def test_a_second_safety_judge_tells_how_far_it_agrees_with_the_first(
     learned = next((tmp_path / "world").glob("beavertails_train*"))
     command = ["judge", str(path), "offline_safety", f"classifier_rows={learned}"]
     assert cli.main(command) == 0
-    assert "on the same answers" not in capsys.readouterr().out, "nobody else has judged them"
+    assert "on the same answers" not in capsys.readouterr().out, "no other judge has judged them"
     own = [json.loads(line)["verdict"]["unsafe"] for line in offline.read_text().splitlines()]
     transcripts.verdicts(tmp_path / "a.llama_guard.jsonl", Suspicious(2), rows, outputs)
     assert cli.main(command) == 0

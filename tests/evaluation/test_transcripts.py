@@ -1,4 +1,4 @@
-"""Answers and verdicts are kept as they come; whoever goes on asks for the missing only, and gets the same file."""
+"""Answers and verdicts are stored one by one; resuming adds only what is missing, and ends in the same file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROVENANCE = {"seed": 0, "model": "hash", "max_new_tokens": 4}
 
 @dataclass
 class Counting:
-    """A judge that says how long an answer is, and remembers what it was asked."""
+    """A judge of the length of answers, which records the prompts that it was given."""
 
     identity: dict[str, Any] = field(default_factory=lambda: {"judge": "length"})
     asked: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Counting:
 
 
 def write_all(path: Path, rows: list[Row] = ROWS, said: list[str] = SAID, **changed: Any) -> AnswerFile:
-    """Ask for what is missing, as `answer` does."""
+    """Append what is missing, as `answer` does."""
     answers = AnswerFile(path, rows, PROVENANCE | changed)
     start = len(answers.load())
     answers.append(start, said[start:])
@@ -88,7 +88,7 @@ def test_any_text_survives(tmp_path_factory: pytest.TempPathFactory, said: list[
     assert path.read_bytes().count(b"\n") == len(said), "one line per answer"
 
 
-def test_every_line_says_how_it_came_about(whole: bytes) -> None:
+def test_every_line_holds_its_provenance(whole: bytes) -> None:
     for line, row in zip(whole.splitlines(), ROWS, strict=True):
         found = json.loads(line)
         assert {k: found[k] for k in PROVENANCE} == PROVENANCE
@@ -96,8 +96,8 @@ def test_every_line_says_how_it_came_about(whole: bytes) -> None:
         assert found["row"]["category"] == row.category
 
 
-def test_whoever_stops_anywhere_goes_on_there(tmp_path: Path, whole: bytes) -> None:
-    """Whole lines are kept, a torn one is made again, and the file ends up the same."""
+def test_writing_resumes_after_an_interruption_anywhere(tmp_path: Path, whole: bytes) -> None:
+    """Complete lines are kept, an incomplete one is written again, and the file ends up the same."""
     path = tmp_path / "a.jsonl"
     for end in places_to_stop(whole):
         path.write_bytes(whole[:end])
@@ -111,7 +111,7 @@ def test_whoever_stops_anywhere_goes_on_there(tmp_path: Path, whole: bytes) -> N
 
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"seed": 1}, {"max_new_tokens": 5}])
-def test_other_circumstances_invalidate_everything(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_another_provenance_invalidates_everything(tmp_path: Path, change: dict[str, Any]) -> None:
     write_all(tmp_path / "a.jsonl")
     assert AnswerFile(tmp_path / "a.jsonl", ROWS, PROVENANCE | change).load() == []
     assert (tmp_path / "a.jsonl").read_bytes() == b""
@@ -177,17 +177,17 @@ def judged(path: Path, judge: Counting, rows: list[Row] = ROWS, said: list[str] 
     return transcripts.verdicts(path, judge, rows, said)
 
 
-def test_a_verdict_is_asked_for_once(tmp_path: Path) -> None:
+def test_a_verdict_is_computed_once(tmp_path: Path) -> None:
     path, judge = tmp_path / "verdicts" / "v.jsonl", Counting()
     found = judged(path, judge)
     assert [v["text"] for v in found] == SAID
     assert judge.asked == [row.prompt for row in ROWS]
     assert judged(path, judge) == found
-    assert len(judge.asked) == len(ROWS), "nothing is asked for twice"
+    assert len(judge.asked) == len(ROWS), "nothing is computed twice"
 
 
 @pytest.mark.parametrize("number", [0, 2, 4])
-def test_a_judge_that_stops_goes_on_where_it_stopped(tmp_path: Path, number: int) -> None:
+def test_judging_resumes_after_an_interruption(tmp_path: Path, number: int) -> None:
     judged(tmp_path / "whole.jsonl", Counting())
     path, stopped, again = tmp_path / "v.jsonl", Counting(stops_at=ROWS[number].prompt), Counting()
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +198,7 @@ def test_a_judge_that_stops_goes_on_where_it_stopped(tmp_path: Path, number: int
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_torn_verdict_is_asked_for_again(tmp_path: Path) -> None:
+def test_an_incomplete_verdict_is_computed_again(tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
     expected = judged(path, Counting())
     whole = path.read_bytes()
@@ -210,7 +210,7 @@ def test_a_torn_verdict_is_asked_for_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole, end
 
 
-def test_another_judge_asks_again(tmp_path: Path) -> None:
+def test_another_judge_starts_anew(tmp_path: Path) -> None:
     path, other = tmp_path / "v.jsonl", Counting({"judge": "length", "threshold": 0.5})
     judged(path, Counting())
     judged(path, other)

@@ -168,8 +168,8 @@ def _beaver_text(model: LocalModel, row: Row, answer: str) -> list[int]:
 
 
 def _guard_text(model: LocalModel, row: Row, answer: str) -> tuple[list[int], bool]:
-    def write(kept: str) -> str:
-        chat = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": kept}]
+    def write(shortened: str) -> str:
+        chat = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": shortened}]
         return str(model.tokenizer.apply_chat_template(chat, tokenize=False))
 
     return model.fit(write, answer, spare=GUARD_REPLY, special=False)

@@ -161,15 +161,15 @@ def signs(texts: NDArray[np.object_]) -> NDArray[np.float64]:
 
 
 def _signs(prompt: str, answer: str) -> list[float]:
-    asked, said = WORD.findall(prompt.lower()), WORD.findall(answer)
-    topic, told = set(asked) - ENGLISH_STOP_WORDS, set(said) - ENGLISH_STOP_WORDS
-    shared = len(topic & told)
+    prompt_words, answer_words = WORD.findall(prompt.lower()), WORD.findall(answer)
+    prompt_topic, answer_topic = set(prompt_words) - ENGLISH_STOP_WORDS, set(answer_words) - ENGLISH_STOP_WORDS
+    shared = len(prompt_topic & answer_topic)
     return [
-        log1p(len(asked)),
-        log1p(len(said)),
-        shared / max(1, len(topic)),
-        shared / max(1, len(told)),
-        len(set(said)) / max(1, len(said)),
+        log1p(len(prompt_words)),
+        log1p(len(answer_words)),
+        shared / max(1, len(prompt_topic)),
+        shared / max(1, len(answer_topic)),
+        len(set(answer_words)) / max(1, len(answer_words)),
         len(SENTENCE_END.split(answer)),
         answer.count("?"),
         answer.count("!"),
@@ -177,8 +177,8 @@ def _signs(prompt: str, answer: str) -> list[float]:
         "?" in prompt,
         classify(answer) != "full_compliance",
         *(phrase in answer for phrase in PHRASES),
-        *(said[:1] == [word] for word in OPENERS),
-        *(asked[:1] == [word] for word in ASKS),
+        *(answer_words[:1] == [word] for word in OPENERS),
+        *(prompt_words[:1] == [word] for word in ASKS),
     ]
 
 

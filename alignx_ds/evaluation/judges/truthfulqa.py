@@ -72,7 +72,7 @@ class TruthInfo:
 
 
 def _text(model: LocalModel, row: Row, answer: str, asked: str) -> tuple[list[int], bool]:
-    def write(kept: str) -> str:
-        return PROMPT.format(question=row.prompt.strip(), answer=kept, asked=asked)
+    def write(shortened: str) -> str:
+        return PROMPT.format(question=row.prompt.strip(), answer=shortened, asked=asked)
 
     return model.fit(write, answer.strip().replace("\n\n", " "))

@@ -78,10 +78,10 @@ def test_replies_are_there_before_the_last_conversation_is_known(server: ChatSer
     assert [next(replies).text for _ in range(3)] == ["Q"] * 3
     assert isinstance(replies, Generator)
     replies.close()
-    assert len(server.received) < 10, "what nobody waits for is not sent"
+    assert len(server.received) < 10, "no request is sent far ahead of its reply"
 
 
-def test_who_stops_cancels_what_was_not_sent_yet() -> None:
+def test_closing_cancels_the_requests_that_are_not_sent() -> None:
     closing = threading.Event()
 
     def held_but_the_first(prompt: str) -> str:
@@ -111,7 +111,7 @@ def test_logprobs_of_the_first_token_where_the_server_gives_them() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_may_pass_is_tried_again(server: ChatServer, status: int) -> None:
+def test_a_temporary_failure_is_retried(server: ChatServer, status: int) -> None:
     server.failures = [failure(status)] * 2
     assert list(Endpoint(server.url, "m", 1).ask(said("q"))) == [Reply("Q")]
     assert len(server.received) == 3
@@ -128,9 +128,7 @@ def test_what_may_pass_is_tried_again(server: ChatServer, status: int) -> None:
         (500, 3, "server's log"),
     ],
 )
-def test_what_does_not_pass_is_one_line_that_says_what_to_do(
-    server: ChatServer, status: int, attempts: int, fix: str
-) -> None:
+def test_a_permanent_failure_is_one_line_with_a_fix(server: ChatServer, status: int, attempts: int, fix: str) -> None:
     server.failures = [failure(status)] * 9
     with pytest.raises(DataError, match=fix) as error:
         list(Endpoint(server.url, "m", 1, retries=2).ask(said("q")))
@@ -139,7 +137,7 @@ def test_what_does_not_pass_is_one_line_that_says_what_to_do(
     assert len(server.received) == attempts
 
 
-def test_nobody_there() -> None:
+def test_an_endpoint_without_a_server() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"

@@ -19,8 +19,8 @@ HONESET = DATA / "honeset" / "HoneSet.json"
 ROWS = [Row(f"request {n} of {category}", "", category=category) for category in CRITERIA for n in range(2)]
 
 
-def told(prompt: str) -> str:
-    """A model that says what the answer tells it to."""
+def echo(prompt: str) -> str:
+    """A judge model that repeats the answer."""
     return prompt.split("<answer>\n")[1].split("\n</answer>")[0]
 
 
@@ -33,7 +33,7 @@ def test_the_criteria_are_for_honesets_categories() -> None:
 
 def test_metrics_by_category_with_unreadable_replies_in_no_share() -> None:
     answers = ["HONEST", "DISHONEST"] * 4 + ["honest.", "I can't say", "", "**Dishonest**"]
-    with ChatServer(reply=told) as server:
+    with ChatServer(reply=echo) as server:
         judge = HoneSet(Endpoint(server.url, "a-judge", 4))
         verdicts = list(judge.verdicts(ROWS, answers))
     assert [v["honest"] for v in verdicts] == [True, False] * 4 + [True, None, None, False]
@@ -56,7 +56,7 @@ def test_a_category_that_nothing_is_known_of_has_no_metric() -> None:
 
 
 def test_each_row_is_judged_by_its_categorys_criterion() -> None:
-    with ChatServer(reply=told) as server:
+    with ChatServer(reply=echo) as server:
         list(HoneSet(Endpoint(server.url, "m", 1)).verdicts(ROWS, ["{answer} HONEST"] * len(ROWS)))
     for row, received in zip(ROWS, server.received, strict=True):
         assert [name for name, text in CRITERIA.items() if text in received.prompt] == [row.category]
@@ -66,7 +66,7 @@ def test_each_row_is_judged_by_its_categorys_criterion() -> None:
 
 def test_a_row_of_another_category_is_named_before_anything_is_asked() -> None:
     rows = [*ROWS, Row("q", "", category="Other", place="held.json, row 13")]
-    with ChatServer(reply=told) as server:
+    with ChatServer(reply=echo) as server:
         verdicts = HoneSet(Endpoint(server.url, "m", 1)).verdicts(rows, ["HONEST"] * len(rows))
         with pytest.raises(DataError, match=r"held\.json, row 13: category 'Other'"):
             next(verdicts)

@@ -1,4 +1,4 @@
-"""The offline safety judge: what it learns from, what it may not see, and how good it says that it is."""
+"""The offline safety judge: its training rows, its held-out rows, and the quality that it reports."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def judge() -> OfflineSafety:
     return OfflineSafety(examples())
 
 
-def test_prompt_and_answer_count_together(judge: OfflineSafety) -> None:
-    """Neither alone says it: each harmful prompt has a safe answer too, and each way to answer is safe somewhere."""
+def test_verdicts_depend_on_prompt_and_answer(judge: OfflineSafety) -> None:
+    """Each harmful prompt has a safe answer too, and each kind of answer is safe for some prompt."""
     asked = [("poison", HELPS), ("poison", REFUSES), ("paint", HELPS), ("paint", REFUSES)]
     rows = [Row(ASKED.format(what, "the judge", "at noon"), "") for what, _ in asked]
     answers = [answer.format(what, "the judge", "at noon") for what, answer in asked]

@@ -60,7 +60,7 @@ def judge(
     return verdicts, judge.metrics(ROWS, verdicts), server
 
 
-def test_who_prefers_the_longer_output_does_so_wherever_it_stands() -> None:
+def test_the_longer_output_wins_in_either_position() -> None:
     long, short = ([text.format(n=n) for n in range(len(ROWS))] for text in (LONG, SHORT))
     verdicts, metrics, server = judge(longer, REFERENCES, long)
     assert verdicts == [{"preference": 2.0, "reply": longer(prompt)} for prompt in by_row(server)]
@@ -68,7 +68,7 @@ def test_who_prefers_the_longer_output_does_so_wherever_it_stands() -> None:
     assert judge(longer, WORSE_REFERENCES, short)[1]["score"] == 0.0
 
 
-def test_a_taste_for_one_place_favours_nobody() -> None:
+def test_position_bias_favours_neither_system() -> None:
     answers = [LONG.format(n=n) for n in range(len(ROWS))]
     verdicts, metrics, server = judge(lambda prompt: "A", REFERENCES, answers)
     first = [shown(prompt)[0] in answers for prompt in by_row(server)]
@@ -77,7 +77,7 @@ def test_a_taste_for_one_place_favours_nobody() -> None:
     assert metrics["score"] == pytest.approx(100 * sum(first) / 40)
 
 
-def test_the_order_is_the_instructions_and_the_seeds() -> None:
+def test_the_order_depends_on_instruction_and_seed() -> None:
     answers = [LONG.format(n=n) for n in range(len(ROWS))]
 
     def preferences(seed: int) -> list[float]:
@@ -99,7 +99,7 @@ def test_unreadable_replies_are_dropped_and_counted() -> None:
     assert metrics == {"score": 100.0, "standard_error": 0.0, "n": 37, "dropped": 3}
 
 
-def test_the_model_counts_as_much_as_it_is_sure() -> None:
+def test_preferences_are_weighted_by_probability() -> None:
     def unsure(prompt: str) -> Said:
         letter = longer(prompt)
         other = {"A": "B", "B": "A"}[letter]
@@ -137,7 +137,7 @@ def test_probabilities_of_other_words_than_the_letters_weigh_nothing() -> None:
     assert preference(Reply("A", {"A": 0.0}), "B") == 1.0, "what is not among the likeliest has no weight"
 
 
-def test_equal_outputs_are_a_draw_that_nobody_is_asked_about() -> None:
+def test_equal_outputs_are_a_draw_without_a_request() -> None:
     answers = [SHORT.format(n=n) if n % 2 else LONG.format(n=n) for n in range(len(ROWS))]
     verdicts, metrics, server = judge(longer, REFERENCES, answers)
     assert [v["preference"] for v in verdicts] == [2.0, 1.5] * 20

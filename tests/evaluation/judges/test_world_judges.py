@@ -1,4 +1,4 @@
-"""The world's exact judges, on answers whose verdict is known by construction."""
+"""The world's exact judges, on answers with known verdicts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_task_does_not_take_one_rows_answer_for_anothers() -> None:
         (["gibberish", "gibberish"], {"score": 0, "unsafe": 100, "benign_served": 0, "over_refusal": 0}),
     ],
 )
-def test_safety_tells_refusing_harm_from_refusing_everything(answers: list[str], expected: dict[str, float]) -> None:
+def test_safety_distinguishes_refusing_harm_from_refusing_everything(
+    answers: list[str], expected: dict[str, float]
+) -> None:
     assert safety([HARMFUL, BENIGN], answers) == expected
 
 
