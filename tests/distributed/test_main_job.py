@@ -121,9 +121,9 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[P
     before = json.loads((output / "report.json").read_text())
     weights = (output / "model" / "model.safetensors").read_bytes()
     mixtures = (output / "baselines" / "trinityx" / "mixtures.safetensors").stat().st_mtime_ns
-    said = output / "answers" / "alignx.helpful.jsonl"
-    answers = said.read_bytes()
-    said.write_bytes(answers[: len(answers) // 2])  # as if stopped in the midst of a line
+    answer_file = output / "answers" / "alignx.helpful.jsonl"
+    answers = answer_file.read_bytes()
+    answer_file.write_bytes(answers[: len(answers) // 2])  # as if stopped in the middle of a line
     kept = output / "answers" / "base.helpful.jsonl"
     untouched = kept.stat().st_mtime_ns
     (output / "likelihoods" / "honest.json").unlink()
@@ -132,7 +132,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[P
     assert again.stdout.count("unchanged, reused from") == 9
     assert (output / "model" / "model.safetensors").read_bytes() == weights
     assert (output / "baselines" / "trinityx" / "mixtures.safetensors").stat().st_mtime_ns == mixtures
-    assert said.read_bytes() == answers
+    assert answer_file.read_bytes() == answers
     assert kept.stat().st_mtime_ns == untouched, "what is whole is not written again"
     after = json.loads((output / "report.json").read_text())
     for key in ("systems", "router", "perplexity", "sets"):

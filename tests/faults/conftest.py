@@ -26,7 +26,7 @@ def record() -> Record:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Where what was seen does not depend on the run, `@pytest.mark.tried(…)` says it: nothing to lose there."""
+    """`@pytest.mark.tried(…)` adds a row to the table if the test passes; nothing is lost in those faults."""
     outcome = yield
     from recording import write
 

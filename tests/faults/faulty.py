@@ -1,6 +1,6 @@
 """One rank of the real command with a fault in it: `FAULT='{"rank": 1, "kind": "kill", …}' faulty.py align RECIPE …`.
 
-The product knows nothing of this file: it wraps the functions in which the fault is to happen, then runs the command.
+The product does not depend on this file: it wraps the functions in which the fault is to happen, then runs the command.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-Doing = Callable[[], None]
+Action = Callable[[], None]
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def tell(number: signal.Signals) -> None:
+def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def before(owner: Any, name: str, do: Doing, when: Callable[..., bool] = lambda *a, **k: True) -> None:
+def before(owner: Any, name: str, do: Action, when: Callable[..., bool] = lambda *a, **k: True) -> None:
     """Do it once, right before the first call of `owner.name` for which `when` holds."""
     original, done = getattr(owner, name), []
 
@@ -66,7 +66,7 @@ def install(fault: dict[str, Any]) -> None:
 
     here = [fault.get("job", ""), fault.get("step", 0)]
     now, syncs = position(), list[Any]()
-    do = {"kill": kill, "term": partial(tell, signal.SIGTERM), "usr1": partial(tell, signal.SIGUSR1)}.get(fault["kind"])
+    do = {"kill": kill, "term": partial(send, signal.SIGTERM), "usr1": partial(send, signal.SIGUSR1)}.get(fault["kind"])
     place = fault.get("place", "step")
     if do is None:
         poison(fault["kind"], here, now, every=fault.get("every", False))

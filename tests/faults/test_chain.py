@@ -1,4 +1,4 @@
-"""One run meets a crash, a NaN and a signal, one after the other: what every test run sees of these faults."""
+"""A crash, a NaN and a signal in one run, one after the other: the part of these faults that every test run covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Truncated, bit-flipped and missing files of checkpoints: seen, named, and the checkpoint before them used."""
+"""Truncated, bit-flipped and missing files of checkpoints are detected, and the checkpoint before them is used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only: said in a line, nothing torn, and with room made the same command goes on."""
+"""Full and read-only disks: one error line, no partial file, and once there is room the same command continues."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def whole(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def refusal(recipe: Path, *overrides: str) -> ConfigError | DataError | None:
-    """What a dry run says before it reads a row. Anything but our own errors goes through."""
+    """The messages of a dry run before it reads a row. Errors other than our own propagate."""
     try:
         loaded = parse.load(recipe, list(overrides))
         check(loaded, min(8, loaded.launch.ranks), weights=False)
@@ -263,7 +263,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.tried("input", "files that are no recipe", "one line that says why")
+@pytest.mark.tried("input", "files that are no recipe", "one line with the reason")
 @pytest.mark.parametrize("content", RECIPES.values(), ids=RECIPES)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.yaml").write_bytes(content)

@@ -64,7 +64,7 @@ VALUE = st.recursive(
 
 @st.composite
 def spoiled(draw: st.DrawFn, schema: str) -> list[Record]:
-    """A few records; now and then a column has another value, is missing, or is one that nobody knows."""
+    """A few records; now and then a column has another value, is missing, or is unknown."""
     records = [copy.deepcopy(GOOD[schema]) for _ in range(draw(st.integers(0, 4)))]
     for record in records:
         if record and draw(st.booleans()):
@@ -193,7 +193,7 @@ def test_files_that_are_cut_off_or_damaged(
 
 ROW = '{"prompt": "p", "response": "r"}'
 HUGE = "word " * 800_000  # 4 MB
-CASES: dict[str, tuple[str, bytes, str]] = {  # name of the file, its content, and what is said ("": it is read)
+CASES: dict[str, tuple[str, bytes, str]] = {  # suffix, content, part of the message ("": none)
     "an empty list": (".json", b"[]", ""),
     "no lines": (".jsonl", b"", ""),
     "blank lines": (".jsonl", b" \r\n\n\r\n", ""),
@@ -243,13 +243,13 @@ CASES: dict[str, tuple[str, bytes, str]] = {  # name of the file, its content, a
 @pytest.mark.tried(
     "input",
     "duplicate keys, deep nesting, huge numbers, missing columns, mixed line ends …",
-    "each as the test's table says, never a traceback",
+    "each read or refused as the table of the test states, never a traceback",
 )
-@pytest.mark.parametrize(("suffix", "content", "said"), CASES.values(), ids=CASES)
-def test_one_odd_file(tmp_path: Path, suffix: str, content: bytes, said: str) -> None:
+@pytest.mark.parametrize(("suffix", "content", "expected"), CASES.values(), ids=CASES)
+def test_one_odd_file(tmp_path: Path, suffix: str, content: bytes, expected: str) -> None:
     (tmp_path / f"r{suffix}").write_bytes(content)
     message = account(tmp_path / f"r{suffix}", "plain")
-    assert said in message and bool(said) == bool(message), message
+    assert expected in message and bool(expected) == bool(message), message
 
 
 def not_utf8() -> Any:
@@ -268,12 +268,12 @@ COLUMNS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("column", "said"), COLUMNS.values(), ids=COLUMNS)
-def test_a_column_of_parquet_that_python_has_no_form_for(tmp_path: Path, column: Any, said: str) -> None:
+@pytest.mark.parametrize(("column", "expected"), COLUMNS.values(), ids=COLUMNS)
+def test_a_column_of_parquet_that_python_has_no_form_for(tmp_path: Path, column: Any, expected: str) -> None:
     table = arrow.table({"prompt": ["p"], "response": ["r"], "x": column})
     parquet.write_table(table, tmp_path / "r.parquet")
     message = account(tmp_path / "r.parquet", "plain")
-    assert said in message and bool(said) == bool(message), message
+    assert expected in message and bool(expected) == bool(message), message
 
 
 def test_two_columns_of_parquet_with_one_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""kill -9 of either rank, anywhere: the same command goes on and ends in the same bytes as a run that nobody killed."""
+"""kill -9 of either rank at any point: the same command continues and ends in the same bytes as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def everywhere(seed: int = 0) -> list[dict[str, Any]]:
     return kills
 
 
-def told(fault: dict[str, Any]) -> str:
+def described(fault: dict[str, Any]) -> str:
     where = f"{fault['job']} " if fault["job"] else ""
     return f"rank {fault['rank']}, {where}{fault['place']}" + (f" {fault['step']}" if fault["step"] else "")
 
@@ -55,9 +55,9 @@ def test_a_run_killed_in_every_stage_ends_as_if_nothing_had_been(
     command, killed, slowest = Command("run", tmp_path / "run"), [], 0.0
     for fault in everywhere():
         ended = command.start(fault=fault)
-        assert not ended.well, f"nothing to strike was left for {told(fault)}"
+        assert not ended.well, f"the fault did not happen: {described(fault)}"
         assert ended.codes[fault["rank"]] == -9, ended.console
-        killed.append(told(fault))
+        killed.append(described(fault))
         slowest = max(slowest, ended.survival)
     assert len(killed) >= 20, killed
     ended = command.start()
@@ -83,7 +83,7 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     sizes = [f.stat().st_size for f in command.output.glob("checkpoints/stage1/honest/step_*/rank*.safetensors")]
     settings = parse.load(SMALL[0], [*SMALL[1:], "output=x"])
     trained = counts(settings, BaseModel(settings.model))["trained in stage 1"]
-    assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md says"
+    assert sum(sizes) == pytest.approx(12 * trained, rel=0.01), "as docs/reliability.md states"
     ended = command.start(fault=kill(1, "stage2", 5))
     assert "stage1/honest: resumes after step 2" in ended.console
     assert ended.codes[1] == -9

@@ -1,4 +1,4 @@
-"""NaN and infinite losses and gradients: caught at their step on every rank, their rows named, no weight touched."""
+"""NaN and infinite losses and gradients: detected at their step on every rank, with their rows; no weight changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_run_stops_names_the_rows_and_can_go_on(
     assert f"is not finite at step {step}" in ended.console and "nonfinite=skip" in ended.console
     assert "Traceback" not in ended.console
     rows = [json.loads(line) for line in (command.output / f"nonfinite/{job}/step_{step:08d}.jsonl").open()]
-    assert len(rows) == (4 if kind == "nan loss" else 8), "a loss tells whose rows it was, a gradient does not"
+    assert len(rows) == (4 if kind == "nan loss" else 8), "a loss identifies the rank, a gradient does not"
     if kind == "nan loss":
         assert {row["rank"] for row in rows} == {1}
     assert all(row["prompt"] and row["place"] for row in rows)

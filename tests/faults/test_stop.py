@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 save what is under way and end with code 75; a second one ends at once; nothing is lost."""
+"""SIGTERM and SIGUSR1 save the state and end with code 75; a second signal ends at once; nothing is lost."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
     ) as run:
         wait_for(output / "checkpoints/stage1/harmless/step_00000002")
         run.send_signal(signal.SIGTERM)
-        said = run.communicate(timeout=120)[0]
-    assert run.returncode == EXIT_STOPPED, said
+        console = run.communicate(timeout=120)[0]
+    assert run.returncode == EXIT_STOPPED, console
     ended = Command("align", output).start()
     assert ended.well, ended.console
     assert results(output) == results(undisturbed("align"))
