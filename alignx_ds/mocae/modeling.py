@@ -177,7 +177,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids, attention_mask, prompt_mask [B, T] int64 -> logits [B, T, V] in the model's dtype.
 
         `forced` gates [B, E] fp32 are used instead of the gates' own decisions. A cache that comes from an earlier call
-        brings its routing with it.
+        brings its routing with it. Raises ValueError for a cache that holds tokens but has lost their routing.
         """
         assert input_ids is not None
         # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
@@ -185,6 +185,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None and flat else None
         routing: Routing | None = getattr(past_key_values, "routing", None)
         if routing is None:
+            _refuse_lost_routing(past_key_values)
             mask = prompt_mask if prompt_mask is not None else token_mask
             assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
             mask = mask if mask is not None else torch.ones_like(input_ids)
@@ -267,6 +268,15 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             for name, tensor in stack(layer.mixture.factors()[1:]).items():
                 state[f"{prefix}.{index}.{ffn}.mixture.{name}"] = tensor
         return state
+
+
+def _refuse_lost_routing(cache: Any) -> None:
+    """Raises ValueError if the cache holds tokens: without their routing, the next ones would be taken for a prompt."""
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            "the KV cache holds tokens but not the routing of their prompt, which an aligned model keeps there: start "
+            "with an empty cache, or install the release of transformers that requirements.lock names"
+        )
 
 
 def _mark_initialised(layer: AlignXLayer) -> None:

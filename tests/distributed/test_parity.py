@@ -1,4 +1,4 @@
-"""DESIGN invariant 3 on real ranks: the expert-parallel path at every ep_size is the fused path, with gradients."""
+"""Invariant 3 on real ranks: the expert-parallel path at every ep_size is the fused path, with gradients."""
 
 from __future__ import annotations
 

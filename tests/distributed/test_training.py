@@ -1,4 +1,4 @@
-"""DESIGN invariant 8 on real ranks: any world size, ep_size and accumulation trains the same weights."""
+"""Invariant 8 on real ranks: any world size, ep_size and accumulation trains the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The low-rank stand-ins for a task vector: optimal on the axis's own features (DESIGN invariant 1, second half)."""
+"""The low-rank approximations of a task vector are optimal on the axis's own features (invariant 1, second half)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_error_falls_with_the_rank_and_is_never_above_plain_svd_s(m: int, n:
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(6, 8, 1), (6, 8, 3), (8, 6, 2), (7, 7, 4)])
-def test_no_search_finds_a_better_stand_in(m: int, n: int, rank: int) -> None:
+def test_no_search_finds_a_better_approximation(m: int, n: int, rank: int) -> None:
     features, change = problem(m, n, 40, seed=m * 10 + rank)
     found = min(by_alternating_least_squares(features, change, rank, seed) for seed in range(3))
     made = factored(features, change, rank)
@@ -93,7 +93,7 @@ def test_rank_zero_keeps_all_of_it_whatever_the_features(m: int, n: int) -> None
     np.testing.assert_allclose(product(factored(features, change, 100)), change.double().numpy(), atol=1e-5)
 
 
-def test_features_may_stream_by_in_any_parts() -> None:
+def test_features_may_be_added_in_any_parts() -> None:
     features, change = problem(6, 9, 50, seed=4)
     streamed = TaskFeatures(change)
     for part in features.split(7):

@@ -97,7 +97,7 @@ def test_a_gate_cast_to_bf16_still_computes_in_fp32() -> None:
     assert relative(decision.logits, gate(query).logits) < 0.2
 
 
-ABSENT = [(0,), (2,), (3,), (0, 2)]
+ABSENT = [(3,), (0, 2)]
 QUERIES = queries(64)
 
 
@@ -118,7 +118,7 @@ def among(present: list[int]) -> Query:
 
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("temperature", [0.02, 1.0, 55.0])
+@pytest.mark.parametrize("temperature", [0.02, 55.0])
 def test_an_absent_expert_has_no_gate_at_all(absent: tuple[int, ...], training: bool, temperature: float) -> None:
     """Exactly zero, mixed or chosen; the others' gates are those of a gate that never had it."""
     present = [e for e in range(4) if e not in absent]
@@ -144,7 +144,7 @@ def test_every_term_by_itself_keeps_off_an_absent_expert(absent: tuple[int, ...]
 
 
 @pytest.mark.parametrize("absent", ABSENT)
-@pytest.mark.parametrize("temperature", [0.02, 1.0, 55.0])
+@pytest.mark.parametrize("temperature", [0.02, 55.0])
 def test_an_absent_expert_leaves_every_loss_and_gradient_as_it_was(absent: tuple[int, ...], temperature: float) -> None:
     present = [e for e in range(4) if e not in absent]
     gate = make(absent=absent).train()
@@ -152,9 +152,9 @@ def test_an_absent_expert_leaves_every_loss_and_gradient_as_it_was(absent: tuple
     smaller = without(gate, present)
     labels = torch.arange(64) % len(present)
 
-    def terms_of(asked: CalibratedGate, query: Query, experts: torch.Tensor) -> list[torch.Tensor]:
-        decision: Decision = asked(query)
-        return list(gating_terms(asked, query, decision, experts))
+    def terms_of(owner: CalibratedGate, query: Query, experts: torch.Tensor) -> list[torch.Tensor]:
+        decision: Decision = owner(query)
+        return list(gating_terms(owner, query, decision, experts))
 
     found = terms_of(gate, QUERIES, torch.tensor(present)[labels])
     expected = terms_of(smaller, among(present), labels)

@@ -1,4 +1,4 @@
-"""Output calibration: the identity until R is trained (DESIGN invariant 2), then the design's formula."""
+"""The output calibration is the identity until R is trained (invariant 2), then the formula of docs/method.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DESIGN invariants 1 and 3 in one process: specialists reproduced, and both execution paths the same function."""
+"""Specialists are reproduced, and both execution paths compute one function, here in one process (invariants 1, 3)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 
 PATHS = {"fused": None, "parallel": Placement(1, 0)}
-
-
 BASES: dict[str, dict[str, Any]] = {family: {"family": family} for family in FAMILIES}
 BASES["llama-biased"] = {"family": "llama", "mlp_bias": True}
 
@@ -45,9 +43,21 @@ def base(request: pytest.FixtureRequest) -> PreTrainedModel:
     return base_model(**BASES[request.param])
 
 
-@pytest.mark.parametrize("scope", ["shared", "per_layer"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("path", PATHS)
+def on_every_base(*some: tuple[object, ...], llama: list[tuple[object, ...]]) -> list[Any]:
+    """Parameters (base, …): `some` on every base, and more of them on the default one."""
+    cases = [(name, *case) for name in BASES for case in some] + [("llama", *case) for case in llama]
+    return [pytest.param(*case, id="-".join(map(str, case))) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "training", "scope"),
+    on_every_base(
+        ("fused", False, "shared"),
+        ("parallel", True, "per_layer"),
+        llama=[("fused", True, "per_layer"), ("parallel", False, "shared")],
+    ),
+    indirect=["base"],
+)
 @torch.no_grad()
 def test_a_forced_expert_is_its_specialist(base: PreTrainedModel, path: str, training: bool, scope: str) -> None:
     changes = random_changes(base)
@@ -107,8 +117,15 @@ def gradients(model: AlignXForCausalLM) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("scope", ["shared", "per_layer"])
-@pytest.mark.parametrize(("training", "top_k"), [(False, 1), (False, 2), (False, 3), (True, 1)])
+@pytest.mark.parametrize(
+    ("base", "training", "top_k", "scope"),
+    on_every_base(
+        (False, 1, "per_layer"),
+        (True, 1, "shared"),
+        llama=[(False, 1, "shared"), (False, 2, "per_layer"), (False, 3, "shared"), (True, 1, "per_layer")],
+    ),
+    indirect=["base"],
+)
 def test_both_paths_are_one_function(base: PreTrainedModel, training: bool, top_k: int, scope: str) -> None:
     ids, mask = padded(random_rows([5, 12, 8]))
     cotangent = torch.randn(3, ids.shape[1], 50, generator=generator(8)) * mask.unsqueeze(-1)
@@ -132,7 +149,7 @@ def test_both_paths_are_one_function(base: PreTrainedModel, training: bool, top_
         assert relative(grads[1][name], expected) < 1e-4, name
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("base", "training"), on_every_base((False,), llama=[(True,)]), indirect=["base"])
 @torch.no_grad()
 def test_forced_soft_gates_mean_the_same_on_both_paths(base: PreTrainedModel, training: bool) -> None:
     """Forced gates overrule the gates, whatever top_k the gates themselves would keep."""
