@@ -115,7 +115,7 @@ def _inputs(context: StageContext, tune: FineTune, adapter: Adapter | None) -> d
 
 def _train(context: StageContext, tune: FineTune, directory: Path, job: TrainingJob) -> dict[str, Any]:
     config, base, examples = context.config, context.base, context.data.injected
-    # Every row is seen as often as its specialist sees it: over three axes a fine-tune takes the steps of all three.
+    # As many epochs over its rows as a specialist makes: over three axes a fine-tune takes the steps of all three.
     steps = sum(engines.steps_of(config.train, len(examples[axis])) for axis in tune.axes)
     setup = set_up(context, config.train, "train", steps)
     zero3 = HfDeepSpeedConfig(setup.deepspeed)  # while it is alive, from_pretrained shards the weights as it loads them

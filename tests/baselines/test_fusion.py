@@ -123,7 +123,7 @@ def test_without_a_grouped_gemm_slices_take_its_place(
 
 
 @torch.no_grad()
-def test_an_expert_that_nobody_chooses_does_no_harm() -> None:
+def test_an_expert_without_tokens_changes_nothing() -> None:
     for length in (3, 40):
         x = tokens(2, length).abs()
         results = []
@@ -190,7 +190,7 @@ def test_logits_are_kept_in_training_only() -> None:
 
 
 def fused(base: PreTrainedModel, settings: FusionSettings, grouped: bool = True) -> PreTrainedModel:
-    """The base model with its specialists' FFNs side by side, and a gate that tells tokens apart."""
+    """The base model with its specialists' FFNs side by side; the gate spreads tokens over all experts."""
     model, changes, table = copy.deepcopy(base), random_changes(base), table_of(base)
     specialists = [specialist(base, changes, n) for n in (1, 2, 3)]
 

@@ -44,7 +44,7 @@ def test_task_arithmetic_is_the_scaled_sum() -> None:
 
 
 def test_ties_by_hand() -> None:
-    """Half of six entries are kept; the second column is elected positive, the third has no one left."""
+    """Half of six entries are kept; the second column is elected positive, in the third no entry is left."""
     a = torch.tensor([[4.0, -3.0, 0.1, 2.0, 0.2, -0.3]])
     b = torch.tensor([[2.0, 5.0, 0.1, -0.5, 0.2, -3.0]])
     c = torch.tensor([[0.1, 6.0, 0.2, -3.0, -0.1, -1.0]])

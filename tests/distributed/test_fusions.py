@@ -30,7 +30,7 @@ VARIANTS = [(1, "acc1"), (1, "acc2"), (2, "acc1")]
 
 
 def start(name: str) -> Any:
-    """The specialists' FFNs side by side, with the gates that the job draws first."""
+    """The specialists' FFNs side by side, with gates drawn at random."""
     model, table = copy.deepcopy(base_model()), table_of(base_model())
     specialists = [specialist(base_model(), random_changes(base_model()), n) for n in (1, 2, 3)]
 
@@ -99,7 +99,7 @@ def in_plain_torch(name: str, gates: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def first_gates(runs: Runs, name: str) -> dict[str, Tensor]:
-    """What the job draws: the seed's, whatever was drawn before."""
+    """The gates that the job starts from: drawn from the seed, whatever was drawn before."""
     config = fusion_config(runs.root / "base", 1)
     torch.manual_seed(SEED)
     specialists = [runs.root / f"specialist{n}" for n in range(3)]
@@ -122,7 +122,7 @@ def test_a_few_steps_give_plain_torch_s_weights(runs: Runs, name: str, world: in
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_meant_to_learn_does_and_nothing_else(runs: Runs, name: str) -> None:
+def test_only_the_trainable_parameters_change(runs: Runs, name: str) -> None:
     made, begun, gates = runs.of(1, "fusions")[0][f"{name} acc1"]["tensors"], start(name), first_gates(runs, name)
     for index, layer in zip(ALIGNX_LAYERS, fusion_layers(begun), strict=True):
         for p, weight in layer.weights.items():
@@ -152,7 +152,7 @@ def test_what_was_saved_is_loaded_again(runs: Runs, name: str) -> None:
     assert relative(loaded(ids, mask).logits[mask.bool()], start(name).eval()(ids, mask).logits[mask.bool()]) > 1e-3
 
 
-def test_every_input_makes_it_over(runs: Runs, tmp_path: Path) -> None:
+def test_every_input_is_in_the_provenance(runs: Runs, tmp_path: Path) -> None:
     template = json.loads((runs.root / "sgd.json").read_text())
     (tmp_path / "sharded.json").write_text(json.dumps(template | {"zero_optimization": {"stage": 1}}))
     (tmp_path / "other.json").write_text(json.dumps(template | {"optimizer": {"type": "AdamW"}}))

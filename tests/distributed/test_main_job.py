@@ -148,7 +148,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[P
     assert "Traceback" not in refused.stderr
 
 
-def test_specialists_of_another_run_are_shared_but_never_made_over(
+def test_specialists_of_another_run_are_shared_but_never_replaced(
     made: tuple[Path, list[str], str],
     tmp_path: Path,
     snapshot: Callable[[Path], dict[str, bytes | None]],

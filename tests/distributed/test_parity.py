@@ -92,7 +92,7 @@ def test_idle_experts_and_crowded_ones(runs: Runs, name: str, mode: str) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_rank_that_has_nothing_but_pads(runs: Runs, mode: str) -> None:
-    """It takes part, brings nothing, and spoils nothing."""
+    """It takes part in the dispatch and changes nothing."""
     results = [part[f"pads alone {mode}"] for part in runs.of(2, "imbalanced")]
     assert [len(part["logits"]) for part in results] == [4, 4]
     assert not any(len(row) for row in results[1]["logits"].values())

@@ -60,7 +60,7 @@ def dispatched_padding(step: int, world: int, ep_size: int) -> float:
     return 1 - sum(tokens) / sum(max(group) * len(group) for group in groups)
 
 
-def test_some_dispatch_compared_does_hold_padding() -> None:
+def test_the_dispatches_compared_hold_padding() -> None:
     assert dispatched_padding(0, 2, 1) == 0
     assert all(dispatched_padding(step, 2, 2) > 0.05 for step in range(align_config(1, 1).align.steps))
 

@@ -127,7 +127,7 @@ def test_the_batch_sizes_multiply_at_any_world_size() -> None:
 @pytest.mark.parametrize(
     ("name", "dtype", "bf16"), [*((name, "bfloat16", True) for name in GOLDEN), ("stage1_zero3", "float32", False)]
 )
-def test_deepspeed_reads_it_as_it_is_meant(name: str, dtype: str, bf16: bool) -> None:
+def test_deepspeed_accepts_the_filled_file(name: str, dtype: str, bf16: bool) -> None:
     read = DeepSpeedConfig(fill(template(name), plan_of(STAGES[name], dtype), world_size=1))
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (64, 32, 2)
     assert read.zero_optimization_stage == GOLDEN[name]["zero_optimization"]["stage"]
@@ -152,7 +152,7 @@ def test_a_value_that_the_user_wrote_stays() -> None:
         ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.95]}}}, "optimizer.params.betas"),
     ],
 )
-def test_an_auto_that_nobody_can_fill_is_refused_with_its_path(extra: dict[str, Any], path: str) -> None:
+def test_an_auto_without_a_value_is_refused_with_its_path(extra: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         fill(template("stage1_zero3") | extra, plan_of(TrainConfig()), world_size=1)
 

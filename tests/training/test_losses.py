@@ -150,7 +150,7 @@ def test_the_mean_over_micro_batches_is_the_term_of_the_global_batch(term: str, 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_no_term_sees_the_padding(path: str, side: str) -> None:
+def test_no_term_depends_on_the_padding(path: str, side: str) -> None:
     model = make(path)
     plain = terms_of(model, collate(EXAMPLES[:1], 0), LABELS[:1], 1.0)
     wide = collate([EXAMPLES[0], EXAMPLES[1]], 0, side)
