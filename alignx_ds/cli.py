@@ -1,7 +1,7 @@
 """The command line: `alignx-ds run launch/recipes/world.yaml train.lr=1e-3`.
 
-Exit codes: 0 done; 2 a problem that the user can fix, one line for each; 75 stopped by SIGTERM or SIGUSR1 with
-everything saved: the same command continues from there.
+Exit codes: 0 done; 1 an unexpected error, or an output that nothing reads; 2 a problem that the user can fix, one line
+for each; 75 stopped by SIGTERM or SIGUSR1 with everything saved: the same command continues from there.
 """
 
 from __future__ import annotations

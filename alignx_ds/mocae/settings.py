@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from alignx_ds.mocae.bounds import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Range
 
+Scope = Annotated[str, OneOf(("shared", "per_layer"))]
 Scales = Annotated[
     int, Range(least=2, most=32, fix="a slope over scales needs two of them, and each doubles the kernel's width")
 ]
@@ -14,9 +15,9 @@ Scales = Annotated[
 
 @dataclass
 class GateSettings:
-    """Everything that decides the shapes and the terms of a gate and of an output calibration.
+    """Everything that determines the shapes and the terms of a gate and of an output calibration.
 
-    A recipe's `gate` section has these keys, an aligned model's config.json too.
+    They are keys of a recipe's `gate` section, and of `gate` in an aligned model's config.json.
     """
 
     fractal: NonNegativeFloat = 0.6  # λ₁
@@ -25,9 +26,7 @@ class GateSettings:
     temperature: PositiveFloat = 1.0  # of the linear router's softmax
     top_k: PositiveInt = 1  # experts that serve a query; training always mixes all
     more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names
-    scope: Annotated[str, OneOf(("shared", "per_layer"))] = (
-        "shared"  # one decision, at the lowest AlignX layer, or many
-    )
+    scope: Scope = "shared"  # one decision at the lowest AlignX layer, or one per layer
     latent: PositiveInt = 64  # k, dimensions of a gate's whitened latent space
     output_latent: PositiveInt = 32  # of an output calibration's
     fractal_dimensions: PositiveInt = 4  # leading latent dimensions that the fractal score looks at
