@@ -19,7 +19,15 @@ from alignx_ds.errors import visible
 from alignx_ds.runtime import distributed
 
 WIDE = 100  # characters; a line of this length has room for more than the essentials
-_console = Console(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+class _RaisingConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the BrokenPipeError, which `cli.main` handles. Console itself would exit at once."""
+        raise  # called where the error is caught
+
+
+_console = _RaisingConsole(highlight=False, emoji=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 
 
 @dataclass
