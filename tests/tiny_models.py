@@ -70,7 +70,7 @@ def generator(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def base_model(seed: int = 0, tied: bool = False, family: str = "llama", **settings: Any) -> PreTrainedModel:
-    """Biases are random, and so are the norms' weights (all ones in the default family, where more tests meet them)."""
+    """Biases are random, and so are the norms' weights (all ones in the default family)."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, tied, **settings)).eval()
     for name, parameter in model.named_parameters():
@@ -209,7 +209,7 @@ def exact_experts(changes: Changes) -> dict[int, list[Factors]]:
 
 
 def connect(model: AlignXForCausalLM) -> AlignXForCausalLM:
-    """What an engine does before the first forward pass: tell every MoE layer its process groups."""
+    """Set every MoE layer's process groups, as an engine does before the first forward pass."""
     for layer in alignx_layers(model):
         assert isinstance(layer.mixture, ParallelMixture)
         layer.mixture.moe.set_deepspeed_parallelism()

@@ -29,10 +29,10 @@ def factored(features: Tensor, change: Tensor, rank: int) -> LowRank:
     return collected.factor(rank)
 
 
-def weighted_error(features: Tensor, change: Tensor, stand_in: Array) -> float:
-    """‖F(ΔW − stand-in)ᵀ‖ / ‖F ΔWᵀ‖."""
+def weighted_error(features: Tensor, change: Tensor, approximation: Array) -> float:
+    """‖F(ΔW − approximation)ᵀ‖ / ‖F ΔWᵀ‖."""
     f, c = features.double().numpy(), change.double().numpy()
-    return float(np.linalg.norm(f @ (c - stand_in).T) / np.linalg.norm(f @ c.T))
+    return float(np.linalg.norm(f @ (c - approximation).T) / np.linalg.norm(f @ c.T))
 
 
 def product(low_rank: LowRank) -> Array:
@@ -40,7 +40,7 @@ def product(low_rank: LowRank) -> Array:
 
 
 def by_alternating_least_squares(features: Tensor, change: Tensor, rank: int, seed: int) -> float:
-    """The least weighted error at this rank, found by a search that knows nothing of singular vectors."""
+    """The least weighted error at this rank, found by a numerical search without singular vectors."""
     f, c = features.double().numpy(), change.double().numpy()
     target = f @ c.T
     up = np.random.default_rng(seed).standard_normal((c.shape[0], rank))

@@ -83,7 +83,7 @@ def disabled(base: PreTrainedModel, family: str, what: str) -> PreTrainedModel:
 )
 @torch.no_grad()
 def test_a_tiny_model_depends_on_what_is_peculiar_to_its_family(family: str, what: str) -> None:
-    """Otherwise the other tests would not meet it."""
+    """Otherwise the other tests would not cover it."""
     base, ids = base_model(family=family), torch.tensor(random_rows([12]))
     assert relative(disabled(base, family, what)(ids).logits, base(ids).logits) > 0.01
 
@@ -132,6 +132,6 @@ def test_an_unknown_architecture_is_refused_with_all_known_ones(tmp_path: Path) 
 
 @pytest.mark.parametrize("model_type", ["", "gemma2", "Llama"])
 def test_a_similar_architecture_is_not_taken_for_a_known_one(model_type: str) -> None:
-    """Gemma 2's decoder layer has the same names, but nobody has tried it."""
+    """Gemma 2's decoder layer has the same names, but is not supported."""
     with pytest.raises(ConfigError):
         backbone_of(model_type)

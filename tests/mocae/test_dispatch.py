@@ -1,4 +1,4 @@
-"""Gates to routes: what DeepSpeed's MoE layer is told, and what comes back from it."""
+"""The dispatch turns gates into the routes that DeepSpeed's MoE layer expects, and the layer computes their mixture."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def test_an_absent_expert_has_no_gate_at_all(absent: tuple[int, ...], training: 
 
 
 @pytest.mark.parametrize("absent", ABSENT)
-def test_every_term_by_itself_keeps_off_an_absent_expert(absent: tuple[int, ...]) -> None:
+def test_every_single_term_excludes_an_absent_expert(absent: tuple[int, ...]) -> None:
     """As the ablations use them."""
     present = [e for e in range(4) if e not in absent]
     whole = make().parts(QUERIES)

@@ -62,7 +62,7 @@ def direct(model: AlignXForCausalLM) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=len)
-def test_the_figures_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalLM, cut: list[range]) -> None:
+def test_the_metrics_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalLM, cut: list[range]) -> None:
     made = logged([router_sums(model, passed(model, chosen)) for chosen in cut])
     assert made.pop("router/padding") == 0, "in training every expert gets every token of this rank"
     assert made == pytest.approx(direct(model), abs=1e-5)
@@ -70,7 +70,7 @@ def test_the_figures_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalL
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=len)
-def test_pads_count_for_nothing(model: AlignXForCausalLM, cut: list[range]) -> None:
+def test_padding_changes_no_metric(model: AlignXForCausalLM, cut: list[range]) -> None:
     plain = logged([router_sums(model, passed(model, chosen)) for chosen in cut])
     padded = logged([router_sums(model, passed(model, chosen, wide=3)) for chosen in cut])
     assert padded == pytest.approx(plain, abs=1e-5)
@@ -96,7 +96,7 @@ def test_serving_the_best_expert_leaves_slots_empty(model: AlignXForCausalLM) ->
     assert logged([sums])["router/padding"] == pytest.approx(1 - 1 / len(NAMES))
 
 
-def test_without_a_dispatch_there_is_no_padding_to_speak_of() -> None:
+def test_without_a_dispatch_no_padding_is_logged() -> None:
     base = base_model()
     model = aligned(base, low_rank_experts(base)).train()
     assert "router/padding" not in logged([router_sums(model, passed(model, range(4)))])
@@ -109,7 +109,7 @@ def test_loss_and_terms_are_logged_beside_the_router(model: AlignXForCausalLM) -
     assert step_scalars(NAMES, StepMetrics(1.5, {})) == {"loss": 1.5}
 
 
-def test_gates_that_are_no_numbers_have_no_figures(model: AlignXForCausalLM) -> None:
+def test_non_finite_gates_give_no_metrics(model: AlignXForCausalLM) -> None:
     part = passed(model, range(8))
     for layer, decision in model.routing.decisions.items():
         logits = decision.logits.detach().clone()

@@ -57,7 +57,7 @@ def test_of_one_class_the_latent_keeps_the_widest_directions() -> None:
     np.testing.assert_allclose(projection.norm(dim=1).numpy(), variances**-0.5, rtol=1e-4)
 
 
-def test_what_tells_the_classes_apart_comes_first_however_little_it_varies() -> None:
+def test_discriminative_directions_come_first_however_small_their_variance() -> None:
     source = generator(9)
     noise = torch.randn(300, D, generator=source) * torch.logspace(2, 0, D)
     labels = torch.arange(300) % 2
@@ -101,7 +101,7 @@ def test_scales_are_dyadic_and_dimensions_the_classes_own(fitted: Geometry) -> N
         assert float(fitted.dimensions[e]) == pytest.approx(float(own.mean()), rel=1e-3)
 
 
-def test_the_scores_are_standardised_on_rows_that_were_kept_back(fitted: Geometry) -> None:
+def test_the_scores_are_standardised_on_the_calibration_split(fitted: Geometry) -> None:
     z = torch.cat(latents(fitted, clusters(20)))
     fractal = fractal_score(z[:, :3], fitted.anchors, fitted.scales, fitted.dimensions)
     natural = natural_score(z, fitted.means, fitted.whiteners, fitted.log_volumes)
@@ -160,7 +160,7 @@ def test_a_fitted_gate_never_chooses_an_expert_without_rows(place: int) -> None:
         assert torch.isfinite(decision.logits).all()
 
 
-def test_rows_kept_back_may_lack_an_expert_that_was_fitted() -> None:
+def test_the_calibration_split_may_lack_an_expert_that_was_fitted() -> None:
     calibration_rows = Features([*clusters(20).by_expert[:2], torch.zeros(0, 0)])
     made = fit(clusters(1), calibration_rows, K, SETTINGS, NAMES, seed=0)
     assert made.present.tolist() == [1.0] * 3
@@ -168,18 +168,18 @@ def test_rows_kept_back_may_lack_an_expert_that_was_fitted() -> None:
 
 
 @pytest.mark.parametrize(("sizes", "needed"), [((150, 7, 90), "8"), ((150, 1, 90), "8")])
-def test_too_few_rows_are_named(sizes: tuple[int, ...], needed: str) -> None:
+def test_too_few_rows_are_refused(sizes: tuple[int, ...], needed: str) -> None:
     with pytest.raises(DataError, match=rf"helpful: {sizes[1]} rows .*give {needed}"):
         fit(clusters(1, sizes), clusters(20), K, SETTINGS, NAMES, seed=0)
 
 
-def test_fewer_rows_than_latent_dimensions_are_named() -> None:
+def test_fewer_rows_than_latent_dimensions_are_refused() -> None:
     rows = Features([torch.randn(10, 64, generator=generator(e)) for e in range(3)])
     with pytest.raises(DataError, match="rows"):
         fit(rows, rows, 40, SETTINGS, NAMES, seed=0)
 
 
-def test_a_class_that_fills_few_dimensions_is_no_trouble() -> None:
+def test_a_class_within_few_dimensions_can_be_fitted() -> None:
     """Its rows are many and lie on a line: the covariance is singular and next to unshrunk."""
     wide = clusters(0).by_expert
     along = torch.linspace(-1, 1, 4000).unsqueeze(1) * torch.randn(D, generator=generator(3))

@@ -1,4 +1,4 @@
-"""The fitted lexicon says what scikit-learn's own TF-IDF and logistic regression say of the same tokens."""
+"""The fitted lexicon computes what scikit-learn's TF-IDF and logistic regression compute from the same tokens."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_the_scores_are_those_of_scikit_learn_but_for_their_scale(experts: list[
     np.testing.assert_allclose(differences.numpy() * scale, wanted, rtol=2e-2, atol=2e-3)
 
 
-def test_unseen_prompts_are_told_apart() -> None:
+def test_unseen_prompts_are_classified() -> None:
     lexicon, _, _ = fitted([0, 2, 3])
     asked = rows_of([0, 2, 3], 50, 3)
     best = torch.tensor([0, 2, 3])[scores(lexicon, asked)[:, [0, 2, 3]].argmax(-1)]
     assert float((best == torch.tensor(asked.experts)).float().mean()) > 0.9
 
 
-def test_answers_are_not_looked_at() -> None:
+def test_answers_are_ignored() -> None:
     known, calibration_rows = rows_of([0, 2, 3], 40, 1), rows_of([0, 2, 3], 20, 2)
     prompts = [
         LabelledExamples([Example(e.ids[: e.prompt_length], e.prompt_length) for e in r.examples], r.experts)
@@ -84,11 +84,11 @@ def test_answers_are_not_looked_at() -> None:
         assert torch.equal(tensor, fit_lexicon(prompts[0], prompts[1], 4)[name]), name
 
 
-def test_one_expert_alone_has_nothing_to_be_told_from() -> None:
+def test_with_a_single_expert_all_scores_are_zero() -> None:
     lexicon, _, calibration_rows = fitted([2])
     assert not scores(lexicon, calibration_rows).any()
 
 
-def test_rows_kept_back_may_lack_an_expert() -> None:
+def test_the_calibration_split_may_lack_an_expert() -> None:
     lexicon, _, calibration_rows = fitted([0, 2, 3], [0, 2])
     assert torch.isfinite(scores(lexicon, calibration_rows)).all()

@@ -62,7 +62,7 @@ def test_ece_of_known_routers() -> None:
 
 @few
 @CASES
-def test_figures_agree_with_scikit_learn(seed: int, rows: int, experts: int) -> None:
+def test_metrics_agree_with_scikit_learn(seed: int, rows: int, experts: int) -> None:
     logits, labels = case(seed, rows, experts)
     p, every = logits.softmax(-1).numpy(), list(range(experts))
     figures = router_metrics(logits, labels)
@@ -112,7 +112,7 @@ def test_logits_that_are_scaled_have_a_temperature_scaled_alike(seed: int, scale
     assert fit_temperature(scale * logits, labels) == pytest.approx(scale * fit_temperature(logits, labels), rel=1e-3)
 
 
-def test_single_precision_logits_do() -> None:
+def test_single_precision_logits_suffice() -> None:
     logits, labels = case(3, 500, 4)
     assert fit_temperature(logits.float(), labels) == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
     for name, figure in router_metrics(logits.float(), labels).items():

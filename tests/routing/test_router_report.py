@@ -36,7 +36,7 @@ def rows(sizes: dict[str, int]) -> DataSplits:
 SIZES = {"generalist": 40, "helpful": 80, "harmless": 40, "honest": 40}
 
 
-def test_words_that_tell_the_axis_beat_the_majority() -> None:
+def test_informative_words_beat_the_majority() -> None:
     figures = surface_router(rows(SIZES), EXPERTS)
     majority = max(SIZES.values()) / sum(SIZES.values())
     assert figures["accuracy"] > 0.9 > majority
@@ -44,8 +44,8 @@ def test_words_that_tell_the_axis_beat_the_majority() -> None:
     assert 0 <= figures["ece"] <= 1
 
 
-def test_words_that_tell_nothing_do_not_beat_it() -> None:
-    """The same prompts for every expert: nobody can tell them apart."""
+def test_uninformative_words_do_not_beat_the_majority() -> None:
+    """The same prompts for every expert."""
     one = side("helpful", 40, 1)
     same = DataSplits(dict.fromkeys(EXPERTS, one), dict.fromkeys(EXPERTS, one), {}, frozenset())
     figures = surface_router(same, EXPERTS)
