@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL
+from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.export.fidelity import Fidelity
 from alignx_ds.models.base import WORLD_BASE
 from alignx_ds.runs.finished import FinishedRun
@@ -67,7 +68,7 @@ def measured(run: FinishedRun) -> str:
         extra = [name for name in ("avg", "benign_served") if name in systems["alignx"]]
         rows = [[name, *(f"{s[c]:.1f}" for c in (*scored, *extra))] for name, s in systems.items()]
         parts.append("Held-out rows, no hint of the axis in the prompt (0–100, higher is better):\n")
-        parts.append(table(["system", *scored, *(e.replace("_", " ") for e in extra)], rows) + "\n")
+        parts.append(table(["system", *scored, *map(label, extra)], rows) + "\n")
         judges = ", ".join(f"{axis} by {report['judges'][axis]}" for axis in scored)
         parts.append(f"Judges: {judges}; at most {report['run']['held_out_rows']} held-out rows per axis.\n")
     perplexity = report["perplexity"]

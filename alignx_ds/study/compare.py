@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from alignx_ds.errors import DataError
+from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.runs.report import read_report
 from alignx_ds.runtime import console
 
@@ -57,7 +58,7 @@ def show(directories: list[Path]) -> None:
             for name, f in table.items()
         ]
         if columns:
-            console.table(f"Mean ± standard deviation of {len(reports)} runs", ["system", *columns], shown)
+            console.table(f"Mean ± standard deviation of {len(reports)} runs", ["system", *map(label, columns)], shown)
     parts = (f"{label} {router[key].mean:.3f} ± {router[key].deviation:.3f}" for key, label in ROUTER_METRICS.items())
     console.say("router: " + ", ".join(parts))
     for axis in reports[0]["collapse"]:

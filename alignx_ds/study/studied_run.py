@@ -14,7 +14,7 @@ from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.evaluation.compared import load_base, load_specialist
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
-from alignx_ds.evaluation.likelihood import Likelihood, likelihoods, perplexity
+from alignx_ds.evaluation.likelihood import perplexity_by_axis
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.finished import aligned_of
@@ -100,13 +100,7 @@ class StudiedRun:
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         """By axis with reference answers: their perplexity on the held-out rows."""
-        references = self.data.references
-        found = likelihoods(model, references.examples, self.pad_id, self.batch)
-        by_axis: dict[str, list[Likelihood]] = {axis: [] for axis in self.axes}
-        for expert, likelihood in zip(references.experts, found, strict=True):
-            if self.experts[expert] in by_axis:
-                by_axis[self.experts[expert]].append(likelihood)
-        return {axis: perplexity(some) for axis, some in by_axis.items() if some}
+        return perplexity_by_axis(model, self.data.references, self.config, self.pad_id)
 
     def held_out_rows(self) -> list[tuple[str, Row]]:
         """(expert, row) of every held-out row, in the order of `data.routed`."""

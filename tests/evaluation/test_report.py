@@ -15,6 +15,7 @@ from alignx_ds.config.parse import load as load_config
 from alignx_ds.config.parse import to_dict
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation import report
+from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.evaluation.report import Report, judge_quality
 from alignx_ds.runs.outputs import Outputs
 
@@ -227,6 +228,11 @@ def test_the_quality_of_a_judge_is_shown_beside_its_scores(tmp_path: Path, capsy
     assert f"harmless is judged by offline_safety, {said}" in printed
     assert f"xs is judged by refusal, {said}" in printed
     assert "helpful is judged" not in printed
+
+
+def test_labels_are_for_readers() -> None:
+    assert label("benign_served") == "benign served"
+    assert label("category/drug_abuse,weapons") == "category: drug abuse, weapons"
 
 
 def test_a_judge_without_measured_quality_has_no_text() -> None:

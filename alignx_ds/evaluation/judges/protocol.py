@@ -31,5 +31,5 @@ def percent(hits: Sequence[bool]) -> float:
 
 
 def label(metric: str) -> str:
-    """A metric's name in tables for readers: "benign_served" is "benign served"."""
-    return metric.replace("_", " ")
+    """A metric's name in tables: "benign served" for "benign_served", "category: drugs, weapons" for its key."""
+    return metric.replace("_", " ").replace("/", ": ").replace(",", ", ")
