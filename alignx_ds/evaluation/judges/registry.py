@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from alignx_ds.config.schema import JudgesConfig
-from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.judges.protocol import Judge
 
 
 def make(name: str, settings: JudgesConfig) -> Judge:
-    """The judge of this name, one of JUDGES. Raises ConfigError if a setting or a package that it needs is missing."""
-    try:
-        return _MAKERS[name](settings)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            Problem("judge", name, f"the package {error.name}", "pip install 'alignx-ds[judge]'")
-        ) from error
+    """The judge of this name, one of JUDGES.
+
+    Raises ConfigError if a setting that it needs is missing, and ModuleNotFoundError for a package, which the command
+    line turns into one line with the extra to install.
+    """
+    return _MAKERS[name](settings)
 
 
 def _task(settings: JudgesConfig) -> Judge:
