@@ -18,6 +18,7 @@ from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
 RENDEZVOUS_PORT = 29500  # the launchers' default
+LARGEST_PORT = 2**16 - 1
 DISK_LEAST, DISK_GOOD = 1 * GIB, 10 * GIB
 SHARED_MEMORY = 1 * GIB
 OPEN_FILES = 1024
@@ -79,7 +80,10 @@ def disk(directory: Path) -> Finding:
 def port() -> Finding:
     """The launchers' rendezvous port. `alignx-ds run` without a launcher picks a free one."""
     free = distributed.free_port()
-    chosen = int(os.environ.get("MASTER_PORT", RENDEZVOUS_PORT))
+    given = os.environ.get("MASTER_PORT", str(RENDEZVOUS_PORT))
+    if not given.isdigit() or not 0 < int(given) <= LARGEST_PORT:
+        return Finding("MASTER_PORT", "fail", f"{given!r} is no port number", f"unset it, or set MASTER_PORT={free}")
+    chosen = int(given)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:
@@ -94,7 +98,7 @@ def shared_memory() -> Finding:
     try:
         size = shutil.disk_usage("/dev/shm").total
     except OSError:
-        return Finding("/dev/shm", "warn", "not there", "mount a tmpfs there: NCCL and data loaders use it")
+        return Finding("/dev/shm", "warn", "missing", "mount a tmpfs there: NCCL and data loaders use it")
     small = size < SHARED_MEMORY
     fix = "raise it: docker run --shm-size=8g (or --ipc=host); NCCL and data loaders use it"
     return Finding("/dev/shm", "warn" if small else "ok", f"{size / GIB:,.2f} GiB", fix if small else "")

@@ -154,7 +154,15 @@ def test_a_busy_rendezvous_port() -> None:
     assert hardware.port().grade == "ok"
 
 
-def test_variables_that_bite(
+@pytest.mark.parametrize("given", ["", "x", "0", "65536"])
+def test_a_rendezvous_port_that_is_none(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("MASTER_PORT", given)
+    found = hardware.port()
+    assert (found.what, found.grade, found.seen) == ("MASTER_PORT", "fail", f"{given!r} is no port number")
+    assert found.fix.startswith("unset it, or set MASTER_PORT=")
+
+
+def test_variables_that_make_a_run_fail_or_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All at once, through the command; the checks that take seconds are left out."""
