@@ -1,1 +1,1 @@
-"""Generate, judge, measure, report."""
+"""Evaluation: answers, likelihoods, judges, and the report."""
