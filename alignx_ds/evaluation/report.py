@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from alignx_ds.config.parse import to_dict
-from alignx_ds.config.schema import RunConfig
+from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import plots
 from alignx_ds.evaluation.evaluate import Result
@@ -25,6 +25,7 @@ from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console
+from alignx_ds.stages.finetune import baseline_fine_tunes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
 BENIGN_SERVED = "benign_served"
@@ -50,9 +51,10 @@ def build(
 ) -> Report:
     """Put together what the judges, the router and the training jobs have left; nothing is written."""
     axes = list(config.axes)
-    stage1 = {p.parent.name: manifest.read(p.parent) for p in sorted(out.specialists.glob(f"*/{manifest.NAME}"))}
-    fused = {p.parent.name: manifest.read(p.parent) for p in sorted(out.baselines.glob(f"*/{manifest.NAME}"))}
-    losses = {name: m["losses"] for name, m in (stage1 | fused).items() if m["losses"]}  # an adapter has none
+    fine_tunes = sorted([*axes, *(tune.name for tune in baseline_fine_tunes(axes))])  # others' may lie beside them
+    stage1 = {name: manifest.read(out.specialists / name) for name in fine_tunes}
+    fusions = {name: manifest.read(out.baselines / name) for name in sorted(set(FUSIONS) & set(config.baselines.make))}
+    losses = {name: m["losses"] for name, m in (stage1 | fusions).items() if m["losses"]}  # an adapter has none
     losses["alignx"] = manifest.read(out.model)["losses"]
     scored = [axis for axis in axes if config.axes[axis].judge]
     content = {

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import RunConfig
+from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.data.parsers import Dropped
@@ -133,10 +133,12 @@ def finish(root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] |
     """A report on a run with these settings, written; `metrics` by system and extra set come on top."""
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
-    for name in (*AXES, "sequential", "mixed"):
-        (out.specialists / name).mkdir(parents=True)
-        facts = {"losses": [2.0, 1.0], "layers": {"2": {"gate": {"norm": 1.0}}}}
-        manifest.write(out.specialists / name, {"name": name}, facts)
+    fusions = [name for name in FUSIONS if name in settings.baselines.make]
+    fine_tunes = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed", "of_another_run"]
+    facts = {"losses": [2.0, 1.0], "layers": {"2": {"gate": {"norm": 1.0}}}}
+    for directory in (*(out.specialists / name for name in fine_tunes), *(out.baselines / name for name in fusions)):
+        directory.mkdir(parents=True)
+        manifest.write(directory, {"name": directory.name}, facts)
     out.model.mkdir(parents=True)
     manifest.write(out.model, {}, {"losses": [3.0, 2.0, 1.0]})
     results = {name: result(name, settings, (metrics or {}).get(name, {})) for name in SCORES}

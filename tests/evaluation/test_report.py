@@ -52,6 +52,13 @@ def test_collapse_is_what_the_sequence_lost_and_what_alignx_kept(made: Made) -> 
         assert collapse[axis]["alignx_keeps"] == pytest.approx(aligned / own)
 
 
+def test_losses_are_of_this_run_alone(made: Made) -> None:
+    """A shared directory of specialists holds those of other runs too."""
+    assert (made[1].specialists / "of_another_run").is_dir()
+    fine_tunes = [*sorted(AXES), "mixed", "sequential_2_harmless", "sequential_3_honest"]
+    assert list(made[0].losses) == [*fine_tunes, "h3fusion", "trinityx", "alignx"]
+
+
 def test_the_json_holds_the_content_and_its_provenance(made: Made) -> None:
     content: dict[str, Any] = json.loads((made[1].root / "report.json").read_text(encoding="utf-8"))
     assert content == made[0].content
