@@ -31,21 +31,21 @@ def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int,
     """
     run = FinishedRun.open(root)
     merged = {chosen: 1.0} if chosen in run.axes else parse_weights(chosen, run.axes)
-    asked = prompts_of(run, prompts, count)
+    prompts_by_set = prompts_of(run, prompts, count)
     aligned, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
         experts = [(weight, factors_of(aligned, run.experts.index(axis))) for axis, weight in merged.items()]
         model = backbone_with(aligned, changes_of(experts))
         kind = type(model).__name__
         found: dict[str, Fidelity] = {}
-        for name, lines in asked.items():
+        for name, lines in prompts_by_set.items():
             examples = answered(aligned, tokenizer, lines, limit)
             found[name] = compare(plain(model), routed(aligned), examples, pad_token(tokenizer))
             console.say(f"against the aligned model, on prompts of {name}: {found[name]}")
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         manifest.write_text(directory / "README.md", _card(run, out.name, kind, merged, found))
-    console.say(f"dense {kind}: {out}" if asked else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
+    console.say(f"dense {kind}: {out}" if prompts_by_set else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
 
 
 def parse_weights(text: str, axes: list[str]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-{asked}
+{encode}
 answer = model.generate(**prompt.to(model.device), max_new_tokens=256)
 print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
@@ -44,12 +44,12 @@ def export(root: Path, out: Path, max_shard_size: str) -> None:
             allowed = "a size such as 5GB or 500MB"
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
         tokenizer.save_pretrained(directory)
-        asked = CHAT if tokenizer.chat_template else PLAIN
-        manifest.write_text(directory / "README.md", _card(run, out.name, model.config.layers, asked))
+        encode = CHAT if tokenizer.chat_template else PLAIN
+        manifest.write_text(directory / "README.md", _card(run, out.name, model.config.layers, encode))
     console.say(f"aligned model with its model card: {out}")
 
 
-def _card(run: FinishedRun, name: str, layers: list[int], asked: str) -> str:
+def _card(run: FinishedRun, name: str, layers: list[int], encode: str) -> str:
     return f"""\
 {cards.front_matter(run, ["mixture-of-experts", *run.axes], library_name="transformers")}
 # {name}
@@ -60,7 +60,7 @@ A calibrated gate chooses experts for each prompt, once; the decision is kept wi
 
 ## Load it
 
-{LOAD.format(name=name, asked=asked)}
+{LOAD.format(name=name, encode=encode)}
 In bfloat16 or float16 the gates stay in float32. Prompts in one batch do not influence each other. The decision needs
 the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
 

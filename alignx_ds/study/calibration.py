@@ -37,7 +37,7 @@ from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
 COUNTS = (0, 1, 3)  # examples in the prompt
 NO_ANSWER = -1e9  # the logit that pads questions with fewer answers
-Owned = list[tuple[str, Row]]
+OwnedRows = list[tuple[str, Row]]
 SMALL_BIN = 0.02  # a bin with a smaller share of the rows is too noisy to be joined by a line
 TEMPERATURES = {"none": "no temperature", "own": "temperature fitted zero-shot", "refitted": "temperature refitted"}
 
@@ -49,8 +49,8 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
     calibration = [(name, row) for name, (_, rows) in training.items() for row in rows]
     limit = int(getattr(studied.base.config, "max_position_embeddings", 0) or studied.config.model.max_length)
     shots = FewShotPrompts(studied.base.tokenizer, studied.config.seed, limit, pools)
-    asked = of_choice(studied.held_out_rows())
-    groups = {count: _answers(asked, shots, count) for count in COUNTS}
+    questions = multiple_choice(studied.held_out_rows())
+    groups = {count: _answers(questions, shots, count) for count in COUNTS}
     answers: dict[str, Any] = {}
     with console.progress("calibration", (1 + len(SYSTEMS)) * len(COUNTS)) as bar:
         for name in SYSTEMS:
@@ -58,28 +58,30 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
             if name == "alignx":
                 assert isinstance(model, AlignXForCausalLM)
                 router = _router(model, studied, shots, calibration, bar.advance)
-            if len(asked) > 1:
-                answers[name] = _crossed({count: _choices(model, studied, g) for count, g in groups.items()}, asked)
+            if len(questions) > 1:
+                answers[name] = _calibration_of(
+                    {count: _choices(model, studied, g) for count, g in groups.items()}, questions
+                )
             bar.advance(by=len(COUNTS))
     return {
         "examples": list(COUNTS),
         "bins": BINS,
         "rows": {
             "router": {"calibration": len(calibration), "held out": len(studied.held_out_rows())},
-            "answers": {"held out": len(asked)},
+            "answers": {"held out": len(questions)},
         },
         "router": router,
         "answers": answers,
     }
 
 
-def of_choice(owned: Owned) -> Owned:
+def multiple_choice(owned: OwnedRows) -> OwnedRows:
     """The axes' rows that have a best answer and incorrect ones."""
     return [(name, row) for name, row in owned if row.response and row.incorrect and name != "generalist"]
 
 
 def _router(
-    model: AlignXForCausalLM, studied: StudiedRun, shots: FewShotPrompts, calibration: Owned, advance: Any
+    model: AlignXForCausalLM, studied: StudiedRun, shots: FewShotPrompts, calibration: OwnedRows, advance: Any
 ) -> dict[str, Any]:
     """Calibration of the lowest gate, as in the run's report."""
     names, lowest = studied.experts, min(gates_of(model))
@@ -94,13 +96,13 @@ def _router(
         refitted = fit_temperature(logits[0], labels[0])
         own = own or refitted
         found[str(count)] = calibrated(
-            logits[1], labels[1], everywhere(labels[1], own), everywhere(labels[1], refitted)
+            logits[1], labels[1], same_for_all(labels[1], own), same_for_all(labels[1], refitted)
         )
         advance()
     return found
 
 
-def _answers(owned: Owned, shots: FewShotPrompts, count: int) -> list[list[Example]]:
+def _answers(owned: OwnedRows, shots: FewShotPrompts, count: int) -> list[list[Example]]:
     """For every row, its prompt with each of its answers, the best one first."""
     return [shots.encoded(row, shots.examples(name, row, count), (row.response, *row.incorrect)) for name, row in owned]
 
@@ -114,45 +116,45 @@ def _choices(model: PreTrainedModel, studied: StudiedRun, groups: list[list[Exam
     return logits
 
 
-def _crossed(found: dict[int, Tensor], asked: Owned) -> dict[str, Any]:
+def _calibration_of(found: dict[int, Tensor], questions: OwnedRows) -> dict[str, Any]:
     """Logits by number of examples, the best answer first -> calibration by number of examples."""
-    first = halves(asked)
-    labels = torch.zeros(len(asked), dtype=torch.long)
-    own = crossed(found[0], labels, first)
-    return {str(k): calibrated(logits, labels, own, crossed(logits, labels, first)) for k, logits in found.items()}
+    first = halves(questions)
+    labels = torch.zeros(len(questions), dtype=torch.long)
+    own = cross_fitted(found[0], labels, first)
+    return {str(k): calibrated(logits, labels, own, cross_fitted(logits, labels, first)) for k, logits in found.items()}
 
 
-def halves(asked: Owned) -> Tensor:
+def halves(questions: OwnedRows) -> Tensor:
     """[N]: whether a row is in the first half. It depends on the questions, not on the order of the rows."""
-    order = sorted(range(len(asked)), key=lambda i: asked[i][1].position("temperature"))
-    first = torch.zeros(len(asked), dtype=torch.bool)
+    order = sorted(range(len(questions)), key=lambda i: questions[i][1].position("temperature"))
+    first = torch.zeros(len(questions), dtype=torch.bool)
     first[order[::2]] = True
     return first
 
 
-def crossed(logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
+def cross_fitted(logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
     """[N]: each row's temperature, fitted on the half that the row is not in."""
     of_first, of_second = (fit_temperature(logits[half], labels[half]) for half in (first, ~first))
     return torch.where(first, of_second, of_first)
 
 
-def everywhere(labels: Tensor, temperature: float) -> Tensor:
+def same_for_all(labels: Tensor, temperature: float) -> Tensor:
     """[N]: the same temperature for every row."""
     return torch.full(labels.shape, temperature, dtype=torch.float64)
 
 
 def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor) -> dict[str, Any]:
     """Metrics and reliability without a temperature, and with each of these. logits [N, E], the others [N]."""
-    temperatures = {"none": everywhere(labels, 1.0), "own": own, "refitted": refitted}
+    temperatures = {"none": same_for_all(labels, 1.0), "own": own, "refitted": refitted}
     scaled = {name: logits.double() / t.double()[:, None] for name, t in temperatures.items()}
-    figures = {name: router_metrics(some, labels) for name, some in scaled.items()}
+    metrics = {name: router_metrics(some, labels) for name, some in scaled.items()}
     return {
         "temperatures": {name: sorted(set(t.tolist())) for name, t in temperatures.items()},
-        "accuracy": figures["none"]["accuracy"],
-        "ece": figures["none"]["ece"],
-        "ece_t": figures["own"]["ece"],
-        "ece_t_refitted": figures["refitted"]["ece"],
-        **{f"{metric}_{name}": figures[name][metric] for metric in ("brier", "nll") for name in figures},
+        "accuracy": metrics["none"]["accuracy"],
+        "ece": metrics["none"]["ece"],
+        "ece_t": metrics["own"]["ece"],
+        "ece_t_refitted": metrics["refitted"]["ece"],
+        **{f"{metric}_{name}": metrics[name][metric] for metric in ("brier", "nll") for name in metrics},
         "reliability": {name: reliability(some.softmax(-1), labels) for name, some in scaled.items()},
     }
 
@@ -180,8 +182,8 @@ def show(content: dict[str, Any]) -> None:
     keys = ("accuracy", "ece", "ece_t", "ece_t_refitted", "brier_none", "brier_own", "brier_refitted")
     tables = {"the router": content["router"]}
     tables |= {f"the answers of {plotting.label(name)}": found for name, found in content["answers"].items()}
-    for name, seen in tables.items():
-        rows = [[count, *(f"{figures[key]:.4f}" for key in keys)] for count, figures in seen.items()]
+    for name, by_count in tables.items():
+        rows = [[count, *(f"{metrics[key]:.4f}" for key in keys)] for count, metrics in by_count.items()]
         console.table(f"Calibration of {name}", columns, rows)
     console.say("-t: with the temperature fitted zero-shot; refitted: fitted on prompts with as many examples")
 
@@ -189,19 +191,19 @@ def show(content: dict[str, Any]) -> None:
 def draw(content: dict[str, Any]) -> Figure:
     """A row for the router and one for AlignX's answers: reliability diagrams, then ECE and Brier score."""
     both = {"router": content["router"], "AlignX's answers": content["answers"].get("alignx")}
-    present = {name: seen for name, seen in both.items() if seen}
+    present = {name: by_count for name, by_count in both.items() if by_count}
     with plotting.styled():
         figure = plotting.figure(11.5, 3.2 * len(present))
         plots = figure.subplots(
             len(present), len(COUNTS) + 2, squeeze=False, width_ratios=[1.25] * len(COUNTS) + [1, 1]
         )
-        for line, (name, seen) in zip(plots, present.items(), strict=True):
-            for plot, (count, figures) in zip(line, seen.items(), strict=False):
-                _diagram(plot, figures)
-                plot.set_title(f"{name}, {_shots(count)}\naccuracy {figures['accuracy']:.3f}")
+        for line, (name, by_count) in zip(plots, present.items(), strict=True):
+            for plot, (count, metrics) in zip(line, by_count.items(), strict=False):
+                _diagram(plot, metrics)
+                plot.set_title(f"{name}, {_shots(count)}\naccuracy {metrics['accuracy']:.3f}")
             line[0].set_ylabel("accuracy")
-            _bars(line[-2], seen, {"none": "ece", "own": "ece_t", "refitted": "ece_t_refitted"}, "ECE ↓")
-            _bars(line[-1], seen, {name: f"brier_{name}" for name in TEMPERATURES}, "Brier ↓")
+            _bars(line[-2], by_count, {"none": "ece", "own": "ece_t", "refitted": "ece_t_refitted"}, "ECE ↓")
+            _bars(line[-1], by_count, {name: f"brier_{name}" for name in TEMPERATURES}, "Brier ↓")
         for plot in plots[-1][: len(COUNTS)]:
             plot.set_xlabel("confidence")
         for plot in plots[-1][len(COUNTS) :]:
@@ -218,10 +220,10 @@ def _shots(count: str) -> str:
     return "zero-shot" if count == "0" else f"{count}-shot"
 
 
-def _diagram(plot: Any, figures: dict[str, Any]) -> None:
+def _diagram(plot: Any, metrics: dict[str, Any]) -> None:
     """A dot per bin, its area by the bin's share of the rows; lines join all but the small bins."""
     plot.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=0.8, linestyle="--", zorder=0)
-    for name, bins in figures["reliability"].items():
+    for name, bins in metrics["reliability"].items():
         total = sum(b["rows"] for b in bins)
         x, y = ([b[key] for b in bins] for key in ("confidence", "accuracy"))
         sizes = [6 + 130 * b["rows"] / total for b in bins]
@@ -233,11 +235,11 @@ def _diagram(plot: Any, figures: dict[str, Any]) -> None:
     plot.set_ylim(-0.03, 1.06)
 
 
-def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> None:
-    values = np.array([[figures[key] for key in keys.values()] for figures in seen.values()])
+def _bars(plot: Any, by_count: dict[str, Any], keys: dict[str, str], title: str) -> None:
+    values = np.array([[metrics[key] for key in keys.values()] for metrics in by_count.values()])
     for number, name in enumerate(keys):
         bars = plot.bar(
-            np.arange(len(seen)) + (number - 1) * 0.28,
+            np.arange(len(by_count)) + (number - 1) * 0.28,
             values[:, number],
             0.26,
             color=TINTS[name],
@@ -245,5 +247,5 @@ def _bars(plot: Any, seen: dict[str, Any], keys: dict[str, str], title: str) -> 
         )
         plot.bar_label(bars, fmt="%.3f", fontsize=6, padding=2, rotation=90)
     plot.set_ylim(0, max(0.01, float(values.max()) * 1.25))
-    plot.set_xticks(range(len(seen)), list(seen))
+    plot.set_xticks(range(len(by_count)), list(by_count))
     plot.set_title(title)

@@ -222,7 +222,7 @@ def _bars(plot: Any, content: dict[str, Any]) -> None:
     for number, (key, (label, colour)) in enumerate(kinds.items()):
         bars = plot.bar(np.arange(len(experts)) + (number - 1) * 0.27, seen[key], 0.25, color=colour, label=label)
         plot.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
-    plot.set_xticks(range(len(experts)), experts)
+    plotting.name_columns(plot, experts)
     plot.set_ylim(0, max(max(seen[key]) for key in kinds) * 1.45)
     plot.set_ylabel("mean over held-out prompts")
     plot.legend(frameon=False, fontsize=7, loc="upper left")

@@ -23,6 +23,7 @@ STYLE = {
     "pdf.fonttype": 42,  # text stays text in the PDF
     "svg.hashsalt": "alignx",
 }
+LONGEST_NAME = 10  # characters of a column's name that fit beside its neighbours
 MUTED, ACCENT = "#9aa5b1", "#1b6ca8"
 LABELS = {"alignx": "AlignX"}
 
@@ -53,6 +54,13 @@ def styled() -> Any:
     return mpl.rc_context(STYLE)
 
 
+def name_columns(plot: Axes, names: Sequence[str]) -> None:
+    """Label the columns 0, 1, … on the x axis; names that would run into each other are slanted."""
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if longest > LONGEST_NAME else {}
+    plot.set_xticks(range(len(names)), names, **slant)
+
+
 def heat(
     plot: Axes,
     values: NDArray[np.float64],
@@ -71,7 +79,7 @@ def heat(
         r, g, b, _ = picture.cmap(picture.norm(values[i, j])) if np.isfinite(values[i, j]) else (1, 1, 1, 1)
         dark = 0.299 * r + 0.587 * g + 0.114 * b < 0.55
         plot.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
-    plot.set_xticks(range(len(columns)), columns)
+    name_columns(plot, columns)
     plot.set_yticks(range(len(rows)), rows)
     plot.tick_params(length=0)
     plot.spines[:].set_visible(False)

@@ -13,7 +13,7 @@ import torch
 from alignx_ds.data.rows import Row
 from alignx_ds.routing.gate_terms import sum_of
 from alignx_ds.routing.metrics import expected_calibration_error, router_metrics
-from alignx_ds.study.calibration import calibrated, crossed, everywhere, halves, of_choice, reliability
+from alignx_ds.study.calibration import calibrated, cross_fitted, halves, multiple_choice, reliability, same_for_all
 from alignx_ds.study.gate_parts import GateTerms
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
@@ -61,8 +61,8 @@ def test_a_temperature_corrects_overconfident_logits() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 6 * torch.randn(8000, 3, generator=generator, dtype=torch.float64)
     labels = (logits / 3).softmax(-1).multinomial(1, generator=generator).squeeze(1)
-    refitted = crossed(logits, labels, torch.arange(8000) % 2 == 0)
-    found = calibrated(logits, labels, everywhere(labels, 1.0), refitted)
+    refitted = cross_fitted(logits, labels, torch.arange(8000) % 2 == 0)
+    found = calibrated(logits, labels, same_for_all(labels, 1.0), refitted)
     assert found["temperatures"]["refitted"] == pytest.approx([3.0, 3.0], rel=0.1)
     assert found["ece"] > 0.1 > 0.03 > found["ece_t_refitted"]
     assert found["ece_t"] == found["ece"], "its own temperature is the one that was given"
@@ -73,7 +73,7 @@ def test_no_row_has_a_part_in_its_own_temperature() -> None:
     """One half is always right, which lowers a temperature; the other is always wrong, which raises it."""
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]] * 4, dtype=torch.float64)
     right = torch.tensor([True, False] * 4)
-    made = crossed(logits, torch.zeros(8, dtype=torch.long), right)
+    made = cross_fitted(logits, torch.zeros(8, dtype=torch.long), right)
     assert made[right].min() > 10 > 0.1 > made[~right].max()
 
 
@@ -87,4 +87,4 @@ def test_halves_are_of_questions_whatever_their_order() -> None:
 def test_choices_need_a_best_answer_and_a_wrong_one() -> None:
     whole = Row("q", "yes", incorrect=("no",))
     others = [Row("q", "", incorrect=("no",)), Row("q", "yes")]
-    assert of_choice([("honest", row) for row in (whole, *others)]) == [("honest", whole)]
+    assert multiple_choice([("honest", row) for row in (whole, *others)]) == [("honest", whole)]

@@ -47,9 +47,9 @@ def draw(prompts: list[str], choices: list[Choice]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, sum(heights) + 1.0), layout="constrained")
         grid = figure.subplots(len(choices), 2, squeeze=False, width_ratios=(3, 1.25), height_ratios=heights)
-        for prompt, choice, (terms, sure) in zip(prompts, choices, grid, strict=True):
+        for prompt, choice, (terms, confidences) in zip(prompts, choices, grid, strict=True):
             _terms(terms, choice)
-            _confidences(sure, choice)
+            _confidences(confidences, choice)
             terms.set_title(_shortened(prompt), loc="left", fontsize=10.5, fontweight="bold", parse_math=False)
         _share_scale([line[0] for line in grid])
         for plot in grid[:-1].flat:
