@@ -1,4 +1,4 @@
-"""The output directory of a run: what lies where, and that it belongs to this run and no other."""
+"""The output directory of a run: its layout, and the check that it belongs to this run and no other."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def check_owner(config: RunConfig) -> None:
 
 
 def check_room(config: RunConfig, gib: float) -> None:
-    """Raises ConfigError when the disk has no room for so much. What the run's directory holds already counts."""
+    """Raises ConfigError when the disk has less room than `gib` GiB; what the run has written already counts as room."""
     root = Path(config.output)
     place = next(p for p in (root, *root.absolute().parents) if p.is_dir())
     there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
@@ -108,7 +108,7 @@ def check_room(config: RunConfig, gib: float) -> None:
 
 
 def _check_specialists(config: RunConfig, directory: Path) -> None:
-    """A shared directory may hold finished specialists or nothing; unfinished or foreign work is not ours to remove."""
+    """A shared directory may hold finished specialists only: anything else in it must not be removed."""
     for axis in config.axes:
         place = directory / axis
         if place.exists() and not (place / manifest.NAME).is_file() and (not place.is_dir() or any(place.iterdir())):
@@ -117,7 +117,7 @@ def _check_specialists(config: RunConfig, directory: Path) -> None:
 
 
 def claim(config: RunConfig) -> Outputs:
-    """Make the directory and write the resolved config into it; on rank 0, after `check_owner`."""
+    """Make the directory and write the resolved config into it. Called on rank 0, after `check_owner`."""
     outputs = Outputs.of(config)
     try:
         outputs.root.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def claim(config: RunConfig) -> Outputs:
 
 
 def _differences(a: Any, b: Any, path: str) -> list[str]:
-    """Dotted keys under which two configs differ, but for those that may change from one start to the next."""
+    """Dotted keys in which two configs differ, without those that may change from one start to the next."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted({*a, *b} - (SPREAD if path else ANY_TIME))
         return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
