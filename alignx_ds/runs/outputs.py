@@ -97,7 +97,7 @@ def check_owner(config: RunConfig) -> None:
 
 
 def check_room(config: RunConfig, gib: float) -> None:
-    """Raises ConfigError when the disk has less room than `gib` GiB; what the run has written already counts as room."""
+    """Raises ConfigError when the disk has less room than `gib` GiB; what the run has written counts as room."""
     root = Path(config.output)
     place = next(p for p in (root, *root.absolute().parents) if p.is_dir())
     there = sum(p.stat().st_size for p in root.rglob("*") if p.is_file()) if root.is_dir() else 0
