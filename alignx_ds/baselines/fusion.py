@@ -71,6 +71,13 @@ class FullExperts(nn.Module):
         self.forced: int | None = None
         self.logits: Tensor | None = None
 
+    @property
+    def asks_device(self) -> bool:
+        """Whether a forward pass asks how many tokens each expert has (evaluation.decode)."""
+        if self.top_k == self.num_experts:
+            return self.forced is not None
+        return self.forced is not None or not (self.grouped and _has_grouped_gemm(self.weights["gate"]))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         tokens = x.flatten(0, -2)

@@ -59,6 +59,8 @@ class Dispatch(nn.Module):
 class ParallelMixture(nn.Module):
     """Experts spread over `ep_size` ranks; rank r of a group hosts global experts r·n … r·n + n − 1."""
 
+    asks_device = True  # how many tokens the fullest expert has (evaluation.decode)
+
     def __init__(self, base: FeedForward, experts: list[Factors], ep_size: int, ep_rank: int) -> None:
         from deepspeed.moe.layer import MoE
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from alignx_ds.evaluation.decode import Decoder
+from alignx_ds.evaluation.decode import Decoder, asks_device
+from alignx_ds.mocae.layer import alignx_layers
 from suite.systems import System
 
 STEPS = 8  # decode steps in one round
+WAYS = ("eager", "captured", "compiled")  # of a decode step; captured on CUDA alone, and compiled ones there too
 
 
 def prefill_work(system: System, batch: int, length: int) -> Callable[[], object]:
@@ -24,10 +27,11 @@ def prefill_work(system: System, batch: int, length: int) -> Callable[[], object
     return work
 
 
-def decode_work(system: System, batch: int, length: int, rounds: int, compiled: bool) -> Callable[[], object]:
-    """`STEPS` tokens a call; the cache has room for all rounds."""
+def decode_work(system: System, batch: int, length: int, rounds: int, way: str) -> Callable[[], object]:
+    """`STEPS` tokens a call, in one of `WAYS`; the cache has room for all rounds."""
     system.prepare()
-    decoders = [Decoder(model, compiled=compiled) for model in system.models]
+    compiled = way == "compiled" and not any(map(asks_device, system.models))
+    decoders = [Decoder(model, compiled=compiled, captured=way != "eager") for model in system.models]
     ids, mask = _prompts(system, batch, length)
     room = STEPS * (rounds + 1)
     started = [decoder.prefill(ids, mask, room) for decoder in decoders]
@@ -50,3 +54,28 @@ def _prompts(system: System, batch: int, length: int) -> tuple[torch.Tensor, tor
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (batch, length), generator=source).to(model.device)
     return ids, torch.ones_like(ids)
+
+
+def bytes_of_step(system: System, batch: int, length: int) -> dict[str, float]:
+    """What a decode step has to read: of the weights, and of the KV cache. The embedding is read a row at a time."""
+    found = {"weights": 0.0, "kv_cache": 0.0}
+    for model in system.models:
+        backbone: Any = getattr(model, "backbone", model)
+        table = backbone.get_input_embeddings().weight
+        mixtures = [layer.mixture for layer in alignx_layers(model)]
+        factors = {id(p): p for mixture in mixtures for p in mixture.parameters()}
+        rest = {id(p): p for p in backbone.parameters()}.values()
+        found["weights"] += sum(_size(p) for p in rest if id(p) not in factors and p is not table)
+        for mixture in mixtures:
+            own = sum(_size(p) for p in mixture.parameters())
+            few = mixture.few_rows(batch, 1)
+            found["weights"] += own * batch / (mixture.num_experts - 1) if few else own
+        c = model.config.get_text_config()
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        element = table.element_size()
+        found["kv_cache"] += 2.0 * c.num_hidden_layers * batch * length * c.num_key_value_heads * width * element
+    return found
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
