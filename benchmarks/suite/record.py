@@ -19,6 +19,7 @@ import torch
 from suite.shapes import NAMES, config_of
 
 RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "deepspeed", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,6 +74,12 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
+def _given(options: list[str]) -> list[str]:
+    """The options as a shell reads them, without where the results go."""
+    kept = [o for i, o in enumerate(options) if o != "--out" and (i == 0 or options[i - 1] != "--out")]
+    return [f'"{o}"' if " " in o else o for o in kept]
+
+
 def _commit() -> str:
     """BENCHMARK_COMMIT where the tree is a copy without its history."""
     if given := os.environ.get("BENCHMARK_COMMIT"):
@@ -83,20 +90,35 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
+def circumstances(command: list[str], device: str) -> dict[str, Any]:
+    """Whatever is measured: when, by which command and commit, on what, and with which versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(command),
+        "commit": _commit(),
+        "hardware": hardware(device),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def write_plain(path: Path, command: list[str], device: str, content: dict[str, Any]) -> None:
+    """The result of a command of this project that is no benchmark, run by this Python in the project's directory."""
+    root = str(Path(__file__).parents[2]) + os.sep
+    shown = [part.replace(root, "") for part in command[1:]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = circumstances(shown, device) | content
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write(name: str, args: argparse.Namespace, content: dict[str, Any], targets: list[Target]) -> Path:
     """`results/NAME-SHAPE-DEVICE.json`."""
     args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"{name}-{args.shape}-{args.device}.json"
-    packages = ("torch", "deepspeed", "transformers")
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "hardware": hardware(args.device),
+        **circumstances(["benchmarks/" + Path(sys.argv[0]).name, *_given(sys.argv[1:])], args.device),
         "shape": config_of(args.shape, args.layers, args.vocabulary).to_dict(),
         "rank": args.rank,
         "dtype": str(dtype_of(args)),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         **content,
         "targets": [{"what": t.what, "seen": t.seen, "limit": t.limit, "met": t.met} for t in targets],
     }
