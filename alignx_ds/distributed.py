@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import warnings
@@ -47,6 +48,9 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves the time that deepspeed.initialize takes
+    # Images for Hopper name its architecture 9.0a: DeepSpeed 0.19 can't read the letter when it compiles an optimizer.
+    if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(?<=\d)[a-z]+", "", named)
     # DeepSpeed's own MPI discovery imports mpi4py, whose finaliser blocks the other ranks when one fails.
     for name, source in _OPENMPI.items():
         if source in os.environ:

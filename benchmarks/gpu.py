@@ -31,7 +31,13 @@ WORK = ROOT / "runs" / "gpu"
 SIDE_BY_SIDE = ("dense base", "AlignX", "H3Fusion, loop", "H3Fusion, grouped")  # with their caches they fit on the card
 OTHERS = ("dense base", "AlignX", "AlignX, 2 experts", "AlignX, all experts", "TrinityX", "ensemble of 3")
 SMALL_WORLD = ("data.train_rows=60", "data.held_out_rows=20", "axes.honest.rows=0", "train.steps=1", "align.steps=1")
-SMALL_WORLD += ("gate.anchors=16", "gate.latent=16", "train.warmup_steps=0", "align.warmup_steps=0", "baselines.make=[]")
+SMALL_WORLD += (
+    "gate.anchors=16",
+    "gate.latent=16",
+    "train.warmup_steps=0",
+    "align.warmup_steps=0",
+    "baselines.make=[]",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.experts import Factors, FeedForward
 
 STACKS = ("down_in", "up_in", "down_out", "up_out")
@@ -47,6 +48,10 @@ class FusedMixture(nn.Module):
     down_out: Tensor  # [S, r, f]
     up_out: Tensor  # [S, r, d]
 
+    @property
+    def activation(self) -> nn.Module:
+        return self._base[0].activation
+
     def factors(self) -> list[Factors]:
         """The experts' factors, by global expert id."""
         specialists = unstack({name: getattr(self, name).detach() for name in STACKS})
@@ -56,12 +61,21 @@ class FusedMixture(nn.Module):
         )
         return [none, *specialists]
 
-    def forward(self, x: Tensor, gates: Tensor, count: int | None = None, picks: list[Pick] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        gates: Tensor,
+        count: int | None = None,
+        picks: list[Pick] | None = None,
+        experts: Tensor | None = None,
+    ) -> Tensor:
         """x [B, T, d], gates [B, T or 1, E] fp32 summing to one -> [B, T, d].
 
         `count` says how many experts have a gate in a row, when that is known; `picks` are a prompt's own, made before,
-        or an empty list that is to hold them.
+        or an empty list that is to hold them. `experts` [B] are the rows' only ones, where kernels.serve says so.
         """
+        if experts is not None:
+            return kernels.mixture(x, self._base[0], self, experts)
         if count is None:
             count = self.num_experts
         if picks is None and self._picks_pay(x, gates, count):

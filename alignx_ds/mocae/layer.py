@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fused import FusedMixture, Pick
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -44,15 +45,29 @@ class AlignXLayer(nn.Module):
         gates = self._gates(x, routing)
         mask = self._channel.token_mask
         count = routing.forced_count or (None if self.training else self.top_k)
+        experts = self._experts(x, gates, count, routing)
         # Modules are called, never asked: where accelerate keeps weights off the device, a call fetches them.
         if isinstance(self.mixture, ParallelMixture):
             y = self.mixture(x, gates, mask)
+        elif experts is not None:
+            y = self.mixture(x, gates, count, experts=experts)
         else:
             y = self.mixture(x, gates, count, self._picks(gates, count, routing))
         # Kept with the KV cache; not in training: it has gradients.
         pulls = None if torch.is_grad_enabled() else routing.pulls.setdefault(self.index, [])
-        calibrated: Tensor = self.calibration(y, gates, mask, count, pulls)
+        tables = routing.tables.setdefault(self.index, []) if experts is not None else None
+        calibrated: Tensor = self.calibration(y, gates, mask, count, pulls, experts, tables)
         return calibrated
+
+    def _experts(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> Tensor | None:
+        """[B] int32, every row's only expert, where there are kernels for that; kept with the KV cache."""
+        if isinstance(self.mixture, ParallelMixture) or not kernels.serve(x, gates, count, self.mixture.activation):
+            return None
+        found = routing.experts.get(self.gate_layer)
+        if found is None or found.device != x.device:
+            found = gates.squeeze(1).argmax(-1).int()
+            routing.experts[self.gate_layer] = found
+        return found
 
     def _picks(self, gates: Tensor, count: int | None, routing: Routing) -> list[Pick] | None:
         """The rows' own factors: gathered at prefill, kept with the KV cache, where they are fewer than all."""

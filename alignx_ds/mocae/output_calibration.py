@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fractal import MeanShift
 from alignx_ds.mocae.geometry import Geometry
 
@@ -45,6 +46,7 @@ class OutputCalibration(nn.Module):
         self.reinjection = nn.Parameter(
             torch.zeros(geometry.centre.shape[0], geometry.latent_size, dtype=torch.float32)
         )
+        self._tables: tuple[list[tuple[int, int]], kernels.Tables] | None = None  # and what they were made from
         self.last_drift: Tensor | None = None  # [B] ‖ỹ − y‖²/‖y‖² of the last training call, pads left out
 
     def pull(self, gates: Tensor, count: int | None = None) -> Pull:
@@ -69,6 +71,25 @@ class OutputCalibration(nn.Module):
             damping=-(natural + fractal * leading),
         )
 
+    def tables(self) -> kernels.Tables:
+        """Every expert's pull. They are made anew only when what they are made from has changed."""
+        sources = (self.strengths, self.centre, self.projection, self.means, self.anchors, self.scales)
+        made_from = [(t.data_ptr(), t._version) for t in sources]
+        if self._tables is None or self._tables[0] != made_from:
+            experts = len(self.means)
+            p = self.pull(torch.eye(experts, device=self.means.device).unsqueeze(1), count=1)
+            made = kernels.Tables(
+                bias=p.bias,
+                into=p.shift.into.contiguous(),
+                offset=p.shift.offset.squeeze(1).contiguous(),
+                back=p.back.contiguous(),
+                rest=p.rest.squeeze(1).contiguous(),
+                damping=p.damping,
+                scales=len(self.scales),
+            )
+            self._tables = (made_from, made)
+        return self._tables[1]
+
     def forward(
         self,
         y: Tensor,
@@ -76,11 +97,18 @@ class OutputCalibration(nn.Module):
         token_mask: Tensor | None = None,
         count: int | None = None,
         pulls: list[Pull] | None = None,
+        experts: Tensor | None = None,
+        tables: list[kernels.Tables] | None = None,
     ) -> Tensor:
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> [B, T, d].
 
-        `count` is `pull`'s; `pulls` holds a prompt's own, made before, or is an empty list that is to hold it.
+        `count` is `pull`'s; `pulls` holds a prompt's own, made before, or is an empty list that is to hold it. Where
+        kernels.serve says so, `experts` [B] and `tables` take their place.
         """
+        if experts is not None and tables is not None:
+            if not tables:
+                tables.append(self.tables())
+            return kernels.calibrate(y, self.projection.float(), self.reinjection.float(), tables[0], experts)
         p = pulls[0] if pulls else self.pull(gates.float(), count)
         if pulls is not None and not pulls:
             pulls.append(p)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignx_ds.mocae.fused import Pick
 from alignx_ds.mocae.gate import Decision, Query
+from alignx_ds.mocae.kernels import Tables
 from alignx_ds.mocae.output_calibration import Pull
 
 SUMMARIES = 4  # hidden sizes that a query's summary takes
@@ -28,6 +29,8 @@ class Routing:
     queries: dict[int, Query] = field(default_factory=dict)  # what each gate saw
     picks: dict[int, list[Pick]] = field(default_factory=dict)  # by layer: the rows' own factors, where they are few
     pulls: dict[int, list[Pull]] = field(default_factory=dict)  # by layer: what the gates fix of its calibration, once
+    experts: dict[int, Tensor] = field(default_factory=dict)  # by gate: [B] int32, the only expert of each row
+    tables: dict[int, list[Tables]] = field(default_factory=dict)  # by layer: its calibration under each expert
 
     def __post_init__(self) -> None:
         """`forced_count`: how many experts have a gate in a row of forced gates. Asked of the device once."""

@@ -1,0 +1,127 @@
+"""The top-1 mixture and its output calibration on CUDA: what PyTorch does in thirty small kernels, in six of Triton's.
+
+A row's expert is looked up inside the kernels, so that nothing is gathered: not at prefill, and not while decoding.
+Rounding follows PyTorch's own (pre-activations, activation and product in the model's dtype; sums in fp32).
+Shapes: B rows, T tokens, d hidden, f FFN, S specialists, r rank, k latent, C kernels of all scales, P parts of a sum.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import triton
+
+    from alignx_ds.mocae import triton_kernels
+except ImportError:  # torch for CPUs comes without Triton
+    triton = None
+
+ACTIVATIONS = {"SiLU": 1, "SiLUActivation": 1, "GELUTanh": 2, "PytorchGELUTanh": 2}  # by the name of their class
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROGRAMS = 264  # of a kernel, that it takes to fill a card, about
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"  # on the CPU, to try the kernels
+
+
+def serve(x: Tensor, gates: Tensor, count: int | None, activation: nn.Module) -> bool:
+    """Whether these kernels can do it: one expert for all tokens of a row, and no gradient is asked for."""
+    if triton is None or not (x.is_cuda or INTERPRETED) or torch.is_grad_enabled():
+        return False
+    here = INTERPRETED or x.device.index == torch.cuda.current_device()
+    known = type(activation).__name__ in ACTIVATIONS and x.dtype in DTYPES
+    return here and known and count == 1 and gates.shape[1] == 1
+
+
+class Tables(NamedTuple):
+    """What an output calibration does under each expert (output_calibration.Pull), stacked: [E, ...], fp32."""
+
+    bias: Tensor  # [k]
+    into: Tensor  # [E, l, C], of the l leading latent dimensions
+    offset: Tensor  # [E, C]
+    back: Tensor  # [E, C, k]
+    rest: Tensor  # [E, k]
+    damping: Tensor  # [k]
+    scales: int
+
+
+def _power(n: int, least: int = 16) -> int:
+    """The power of two that covers n; a product of Triton's asks for 16."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _tokens(t: int) -> int:
+    """Tokens of a tile."""
+    return 64 if t > 256 else 16
+
+
+def _exact(x: Tensor) -> bool:
+    """Products in fp32; also where Triton's interpreter would multiply the bits of bf16."""
+    return x.dtype == torch.float32 or INTERPRETED
+
+
+def latent(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
+    """x [B, T, n] through its rows' own maps -> fp32 [P, B T, groups r], whose parts add up.
+
+    w is [groups, S, r, n] or [S, r, n] of the specialists, the generalist's rows get zeros; or [r, n] of every row.
+    """
+    b, t, n = x.shape
+    groups, r = (w.shape[0] if w.dim() == 4 else 1), w.shape[-2]
+    width = groups * r
+    wide = x.dtype == torch.float32 or w.dtype == torch.float32
+    bt, bn, bk = _tokens(t), min(128 if t > 256 else 32, _power(width)), 32 if wide else 64
+    tiles = triton.cdiv(t, bt) * b * triton.cdiv(width, bn)
+    parts = max(1, min(16, PROGRAMS // tiles, n // (2 * bk)))
+    steps = triton.cdiv(triton.cdiv(n, parts), bk)  # of a part
+    parts = triton.cdiv(n, steps * bk)
+    out = torch.empty(parts, b * t, width, dtype=torch.float32, device=x.device)
+    group_stride, expert_stride = (w.stride(0) if w.dim() == 4 else 0), (w.stride(-3) if w.dim() > 2 else 0)
+    triton_kernels.latent[(triton.cdiv(t, bt), b * triton.cdiv(width, bn), parts)](
+        x, w, experts, out, t, width, n, r, b * t, group_stride, expert_stride,
+        STEPS=steps, FIRST=int(w.dim() > 2), EXACT=_exact(x), BT=bt, BN=bn, BK=bk,
+    )  # fmt: skip
+    return out
+
+
+def mixture(x: Tensor, base: Any, stacks: Any, experts: Tensor) -> Tensor:
+    """`FusedMixture` of one expert a row: x [B, T, d], experts [B] int32 -> [B, T, d]."""
+    x = x.contiguous()
+    b, t, _ = x.shape
+    exact, kind = _exact(x), ACTIVATIONS[type(base.activation).__name__]
+    inner = latent(x, stacks.down_in, experts)
+    act, up = base.gate(x), base.up(x)
+    f, r = act.shape[-1], stacks.up_in.shape[-2]
+    bt, bf = _tokens(t), 64
+    triton_kernels.activate[(triton.cdiv(f, bf), triton.cdiv(t, bt), b)](
+        act, up, inner, stacks.up_in, experts, t, f, r, b * t, stacks.up_in.shape[1],
+        PARTS=inner.shape[0], KIND=kind, EXACT=exact, BT=bt, BF=bf, BR=_power(r),
+    )  # fmt: skip
+    outer = latent(act, stacks.down_out, experts)
+    y: Tensor = base.down(act)
+    d, r = y.shape[-1], stacks.up_out.shape[-2]
+    triton_kernels.outward[(triton.cdiv(d, bf), triton.cdiv(t, bt), b)](
+        y, outer, stacks.up_out, experts, t, d, r, b * t,
+        PARTS=outer.shape[0], EXACT=exact, BT=bt, BD=bf, BR=_power(r),
+    )  # fmt: skip
+    return y
+
+
+def calibrate(y: Tensor, projection: Tensor, reinjection: Tensor, tables: Tables, experts: Tensor) -> Tensor:
+    """`OutputCalibration` of one expert a row: y [B, T, d] -> [B, T, d]; projection [k, d], reinjection [d, k] fp32."""
+    y = y.contiguous()
+    b, t, d = y.shape
+    inner = latent(y, projection, experts)
+    out = torch.empty_like(y)
+    bt, bd = _tokens(t), 64
+    chunks = max(1, min(16, triton.cdiv(t, bt) * b * triton.cdiv(d, bd) // PROGRAMS))
+    kernels = tables.offset.shape[1] // tables.scales
+    triton_kernels.calibrate[(triton.cdiv(d, bd * chunks), triton.cdiv(t, bt), b)](
+        y, out, inner, tables.bias, tables.into, tables.offset, tables.back, tables.rest, tables.damping, reinjection,
+        experts, t, d, projection.shape[0], b * t, kernels,
+        PARTS=inner.shape[0], SCALES=tables.scales, LEADING=tables.into.shape[1],
+        PRECISION="ieee" if _exact(y) else "tf32",
+        BT=bt, BD=bd, CHUNKS=chunks, BL=_power(projection.shape[0]), BM=_power(kernels),
+    )  # fmt: skip
+    return out
