@@ -48,6 +48,8 @@ def prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves the time that deepspeed.initialize takes
+    # Batches of ever other lengths fit ever fewer of the blocks that torch's allocator keeps by default.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Images for Hopper name its architecture 9.0a: DeepSpeed 0.19 can't read the letter when it compiles an optimizer.
     if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(?<=\d)[a-z]+", "", named)

@@ -73,8 +73,11 @@ def parts(args: argparse.Namespace) -> list[Part]:
     run += ["launch.ranks=1", "align.ep_size=1", *(SMALL_WORLD if args.tiny else ())]
     pytest = [sys.executable, "-m", "pytest", str(ROOT / "tests/cuda"), f"--junitxml={junit}", "-rs", "--durations=5"]
     training = ("--ranks", "1", "--steps", "2", *few)
-    stage1 = ("--batch", "8", "--length", "64" if args.tiny else "1024", "--zero", "3", "--stages", "1")
-    stage2 = ("--batch", "4", "--length", "32" if args.tiny else "512", "--stages", "2")
+    stage1 = ("--batch", "8", "--length", "64", "--zero", "3", "--stages", "1")
+    stage2 = ("--batch", "4", "--length", "32", "--stages", "2")
+    if not args.tiny:  # as many rows as fit beside the states of so many layers
+        stage1 = ("--batch", "28", "--length", "1024", "--zero", "3", "--stages", "1", "--layers", "16")
+        stage2 = ("--batch", "8", "--length", "1024", "--stages", "2", "--layers", "12")
     depth = "4" if args.tiny else "32"
     return [
         Part("tests", pytest, f"tests-{args.device}.json", 240, lambda seconds: tested(junit, pytest, seconds)),

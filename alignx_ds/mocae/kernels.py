@@ -69,18 +69,19 @@ def latent(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
     """
     b, t, n = x.shape
     groups, r = (w.shape[0] if w.dim() == 4 else 1), w.shape[-2]
-    width = groups * r
+    width, single = groups * r, t == 1
     wide = x.dtype == torch.float32 or w.dtype == torch.float32
+    long, across = (b, w.shape[-3] if w.dim() > 2 else 1) if single else (t, b)
     bt, bn, bk = _tokens(t), min(128 if t > 256 else 32, _power(width)), 32 if wide else 64
-    tiles = triton.cdiv(t, bt) * b * triton.cdiv(width, bn)
-    parts = max(1, min(16, PROGRAMS // tiles, n // (2 * bk)))
+    tiles = triton.cdiv(long, bt) * across * triton.cdiv(width, bn)
+    parts = max(1, min(16, (2 if single else 1) * PROGRAMS // tiles, n // (2 * bk)))
     steps = triton.cdiv(triton.cdiv(n, parts), bk)  # of a part
     parts = triton.cdiv(n, steps * bk)
     out = torch.empty(parts, b * t, width, dtype=torch.float32, device=x.device)
     group_stride, expert_stride = (w.stride(0) if w.dim() == 4 else 0), (w.stride(-3) if w.dim() > 2 else 0)
-    triton_kernels.latent[(triton.cdiv(t, bt), b * triton.cdiv(width, bn), parts)](
-        x, w, experts, out, t, width, n, r, b * t, group_stride, expert_stride,
-        STEPS=steps, FIRST=int(w.dim() > 2), EXACT=_exact(x), BT=bt, BN=bn, BK=bk,
+    triton_kernels.latent[(triton.cdiv(long, bt), across * triton.cdiv(width, bn), parts)](
+        x, w, experts, out, long, width, n, r, b * t, group_stride, expert_stride,
+        STEPS=steps, FIRST=int(w.dim() > 2), SINGLE=single, EXACT=_exact(x), BT=bt, BN=bn, BK=bk,
     )  # fmt: skip
     return out
 
@@ -89,21 +90,22 @@ def mixture(x: Tensor, base: Any, stacks: Any, experts: Tensor) -> Tensor:
     """`FusedMixture` of one expert a row: x [B, T, d], experts [B] int32 -> [B, T, d]."""
     x = x.contiguous()
     b, t, _ = x.shape
-    exact, kind = _exact(x), ACTIVATIONS[type(base.activation).__name__]
+    exact, kind, single = _exact(x), ACTIVATIONS[type(base.activation).__name__], t == 1
+    long, across = (b, 1) if single else (t, b)  # of one token a row, the rows are a tile's tokens
+    specialists, r, f = stacks.up_in.shape[1:]
+    bt, bf = _tokens(t), 64
     inner = latent(x, stacks.down_in, experts)
     act, up = base.gate(x), base.up(x)
-    f, r = act.shape[-1], stacks.up_in.shape[-2]
-    bt, bf = _tokens(t), 64
-    triton_kernels.activate[(triton.cdiv(f, bf), triton.cdiv(t, bt), b)](
-        act, up, inner, stacks.up_in, experts, t, f, r, b * t, stacks.up_in.shape[1],
-        PARTS=inner.shape[0], KIND=kind, EXACT=exact, BT=bt, BF=bf, BR=_power(r),
+    triton_kernels.activate[(triton.cdiv(f, bf), triton.cdiv(long, bt), across)](
+        act, up, inner, stacks.up_in, experts, long, f, r, b * t,
+        S=specialists, PARTS=inner.shape[0], KIND=kind, SINGLE=single, EXACT=exact, BT=bt, BF=bf, BR=_power(r),
     )  # fmt: skip
     outer = latent(act, stacks.down_out, experts)
     y: Tensor = base.down(act)
-    d, r = y.shape[-1], stacks.up_out.shape[-2]
-    triton_kernels.outward[(triton.cdiv(d, bf), triton.cdiv(t, bt), b)](
-        y, outer, stacks.up_out, experts, t, d, r, b * t,
-        PARTS=outer.shape[0], EXACT=exact, BT=bt, BD=bf, BR=_power(r),
+    _, r, d = stacks.up_out.shape
+    triton_kernels.outward[(triton.cdiv(d, bf), triton.cdiv(long, bt), across)](
+        y, outer, stacks.up_out, experts, long, d, r, b * t,
+        S=specialists, PARTS=outer.shape[0], SINGLE=single, EXACT=exact, BT=bt, BD=bf, BR=_power(r),
     )  # fmt: skip
     return y
 
@@ -112,16 +114,20 @@ def calibrate(y: Tensor, projection: Tensor, reinjection: Tensor, tables: Tables
     """`OutputCalibration` of one expert a row: y [B, T, d] -> [B, T, d]; projection [k, d], reinjection [d, k] fp32."""
     y = y.contiguous()
     b, t, d = y.shape
-    inner = latent(y, projection, experts)
-    out = torch.empty_like(y)
+    inner, out = latent(y, projection, experts), torch.empty_like(y)
+    latents, kernels = projection.shape[0], tables.offset.shape[1] // tables.scales
+    whole = (y, out, inner, tables.bias, tables.into, tables.offset, tables.back, tables.rest, tables.damping)
+    shared = {"PARTS": inner.shape[0], "SCALES": tables.scales, "LEADING": tables.into.shape[1], "BL": _power(latents)}
+    if t == 1:
+        triton_kernels.calibrate_single[(triton.cdiv(d, 64), b)](
+            *whole, reinjection, experts, d, latents, b, kernels,
+            BD=64, BM=_power(kernels), BS=_power(tables.scales, 1), BP=_power(inner.shape[0], 1), **shared,
+        )  # fmt: skip
+        return out
     bt, bd = _tokens(t), 64
     chunks = max(1, min(16, triton.cdiv(t, bt) * b * triton.cdiv(d, bd) // PROGRAMS))
-    kernels = tables.offset.shape[1] // tables.scales
     triton_kernels.calibrate[(triton.cdiv(d, bd * chunks), triton.cdiv(t, bt), b)](
-        y, out, inner, tables.bias, tables.into, tables.offset, tables.back, tables.rest, tables.damping, reinjection,
-        experts, t, d, projection.shape[0], b * t, kernels,
-        PARTS=inner.shape[0], SCALES=tables.scales, LEADING=tables.into.shape[1],
-        PRECISION="ieee" if _exact(y) else "tf32",
-        BT=bt, BD=bd, CHUNKS=chunks, BL=_power(projection.shape[0]), BM=_power(kernels),
+        *whole, reinjection, experts, t, d, latents, b * t, kernels,
+        PRECISION="ieee" if _exact(y) else "tf32", BT=bt, BD=bd, CHUNKS=chunks, BM=_power(kernels), **shared,
     )  # fmt: skip
     return out

@@ -9,23 +9,35 @@ import triton.language as tl
 @triton.jit
 def latent(
     x, w, experts, out, T, N, K, R, rows, group_stride, expert_stride,
-    STEPS: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
+    STEPS: tl.constexpr, FIRST: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[part, row, n] = Σ over the part of x[row, k] w[expert of the row, n, k]; FIRST is w's first expert."""
+    """out[part, row, n] = Σ over the part of x[row, k] w[expert of the row, n, k]; FIRST is w's first expert.
+
+    SINGLE: of one token a row, T rows are a tile's tokens, and a program serves those of one expert.
+    """
     tile, columns, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.cdiv(N, BN)
-    b, block = columns // blocks, columns % blocks
-    e = tl.load(experts + b) - FIRST
     t = tile * BT + tl.arange(0, BT)
-    n = block * BN + tl.arange(0, BN)
-    row = (b * T + t).to(tl.int64)
+    n = (columns % blocks) * BN + tl.arange(0, BN)
+    if SINGLE:
+        e = columns // blocks
+        row = t.to(tl.int64)
+        ids = tl.load(experts + t, mask=t < T, other=-1)
+        own = (t < T) & ((ids == e + FIRST) | (FIRST == 0))
+        served = own | ((ids == 0) & (e == 0))  # the generalist's rows get zeros from one program
+    else:
+        b = columns // blocks
+        e = tl.load(experts + b) - FIRST
+        row = (b * T + t).to(tl.int64)
+        own = (t < T) & (e >= 0)
+        served = t < T
     acc = tl.zeros((BT, BN), dtype=tl.float32)
-    if e >= 0:
+    if tl.max(own.to(tl.int32), axis=0) > 0:
         ws = w + e.to(tl.int64) * expert_stride + (n // R).to(tl.int64) * group_stride + (n % R).to(tl.int64) * K
         for i in range(STEPS):
             k = (part * STEPS + i) * BK + tl.arange(0, BK)
-            xs = tl.load(x + row[:, None] * K + k[None, :], mask=(t < T)[:, None] & (k < K)[None, :], other=0.0)
+            xs = tl.load(x + row[:, None] * K + k[None, :], mask=own[:, None] & (k < K)[None, :], other=0.0)
             wt = tl.load(ws[None, :] + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0.0)
             if EXACT:
                 acc += tl.dot(xs.to(tl.float32), wt.to(tl.float32), input_precision="ieee")
@@ -33,7 +45,7 @@ def latent(
                 acc += tl.dot(xs, wt)
             else:
                 acc += tl.dot(xs.to(tl.float32), wt.to(tl.float32), input_precision="tf32")
-    there = (t < T)[:, None] & (n < N)[None, :]
+    there = served[:, None] & (n < N)[None, :]
     tl.store(out + (part * rows + row[:, None]).to(tl.int64) * N + n[None, :], acc, mask=there)
 
 
@@ -54,36 +66,54 @@ def _activated(a, KIND: tl.constexpr):
 
 
 @triton.jit
+def _product(a, w, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(a.to(tl.float32), w.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, w)
+
+
+@triton.jit
 def activate(
-    gate, up, latent, w, experts, T, F, R, rows, S,
-    PARTS: tl.constexpr, KIND: tl.constexpr, EXACT: tl.constexpr,
+    gate, up, latent, w, experts, T, F, R, rows,
+    S: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """gate <- activation(gate + u w₀) (up + v w₁), with [u, v] the latent [P, rows, 2 r] and w [2, S, r, f]."""
     j = tl.program_id(0) * BF + tl.arange(0, BF)
     t, b = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
-    e = tl.load(experts + b)
     row = (b * T + t).to(tl.int64)[:, None]
     here = (t < T)[:, None] & (j < F)[None, :]
     place = row * F + j[None, :]
     g = tl.load(gate + place, mask=here, other=0.0)
     u = tl.load(up + place, mask=here, other=0.0)
     dtype = g.dtype
-    if e > 0:
-        r = tl.arange(0, BR)
-        there, known = (t < T)[:, None] & (r < R)[None, :], (r < R)[:, None] & (j < F)[None, :]
-        ws = w + ((e - 1) * R + r[:, None]).to(tl.int64) * F + j[None, :]
-        second = S * R * F
-        to_gate = _sum(latent, row, r[None, :], there, rows, 2 * R, PARTS).to(dtype)
-        to_up = _sum(latent, row, R + r[None, :], there, rows, 2 * R, PARTS).to(dtype)
-        wg = tl.load(ws, mask=known, other=0.0)
-        wu = tl.load(ws + second, mask=known, other=0.0)
-        if EXACT:
-            g = (g.to(tl.float32) + tl.dot(to_gate.to(tl.float32), wg.to(tl.float32), input_precision="ieee")).to(dtype)
-            u = (u.to(tl.float32) + tl.dot(to_up.to(tl.float32), wu.to(tl.float32), input_precision="ieee")).to(dtype)
-        else:
-            g = (g.to(tl.float32) + tl.dot(to_gate, wg)).to(dtype)
-            u = (u.to(tl.float32) + tl.dot(to_up, wu)).to(dtype)
+    r = tl.arange(0, BR)
+    there, known = (t < T)[:, None] & (r < R)[None, :], (r < R)[:, None] & (j < F)[None, :]
+    ws = w + r[:, None].to(tl.int64) * F + j[None, :]
+    second = S * R * F
+    if SINGLE:  # every expert's rows in turn
+        ids = tl.load(experts + t, mask=t < T, other=0)
+        to_gate = _sum(latent, row, r[None, :], there, rows, 2 * R, PARTS)
+        to_up = _sum(latent, row, R + r[None, :], there, rows, 2 * R, PARTS)
+        more_g, more_u = tl.zeros((BT, BF), dtype=tl.float32), tl.zeros((BT, BF), dtype=tl.float32)
+        for s in range(S):
+            own = ids == s + 1
+            if tl.max(own.to(tl.int32), axis=0) > 0:
+                wg = tl.load(ws + s * R * F, mask=known, other=0.0)
+                wu = tl.load(ws + s * R * F + second, mask=known, other=0.0)
+                more_g += _product(tl.where(own[:, None], to_gate, 0.0).to(dtype), wg, EXACT)
+                more_u += _product(tl.where(own[:, None], to_up, 0.0).to(dtype), wu, EXACT)
+        g = (g.to(tl.float32) + more_g).to(dtype)
+        u = (u.to(tl.float32) + more_u).to(dtype)
+    else:
+        e = tl.load(experts + b)
+        if e > 0:
+            to_gate = _sum(latent, row, r[None, :], there, rows, 2 * R, PARTS).to(dtype)
+            to_up = _sum(latent, row, R + r[None, :], there, rows, 2 * R, PARTS).to(dtype)
+            wg = tl.load(ws + (e - 1) * R * F, mask=known, other=0.0)
+            wu = tl.load(ws + (e - 1) * R * F + second, mask=known, other=0.0)
+            g = (g.to(tl.float32) + _product(to_gate, wg, EXACT)).to(dtype)
+            u = (u.to(tl.float32) + _product(to_up, wu, EXACT)).to(dtype)
     a = _activated(g.to(tl.float32), KIND).to(dtype)
     tl.store(gate + place, (a.to(tl.float32) * u.to(tl.float32)).to(dtype), mask=here)
 
@@ -91,26 +121,73 @@ def activate(
 @triton.jit
 def outward(
     y, latent, w, experts, T, D, R, rows,
-    PARTS: tl.constexpr, EXACT: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    S: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """y += latent w, with the latent [P, rows, r] and w [S, r, d]; the generalist's rows stay as they are."""
     j = tl.program_id(0) * BD + tl.arange(0, BD)
     t, b = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
-    e = tl.load(experts + b)
-    if e > 0:
-        r = tl.arange(0, BR)
-        row = (b * T + t).to(tl.int64)[:, None]
-        here, there = (t < T)[:, None] & (j < D)[None, :], (t < T)[:, None] & (r < R)[None, :]
-        place = row * D + j[None, :]
+    r = tl.arange(0, BR)
+    row = (b * T + t).to(tl.int64)[:, None]
+    here, there = (t < T)[:, None] & (j < D)[None, :], (t < T)[:, None] & (r < R)[None, :]
+    place = row * D + j[None, :]
+    known = (r < R)[:, None] & (j < D)[None, :]
+    ws = w + r[:, None].to(tl.int64) * D + j[None, :]
+    if SINGLE:
+        ids = tl.load(experts + t, mask=t < T, other=0)
         old = tl.load(y + place, mask=here, other=0.0)
-        v = _sum(latent, row, r[None, :], there, rows, R, PARTS).to(old.dtype)
-        ws = w + ((e - 1) * R + r[:, None]).to(tl.int64) * D + j[None, :]
-        wt = tl.load(ws, mask=(r < R)[:, None] & (j < D)[None, :], other=0.0)
-        if EXACT:
-            new = old.to(tl.float32) + tl.dot(v.to(tl.float32), wt.to(tl.float32), input_precision="ieee")
-        else:
-            new = old.to(tl.float32) + tl.dot(v, wt)
+        v = _sum(latent, row, r[None, :], there, rows, R, PARTS)
+        new = old.to(tl.float32)
+        for s in range(S):
+            own = ids == s + 1
+            if tl.max(own.to(tl.int32), axis=0) > 0:
+                wt = tl.load(ws + s * R * D, mask=known, other=0.0)
+                new += _product(tl.where(own[:, None], v, 0.0).to(old.dtype), wt, EXACT)
         tl.store(y + place, new.to(old.dtype), mask=here)
+    else:
+        e = tl.load(experts + b)
+        if e > 0:
+            old = tl.load(y + place, mask=here, other=0.0)
+            v = _sum(latent, row, r[None, :], there, rows, R, PARTS).to(old.dtype)
+            wt = tl.load(ws + (e - 1) * R * D, mask=known, other=0.0)
+            tl.store(y + place, (old.to(tl.float32) + _product(v, wt, EXACT)).to(old.dtype), mask=here)
+
+
+@triton.jit
+def calibrate_single(
+    y, out, latent, bias, into, offset, back, rest, damping, reinjection, experts, D, L, rows, M,
+    PARTS: tl.constexpr, SCALES: tl.constexpr, LEADING: tl.constexpr,
+    BD: tl.constexpr, BL: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """As `calibrate`, of one token a row: every program loads all that it needs at once, and makes the row's step."""
+    row = tl.program_id(1)
+    e = tl.load(experts + row)
+    j, k = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, BL)
+    c, p = tl.arange(0, BS * BM), tl.arange(0, BP)
+    scale, m = c // BM, c % BM
+    inside = (scale < SCALES) & (m < M)
+    kernel = scale * M + m
+    kernels = SCALES * M
+    rs = tl.load(reinjection + j[:, None] * L + k[None, :], mask=(j < D)[:, None] & (k < L)[None, :], other=0.0)
+    old = tl.load(y + row.to(tl.int64) * D + j, mask=j < D, other=0.0)
+    known = inside[:, None] & (k < L)[None, :]
+    backs = tl.load(back + (e * kernels + kernel)[:, None] * L + k[None, :], mask=known, other=0.0)
+    parts = tl.load(latent + (p[:, None] * rows + row) * L + k[None, :],
+                    mask=(p < PARTS)[:, None] & (k < L)[None, :], other=0.0)  # fmt: skip
+    z = tl.sum(parts, axis=0) + tl.load(bias + k, mask=k < L, other=0.0)
+    exponents = tl.load(offset + e * kernels + kernel, mask=inside, other=-1e30)
+    for i in tl.static_range(LEADING):
+        zi = tl.sum(tl.where(k == i, z, 0.0), axis=0)
+        exponents += zi * tl.load(into + (e * LEADING + i) * kernels + kernel, mask=inside, other=0.0)
+    table = tl.reshape(exponents, (BS, BM))
+    table = tl.exp(table - tl.max(table, axis=1)[:, None])
+    table = table / tl.sum(table, axis=1)[:, None]
+    weights = tl.where(inside, tl.reshape(table, (BS * BM,)), 0.0)
+    step = tl.load(rest + e * L + k, mask=k < L, other=0.0)
+    step += z * tl.load(damping + k, mask=k < L, other=0.0)
+    step += tl.sum(weights[:, None] * backs, axis=0)
+    new = old.to(tl.float32) + tl.sum(rs * step[None, :], axis=1)
+    tl.store(out + row.to(tl.int64) * D + j, new.to(old.dtype), mask=j < D)
 
 
 @triton.jit

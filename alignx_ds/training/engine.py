@@ -67,6 +67,7 @@ FILLED: dict[str, Callable[[Plan, int], Any]] = {
     "bf16.enabled": lambda plan, world: plan.bf16,
     "optimizer.params.lr": lambda plan, world: plan.lr,
     "optimizer.params.weight_decay": lambda plan, world: plan.weight_decay,
+    "optimizer.params.fused": lambda plan, world: torch.cuda.is_available(),  # torch's own: one pass over the states
 }
 
 
