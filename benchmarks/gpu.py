@@ -70,7 +70,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
 
     junit, world = WORK / "tests.xml", WORK / "world"
     run = [sys.executable, "-m", "alignx_ds", "run", str(ROOT / "launch/recipes/world.yaml"), f"output={world}"]
-    run += ["launch.ranks=1", "align.ep_size=1", *(SMALL_WORLD if args.tiny else ())]
+    run += ["launch.ranks=1", "align.ep_size=1", *(SMALL_WORLD if args.tiny else ()), *args.world]
     pytest = [sys.executable, "-m", "pytest", str(ROOT / "tests/cuda"), f"--junitxml={junit}", "-rs", "--durations=5"]
     training = ("--ranks", "1", "--steps", "2", *few)
     stage1 = ("--batch", "8", "--length", "64", "--zero", "3", "--stages", "1")
@@ -130,9 +130,11 @@ def work(part: Part, args: argparse.Namespace) -> str:
         try:
             code: int | None = process.wait(part.limit * args.patience)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all that it has started
-            process.wait()
             code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with all that it has started
+                process.wait()
     seconds = time.monotonic() - began
     print(written.read_text(encoding="utf-8", errors="replace")[-6000:], flush=True)
     if part.keep is not None and (code == 0 or part.name == "tests"):
@@ -149,12 +151,14 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also the parts whose results are there")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: to try the parts themselves")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--world", nargs="+", default=[], metavar="KEY=VALUE", help="settings of the world's recipe")
     parser.add_argument("--patience", type=float, default=1.0, help="factor on every part's time limit")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="directory of the JSON files")
     parser.add_argument(
         "--page", action="store_true", help="write docs/gpu.md from the results that are there, no more"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no part outlives us
     args.out = args.out.resolve()
     if args.page:
         gpu_page.write(ROOT / "docs" / "gpu.md", args.out)

@@ -83,14 +83,15 @@ def train(
     losses = keeper.restore(engine)
     progress.advance(by=len(losses))
     for parts in batches(len(losses)):
-        each, terms = [], dict[str, float]()
+        seen, terms = list[Tensor](), dict[str, float]()
         for part in parts:
             loss, logged = step_loss(engine, part)
             engine.backward(_marked(loss))
             engine.step()
-            each.append(float(loss.detach()))
+            seen.append(loss.detach())
             for name, value in logged.items():
                 terms[name] = terms.get(name, 0.0) + value / len(parts)
+        each = [float(loss) for loss in seen]  # asked of the device once the whole step is under way
         asked = {STOP: float(signals.asked())}
         mean = _mean_over_ranks({"loss": sum(each) / len(parts), **terms, **asked})
         stop = mean.pop(STOP) > 0
@@ -104,8 +105,11 @@ def train(
 
 
 def _marked(loss: Tensor) -> Tensor:
-    """A loss that is not finite makes all its gradients so, and DeepSpeed's own check skips the step on every rank."""
-    return loss if bool(torch.isfinite(loss)) else loss * math.nan
+    """A loss that is not finite makes all its gradients so, and DeepSpeed's own check skips the step on every rank.
+
+    The host does not ask which it is: it would wait for the forward pass, with nothing of the backward pass under way.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def _suspects(parts: list[MicroBatch], losses: list[float]) -> list[MicroBatch]:
