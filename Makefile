@@ -1,5 +1,6 @@
 # make demo    set everything up, then go from a base model to an aligned one on the embedded world
 # make bench   a small-shape pass of every benchmark, under 5 minutes without a GPU
+# make gpu     everything that only a GPU can show, on one card of 80 GB; results that are there are kept
 # make study   the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
 # make test    set everything up, then run the tests
 # make faults  every fault that the run has to survive, about half an hour on 2 cores; writes docs/reliability.md's table
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 
-.PHONY: install demo seeds bench study test faults launchers check lint format clean
+.PHONY: install demo seeds bench gpu study test faults launchers check lint format clean
 
 install: $(READY)
 
@@ -36,6 +37,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/calibrator.py --shape tiny --repeats 5 --out runs/bench
 	$(BIN)/python benchmarks/throughput.py --shape tiny --quick --out runs/bench
 	$(BIN)/python benchmarks/scaling.py --shape tiny --quick --out runs/bench
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 STUDY := checkpoints.every=20 checkpoints.keep=100 checkpoints.finished=true baselines.make=[] output=runs/study
 

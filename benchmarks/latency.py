@@ -13,7 +13,9 @@ a copy.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from suite import ceilings, plots, record
 from suite.record import Target
 from suite.systems import KINDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
-from suite.work import STEPS, WAYS, bytes_of_step, decode_work, prefill_work
+from suite.work import STEPS, WAYS, Pool, bytes_of_step, decode_work, prefill_work
 
 from alignx_ds import console
 
@@ -29,15 +31,20 @@ BASE, OURS, THEIRS = "dense base", "AlignX", ("H3Fusion, loop", "H3Fusion, group
 Grid = dict[tuple[str, int, int], dict[str, Times]]
 
 
-def measure(made: list[System], args: argparse.Namespace) -> Grid:
+def measure(made: list[System], args: argparse.Namespace, keep: Callable[[Grid], object]) -> Grid:
+    """Every cell; `keep` gets what there is after each, so that a later cell that fails costs none before it."""
     grid: Grid = {}
     for batch, length in product(args.batches, args.lengths):
         work = {s.name: prefill_work(s, batch, length) for s in made}
         grid["prefill", batch, length] = interleaved(work, args.repeats, args.device)
         rounds = args.repeats + WARM_UP
-        work = {s.name: decode_work(s, batch, length, rounds, args.steps) for s in made}
+        pool: Pool = []
+        work.clear()
+        work = {s.name: decode_work(s, batch, length, rounds, args.steps, pool) for s in made}
         found = interleaved(work, args.repeats, args.device)
         grid["decode", batch, length] = {n: Times([t / STEPS for t in times.rounds]) for n, times in found.items()}
+        work.clear()
+        keep(grid)
     return grid
 
 
@@ -66,12 +73,16 @@ def stream_targets(grid: Grid, floor: dict[str, Any]) -> list[Target]:
     """How near a single row's decode comes to reading its weights once."""
     found = []
     for cell in floor["cells"]:
-        times = grid["decode", cell["batch"], cell["length"]]
-        for name in cell["milliseconds"] if cell["batch"] == 1 else ():
+        times = grid.get(("decode", cell["batch"], cell["length"]), {})
+        for name in cell["milliseconds"] if times and cell["batch"] == 1 else ():
             what = f"decode, batch 1, length {cell['length']}: {name}, floor of its weights over its time"
             share = cell["milliseconds"][name]["weights"] / times[name].median
             found.append(Target(what, share, 0.70, at_least=True))
     return found
+
+
+def all_targets(grid: Grid, floor: dict[str, Any], device: str) -> list[Target]:
+    return targets(grid, device) + (stream_targets(grid, floor) if device == "cuda" else [])
 
 
 def targets(grid: Grid, device: str) -> list[Target]:
@@ -136,17 +147,22 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     setting = Setting.of(args)
     made = systems(setting, args.systems)
-    grid, floor = measure(made, args), floors(made, args)
-    met = targets(grid, args.device) + (stream_targets(grid, floor) if args.device == "cuda" else [])
+    floor = floors(made, args)
+
+    def keep(grid: Grid) -> Path:
+        """What is known so far, as JSON."""
+        cells = [
+            {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
+            for (phase, batch, length), times in grid.items()
+        ]
+        content = {"steps": args.steps, "cells": cells, "floors": floor}
+        name = "latency" if args.steps == "captured" else f"latency-{args.steps}"
+        return record.write(name, args, content, all_targets(grid, floor, args.device))
+
+    grid = measure(made, args, keep)
     show(grid)
-    record.print_targets(met)
-    cells = [
-        {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
-        for (phase, batch, length), times in grid.items()
-    ]
-    content = {"steps": args.steps, "cells": cells, "floors": floor}
-    name = "latency" if args.steps == "captured" else f"latency-{args.steps}"
-    path = record.write(name, args, content, met)
+    record.print_targets(all_targets(grid, floor, args.device))
+    path = keep(grid)
     plot(grid, path.with_suffix(".png"))
     console.say(f"written: {path}")
 

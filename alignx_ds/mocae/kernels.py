@@ -52,6 +52,11 @@ def _power(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def _few(n: int) -> int:
+    """The power of two below n, from 1 to 16: each number of parts is a kernel of its own, to be compiled."""
+    return 1 << min(4, max(1, n).bit_length() - 1)
+
+
 def _tokens(t: int) -> int:
     """Tokens of a tile."""
     return 64 if t > 256 else 16
@@ -74,7 +79,7 @@ def latent(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
     long, across = (b, w.shape[-3] if w.dim() > 2 else 1) if single else (t, b)
     bt, bn, bk = _tokens(t), min(128 if t > 256 else 32, _power(width)), 32 if wide else 64
     tiles = triton.cdiv(long, bt) * across * triton.cdiv(width, bn)
-    parts = max(1, min(16, (2 if single else 1) * PROGRAMS // tiles, n // (2 * bk)))
+    parts = _few(min((2 if single else 1) * PROGRAMS // tiles, n // (2 * bk)))
     steps = triton.cdiv(triton.cdiv(n, parts), bk)  # of a part
     parts = triton.cdiv(n, steps * bk)
     out = torch.empty(parts, b * t, width, dtype=torch.float32, device=x.device)
@@ -125,7 +130,7 @@ def calibrate(y: Tensor, projection: Tensor, reinjection: Tensor, tables: Tables
         )  # fmt: skip
         return out
     bt, bd = _tokens(t), 64
-    chunks = max(1, min(16, triton.cdiv(t, bt) * b * triton.cdiv(d, bd) // PROGRAMS))
+    chunks = _few(triton.cdiv(t, bt) * b * triton.cdiv(d, bd) // PROGRAMS)
     triton_kernels.calibrate[(triton.cdiv(d, bd * chunks), triton.cdiv(t, bt), b)](
         *whole, reinjection, experts, t, d, latents, b * t, kernels,
         PRECISION="ieee" if _exact(y) else "tf32", BT=bt, BD=bd, CHUNKS=chunks, BM=_power(kernels), **shared,

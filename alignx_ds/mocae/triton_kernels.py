@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VARYING = ["T", "rows"]  # from batch to batch: no kernel is compiled anew for them
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def latent(
     x, w, experts, out, T, N, K, R, rows, group_stride, expert_stride,
     STEPS: tl.constexpr, FIRST: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
@@ -72,7 +74,7 @@ def _product(a, w, EXACT: tl.constexpr):
     return tl.dot(a, w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def activate(
     gate, up, latent, w, experts, T, F, R, rows,
     S: tl.constexpr, PARTS: tl.constexpr, KIND: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
@@ -118,7 +120,7 @@ def activate(
     tl.store(gate + place, (a.to(tl.float32) * u.to(tl.float32)).to(dtype), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def outward(
     y, latent, w, experts, T, D, R, rows,
     S: tl.constexpr, PARTS: tl.constexpr, SINGLE: tl.constexpr, EXACT: tl.constexpr,
@@ -153,7 +155,7 @@ def outward(
             tl.store(y + place, (old.to(tl.float32) + _product(v, wt, EXACT)).to(old.dtype), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def calibrate_single(
     y, out, latent, bias, into, offset, back, rest, damping, reinjection, experts, D, L, rows, M,
     PARTS: tl.constexpr, SCALES: tl.constexpr, LEADING: tl.constexpr,
@@ -190,7 +192,7 @@ def calibrate_single(
     tl.store(out + row.to(tl.int64) * D + j, new.to(old.dtype), mask=j < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def calibrate(
     y, out, latent, bias, into, offset, back, rest, damping, reinjection, experts, T, D, L, rows, M,
     PARTS: tl.constexpr, SCALES: tl.constexpr, LEADING: tl.constexpr, PRECISION: tl.constexpr,

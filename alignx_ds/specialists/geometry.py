@@ -65,11 +65,13 @@ def collect(
         forced = nn.functional.one_hot(labels, experts).float().to(device)
         mask = part.attention_mask.to(device)
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
-        for place, row in enumerate(chosen):
-            for index, query in model.routing.queries.items():
-                queries[index].append((row, query.features[place : place + 1].float().cpu()))
-            for index, y in latest.items():
-                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]], row)))
+        taken = [_sample(part.attention_mask[i], quota[rows.experts[row]], row) for i, row in enumerate(chosen)]
+        lines = torch.cat([torch.full_like(places, i) for i, places in enumerate(taken)]).to(device)
+        columns, sizes = torch.cat(taken).to(device), [len(places) for places in taken]
+        for index, query in model.routing.queries.items():  # one question to the device a layer, not one a row
+            queries[index] += zip(chosen, torch.split(query.features.float().cpu(), 1), strict=True)
+        for index, y in latest.items():
+            outputs[index] += zip(chosen, torch.split(y[lines, columns].float().cpu(), sizes), strict=True)
     for hook in hooks:
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
@@ -84,10 +86,11 @@ def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tup
     return hook
 
 
-def _sample(tokens: Tensor, quota: int, row: int) -> Tensor:
-    """At most `quota` of a row's tokens, evenly spaced, from a start that the row's number moves on."""
-    stride = -(-len(tokens) // quota)
-    return tokens[row % stride :: stride].float().cpu()
+def _sample(mask: Tensor, quota: int, row: int) -> Tensor:
+    """Where at most `quota` of a row's tokens are, evenly spaced, from a start that the row's number moves on."""
+    places = mask.nonzero().flatten()
+    stride = -(-len(places) // quota)
+    return places[row % stride :: stride]
 
 
 def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from alignx_ds.evaluation.decode import Decoder, asks_device
 from alignx_ds.mocae.layer import alignx_layers
 from suite.systems import System
 
+Pool = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values, by layer
 STEPS = 8  # decode steps in one round
 WAYS = ("eager", "captured", "compiled")  # of a decode step; captured on CUDA alone, and compiled ones there too
 
@@ -27,14 +29,19 @@ def prefill_work(system: System, batch: int, length: int) -> Callable[[], object
     return work
 
 
-def decode_work(system: System, batch: int, length: int, rounds: int, way: str) -> Callable[[], object]:
-    """`STEPS` tokens a call, in one of `WAYS`; the cache has room for all rounds."""
+def decode_work(
+    system: System, batch: int, length: int, rounds: int, way: str, pool: Pool | None = None
+) -> Callable[[], object]:
+    """`STEPS` tokens a call, in one of `WAYS`; the cache has room for all rounds.
+
+    Systems with one `pool` write into one KV cache: its numbers are then of many systems, and no time depends on them.
+    """
     system.prepare()
     compiled = way == "compiled" and not any(map(asks_device, system.models))
     decoders = [Decoder(model, compiled=compiled, captured=way != "eager") for model in system.models]
     ids, mask = _prompts(system, batch, length)
     room = STEPS * (rounds + 1)
-    started = [decoder.prefill(ids, mask, room) for decoder in decoders]
+    started = [_pooled(decoder.prefill(ids, mask, room), pool) for decoder in decoders]
     whole = torch.cat([mask, mask.new_ones(batch, room)], dim=1)
     position = torch.full((batch, 1), length, device=ids.device)
 
@@ -54,6 +61,15 @@ def _prompts(system: System, batch: int, length: int) -> tuple[torch.Tensor, tor
     source = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (batch, length), generator=source).to(model.device)
     return ids, torch.ones_like(ids)
+
+
+def _pooled(started: tuple[StaticCache, torch.Tensor], pool: Pool | None) -> tuple[StaticCache, torch.Tensor]:
+    cache, _ = started
+    if pool is not None:
+        pool += [] if pool else [(layer.keys, layer.values) for layer in cache.layers]
+        for layer, (keys, values) in zip(cache.layers, pool, strict=True):
+            layer.keys, layer.values = keys, values
+    return started
 
 
 def bytes_of_step(system: System, batch: int, length: int) -> dict[str, float]:

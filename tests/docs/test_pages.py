@@ -24,6 +24,7 @@ TOPICS = (
     "extending",
     "export",
     "evaluation",
+    "gpu",
 )
 RECIPES = sorted(ROOT.glob("launch/recipes/*.yaml"))
 SECTIONS = {field.name for field in fields(RunConfig)}
