@@ -1,5 +1,6 @@
 # make demo    install everything, then train and evaluate an aligned model on the embedded world
 # make bench   run every benchmark at a small shape, in less than 5 minutes without a GPU
+# make gpu     run the tests and benchmarks that need a GPU of 80 GB; existing results are kept; writes docs/gpu.md
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
 # make test    install everything, then run lint, types and tests, these in two processes (WORKERS=4 make test: in four)
 # make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
-.PHONY: install demo seeds bench study test faults launchers check lint format clean
+.PHONY: install demo seeds bench gpu study test faults launchers check lint format clean
 
 install: $(READY)
 
@@ -37,6 +38,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/calibrator.py --shape tiny --repeats 5 --out runs/bench
 	$(BIN)/python benchmarks/throughput.py --shape tiny --quick --out runs/bench
 	$(BIN)/python benchmarks/scaling.py --shape tiny --quick --out runs/bench
+
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 STUDY := checkpoints.every=20 checkpoints.keep=100 checkpoints.finished=true baselines.make=[] output=runs/study
 

@@ -69,7 +69,7 @@ def main() -> None:
                 if phase == "prefill":
                     work, steps = prefill_work(system, batch, args.length), 1
                 else:
-                    work, steps = decode_work(system, batch, args.length, args.passes + 1, compiled=False), STEPS
+                    work, steps = decode_work(system, batch, args.length, args.passes + 1, "eager"), STEPS
                 found[system.name] = breakdown(work, args.passes, args.device, steps)
             title = f"{phase}, batch {batch}, length {args.length}"
             show(title, found)

@@ -60,8 +60,8 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
         layer.gate(Query(prompt_summary(x, mask), model.lexicon(ids, mask)))
 
     def whole() -> None:
-        routing.gathered.clear()  # gathered again, as for a new prompt
-        routing.steps.clear()
+        for kept in (routing.gathered, routing.steps, routing.experts, routing.tables):
+            kept.clear()  # computed again, as for a new prompt
         decoder(*seen["decoder"][0], **seen["decoder"][1])
 
     def without() -> None:

@@ -4,8 +4,10 @@
     python benchmarks/latency.py --shape llama2-7b --device cuda --batches 1 8 --lengths 512 2048
 
 Whole models with random weights. Prefill is the time to the first token of a batch of prompts, decode the time of
-every further token. All systems run in turn in every round; ratios are medians of the rounds' own ratios. `--compile`
-compiles the decode step of every system whose step can be captured whole.
+every further token. All systems run in turn in every round; ratios are medians of the rounds' own ratios. On CUDA, a
+decode step that never synchronises with the device is captured as a CUDA graph. With `--steps eager` it is not; with
+`--steps compiled` it is compiled as well. The floor of a decode step is the bytes that it reads, divided by the
+measured rate of a copy.
 
 Columns: median milliseconds (decode: per token), quartiles over the rounds, and the ratio to the first system.
 """
@@ -13,37 +15,76 @@ Columns: median milliseconds (decode: per token), quartiles over the rounds, and
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
-from suite import plots, record
+from suite import ceilings, plots, record
 from suite.record import Target
 from suite.systems import KINDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
-from suite.work import STEPS, decode_work, prefill_work
+from suite.work import STEPS, WAYS, Pool, bytes_of_step, decode_work, prefill_work
 
 from alignx_ds.runtime import console
 
-NOT_WHOLE = (
-    "H3Fusion, loop",
-    "H3Fusion, grouped",
-    "DeepSpeed MoE",
-)  # their steps ask the device how many tokens go where
 BASE, OURS, THEIRS = "dense base", "AlignX", ("H3Fusion, loop", "H3Fusion, grouped")
 Grid = dict[tuple[str, int, int], dict[str, Times]]
 
 
-def measure(made: list[System], args: argparse.Namespace) -> Grid:
+def measure(made: list[System], args: argparse.Namespace, keep: Callable[[Grid], object]) -> Grid:
+    """Measure every cell. `keep` is called after each, so that a failure later loses no results."""
     grid: Grid = {}
     for batch, length in product(args.batches, args.lengths):
         work = {s.name: prefill_work(s, batch, length) for s in made}
         grid["prefill", batch, length] = interleaved(work, args.repeats, args.device)
         rounds = args.repeats + WARM_UP
-        work = {s.name: decode_work(s, batch, length, rounds, args.compile and s.name not in NOT_WHOLE) for s in made}
+        pool: Pool = []
+        work.clear()
+        work = {s.name: decode_work(s, batch, length, rounds, args.steps, pool) for s in made}
         found = interleaved(work, args.repeats, args.device)
         grid["decode", batch, length] = {n: Times([t / STEPS for t in times.rounds]) for n, times in found.items()}
+        work.clear()
+        keep(grid)
     return grid
+
+
+def floors(made: list[System], args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds that a decode step needs to read its bytes at the rate of a copy, by batch and system."""
+    rate = ceilings.copy_rate(args.device)
+    cells = [
+        {
+            "batch": batch,
+            "length": length,
+            "milliseconds": {
+                s.name: {k: v / rate / 1e6 for k, v in bytes_of_step(s, batch, length).items()} for s in own
+            },
+        }
+        for batch, length in product(args.batches, args.lengths)
+        for own in [[s for s in made if s.name in (BASE, OURS)]]
+    ]
+    return {
+        "copy_gb_s": rate,
+        "matmul_tflop_s": ceilings.matmul_rate(args.device, made[0].models[0].dtype),
+        "cells": cells,
+    }
+
+
+def stream_targets(grid: Grid, floor: dict[str, Any]) -> list[Target]:
+    """The time to read the weights once, as a share of the measured time of a single row's decode step."""
+    found = []
+    for cell in floor["cells"]:
+        times = grid.get(("decode", cell["batch"], cell["length"]), {})
+        for name in cell["milliseconds"] if times and cell["batch"] == 1 else ():
+            what = f"decode, batch 1, length {cell['length']}: {name}, floor of its weights over its time"
+            share = cell["milliseconds"][name]["weights"] / times[name].median
+            found.append(Target(what, share, 0.70, at_least=True))
+    return found
+
+
+def all_targets(grid: Grid, floor: dict[str, Any], device: str) -> list[Target]:
+    return targets(grid, device) + (stream_targets(grid, floor) if device == "cuda" else [])
 
 
 def targets(grid: Grid, device: str) -> list[Target]:
@@ -102,22 +143,28 @@ def main() -> None:
     parser.add_argument(
         "--systems", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=", ".join(KINDS)
     )
-    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser.add_argument("--steps", choices=WAYS, default="captured", help="how decode steps run (default: %(default)s)")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
     setting = Setting.of(args)
     made = systems(setting, args.systems)
-    grid = measure(made, args)
-    met = targets(grid, args.device)
+    floor = floors(made, args)
+
+    def keep(grid: Grid) -> Path:
+        """Write the results so far as JSON."""
+        cells = [
+            {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
+            for (phase, batch, length), times in grid.items()
+        ]
+        content = {"steps": args.steps, "cells": cells, "floors": floor}
+        name = "latency" if args.steps == "captured" else f"latency-{args.steps}"
+        return record.write(name, args, content, all_targets(grid, floor, args.device))
+
+    grid = measure(made, args, keep)
     show(grid)
-    record.print_targets(met)
-    cells = [
-        {"phase": phase, "batch": batch, "length": length, "milliseconds": {n: t.rounds for n, t in times.items()}}
-        for (phase, batch, length), times in grid.items()
-    ]
-    content = {"cells": cells}
-    path = record.write("latency-compiled" if args.compile else "latency", args, content, met)
+    record.print_targets(all_targets(grid, floor, args.device))
+    path = keep(grid)
     plot(grid, path.with_suffix(".png"))
     console.say(f"written: {path}")
 

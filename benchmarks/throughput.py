@@ -2,13 +2,15 @@
 
     python benchmarks/throughput.py --shape tiny --device cpu
     python benchmarks/throughput.py --shape llama2-7b --device cuda --ranks 8 --batch 64 --length 2048 --zero 3
+    python benchmarks/throughput.py --shape llama2-7b --device cuda --ranks 1 --length 1024 --zero 3 --stages 1
 
 Random weights and rows; each world size is one launch. The bare loop has the same engine and the same packed batches,
 made ahead, and does nothing but forward (with the model's own loss), backward and step; both loops take turns, and
 their ratio is the median of the rounds' own ratios. Tokens are real ones: neither padding nor a row's copy is counted.
+MFU is the FLOPs that these tokens need (suite/flops.py), over the card's nominal rate and over that of a large GEMM.
 
-Columns: median tokens per second over all ranks, and quartiles over the rounds; of stage 1 also the bare loop's tokens
-per second and the ratio of the two ("x bare").
+Columns: median tokens per second over all ranks, quartiles over the rounds, and TFLOP/s per rank; of stage 1 also the
+bare loop's tokens per second and the ratio of the two ("x bare").
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from suite import plots, ranks, record
+from suite import ceilings, flops, plots, ranks, record
 from suite.record import Target
-from suite.systems import Setting
+from suite.systems import AXES, Setting
 from suite.timing import WARM_UP, Times, interleaved
 
 from alignx_ds.runtime import console, distributed
@@ -37,9 +39,11 @@ def measure(args: argparse.Namespace) -> list[Point]:
 
     setting = here(Setting.of(args))
     rows = random_rows(8 * args.batch, setting.config.vocab_size, args.length)
-    points = [against_bare(setting, rows, zero, args) for zero in args.zero]
+    points = [against_bare(setting, rows, zero, args) for zero in args.zero if 1 in args.stages]
     world = distributed.world_size()
-    sizes = ep_sizes(world)
+    sizes = ep_sizes(world) if 2 in args.stages else []
+    if not sizes:
+        return [{"ranks": world, **point} for point in points]
     trainees = {f"ep_size {n}": stage2(setting, rows, args.batch, n) for n in sizes}
     rounds = (WARM_UP + args.repeats) * args.steps
     counted = by_round(tokens, list(islice(next(iter(trainees.values())).stream(), rounds)), args)
@@ -47,7 +51,9 @@ def measure(args: argparse.Namespace) -> list[Point]:
     times = interleaved(work, args.repeats, args.device)
     for size, (name, trainee) in zip(sizes, trainees.items(), strict=True):
         milliseconds = {OURS: times[name].rounds}
-        points.append({"stage": 2, "zero": 2, "ep_size": size, "tokens": counted, "milliseconds": milliseconds})
+        points.append(
+            {"stage": 2, "zero": 2, "ep_size": size, "tokens": counted, "milliseconds": milliseconds} | peak(args)
+        )
         trainee.close()
     return [{"ranks": world, **point} for point in points]
 
@@ -75,7 +81,18 @@ def against_bare(setting: Setting, rows: Any, zero: int, args: argparse.Namespac
     trainee.close()
     counted = by_round(tokens, ahead, args)
     milliseconds = {name: found.rounds for name, found in times.items()}
-    return {"stage": 1, "zero": zero, "ep_size": 1, "tokens": counted, "milliseconds": milliseconds}
+    return {"stage": 1, "zero": zero, "ep_size": 1, "tokens": counted, "milliseconds": milliseconds} | peak(args)
+
+
+def peak(args: argparse.Namespace) -> dict[str, float]:
+    """The peak of rank 0's allocated GPU memory since the last call, in GiB; nothing without a GPU."""
+    import torch
+
+    if args.device != "cuda":
+        return {}
+    found = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return {"peak_gib": found}
 
 
 def runner(trainee: Any, stream: Iterator[Any], steps: int) -> Callable[[], object]:
@@ -99,9 +116,26 @@ def ratio(point: Point) -> float:
     return times[BARE].over(times[OURS])
 
 
+def add_mfu(points: list[Point], args: argparse.Namespace) -> dict[str, Any]:
+    """Add FLOPs per token and MFU to every point. Returns the card's rates in TFLOP/s."""
+    setting = Setting.of(args)
+    rates = {"matmul": ceilings.matmul_rate(args.device, setting.dtype), "nominal": ceilings.nominal_rate()}
+    for p in points:
+        experts = AXES + 1
+        p["flops_per_token"] = (
+            flops.stage1(setting.config) if p["stage"] == 1 else flops.stage2(setting.config, experts, setting.rank)
+        )
+        done = median(rate(p)) * p["flops_per_token"] / 1e12 / p["ranks"]
+        p["tflop_s_per_rank"] = done
+        p["mfu"] = {name: done / r for name, r in rates.items() if r}
+    return rates
+
+
 def targets(points: list[Point]) -> list[Target]:
     promised = [p for p in points if p["stage"] == 1 and p["zero"] == 3]
-    return [Target(f"{name_of(p)}: tokens/s over the bare loop's", ratio(p), 0.95, at_least=True) for p in promised]
+    met = [Target(f"{name_of(p)}: tokens/s over the bare loop's", ratio(p), 0.95, at_least=True) for p in promised]
+    known = [p for p in promised if "nominal" in p["mfu"]]
+    return met + [Target(f"{name_of(p)}: MFU of stage 1", p["mfu"]["nominal"], 0.40, at_least=True) for p in known]
 
 
 def name_of(point: Point) -> str:
@@ -113,11 +147,13 @@ def show(points: list[Point]) -> None:
     rows = []
     for p in (p for p in points if p["stage"] == 1):
         bare = Times(rate(p, BARE))
-        rows.append([name_of(p), *figures(p), f"{bare.median:.0f}", f"{ratio(p):.3f}"])
-    columns = ["engine", "tokens/s", "quartiles", f"{BARE}'s", "x bare"]
-    console.table("Stage 1: fine-tuning a specialist, packed rows", columns, rows)
-    rows = [[name_of(p), *figures(p)] for p in points if p["stage"] == 2]
-    console.table("Stage 2: the mixture, expert-parallel, ZeRO-2", columns[:3], rows)
+        rows.append([name_of(p), *figures(p), f"{p['tflop_s_per_rank']:.3g}", f"{bare.median:.0f}", f"{ratio(p):.3f}"])
+    columns = ["engine", "tokens/s", "quartiles", "TFLOP/s per rank", f"{BARE}'s", "x bare"]
+    if rows:
+        console.table("Stage 1: fine-tuning a specialist, packed rows", columns, rows)
+    rows = [[name_of(p), *figures(p), f"{p['tflop_s_per_rank']:.3g}"] for p in points if p["stage"] == 2]
+    if rows:
+        console.table("Stage 2: the mixture, expert-parallel, ZeRO-2", columns[:4], rows)
 
 
 def figures(point: Point) -> list[str]:
@@ -127,6 +163,8 @@ def figures(point: Point) -> list[str]:
 
 def plot(points: list[Point], notes: list[str], title: str, path: Any) -> None:
     stages = [[p for p in points if p["stage"] == stage][::-1] for stage in (1, 2)]
+    if not all(stages):
+        return  # one stage alone has only its table
     figure, axes = plots.subplots(
         2, 1, figsize=(7, 0.5 * len(points) + 2.2), height_ratios=[2 * len(stages[0]) + 1, len(stages[1]) + 1]
     )
@@ -160,6 +198,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps of a round (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=12, help="rounds (default: %(default)s)")
     parser.add_argument("--zero", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="stage 1's ZeRO")
+    parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="(default: both)")
     args = parser.parse_args()
     if args.quick:
         args.zero, args.repeats = [3], 6
@@ -170,6 +209,7 @@ def main() -> None:
 
     notes = ranks.check(args.ranks, args.device)
     points = [point for world in args.ranks for point in ranks.collect([world], args.device)[0]]
+    rates = add_mfu(points, args)
     show(points)
     met = targets(points)
     record.print_targets(met)
@@ -180,9 +220,11 @@ def main() -> None:
         "step": {"rows": args.batch, "longest": args.length, "drawn": ROWS},
         "steps_per_round": args.steps,
         "notes": notes,
+        "tflop_s": rates,
         "points": points,
     }
-    path = record.write("throughput", args, content, met)
+    name = "throughput" if len(args.stages) == 2 else f"throughput-stage{args.stages[0]}"
+    path = record.write(name, args, content, met)
     plot(points, notes, f"{args.shape}, {args.device}, {args.batch} rows a step", path.with_suffix(".png"))
     console.say(f"written: {path}")
 

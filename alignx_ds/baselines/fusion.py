@@ -72,6 +72,13 @@ class FullExperts(nn.Module):
         self.forced: int | None = None
         self.logits: Tensor | None = None
 
+    @property
+    def needs_host_sync(self) -> bool:
+        """Whether the host reads how many tokens each expert has in a forward pass (evaluation.decode)."""
+        if self.top_k == self.num_experts:
+            return self.forced is not None
+        return self.forced is not None or not (self.grouped and _has_grouped_gemm(self.weights["gate"]))
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, d] -> [B, T, d]."""
         tokens = x.flatten(0, -2)

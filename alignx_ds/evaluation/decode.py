@@ -6,27 +6,88 @@ step waits for the device. Shapes: B rows, T prompt tokens.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
 Step = Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
 
 
-class Decoder:
-    """Decodes with one model. A `compiled` step is compiled anew for every shape, so it needs many batches of one."""
+class CapturedStep:
+    """A decode step that the host launches as one CUDA graph instead of about a thousand kernels.
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool = False) -> None:
+    The first step of a prompt runs without capture, which loads every kernel. The second step is captured: until the
+    next prompt, the memory that it reads beside its arguments (weights, KV cache, routing) does not move. A step that
+    can't be captured runs without a graph.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.disabled = step, False
+        self._cache: weakref.ref[StaticCache] | None = None  # the current prompt's
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self._token: Tensor | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
+        if self.disabled or self._cache is None or self._cache() is not cache:
+            self._cache, self._graph = weakref.ref(cache), None
+            return self.step(ids, mask, position, cache)
+        if self._graph is None and not self._capture(ids, mask, position, cache):
+            return self.step(ids, mask, position, cache)
+        assert self._graph is not None and self._inputs is not None and self._token is not None
+        for captured, argument in zip(self._inputs, (ids, mask, position), strict=True):
+            captured.copy_(argument)
+        self._graph.replay()
+        return self._token
+
+    def _capture(self, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> bool:
+        """Record the step without running it. Returns whether that succeeded."""
+        if not _has_fixed_layers(cache, mask.shape[1]):
+            self.disabled = True
+            return False
+        graph, inputs = torch.cuda.CUDAGraph(), (ids.clone(), mask.clone(), position.clone())
+        try:
+            with torch.cuda.graph(graph):
+                token = self.step(*inputs, cache)
+        except RuntimeError:  # CUDA's: the step does something that a capture does not permit
+            self.disabled = True
+            return False
+        self._graph, self._inputs, self._token = graph, inputs, token
+        return True
+
+
+def _has_fixed_layers(cache: StaticCache, width: int) -> bool:
+    """Whether every attention window covers prompt and answer. Narrower ones move, and Python counts their position."""
+    kinds = (StaticLayer, StaticSlidingWindowLayer)
+    return all(type(layer) in kinds and layer.max_cache_len >= width for layer in cache.layers)
+
+
+def needs_host_sync(model: PreTrainedModel) -> bool:
+    """Whether the host must read values from the device within a step, such as how many tokens an expert has."""
+    return any(getattr(module, "needs_host_sync", False) for module in model.modules())
+
+
+class Decoder:
+    """Decodes with one model. On CUDA its steps are captured as a graph, unless `captured` is false.
+
+    A `compiled` step is compiled anew for every shape, so it needs many batches of one.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = False, captured: bool = True) -> None:
         self.model, self.compiled = model.eval(), compiled
         self.step: Step = self._step
         if compiled:
-            mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-            self.step = torch.compile(self._step, mode=mode, fullgraph=True, dynamic=False)
+            self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
+        in_place = getattr(model, "hf_device_map", None) is None  # else accelerate may move weights between steps
+        if captured and in_place and model.device.type == "cuda" and not needs_host_sync(model):
+            self.step = CapturedStep(self.step)
 
     @torch.no_grad()
     def greedy(self, ids: Tensor, mask: Tensor, limit: int, ends: list[int], pad_id: int) -> Tensor:

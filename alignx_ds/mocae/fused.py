@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.experts import Factors, FeedForward
 
 STACKS = ("down_in", "up_in", "down_out", "up_out")
@@ -50,6 +51,11 @@ class FusedMixture(nn.Module):
     down_out: Tensor  # [S, r, f]
     up_out: Tensor  # [S, r, d]
 
+    @property
+    def activation(self) -> nn.Module:
+        """The base FFN's activation function."""
+        return self._base[0].activation
+
     def factors(self) -> list[Factors]:
         """Copies of the experts' factors by global id, zero for the generalist, with the stacks' common ranks."""
         specialists = unstack({name: getattr(self, name).detach() for name in STACKS})
@@ -60,13 +66,21 @@ class FusedMixture(nn.Module):
         return [none, *specialists]
 
     def forward(
-        self, x: Tensor, gates: Tensor, count: int | None = None, gathered: list[RowExpert] | None = None
+        self,
+        x: Tensor,
+        gates: Tensor,
+        count: int | None = None,
+        gathered: list[RowExpert] | None = None,
+        experts: Tensor | None = None,
     ) -> Tensor:
         """x [B, T, d], gates [B, T or 1, E] fp32 that sum to one over E -> [B, T, d] in the dtype of x.
 
         `count` is an upper bound of the non-zero gates per row, None where it is not known. `gathered` is what `gather`
-        returned for these gates, or an empty list, which is filled with it.
+        returned for these gates, or an empty list, which is filled with it. `experts` [B] int32 holds the only expert
+        of each row; with it the Triton kernels run, so it is for calls that `kernels.supported` accepts.
         """
+        if experts is not None:
+            return kernels.mixture(x, self._base[0], self, experts)
         if count is None:
             count = self.num_experts
         if gathered is None and self._gathering_pays(x, gates, count):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -48,15 +49,30 @@ class AlignXLayer(nn.Module):
         gates = self._gates(x, routing)
         mask = self._forward_pass.token_mask
         count = routing.forced_count or (None if self.training else self.top_k)
+        experts = self._only_experts(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):
             y = self.mixture(x, gates, mask)
+        elif experts is not None:
+            y = self.mixture(x, gates, count, experts=experts)
         else:
             y = self.mixture(x, gates, count, self._gathered(gates, count, routing))
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
-        calibrated: Tensor = self.calibration(y, gates, mask, count, steps)
+        tables = routing.tables.setdefault(self.index, []) if experts is not None else None
+        calibrated: Tensor = self.calibration(y, gates, mask, count, steps, experts, tables)
         return calibrated
+
+    def _only_experts(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> Tensor | None:
+        """[B] int32, the only expert of each row, where the Triton kernels can run; kept with the KV cache."""
+        mixture = self.mixture
+        if isinstance(mixture, ParallelMixture) or not kernels.supported(x, gates, count, mixture.activation):
+            return None
+        found = routing.experts.get(self.gate_layer)
+        if found is None or found.device != x.device:
+            found = gates.squeeze(1).argmax(-1).int()
+            routing.experts[self.gate_layer] = found
+        return found
 
     def _gathered(self, gates: Tensor, count: int | None, routing: Routing) -> list[RowExpert] | None:
         """Each row's own factors, gathered at prefill and kept with the KV cache, where they are fewer than all."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fractal import MeanShift
 from alignx_ds.mocae.geometry import Geometry
 
@@ -50,6 +51,7 @@ class OutputCalibration(nn.Module):
         self.reinjection = nn.Parameter(
             torch.zeros(geometry.centre.shape[0], geometry.latent_size, dtype=torch.float32)
         )
+        self._tables: tuple[list[tuple[int, int]], kernels.Tables] | None = None  # with the versions of their sources
         self.last_drift: Tensor | None = None  # [B] fp32, ‖ỹ − y‖²/‖y‖² of the last call in training, without padding
 
     def gated_step(self, gates: Tensor, count: int | None = None) -> GatedStep:
@@ -74,6 +76,25 @@ class OutputCalibration(nn.Module):
             damping=-(natural + fractal * leading),
         )
 
+    def tables(self) -> kernels.Tables:
+        """The step's parts under every expert, computed again only after a change of the tensors that they need."""
+        sources = (self.strengths, self.centre, self.projection, self.means, self.anchors, self.scales)
+        versions = [(t.data_ptr(), t._version) for t in sources]
+        if self._tables is None or self._tables[0] != versions:
+            experts = len(self.means)
+            p = self.gated_step(torch.eye(experts, device=self.means.device).unsqueeze(1), count=1)
+            made = kernels.Tables(
+                bias=p.bias,
+                into=p.shift.into.contiguous(),
+                offset=p.shift.offset.squeeze(1).contiguous(),
+                back=p.back.contiguous(),
+                rest=p.rest.squeeze(1).contiguous(),
+                damping=p.damping,
+                scales=len(self.scales),
+            )
+            self._tables = (versions, made)
+        return self._tables[1]
+
     def forward(
         self,
         y: Tensor,
@@ -81,12 +102,19 @@ class OutputCalibration(nn.Module):
         token_mask: Tensor | None = None,
         count: int | None = None,
         steps: list[GatedStep] | None = None,
+        experts: Tensor | None = None,
+        tables: list[kernels.Tables] | None = None,
     ) -> Tensor:
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> ỹ [B, T, d] in the dtype of y.
 
         `count` is that of `gated_step`. `steps` holds what `gated_step` returned for these gates, or is an empty list,
-        which is filled with it.
+        which is filled with it. With `experts` [B] int32, the only expert of each row, the Triton kernels run on
+        `tables` instead, which holds what `tables()` returned or is an empty list, which is filled with it.
         """
+        if experts is not None and tables is not None:
+            if not tables:
+                tables.append(self.tables())
+            return kernels.calibrate(y, self.projection.float(), self.reinjection.float(), tables[0], experts)
         p = steps[0] if steps else self.gated_step(gates.float(), count)
         if steps is not None and not steps:
             steps.append(p)

@@ -63,6 +63,8 @@ class ParallelMixture(nn.Module):
     It computes what the fused path computes (fused.py), up to rounding. Factors have the dtype of the base's weights.
     """
 
+    needs_host_sync = True  # the host reads how many tokens the fullest expert has (evaluation.decode)
+
     def __init__(self, base: FeedForward, experts: list[Factors], ep_size: int, ep_rank: int) -> None:
         """`experts` by global id, of which this rank keeps its own; `ep_size` divides their number."""
         from deepspeed.moe.layer import MoE

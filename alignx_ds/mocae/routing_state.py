@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignx_ds.mocae.fused import RowExpert
 from alignx_ds.mocae.gate import Decision, Query
+from alignx_ds.mocae.kernels import Tables
 from alignx_ds.mocae.output_calibration import GatedStep
 
 SUMMARIES = 4  # a prompt's summary has this many times the hidden size: mean, largest, smallest, last
@@ -27,9 +28,11 @@ class Routing:
     # By the index of the decoder layer that holds the gate:
     queries: dict[int, Query] = field(default_factory=dict)
     decisions: dict[int, Decision] = field(default_factory=dict)
+    experts: dict[int, Tensor] = field(default_factory=dict)  # [B] int32, the only expert of each row
     # By the index of the AlignX layer, while decoding: what its gates alone determine.
     gathered: dict[int, list[RowExpert]] = field(default_factory=dict)
     steps: dict[int, list[GatedStep]] = field(default_factory=dict)
+    tables: dict[int, list[Tables]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """`forced_count`: the largest number of non-zero forced gates in a row. Read from the device only once."""

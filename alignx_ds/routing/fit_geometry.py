@@ -70,11 +70,14 @@ def collect(
         forced = nn.functional.one_hot(labels, experts).float().to(device)
         mask = part.attention_mask.to(device)
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
-        for place, row in enumerate(chosen):
-            for index, query in model.routing.queries.items():
-                queries[index].append((row, query.features[place : place + 1].float().cpu()))
-            for index, y in latest.items():
-                outputs[index].append((row, _sample(y[place][mask[place].bool()], quota[rows.experts[row]], row)))
+        sampled = [_sample(part.attention_mask[i], quota[rows.experts[row]], row) for i, row in enumerate(chosen)]
+        lines = torch.cat([torch.full_like(places, i) for i, places in enumerate(sampled)]).to(device)
+        columns, sizes = torch.cat(sampled).to(device), [len(places) for places in sampled]
+        # The host waits for the device once per layer, not once per row.
+        for index, query in model.routing.queries.items():
+            queries[index] += zip(chosen, _parts(query.features, [1] * len(chosen)), strict=True)
+        for index, y in latest.items():
+            outputs[index] += zip(chosen, _parts(y[lines, columns], sizes), strict=True)
     for hook in hooks:
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
@@ -89,10 +92,19 @@ def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tup
     return hook
 
 
-def _sample(tokens: Tensor, quota: int, row: int) -> Tensor:
-    """At most `quota` of a row's tokens [T, d], evenly spaced; the first one's place depends on the row's number."""
-    stride = -(-len(tokens) // quota)
-    return tokens[row % stride :: stride].float().cpu()
+def _sample(mask: Tensor, quota: int, row: int) -> Tensor:
+    """The places [n] of at most `quota` of a row's tokens, evenly spaced, from its attention mask [T].
+
+    The first one's place depends on the row's number.
+    """
+    places = mask.nonzero().flatten()
+    stride = -(-len(places) // quota)
+    return places[row % stride :: stride]
+
+
+def _parts(features: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Parts of these sizes, fp32 on the CPU. They are copies: `_pool` would send a view with the whole tensor."""
+    return [part.clone() for part in torch.split(features.float().cpu(), sizes)]
 
 
 def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:

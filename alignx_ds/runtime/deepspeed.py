@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -15,9 +16,20 @@ def choose_accelerator() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # halves the time that deepspeed.initialize takes
 
 
+def _set_cuda_variables() -> None:
+    """Set what torch's allocator reads at the first allocation, and correct what DeepSpeed reads when it compiles."""
+    # Batches differ in length. torch's default blocks become fragmented; expandable segments do not.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Images for Hopper name its architecture 9.0a. DeepSpeed 0.19 fails on the letter when it compiles an optimizer.
+    if architectures := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(?<=\d)[a-z]+", "", architectures)
+
+
 def load_deepspeed() -> Any:
     """The module `deepspeed`, imported at the first call."""
     choose_accelerator()
+    if torch.cuda.is_available():
+        _set_cuda_variables()
     import deepspeed
     from deepspeed import ops
 

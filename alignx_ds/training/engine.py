@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -72,6 +73,7 @@ FILLED: dict[str, Callable[[Plan, int], Any]] = {
     "bf16.enabled": lambda plan, world: plan.bf16,
     "optimizer.params.lr": lambda plan, world: plan.lr,
     "optimizer.params.weight_decay": lambda plan, world: plan.weight_decay,
+    "optimizer.params.fused": lambda plan, world: torch.cuda.is_available(),  # one pass over the states
 }
 
 

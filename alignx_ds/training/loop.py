@@ -93,8 +93,11 @@ def _log(job: TrainingJob, step: int, metrics: StepMetrics) -> None:
 
 
 def _spread_nonfinite(loss: Tensor) -> Tensor:
-    """NaN for a loss that is not finite: all its gradients become NaN, so DeepSpeed skips the step on every rank."""
-    return loss if bool(torch.isfinite(loss)) else loss * math.nan
+    """NaN for a loss that is not finite: all its gradients become NaN, so DeepSpeed skips the step on every rank.
+
+    The device decides. If the host did, it would wait for the forward pass before it launches the backward pass.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def _suspects(parts: list[MicroBatch], outputs: list[MicroBatchLoss]) -> list[MicroBatch]:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from suite.shapes import NAMES, config_of
 
 RESULTS = Path(__file__).parents[1] / "results"
+PACKAGES = ("torch", "deepspeed", "transformers")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -74,26 +76,44 @@ def _lines(path: Path) -> list[str]:
 
 
 def _commit() -> str:
+    """The current commit; BENCHMARK_COMMIT replaces it where the tree is a copy without history."""
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     )
     return described.stdout.strip() or "unknown"
 
 
+def provenance(command: list[str], device: str) -> dict[str, Any]:
+    """Date, command, commit, hardware and versions of a measurement."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python " + shlex.join(command),
+        "commit": _commit(),
+        "hardware": hardware(device),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def write_plain(path: Path, command: list[str], device: str, content: dict[str, Any]) -> None:
+    """Write the result of a command that is not a benchmark; `command` begins with the Python interpreter."""
+    root = str(Path(__file__).parents[2]) + os.sep
+    shown = [part.replace(root, "") for part in command[1:]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = provenance(shown, device) | content
+    path.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write(name: str, args: argparse.Namespace, content: dict[str, Any], targets: list[Target]) -> Path:
     """`results/NAME-SHAPE-DEVICE.json`."""
     args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"{name}-{args.shape}-{args.device}.json"
-    packages = ("torch", "deepspeed", "transformers")
     record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "hardware": hardware(args.device),
+        **provenance(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]], args.device),
         "shape": config_of(args.shape, args.layers, args.vocabulary).to_dict(),
         "rank": args.rank,
         "dtype": str(dtype_of(args)),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         **content,
         "targets": [{"what": t.what, "seen": t.seen, "limit": t.limit, "met": t.met} for t in targets],
     }

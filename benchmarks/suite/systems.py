@@ -1,11 +1,14 @@
 """The systems under test, as whole models with random weights: same backbone, every layer's FFN replaced.
 
-The time and memory of a model do not depend on the values of its weights, so random ones suffice.
+The time and memory of a model do not depend on the values of its weights, so random ones suffice. Systems of one run
+share the tensors that are equal in them: the base's weights, and the full copies of its FFNs. These are larger than any
+cache, so sharing saves memory and leaves the times as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +63,8 @@ class System:
 class StockMoE(nn.Module):
     """DeepSpeed's own MoE layer with its TopKGate, of full FFNs, without dropping."""
 
+    needs_host_sync = True  # the host reads how many tokens the fullest expert has
+
     def __init__(self, base: FeedForward) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
@@ -102,9 +107,16 @@ def dense(s: Setting) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def alignx(s: Setting, placement: Placement | None = None) -> PreTrainedModel:
+def twin(s: Setting, base: PreTrainedModel | None) -> PreTrainedModel:
+    """A new model that shares the base's weights; without a base, one with weights of its own."""
+    if base is None:
+        return dense(s)
+    return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+
+def alignx(s: Setting, base: PreTrainedModel | None = None, placement: Placement | None = None) -> PreTrainedModel:
     """Fused, or with its experts spread over the ranks of DeepSpeed's expert-parallel groups."""
-    backbone, table = dense(s), backbone_of(s.config.model_type)
+    backbone, table = twin(s, base), backbone_of(s.config.model_type)
     layers = list(range(s.config.num_hidden_layers))
     config = AlignXConfig(
         text_config=s.config,
@@ -153,9 +165,9 @@ def _random_geometry(d: int, latent: int) -> Geometry:
     return Geometry.from_tensors({**blank.tensors(), **moved, "projection": torch.randn(latent, d) / d**0.5})
 
 
-def fusion(s: Setting, settings: FusionSettings) -> PreTrainedModel:
+def fusion(s: Setting, settings: FusionSettings, base: PreTrainedModel | None = None) -> PreTrainedModel:
     """H3Fusion or TrinityX: three full FFN copies and a token gate in every layer."""
-    model = dense(s)
+    model = twin(s, base)
 
     def block(layer: int, ffn: FeedForward) -> FullExperts:
         return FullExperts([ffn] * AXES, settings)
@@ -165,8 +177,8 @@ def fusion(s: Setting, settings: FusionSettings) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def stock_moe(s: Setting) -> PreTrainedModel:
-    model = dense(s)
+def stock_moe(s: Setting, base: PreTrainedModel | None = None) -> PreTrainedModel:
+    model = twin(s, base)
     layers = list(range(s.config.num_hidden_layers))
     replace_ffns(model, backbone_of(s.config.model_type), layers, lambda layer, ffn: StockMoE(ffn))
     return model.eval().requires_grad_(False)
@@ -174,6 +186,7 @@ def stock_moe(s: Setting) -> PreTrainedModel:
 
 def systems(s: Setting, names: list[str]) -> list[System]:
     """The named systems, in this order; systems that differ only in settings share one model."""
+    base = dense(s)
     built: dict[str, list[PreTrainedModel]] = {}
 
     def once(key: str, build: Callable[[], list[PreTrainedModel]]) -> list[PreTrainedModel]:
@@ -184,7 +197,7 @@ def systems(s: Setting, names: list[str]) -> list[System]:
     made = []
     for name in names:
         kind, prepare = KINDS[name]
-        models = once(kind, lambda kind=kind: BUILD[kind](s))  # type: ignore[misc]
+        models = once(kind, lambda kind=kind: BUILD[kind](s, base))  # type: ignore[misc]
         made.append(System(name, models, lambda models=models, prepare=prepare: prepare(models)))  # type: ignore[misc]
     return made
 
@@ -199,11 +212,18 @@ def _top_k(k: int) -> Callable[[list[PreTrainedModel]], None]:
     return prepare
 
 
-def _execution(grouped: bool) -> Callable[[list[PreTrainedModel]], None]:
+def _full_experts(settings: FusionSettings, grouped: bool) -> Callable[[list[PreTrainedModel]], None]:
+    """H3Fusion and TrinityX have the same FFNs; they differ in how many of them a token uses."""
+
     def prepare(models: list[PreTrainedModel]) -> None:
         for module in models[0].modules():
             if isinstance(module, FullExperts):
-                module.grouped = grouped
+                module.settings, module.grouped = settings, grouped
+                module.top_k = min(settings.top_k, module.num_experts) or module.num_experts
+                scales = module.__dict__.setdefault(
+                    "kept_scales", nn.Parameter(torch.ones_like(module.gate.weight[:, 0]))
+                )
+                module.gamma = scales if settings.scaled else None
 
     return prepare
 
@@ -212,22 +232,22 @@ def _nothing(models: list[PreTrainedModel]) -> None:
     pass
 
 
-BUILD: dict[str, Callable[[Setting], list[Any]]] = {
-    "dense": lambda s: [dense(s)],
-    "alignx": lambda s: [alignx(s)],
-    "h3fusion": lambda s: [fusion(s, H3FUSION)],
-    "trinityx": lambda s: [fusion(s, TRINITYX)],
-    "stock": lambda s: [stock_moe(s)],
-    "ensemble": lambda s: [dense(s) for _ in range(AXES)],
+BUILD: dict[str, Callable[..., list[Any]]] = {
+    "dense": lambda s, base=None: [base if base is not None else dense(s)],
+    "alignx": lambda s, base=None: [alignx(s, base)],
+    "h3fusion": lambda s, base=None: [fusion(s, H3FUSION, base)],
+    "trinityx": lambda s, base=None: [fusion(s, TRINITYX, base)],
+    "stock": lambda s, base=None: [stock_moe(s, base)],
+    "ensemble": lambda s, base=None: [twin(s, base) for _ in range(AXES)],
 }
 KINDS: dict[str, tuple[str, Callable[[list[PreTrainedModel]], None]]] = {
     "dense base": ("dense", _nothing),
     "AlignX": ("alignx", _top_k(1)),
     "AlignX, 2 experts": ("alignx", _top_k(2)),
     "AlignX, all experts": ("alignx", _top_k(AXES + 1)),
-    "H3Fusion, loop": ("h3fusion", _execution(False)),
-    "H3Fusion, grouped": ("h3fusion", _execution(True)),
-    "TrinityX": ("trinityx", _execution(True)),
+    "H3Fusion, loop": ("h3fusion", _full_experts(H3FUSION, False)),
+    "H3Fusion, grouped": ("h3fusion", _full_experts(H3FUSION, True)),
+    "TrinityX": ("h3fusion", _full_experts(TRINITYX, True)),
     "DeepSpeed MoE": ("stock", _nothing),
     "ensemble of 3": ("ensemble", _nothing),
 }

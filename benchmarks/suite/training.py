@@ -116,7 +116,7 @@ def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int) -
     plan = _plan(config.align, setting)
     template = engines.read_template(config.align.deepspeed, "align.deepspeed")
     torch.manual_seed(SEED)
-    model = alignx(setting, Placement(ep_size, distributed.rank() % ep_size))
+    model = alignx(setting, placement=Placement(ep_size, distributed.rank() % ep_size))
     freeze_trunk(model)
     align.make_expert_groups(ep_size)
     filled = engines.fill(template, plan, distributed.world_size())

@@ -26,6 +26,7 @@ TOPICS = (
     "extending",
     "export",
     "evaluation",
+    "gpu",
 )
 ROOMS = sorted(
     path.name

@@ -18,6 +18,7 @@ from alignx_ds.config.schema import AlignConfig, FusionConfig, ScratchConfig, Tr
 from alignx_ds.errors import ConfigError
 from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, steps_of
 
+FUSED = torch.cuda.is_available()
 STAGES = {
     "stage1_zero3": TrainConfig(),
     "stage2_moe_zero2": AlignConfig(),
@@ -40,7 +41,7 @@ GOLDEN: dict[str, dict[str, Any]] = {
         },
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True},
+            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1000000000,
@@ -60,7 +61,7 @@ GOLDEN: dict[str, dict[str, Any]] = {
         },
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True},
+            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1000000000,
@@ -75,7 +76,7 @@ GOLDEN: dict[str, dict[str, Any]] = {
         "zero_optimization": {"stage": 1},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True},
+            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1000000000,

@@ -1,0 +1,38 @@
+"""Tests that need a GPU. Without one they are skipped; CUDA_TESTS_ON=cpu runs them on the CPU, to test the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("CUDA_TESTS_ON") or ("cuda" if torch.cuda.is_available() else "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cuda)
+            if not DEVICE:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(scope="session")
+def group() -> Iterator[None]:
+    """DeepSpeed's process group of this one process: NCCL on a GPU."""
+    before = dict(os.environ)
+    from alignx_ds.runtime import distributed
+
+    distributed.init_process_group(120)
+    yield
+    distributed.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
