@@ -11,7 +11,10 @@ from processes import REPO, cpu_environment
 PACKAGE = REPO / "alignx_ds"
 # mocae/ imports nothing of the project; its expert parallelism needs process groups, so DeepSpeed is imported by then.
 IMPORTERS = {"runtime/deepspeed.py", "mocae/parallel.py"}
-OPTIONAL = ["alignx_ds.export.harness"]  # a plugin of lm_eval's command, which imports lm_eval
+OPTIONAL = [  # they import packages that are not always installed
+    "alignx_ds.export.harness",  # lm_eval: it is a plugin of that command
+    "alignx_ds.mocae.triton_kernels",  # triton, which torch's CPU builds do not include; kernels.py imports it
+]
 
 IMPORT_ALL = f"""
 import importlib, pkgutil, sys
