@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from alignx_ds.mocae import kv_cache
+
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
 Step = Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
@@ -124,9 +126,9 @@ class Decoder:
             input_ids=ids,
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{kv_cache.ARGUMENT: cache},
         )
         logits: Tensor = output.logits
         return logits[:, -1].argmax(-1, keepdim=True)

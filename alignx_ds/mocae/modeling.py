@@ -20,6 +20,7 @@ from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.fused import FusedMixture, stack
 from alignx_ds.mocae.gate import CalibratedGate
 from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.kv_cache import kv_cache
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -62,6 +63,12 @@ class AlignXConfig(PreTrainedConfig):
     def gate_layer(self, layer: int) -> int:
         """The layer whose gate decides for `layer`: the lowest AlignX layer, or the layer itself."""
         return self.layers[0] if self.gate["scope"] == "shared" else layer
+
+
+LOST_ROUTING = (
+    "tokens came before these, but the routing of their prompt, which is kept with the KV cache, is lost: "
+    "start with an empty cache, or install the release of transformers that requirements.lock names"
+)
 
 
 @dataclass(frozen=True)
@@ -170,22 +177,25 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         prompt_mask: Tensor | None = None,
         forced: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids, attention_mask, prompt_mask [B, T] int64 -> logits [B, T, V] in the model's dtype.
 
-        `forced` gates [B, E] fp32 are used instead of the gates' own decisions. A cache that comes from an earlier call
-        brings its routing with it. Raises ValueError for a cache that holds tokens but has lost their routing.
+        `forced` gates [B, E] fp32 are used instead of the gates' own decisions. A KV cache from an earlier call brings
+        its routing with it, under whatever name the backbone takes it. Raises ValueError where tokens came before
+        `input_ids` but their routing is lost.
         """
         assert input_ids is not None
         # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
         flat = attention_mask is not None and attention_mask.dim() == 2
         token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None and flat else None
-        routing: Routing | None = getattr(past_key_values, "routing", None)
+        cache = kv_cache(kwargs)
+        routing: Routing | None = getattr(cache, "routing", None)
         if routing is None:
-            _refuse_lost_routing(past_key_values)
+            seen = attention_mask.shape[1] if attention_mask is not None and flat else 0
+            if seen > input_ids.shape[1] or (cache is not None and int(cache.get_seq_length()) > 0):
+                raise ValueError(LOST_ROUTING)
             mask = prompt_mask if prompt_mask is not None else token_mask
             assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
             mask = mask if mask is not None else torch.ones_like(input_ids)
@@ -195,12 +205,12 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
-        if output.past_key_values is not None:
-            output.past_key_values.routing = routing
+        cache = kv_cache(output)
+        if cache is not None:
+            cache.routing = routing
         return output
 
     @torch.no_grad()
@@ -236,9 +246,16 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
                     kwargs[name] = kwargs[name][..., : input_ids.shape[1]]
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         mask = inputs.pop("prompt_mask", None)
-        if mask is not None and not hasattr(inputs.get("past_key_values"), "routing"):
+        if mask is not None and not hasattr(kv_cache(inputs), "routing"):
             inputs["prompt_mask"] = pad(mask, (0, inputs["input_ids"].shape[1] - mask.shape[1]))
         return inputs
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises ValueError if the next step would get a KV cache without the routing that this step left in it."""
+        made: dict[str, Any] = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        if made.get("use_cache", True) and not hasattr(kv_cache(made), "routing"):
+            raise ValueError(LOST_ROUTING)
+        return made
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Keep `prompt_mask` from an assistant, whose signature may lack it; an aligned one finds its prompt itself."""
@@ -268,15 +285,6 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             for name, tensor in stack(layer.mixture.factors()[1:]).items():
                 state[f"{prefix}.{index}.{ffn}.mixture.{name}"] = tensor
         return state
-
-
-def _refuse_lost_routing(cache: Any) -> None:
-    """Raises ValueError if the cache holds tokens: without their routing, the next ones would be taken for a prompt."""
-    if cache is not None and int(cache.get_seq_length()) > 0:
-        raise ValueError(
-            "the KV cache holds tokens but not the routing of their prompt, which an aligned model keeps there: start "
-            "with an empty cache, or install the release of transformers that requirements.lock names"
-        )
 
 
 def _mark_initialised(layer: AlignXLayer) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded, random_rows, relative
 
+from alignx_ds.mocae import modeling
+from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 
 MODELS = [("fused", "shared", 1), ("fused", "per_layer", 2), ("parallel", "shared", 1), ("parallel", "per_layer", 4)]
@@ -31,11 +33,11 @@ def test_prefill_then_decode_is_one_full_forward(model: AlignXForCausalLM, chunk
     expected = model(full_ids, full_mask, asked, use_cache=False).logits
 
     out = model(ids, mask, use_cache=True)
-    decisions, logits = out.past_key_values.routing.decisions, [out.logits]
+    decisions, logits = kv_cache(out).routing.decisions, [out.logits]
     for start in range(0, 6, chunk):
         seen = full_mask[:, : ids.shape[1] + start + chunk]
-        out = model(answers[:, start : start + chunk], seen, past_key_values=out.past_key_values, use_cache=True)
-        assert out.past_key_values.routing.decisions is decisions  # decided once, at prefill
+        out = model(answers[:, start : start + chunk], seen, use_cache=True, **{ARGUMENT: kv_cache(out)})
+        assert kv_cache(out).routing.decisions is decisions  # decided once, at prefill
         logits.append(out.logits)
     assert relative(torch.cat(logits, 1)[full_mask.bool()], expected[full_mask.bool()]) < 1e-5
     rerouted = model(full_ids, full_mask, use_cache=False).logits  # the answer counted as prompt
@@ -48,7 +50,7 @@ def test_decoding_needs_no_mask_where_nothing_is_padded(model: AlignXForCausalLM
     asked = (torch.arange(9) < 6).long().expand(2, -1)
     expected = model(ids, torch.ones_like(ids), asked, use_cache=False).logits
     prefill = model(ids[:, :6], use_cache=True)
-    decoded = model(ids[:, 6:], past_key_values=prefill.past_key_values, use_cache=True)
+    decoded = model(ids[:, 6:], use_cache=True, **{ARGUMENT: kv_cache(prefill)})
     assert relative(torch.cat([prefill.logits, decoded.logits], 1), expected) < 1e-5
 
 
@@ -118,9 +120,25 @@ def test_a_cache_that_has_lost_its_routing_is_refused(monkeypatch: pytest.Monkey
 
     def forget(self: AlignXForCausalLM, outputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         made: dict[str, Any] = update(self, outputs, *args, **kwargs)
-        del made["past_key_values"].routing
+        del kv_cache(made).routing
         return made
 
     monkeypatch.setattr(AlignXForCausalLM, "_update_model_kwargs_for_generation", forget)
-    with pytest.raises(ValueError, match="not the routing of their prompt"):
+    with pytest.raises(ValueError, match="the routing of their prompt"):
         model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+def test_a_release_that_renames_the_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant 10: as if a release kept the cache in something that is not found among a call's arguments."""
+    base = base_model()
+    model, ids = aligned(base, low_rank_experts(base)), torch.tensor(random_rows([6]))
+    monkeypatch.setattr(modeling, "kv_cache", lambda values: None)
+    with pytest.raises(ValueError, match="the routing of their prompt"):
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_step_whose_mask_covers_more_than_its_tokens_needs_their_routing(model: AlignXForCausalLM) -> None:
+    ids = torch.tensor(random_rows([6]))
+    with pytest.raises(ValueError, match="the routing of their prompt"):
+        model(ids[:, -1:], torch.ones_like(ids))
