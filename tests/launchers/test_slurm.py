@@ -95,7 +95,7 @@ def test_slurm_finds_its_settings() -> None:
 def test_a_dry_run(tmp_path: Path) -> None:
     output = tmp_path / "run"
     printed = finished(SCRIPT, RECIPE, *SMALL, f"output={output}", "--dry-run", **job(tmp_path))
-    assert "memory per rank, 2 ranks" in printed and "dry run: everything checked" in printed
+    assert "memory per rank on 2 ranks" in printed and "dry run: everything is checked" in printed
     assert not output.exists()
 
 
