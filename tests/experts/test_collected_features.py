@@ -36,7 +36,7 @@ from alignx_ds.routing.fit_geometry import collect
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9, 3]), [2, 6, 3, 8, 1], strict=True)]
 
 
-def keeper(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def recorder(kept: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept.append(inputs[0])
 
@@ -54,7 +54,7 @@ def test_expert_factors_weigh_every_token_once_and_no_padding() -> None:
         view = TABLE.view(TABLE.ffn_of(model, layer))
         for p in PROJECTIONS:
             seen: list[Tensor] = []
-            hook = view.projection(p).register_forward_pre_hook(keeper(seen))
+            hook = view.projection(p).register_forward_pre_hook(recorder(seen))
             for example in EXAMPLES:
                 model(torch.tensor([example.ids]))
             hook.remove()
@@ -80,8 +80,8 @@ def test_geometry_features_are_each_row_s_own_with_its_expert_forced(scope: str)
         inputs: list[Tensor] = []
         made: list[Tensor] = []
         hooks = [
-            layer.register_forward_pre_hook(keeper(inputs)),
-            layer.calibration.register_forward_pre_hook(keeper(made)),
+            layer.register_forward_pre_hook(recorder(inputs)),
+            layer.calibration.register_forward_pre_hook(recorder(made)),
         ]
         for example, expert in zip(EXAMPLES, rows.experts, strict=True):
             model(torch.tensor([example.ids]), forced=one_hot([expert]))
