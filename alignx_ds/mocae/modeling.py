@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from alignx_ds.mocae.backbones import backbone_of
@@ -249,6 +249,10 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if mask is not None and not hasattr(kv_cache(inputs), "routing"):
             inputs["prompt_mask"] = pad(mask, (0, inputs["input_ids"].shape[1] - mask.shape[1]))
         return inputs
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Accept a KV cache from an earlier call, which `forward` takes without naming it."""
+        super()._validate_model_kwargs({n: v for n, v in model_kwargs.items() if not isinstance(v, Cache)})
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Raises ValueError if the next step would get a KV cache without the routing that this step left in it."""

@@ -142,3 +142,14 @@ def test_a_step_whose_mask_covers_more_than_its_tokens_needs_their_routing(model
     ids = torch.tensor(random_rows([6]))
     with pytest.raises(ValueError, match="the routing of their prompt"):
         model(ids[:, -1:], torch.ones_like(ids))
+
+
+@torch.no_grad()
+def test_generation_continues_from_a_cache_with_its_routing() -> None:
+    base = base_model()
+    model, ids = aligned(base, low_rank_experts(base)), torch.tensor(random_rows([6]))
+    settings = {"do_sample": False, "pad_token_id": 0}
+    whole = model.generate(ids, max_new_tokens=6, **settings)
+    first = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True, **settings)
+    rest = model.generate(first.sequences, max_new_tokens=3, **settings, **{ARGUMENT: kv_cache(first)})
+    assert rest.tolist() == whole.tolist()
