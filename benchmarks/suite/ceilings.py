@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+
+from suite.timing import milliseconds
 
 NOMINAL = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s of dense bf16, as the vendor states it
 
@@ -33,13 +34,5 @@ def nominal_rate() -> float | None:
 
 
 def _seconds(work: Callable[[], object], device: str, repeats: int = 10) -> float:
-    times = []
-    for _ in range(3 + repeats):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
+    times = [milliseconds(work, device) for _ in range(3 + repeats)]
+    return statistics.median(times[3:]) / 1000

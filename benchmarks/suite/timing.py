@@ -49,11 +49,12 @@ def interleaved(
         first = number % len(names)
         with turn():
             for name in names[first:] + names[:first]:
-                rounds[name].append(_milliseconds(work[name], device))
+                rounds[name].append(milliseconds(work[name], device))
     return {name: Times(values[WARM_UP:]) for name, values in rounds.items()}
 
 
-def _milliseconds(work: Callable[[], object], device: str) -> float:
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    """The time that `work` takes, until the device has finished it."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
