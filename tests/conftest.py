@@ -139,3 +139,15 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_run: tuple[str,
     done = alignx_ds("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
     assert done.returncode == 0, done.stderr
     return output
+
+
+@pytest.fixture(scope="session")
+def saved_aligned(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedTokenizerBase) -> Path:
+    """The directory of a saved aligned model, tiny and untrained, with the world's tokenizer."""
+    from tiny_models import aligned, base_model, low_rank_experts
+
+    directory = tmp_path_factory.mktemp("aligned")
+    base = base_model(vocab_size=len(world_tokenizer))
+    aligned(base, low_rank_experts(base)).save_pretrained(directory)
+    world_tokenizer.save_pretrained(directory)
+    return directory

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import aligned, base_model, low_rank_experts
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from alignx_ds.models import registration
 
@@ -21,15 +20,6 @@ def run(program: str, repo_root: Path) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedTokenizerBase) -> Path:
-    directory = tmp_path_factory.mktemp("aligned")
-    base = base_model(vocab_size=len(world_tokenizer))
-    aligned(base, low_rank_experts(base)).save_pretrained(directory)
-    world_tokenizer.save_pretrained(directory)
-    return directory
-
-
 IMPORTS = (
     "import alignx_ds, transformers",
     "import transformers.models.auto.auto_mappings, alignx_ds",
@@ -38,13 +28,13 @@ IMPORTS = (
 
 
 @pytest.mark.parametrize("imports", IMPORTS)
-def test_auto_classes_and_pipelines_load_an_aligned_model(saved: Path, repo_root: Path, imports: str) -> None:
+def test_auto_classes_and_pipelines_load_an_aligned_model(saved_aligned: Path, repo_root: Path, imports: str) -> None:
     program = f"""
 {imports}
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
-print(AutoConfig.from_pretrained({str(saved)!r}).model_type)
-print(type(AutoModelForCausalLM.from_pretrained({str(saved)!r})).__name__)
-generator = pipeline("text-generation", {str(saved)!r})
+print(AutoConfig.from_pretrained({str(saved_aligned)!r}).model_type)
+print(type(AutoModelForCausalLM.from_pretrained({str(saved_aligned)!r})).__name__)
+generator = pipeline("text-generation", {str(saved_aligned)!r})
 print(type(generator.model).__name__, len(generator("the", max_new_tokens=2)))
 import transformers.models.auto.auto_mappings as table
 print(AutoConfig.for_model("llama").model_type, table.CONFIG_MAPPING_NAMES["llama"])

@@ -7,10 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
-from tiny_models import aligned, base_model, low_rank_experts
-from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.runtime.extras import EXTRAS
 
@@ -26,24 +23,15 @@ def without_extras(program: str, repo_root: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedTokenizerBase) -> Path:
-    directory = tmp_path_factory.mktemp("aligned")
-    base = base_model(vocab_size=len(world_tokenizer))
-    aligned(base, low_rank_experts(base)).save_pretrained(directory)
-    world_tokenizer.save_pretrained(directory)
-    return directory
-
-
-def test_generate_needs_no_extra(saved: Path, repo_root: Path) -> None:
+def test_generate_needs_no_extra(saved_aligned: Path, repo_root: Path) -> None:
     program = f"""
 import alignx_ds
 from alignx_ds.cli import main
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (c.from_pretrained({str(saved)!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
+model, tokenizer = (c.from_pretrained({str(saved_aligned)!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
 ids = tokenizer("the sailor", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] - ids.shape[1])
-assert main(["generate", {str(saved)!r}, "the sailor", "the candle", "--max-new-tokens", "4"]) == 0
+assert main(["generate", {str(saved_aligned)!r}, "the sailor", "the candle", "--max-new-tokens", "4"]) == 0
 """
     done = without_extras(program, repo_root)
     assert done.returncode == 0, done.stderr
