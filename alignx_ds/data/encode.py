@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.data.rows import Row
+from alignx_ds.data.rows import Chat, Row, Turn
+
+Prompt = str | Chat  # a question, or a dialogue up to its last user turn
 
 
 @dataclass(frozen=True)
@@ -38,22 +41,46 @@ class LabelledExamples:
 
 
 def encode_prompts(
-    prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> list[list[int]]:
     """Token ids up to where each answer begins; `system` is the axis's injected prompt."""
     texts, templated = prompt_texts(prompts, tokenizer, system), tokenizer.chat_template is not None
     return [list(ids) for ids in tokenizer(texts, add_special_tokens=not templated)["input_ids"]]
 
 
-def prompt_texts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
+def prompt_texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
     """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
+    chats = [with_system(prompt, system) for prompt in prompts]
     if tokenizer.chat_template is None:
-        intro = system or "Below is an instruction that describes a task. Write a response that completes the request."
-        return [f"{intro}\n\n### Instruction:\n{prompt}\n\n### Response:\n" for prompt in prompts]
-    head = [{"role": "system", "content": system}] if system else []
-    chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts: list[str] = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        return [_instruction_format(chat, str(tokenizer.eos_token)) for chat in chats]
+    texts: list[str] = tokenizer.apply_chat_template(
+        [[{"role": turn.role, "content": turn.text} for turn in chat] for chat in chats],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
     return texts
+
+
+def with_system(prompt: Prompt, system: str | None) -> Chat:
+    """The prompt's turns; the axis's prompt comes first, in one system turn with the dialogue's own."""
+    chat = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
+    own = tuple(turn.text for turn in chat if turn.role == "system")
+    head = "\n\n".join(text for text in (system or "", *own) if text)
+    return (*((Turn("system", head),) if head else ()), *(turn for turn in chat if turn.role != "system"))
+
+
+def _instruction_format(chat: Chat, end: str) -> str:
+    """Alpaca's format, for tokenizers without a chat template."""
+    intro = "Below is an instruction that describes a task. Write a response that completes the request."
+    text = ""
+    for turn in chat:
+        if turn.role == "system":
+            intro = turn.text
+        elif turn.role == "user":
+            text += f"\n\n### Instruction:\n{turn.text}\n\n### Response:\n"
+        else:
+            text += f"{turn.text}{end}"
+    return intro + text
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[Example]:
@@ -61,7 +88,7 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | No
     if not rows:
         return []
     assert tokenizer.eos_token_id is not None
-    prompts = encode_prompts([row.prompt for row in rows], tokenizer, system)
+    prompts = encode_prompts([row.chat for row in rows], tokenizer, system)
     answers = tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
     examples = []
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):

@@ -5,14 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 Record = dict[str, Any]  # a row as its file has it
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one speaker says in a dialogue."""
+
+    role: Role
+    text: str
+
+
+Chat = tuple[Turn, ...]  # the turns of a dialogue, in order
+SPEAKERS: dict[Role, str] = {"user": "User", "assistant": "Assistant"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row without a `response` has no answer to imitate; the router still learns that its prompt is its axis's."""
+    """A row without a `response` has no answer to imitate; the router still learns that its prompt is its axis's.
+
+    Of a dialogue, `prompt` is the last user turn, `response` the answer to it, and `before` the turns before the two.
+    """
 
     prompt: str
     response: str
@@ -22,20 +38,49 @@ class Row:
     rejected: str = ""  # the worse answer of a preference pair
     category: str = ""  # the data set's own grouping of its questions
     place: str = field(default="", compare=False)  # file and row, for error messages
+    before: Chat = ()  # earlier turns of a dialogue, and a system prompt of the row's own
+
+    @property
+    def chat(self) -> Chat:
+        """All turns that the answer follows: what the router and the model see."""
+        return (*self.before, Turn("user", self.prompt))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """Every user turn regardless of case and spacing."""
+        return tuple(normalised(turn.text) for turn in self.chat if turn.role == "user")
 
     @property
     def question(self) -> str:
-        """The prompt regardless of case and spacing. Two rows with equal questions are in the same split."""
-        return " ".join(self.prompt.casefold().split())
+        """The first user turn regardless of case and spacing. Two rows with equal questions are in the same split."""
+        return self.questions[0]
+
+    @property
+    def asked(self) -> str:
+        """The prompt as one text, for judges and classifiers; of a dialogue, all turns, each after its speaker."""
+        if not any(turn.role != "system" for turn in self.before):
+            return self.prompt
+        return "\n\n".join(f"{SPEAKERS[turn.role]}: {turn.text}" for turn in self.chat if turn.role in SPEAKERS)
 
     def content(self) -> dict[str, Any]:
-        """Every field but the place: hashes of rows are made of these."""
-        return {k: v for k, v in asdict(self).items() if k != "place"}
+        """Every field but the place, and no `before` where there are no such turns. Hashes of rows are made of it."""
+        return {k: v for k, v in asdict(self).items() if k != "place" and (k != "before" or v)}
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any], place: str = "") -> Row:
+        """The row of a `content` that was written as JSON. Raises TypeError and KeyError for other content."""
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        before = tuple(Turn(turn["role"], turn["text"]) for turn in known.pop("before", ()))
+        return cls(**known, place=place, before=before)
 
     def position(self, salt: str) -> float:
         """A hash of the question in [0, 1). Cuts made with different salts are independent of each other."""
         hashed = hashlib.sha256(f"{salt}\n{self.question}".encode()).digest()
         return int.from_bytes(hashed[:8], "big") / 2**64
+
+
+def normalised(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def split_by_question(rows: list[Row], share: float, salt: str) -> tuple[list[Row], list[Row]]:

@@ -109,7 +109,7 @@ def reference_of(row: Row, references: Mapping[str, Output]) -> Output:
     """The reference output for the row's instruction, else the row's own response. Raises DataError naming the row."""
     found = references.get(row.prompt.strip())
     if found is None and row.response:
-        return Output(row.category, row.prompt, row.response, "reference")
+        return Output(row.category, row.asked, row.response, "reference")
     if found is None:
         where = row.place or "held-out row"
         fix = "add its output to judges.reference or remove the row"

@@ -108,7 +108,7 @@ class Evaluation:
                 answers(
                     model,
                     self.base.tokenizer,
-                    [row.prompt for row in questions.rows],
+                    [row.chat for row in questions.rows],
                     batch=settings.batch,
                     max_new_tokens=settings.max_new_tokens,
                     compiled=settings.compile,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.data.batches import pad
-from alignx_ds.data.encode import encode_prompts, pad_token
+from alignx_ds.data.encode import Prompt, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.runtime import distributed, signals
@@ -16,7 +18,7 @@ WIDTH_MULTIPLE = 64  # prompts of compiled steps are padded to a multiple of thi
 def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     *,
     batch: int,
     max_new_tokens: int,
@@ -32,7 +34,7 @@ def answers(
     step, decoder = batch * distributed.world_size(), Decoder(model, compiled=compiled)
     for start in range(len(done), len(prompts), step):
         signals.stop_if_requested(f"answers, after {start} of {len(prompts)}")
-        own = distributed.rank_share(prompts[start : start + step])
+        own = distributed.rank_share(list(prompts[start : start + step]))
         part = distributed.interleave(
             distributed.gather(_decode(decoder, tokenizer, own, max_new_tokens) if own else [])
         )
@@ -42,7 +44,7 @@ def answers(
     return done
 
 
-def _decode(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int) -> list[str]:
+def _decode(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int) -> list[str]:
     device, pad_id = distributed.device(), pad_token(tokenizer)
     multiple = WIDTH_MULTIPLE if decoder.compiled else 1
     ids, mask = pad(encode_prompts(prompts, tokenizer), pad_id, "left", multiple)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -88,7 +88,7 @@ def multiple_choice(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     answers among all answers, averaged over questions. `score` is MC2. Rows without both kinds of answers are left out.
     """
     usable = [r for r in rows if r.correct and r.incorrect]
-    choices = [[Row(r.prompt, a) for a in (r.response, *r.correct, *r.incorrect)] for r in usable]
+    choices = [[replace(r, response=a) for a in (r.response, *r.correct, *r.incorrect)] for r in usable]
     hits, shares = [], []
     for row, answers in zip(usable, _by_group(model, tokenizer, choices, batch), strict=True):
         best, correct, incorrect = answers[0], answers[1 : 1 + len(row.correct)], answers[1 + len(row.correct) :]
@@ -104,7 +104,7 @@ def preference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
 
     `per_token`, which is the `score`, compares mean log-probabilities of the tokens; `in_total` compares their sums.
     """
-    pairs = [[Row(r.prompt, r.response), Row(r.prompt, r.rejected)] for r in rows if r.response and r.rejected]
+    pairs = [[r, replace(r, response=r.rejected)] for r in rows if r.response and r.rejected]
     compared = _by_group(model, tokenizer, pairs, batch)
     per_token = percent([chosen.per_token > rejected.per_token for chosen, rejected in compared])
     total = percent([chosen.log_probability > rejected.log_probability for chosen, rejected in compared])

@@ -57,7 +57,7 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
         raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", fix)) from error
     provenance = {"seed": 0, "model": _model_hash(directory), "max_new_tokens": max_new_tokens}
     file = transcripts.AnswerFile(out, rows, provenance)
-    prompts = [row.prompt for row in rows]
+    prompts = [row.chat for row in rows]
     answers(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, file=file)
     return out
 

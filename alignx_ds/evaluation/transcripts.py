@@ -71,8 +71,7 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     rows, outputs = [], []
     for place, line in read_records(path):
         try:
-            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in line["row"].items()}
-            rows.append(Row(prompt=line["prompt"], place=place, **known))
+            rows.append(Row.from_content({"prompt": line["prompt"], **line["row"]}, place))
             outputs.append(str(line["output"]))
         except (KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"

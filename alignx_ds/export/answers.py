@@ -28,7 +28,7 @@ def export(root: Path, out: Path, system: str, name: str, reference: Path | None
     if reference is not None:
         records = alpaca_eval.model_outputs(rows, outputs, alpaca_eval.read_reference(reference), system)
     else:
-        records = [Output(row.category, row.prompt, o, system) for row, o in zip(rows, outputs, strict=True)]
+        records = [Output(row.category, row.asked, o, system) for row, o in zip(rows, outputs, strict=True)]
     references = [alpaca_eval.reference_of(row, {}) for row in rows] if own is not None else []
     alpaca_eval.write(out, records)
     console.say(f"{len(records)} answers of {system}: {out}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.data.batches import IGNORED, Batch, collate, pad
-from alignx_ds.data.encode import Example, encode_prompts, pad_token
+from alignx_ds.data.encode import Example, Prompt, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -38,7 +38,7 @@ class Fidelity:
 
 
 def answered(
-    model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int
+    model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int
 ) -> list[Example]:
     """Each prompt with the model's own greedy answer, of 1 to `limit` tokens."""
     decoder, pad_id, examples = Decoder(model), pad_token(tokenizer), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignx_ds.data.encode import Prompt
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation import transcripts
 from alignx_ds.runs.finished import FinishedRun
@@ -11,19 +12,19 @@ from alignx_ds.runs.finished import FinishedRun
 GIVEN = "given"
 
 
-def prompts_of(run: FinishedRun, given: Path | None, count: int) -> dict[str, list[str]]:
+def prompts_of(run: FinishedRun, given: Path | None, count: int) -> dict[str, list[Prompt]]:
     """By axis and set, at most `count` of each; empty when no file is given and the run has no answers.
 
     Raises DataError when the file can't be read.
     """
     if given is not None:
-        return {GIVEN: _lines(given)[:count]}
-    found: dict[str, list[str]] = {}
+        return {GIVEN: list(_lines(given)[:count])}
+    found: dict[str, list[Prompt]] = {}
     for name in (*run.axes, *run.config.evaluation.sets):
         path = run.out.answers / f"alignx.{name}.jsonl"
         if path.is_file():
             rows, _ = transcripts.read(path)
-            found[name] = [row.prompt for row in rows[:count]]
+            found[name] = [row.chat for row in rows[:count]]
     return found
 
 

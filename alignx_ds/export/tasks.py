@@ -57,7 +57,7 @@ def documents(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[
             "mc2_choices": [f"{answer}{end}" for answer in (*row.correct, *row.incorrect)],
             "mc2_right": len(row.correct),
         }
-        for row, text in zip(rows, prompt_texts([r.prompt for r in rows], tokenizer), strict=True)
+        for row, text in zip(rows, prompt_texts([r.chat for r in rows], tokenizer), strict=True)
     ]
 
 

@@ -68,7 +68,7 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
 def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
     """Metrics of a router that sees the words only: scikit-learn's TF-IDF of words and pairs, logistic regression."""
     known, asked = (
-        [(row.prompt, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
+        [(row.asked, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
         for sides in (rows.train, rows.held_out)
     )
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)

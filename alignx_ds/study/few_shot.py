@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.encode import Example, encode, encode_prompts
-from alignx_ds.data.rows import Row
+from alignx_ds.data.rows import Row, Turn
 
 MOST = 8  # examples in one prompt
 
@@ -32,7 +32,7 @@ class FewShotPrompts:
 
     def encoded(self, row: Row, examples: Sequence[Row], responses: Sequence[str]) -> list[Example]:
         """The examples and the row's prompt, once with each response; without responses, the prompt alone."""
-        answers = [encode([Row(row.prompt, text)], self.tokenizer)[0] for text in responses]
+        answers = [encode([replace(row, response=text)], self.tokenizer)[0] for text in responses]
         tails = [e.ids[e.prompt_length :] for e in answers] or [()]
         kept = list(examples)
         prompt = self._prompt(row, kept)
@@ -44,15 +44,6 @@ class FewShotPrompts:
     def _prompt(self, row: Row, examples: Sequence[Row]) -> list[int]:
         if self.tokenizer.chat_template is None:
             before = [i for example in encode(list(examples), self.tokenizer) for i in example.ids]
-            return [*before, *encode_prompts([row.prompt], self.tokenizer)[0]]
-        turns = [
-            turn
-            for example in examples
-            for turn in (
-                {"role": "user", "content": example.prompt},
-                {"role": "assistant", "content": example.response},
-            )
-        ]
-        chat = [*turns, {"role": "user", "content": row.prompt}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return [*before, *encode_prompts([row.chat], self.tokenizer)[0]]
+        turns = [turn for e in examples for turn in (*e.chat, Turn("assistant", e.response)) if turn.role != "system"]
+        return encode_prompts([(*turns, *row.chat)], self.tokenizer)[0]

@@ -92,7 +92,7 @@ class StudiedRun:
         found = {}
         for name in self.scored_axes:
             rows, limit = self.data.held_out[name], self.config.evaluation.max_new_tokens
-            prompts = [row.prompt for row in rows]
+            prompts = [row.chat for row in rows]
             outputs = answers(model, self.base.tokenizer, prompts, batch=self.batch, max_new_tokens=limit)
             judge = registry.make(self.config.axes[name].judge, self.config.judges)
             found[name] = judge.metrics(rows, list(judge.verdicts(rows, outputs)))["score"]

@@ -93,7 +93,7 @@ def question(row: Row, answer: str) -> list[Message]:
     if row.category not in CRITERIA:
         where, known = row.place or f"row {row.prompt[:80]!r}", ", ".join(CRITERIA)
         raise DataError(f"{where}: category '{row.category}' is not one of HoneSet's; use one of {known}")
-    content = PROMPT.format(criterion=CRITERIA[row.category], request=row.prompt, answer=answer)
+    content = PROMPT.format(criterion=CRITERIA[row.category], request=row.asked, answer=answer)
     return [{"role": "user", "content": content}]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alignx_ds.data.rows import Row
+from alignx_ds.data.rows import Row, Turn
 from alignx_ds.evaluation.judges.models import LocalModel, batches, loaded
 from alignx_ds.evaluation.judges.protocol import Metrics, Verdict, percent
 
@@ -164,12 +164,13 @@ def _categories(model: LocalModel) -> list[str]:
 
 def _beaver_text(model: LocalModel, row: Row, answer: str) -> list[int]:
     end = model.tokenizer.eos_token or ""
-    return model.encode(BEAVER_PROMPT.format(prompt=row.prompt) + answer.removesuffix(end) + end)
+    return model.encode(BEAVER_PROMPT.format(prompt=row.asked) + answer.removesuffix(end) + end)
 
 
 def _guard_text(model: LocalModel, row: Row, answer: str) -> tuple[list[int], bool]:
     def write(shortened: str) -> str:
-        chat = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": shortened}]
+        turns = (*(turn for turn in row.chat if turn.role != "system"), Turn("assistant", shortened))
+        chat = [{"role": turn.role, "content": turn.text} for turn in turns]
         return str(model.tokenizer.apply_chat_template(chat, tokenize=False))
 
     return model.fit(write, answer, spare=GUARD_REPLY, special=False)

@@ -95,7 +95,7 @@ class AlpacaEval:
 
     def _question(self, row: Row, baseline: str, answer: str) -> list[Message]:
         a, b = (answer, baseline) if self._ours_first(row) else (baseline, answer)
-        return [{"role": "user", "content": PROMPT.format(instruction=row.prompt, a=a, b=b)}]
+        return [{"role": "user", "content": PROMPT.format(instruction=row.asked, a=a, b=b)}]
 
 
 def preference(reply: Reply, ours: str) -> float | None:

@@ -73,6 +73,6 @@ class TruthInfo:
 
 def _text(model: LocalModel, row: Row, answer: str, asked: str) -> tuple[list[int], bool]:
     def write(shortened: str) -> str:
-        return PROMPT.format(question=row.prompt.strip(), answer=shortened, asked=asked)
+        return PROMPT.format(question=row.asked.strip(), answer=shortened, asked=asked)
 
     return model.fit(write, answer.strip().replace("\n\n", " "))
