@@ -1,11 +1,20 @@
-"""Records of a local .json, .jsonl, .csv or .parquet file, each with its place (file and row) for error messages."""
+"""Records of a local JSON, JSON Lines, CSV or Parquet file, each with its place (file and row) for error messages.
+
+JSON and JSON Lines are told apart by their content: both are often saved under either suffix. All but Parquet may be
+compressed.
+"""
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,21 +25,34 @@ PlacedRecord = tuple[str, Record]  # (file and row, record)
 csv.field_size_limit(2**31 - 1)  # no shorter limit than for the other types of file
 
 
+def file_type(path: str | Path) -> str:
+    """The suffix that names the file's type, without that of its compression: ".jsonl" of rows.jsonl.gz."""
+    inner, suffix = Path(path), Path(path).suffix
+    if suffix in OPENERS:
+        inner, suffix = Path(inner.stem), Path(inner.stem).suffix
+    return SAME_TYPE.get(suffix, suffix)
+
+
 def read_records(path: Path) -> Iterator[PlacedRecord]:
     """Stream the file's records. Raises DataError naming file and row."""
-    if path.suffix not in READERS:
-        raise DataError(f"{path}: unknown file type '{path.suffix}'; give a {', '.join(READERS)} file")
+    kind = file_type(path)
+    if kind not in READERS:
+        problem = f"unknown file type '{path.suffix}'; give a {', '.join(READERS)} file, the first three also as .gz"
+        raise DataError(f"{path}: {problem}")
     try:
-        for number, record in READERS[path.suffix](path):
+        for number, record in READERS[kind](path):
             yield f"{path}, row {number}", record
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise DataError(f"{path}: can't be decompressed ({error}); write or download it again") from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; check the path in the recipe") from error
+        raise DataError(f"{path}: {error.strerror or error}; check the path in the recipe") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; re-encode the file as UTF-8") from error
 
 
 def _open(path: Path) -> TextIO:
-    return path.open(encoding="utf-8-sig", newline="")
+    opened: TextIO = OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="")
+    return opened
 
 
 class DuplicateKeys:
@@ -55,8 +77,30 @@ class DuplicateKeys:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
+    """A .json or .jsonl file: a JSON list, or one object per line."""
     with _open(path) as file:
-        text = file.read()
+        lines: Iterator[tuple[int, str]] = enumerate(file, start=1)
+        first = next(((n, line) for n, line in lines if line.strip()), (1, ""))
+        if file_type(path) == ".json" or first[1].lstrip().startswith("["):
+            rest = list(lines)
+            if not any(line.strip() for _, line in rest) or not _is_object(first[1]):
+                yield from _read_list(path, "\n" * (first[0] - 1) + first[1] + "".join(line for _, line in rest))
+                return
+            lines = iter(rest)
+        for number, line in chain([first], lines):
+            if line.strip():
+                yield number, _parse_line(line, f"{path}, row {number}")
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_list(path: Path, text: str) -> Iterator[tuple[int, Record]]:
     duplicates = DuplicateKeys()
     try:
         rows = json.loads(text, object_pairs_hook=duplicates)
@@ -65,18 +109,12 @@ def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}: not JSON that can be read: {_json_limit(error)}") from error
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
+        found = "one object" if isinstance(rows, dict) else type(rows).__name__
+        raise DataError(f"{path}: expected a JSON list of rows, or an object on each line, got {found}")
     for number, row in enumerate(rows, start=1):
         if duplicates.found:
             duplicates.check(f"{path}, row {number}", row)
         yield number, row
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parse_line(line, f"{path}, row {number}")
 
 
 def _parse_line(line: str, place: str) -> Record:
@@ -107,6 +145,9 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Record]]:
                 if None in record:
                     problem = "more cells than columns; quote the cell that holds a comma"
                     raise DataError(f"{path}, row {number}: {problem}")
+                if None in record.values():
+                    short = next(name for name, cell in record.items() if cell is None)
+                    raise DataError(f"{path}, row {number}: column '{short}' has no value; the row has too few cells")
                 yield number, dict(record)
         except csv.Error as error:
             raise DataError(f"{path}, row {number + 1}: not CSV: {error}") from error
@@ -152,4 +193,6 @@ def _to_python(batch: Any, path: Path, before: int) -> list[Record]:
     return records
 
 
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SAME_TYPE = {".ndjson": ".jsonl"}
+READERS = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

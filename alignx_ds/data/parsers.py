@@ -6,21 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from alignx_ds.data.columns import checked_text
+from alignx_ds.data.columns import checked_items, checked_text
 from alignx_ds.data.files import PlacedRecord
-from alignx_ds.data.rows import Record, Row
+from alignx_ds.data.rows import Dropped, Record, Row
 from alignx_ds.errors import DataError
 
 NO_INPUT = frozenset({"", "noinput", "<noinput>", "no input", "n/a"})  # how Alpaca writes that an input is absent
 NO_OUTPUT = "<nooutput>"  # how the original Alpaca marks an answer that its writer could not give
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A record that is not used, and why."""
-
-    place: str
-    reason: str
 
 
 @dataclass
@@ -49,7 +41,7 @@ def each_record(make: Callable[[str, Record], Row | str]) -> Callable[[list[Plac
 
 
 def instruction_with_input(record: Record) -> str:
-    extra = record["input"].strip()
+    extra = (record["input"] or "").strip()
     absent = extra.strip(" '\".").lower() in NO_INPUT
     return record["instruction"].strip() if absent else f"{record['instruction'].strip()}\n{extra}"
 
@@ -158,6 +150,7 @@ def _choices(place: str, record: Record, column: str) -> dict[str, bool]:
         texts, labels = given["choices"], given["labels"]
         if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels)):
             raise DataError(f"{place}: column '{column}' needs two lists of one length, choices and labels")
+        checked_items(place, column, texts)
         checked_text(place, column, texts)
         pairs = list(zip(texts, labels, strict=True))
     if not all(label in (0, 1) for _, label in pairs):

@@ -79,6 +79,14 @@ class Row:
         return int.from_bytes(hashed[:8], "big") / 2**64
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A record that is not used, and why."""
+
+    place: str
+    reason: str
+
+
 def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 

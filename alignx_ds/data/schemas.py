@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from types import NoneType
 
 from alignx_ds.data import parsers
-from alignx_ds.data.columns import Column, canonical_record
+from alignx_ds.data.columns import Column, Records, canonical_records
 from alignx_ds.data.files import PlacedRecord
 from alignx_ds.data.rows import Record, Row
 
@@ -48,10 +48,8 @@ def _question(prompt: str, response: str = "", category: str = "", *, harmful: b
     return Schema(columns, itemgetter(prompt), parsers.each_record(make))
 
 
-TEXT = Column((str,))
+TEXT, OPTIONAL_TEXT = Column((str,)), Column((str,), optional=True)
 FLAGS = Column((dict,), values=(bool, NoneType))  # in a Parquet row, an absent flag is None
-ALPACA = {"instruction": TEXT, "input": TEXT, "output": TEXT}
-PREFERENCE = {"instruction": TEXT, "input": TEXT, "output": Column((list,))}
 TRUTHFULQA = {
     "Question": Column((str,), ("question",)),
     "Best Answer": Column((str,), ("best_answer",)),
@@ -62,7 +60,7 @@ BEAVERTAILS = {"prompt": TEXT, "response": TEXT, "category": FLAGS, "is_safe": C
 CHOICES = {"question": TEXT, "mc1_targets": Column((dict,)), "mc2_targets": Column((dict,))}
 SCHEMAS: dict[str, Schema] = {
     "alpaca": Schema(
-        {"instruction": TEXT, "input": TEXT, "output": TEXT},
+        {"instruction": TEXT, "input": OPTIONAL_TEXT, "output": TEXT},
         parsers.instruction_with_input,
         parsers.each_record(parsers.alpaca),
     ),
@@ -78,7 +76,7 @@ SCHEMAS: dict[str, Schema] = {
     "plain": Schema({"prompt": TEXT, "response": TEXT}, itemgetter("prompt"), parsers.each_record(parsers.plain)),
     "truthfulqa_mc": Schema(CHOICES, itemgetter("question"), parsers.each_record(parsers.truthfulqa_choices)),
     "preference": Schema(
-        {"instruction": TEXT, "input": TEXT, "output": Column((list,))},
+        {"instruction": TEXT, "input": OPTIONAL_TEXT, "output": Column((list,))},
         parsers.instruction_with_input,
         parsers.each_record(parsers.preference),
     ),
@@ -90,9 +88,9 @@ SCHEMAS: dict[str, Schema] = {
 QUESTIONS_ONLY = frozenset({"truthfulqa_mc", "alpaca_eval", "honeset", "xstest", "prompts"})  # nothing to train on
 
 
-def canonical(placed: PlacedRecord, schema: str, renamed: dict[str, str]) -> PlacedRecord:
-    """The record under the schema's column names; `renamed` maps them to the file's. Raises DataError."""
-    return canonical_record(placed, schema, SCHEMAS[schema].columns, renamed)
+def canonical(placed: Iterable[PlacedRecord], schema: str, renamed: dict[str, str]) -> Records:
+    """The records under the schema's column names; `renamed` maps them to the file's. Raises DataError."""
+    return canonical_records(placed, schema, SCHEMAS[schema].columns, renamed)
 
 
 def schema_problem(schema: str, columns: dict[str, str]) -> str:

@@ -9,9 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
-from alignx_ds.data.files import PlacedRecord
-from alignx_ds.data.parsers import Dropped, Parsed
-from alignx_ds.data.rows import Row
+from alignx_ds.data.columns import Records
+from alignx_ds.data.parsers import Parsed
+from alignx_ds.data.rows import Dropped, Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
@@ -38,8 +38,9 @@ class SplitRows:
         return SplitRows(self.source, self.records, remaining, [*self.dropped, *removed])
 
     @classmethod
-    def of(cls, source: str, records: list[PlacedRecord], parsed: Parsed) -> SplitRows:
-        return cls(source, len(records), parsed.rows, parsed.dropped)
+    def of(cls, source: str, records: Records, parsed: Parsed) -> SplitRows:
+        count = len(records.usable) + len(records.dropped)
+        return cls(source, count, parsed.rows, [*records.dropped, *parsed.dropped])
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,21 @@ def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[S
     schema = held_out_schema = SCHEMAS[s.schema]
     seed, limit = config.seed, config.data.records
     source = Source(s.train, s.schema, s.columns)
-    train = source.records(held_out=False, count=_train_limit(s, config), seed=seed, limit=limit)
+    train = source.read(held_out=False, count=_train_limit(s, config), seed=seed, limit=limit)
     if s.held_out:
         held_out_schema = SCHEMAS[s.judged_as()[0]]
         source = Source(s.held_out, *s.judged_as())
-        held_out = source.records(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
+        held_out = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
     else:
-        positions = [Row(schema.question(record), "").position(HELD_OUT) for _, record in train]
+        positions = [Row(schema.question(record), "").position(HELD_OUT) for _, record in train.usable]
         share = config.data.held_out_share
-        held_out = [record for record, position in zip(train, positions, strict=True) if position < share]
-        train = [record for record, position in zip(train, positions, strict=True) if position >= share]
+        cut = [record for record, position in zip(train.usable, positions, strict=True) if position < share]
+        held_out = Records(cut, [])
+        rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
+        train = Records(rest, train.dropped)
     return (
-        SplitRows.of(s.train, train, schema.parse(train)),
-        SplitRows.of(s.held_out or s.train, held_out, held_out_schema.held_out(held_out)),
+        SplitRows.of(s.train, train, schema.parse(train.usable)),
+        SplitRows.of(s.held_out or s.train, held_out, held_out_schema.held_out(held_out.usable)),
     )
 
 
@@ -102,8 +105,8 @@ def _read_set(name: str, config: RunConfig, trained: frozenset[str]) -> SplitRow
     """An extra evaluation set, less the questions that are trained on."""
     s = config.evaluation.sets[name]
     limit = s.rows or config.data.held_out_rows
-    records = Source(s.source, s.schema, s.columns).records(held_out=True, count=limit, seed=config.seed)
-    split = SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records))
+    records = Source(s.source, s.schema, s.columns).read(held_out=True, count=limit, seed=config.seed)
+    split = SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records.usable))
     leaked = {i: "its question is trained on" for i, row in enumerate(split.rows) if row.question in trained}
     split = _first_rows(split.without(leaked), limit)
     if not split.rows:

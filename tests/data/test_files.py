@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as arrow
@@ -15,6 +18,7 @@ from reading import read
 
 from alignx_ds.data.files import READERS, read_records
 from alignx_ds.data.rows import Record
+from alignx_ds.data.sources import is_file, names_a_source
 from alignx_ds.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -74,12 +78,10 @@ def test_rows_of_a_long_parquet_file_are_numbered_across_its_parts(tmp_path: Pat
     assert places == [(f"{tmp_path / 'r.parquet'}, row {n}", n) for n in range(1, 70_001)]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "value"), [(".json", 3), (".jsonl", None), (".jsonl", ["a"]), (".parquet", 3), (".parquet", None)]
-)
+@pytest.mark.parametrize(("suffix", "value"), [(".json", 3), (".jsonl", 3.5), (".jsonl", ["a"]), (".parquet", 3)])
 def test_a_malformed_row_is_named_with_file_row_and_column(tmp_path: Path, suffix: str, value: object) -> None:
-    """A column of Parquet has one type, so every row has the wrong one, or the second row has no value."""
-    first = "a" if value is None or suffix != ".parquet" else value
+    """A column of Parquet has one type, so every row has the wrong one."""
+    first = "a" if suffix != ".parquet" else value
     records = [{"prompt": "a", "response": first}, {"prompt": "a", "response": value}]
     path = write(tmp_path / f"r{suffix}", records)
     number = 2 if first == "a" else 1
@@ -120,6 +122,41 @@ def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path, name: str, 
     assert str(error.value).startswith(str(tmp_path / name))
     assert named in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+ROWS: list[Record] = [{"prompt": "a", "response": "é"}, {"prompt": "b\nc", "response": ""}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("r.json", LINES.encode()),
+        ("r.jsonl", json.dumps(ROWS).encode()),
+        ("r.jsonl", b"\n" + json.dumps(ROWS, indent=2).encode("utf-8-sig")),
+        ("r.ndjson", LINES.encode()),
+        ("r.jsonl.gz", gzip.compress(LINES.encode())),
+        ("r.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("r.json.xz", lzma.compress(LINES.encode())),
+        ("r.csv.bz2", bz2.compress(b'prompt,response\na,\xc3\xa9\n"b\nc",\n')),
+    ],
+)
+def test_content_decides_between_a_list_and_lines_and_files_may_be_compressed(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content.replace(b"\n\xef\xbb\xbf", b"\xef\xbb\xbf\n"))
+    assert [record for _, record in read_records(tmp_path / name)] == ROWS
+    assert is_file(str(tmp_path / name)) and names_a_source(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode() * 9)[:-20], b""])
+def test_a_damaged_compressed_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.jsonl.gz").write_bytes(content)
+    if content:
+        with pytest.raises(DataError, match=r"r\.jsonl\.gz: can't be decompressed \([^\n]+$"):
+            list(read_records(tmp_path / "r.jsonl.gz"))
+    else:
+        assert list(read_records(tmp_path / "r.jsonl.gz")) == []
 
 
 def test_a_damaged_parquet_file_is_an_error_of_data(tmp_path: Path) -> None:

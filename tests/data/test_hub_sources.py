@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
+import datasets
 import pyarrow as arrow
 import pytest
 from pyarrow import parquet
@@ -35,7 +37,33 @@ def test_a_directory_is_a_data_set(directory: Path) -> None:
 
 
 def test_rows_have_their_place(directory: Path) -> None:
-    assert [place for place, _ in read(f"{directory}:test", "plain")] == [f"{directory}:test, row {n}" for n in "123"]
+    file = directory / "test.jsonl"
+    assert [place for place, _ in read(f"{directory}:test", "plain")] == [f"{file}, row {n}" for n in "123"]
+
+
+def test_a_directory_of_several_files_is_read_in_their_order(tmp_path: Path) -> None:
+    for name in "ba":
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(gzip.compress(b'{"prompt": "%s", "response": "x"}\n' % name.encode()))
+    assert prompts(tmp_path) == ["a", "b"]
+
+
+def test_a_file_of_a_directory_that_would_be_left_out_is_named(directory: Path) -> None:
+    write_lines(directory / "more.jsonl", [{"prompt": "more", "response": "a"}])
+    assert "more.jsonl would not be read" in one_line(directory)
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    columns = {split: {"prompt": [f"{split} {n}" for n in "12"], "response": ["a", "b"]} for split in ("train", "test")}
+    parts = {split: datasets.Dataset.from_dict(part) for split, part in columns.items()}
+    parts["test"].save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "several")
+    assert prompts(tmp_path / "one") == prompts(f"{tmp_path / 'several'}:test") == ["test 1", "test 2"]
+    assert prompts(tmp_path / "several") == ["train 1", "train 2"]
+    assert "has no splits" in one_line(f"{tmp_path / 'one'}:test")
+    assert "has no split 'dev', it has train, test" in one_line(f"{tmp_path / 'several'}:dev")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
+    one_line(tmp_path / "one")
 
 
 def test_nothing_after_the_limit_is_read(directory: Path) -> None:

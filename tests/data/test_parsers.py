@@ -135,7 +135,7 @@ def test_both_spellings_of_truthfulqa_give_the_same_row() -> None:
         "correct_answers": ["So.", "Thus.", " "],
         "incorrect_answers": ["No."],
     }
-    records = [canonical(record, "truthfulqa", {}) for record in placed(GOOD["truthfulqa"], hub)]
+    records = canonical(placed(GOOD["truthfulqa"], hub), "truthfulqa", {}).usable
     first, second = SCHEMAS["truthfulqa"].parse(records).rows
     assert first == second == Row("Why?", "So.", correct=("So.", "Thus."), incorrect=("No.",))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reading import parsed, read, world_rows, write_lines
+from reading import parsed, questions, read, set_rows, world_rows, write_json, write_lines
 
-from alignx_ds.data.rows import digest
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.rows import Record, digest
+from alignx_ds.data.splits import read_splits
 from alignx_ds.data.world.files import FILES, write_files
 from alignx_ds.errors import DataError
 
@@ -54,3 +56,36 @@ def test_the_world_depends_on_the_seed_alone() -> None:
     assert first == again
     assert digest(first) == digest(again) != digest(other)
     assert first != other
+
+
+def test_the_input_of_alpaca_may_be_absent_or_null(tmp_path: Path) -> None:
+    records: list[Record] = [
+        {"instruction": "Add.", "output": "3"},
+        {"instruction": "Add.", "input": None, "output": "3"},
+    ]
+    for written in ([records[0]], [records[1]], records):
+        assert [row.prompt for row in parsed(write_json(tmp_path / "r.json", written), "alpaca").rows] == [
+            "Add."
+        ] * len(written)
+
+
+def test_one_answer_without_a_value_drops_its_row_alone(tmp_path: Path, one_axis: RunConfig) -> None:
+    """It is counted; a column that no row has a value in leaves no usable row, and one that no row has is an error."""
+    records = questions(40)
+    records[20]["response"] = None
+    set_rows(one_axis, tmp_path, records)
+    splits = read_splits(one_axis)
+    train, held_out = splits.train["kind"], splits.held_out["kind"]
+    assert len(train.rows) + len(held_out.rows) == 39
+    assert train.records + held_out.records == 40
+    assert [(d.place, d.reason) for d in train.dropped] == [
+        (f"{tmp_path / 'train.jsonl'}, row 21", "no value in column 'response'")
+    ]
+    for record in records:
+        record["response"] = None
+    set_rows(one_axis, tmp_path, records)
+    with pytest.raises(DataError, match=r"no usable row to train on of 40 records \(40 × no value in column 'respon"):
+        read_splits(one_axis)
+    set_rows(one_axis, tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    with pytest.raises(DataError, match=r"row 1: no column 'response', which the plain schema needs; it has prompt"):
+        read_splits(one_axis)

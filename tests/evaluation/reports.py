@@ -10,8 +10,7 @@ from alignx_ds.config import parse
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.inputs import EncodedData
-from alignx_ds.data.parsers import Dropped
-from alignx_ds.data.rows import Row
+from alignx_ds.data.rows import Dropped, Row
 from alignx_ds.data.splits import DataSplits, SplitRows
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.evaluate import Result
