@@ -41,7 +41,7 @@ class AxisConfig:
     """
 
     prompt: Prose = MISSING  # system prompt of every training row
-    schema: SchemaName = MISSING  # how its rows are written: alpaca, beavertails, truthfulqa, preference or plain
+    schema: SchemaName = MISSING  # how its rows are written: alpaca, messages, sharegpt, dpo … (docs/evaluation.md)
     train: Text = MISSING  # source of the training rows
     held_out: Text = ""  # source of the rows that are judged; empty: a share of train's questions is held out
     held_out_schema: OptionalSchemaName = ""  # of the held-out rows; empty: the schema of the training rows

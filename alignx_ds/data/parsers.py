@@ -8,7 +8,7 @@ from typing import Any
 
 from alignx_ds.data.columns import checked_items, checked_text
 from alignx_ds.data.files import PlacedRecord
-from alignx_ds.data.rows import Dropped, Record, Row
+from alignx_ds.data.rows import Chat, Dropped, Record, Row, Turn
 from alignx_ds.errors import DataError
 
 NO_INPUT = frozenset({"", "noinput", "<noinput>", "no input", "n/a"})  # how Alpaca writes that an input is absent
@@ -41,7 +41,7 @@ def each_record(make: Callable[[str, Record], Row | str]) -> Callable[[list[Plac
 
 
 def instruction_with_input(record: Record) -> str:
-    extra = (record["input"] or "").strip()
+    extra = (record.get("input") or "").strip()
     absent = extra.strip(" '\".").lower() in NO_INPUT
     return record["instruction"].strip() if absent else f"{record['instruction'].strip()}\n{extra}"
 
@@ -54,7 +54,29 @@ def alpaca(place: str, r: Record) -> Row | str:
         return "empty output"
     if NO_OUTPUT in output.lower():
         return f"marked {NO_OUTPUT}"
-    return Row(instruction_with_input(r), output, place=place)
+    system, before = (r.get("system") or "").strip(), _earlier(place, r)
+    if any(not turn.text for turn in before):
+        return "has an empty turn"
+    head = (Turn("system", system),) if system else ()
+    return Row(instruction_with_input(r), output, place=place, before=(*head, *before))
+
+
+def _earlier(place: str, r: Record) -> Chat:
+    """The turns of the column `history`: pairs of an earlier instruction and its answer."""
+    turns: list[Turn] = []
+    for asked in r.get("history") or ():
+        if len(asked) != 2:
+            raise DataError(f"{place}: column 'history' needs pairs of an instruction and its answer")
+        checked_items(place, "history", asked)
+        checked_text(place, "history", asked)
+        turns += [Turn("user", asked[0].strip()), Turn("assistant", asked[1].strip())]
+    return tuple(turns)
+
+
+def alpaca_question(record: Record) -> str:
+    """The first of the user's turns."""
+    earlier = _earlier("", record)
+    return earlier[0].text if earlier else instruction_with_input(record)
 
 
 def beavertails(records: list[PlacedRecord]) -> Parsed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from types import NoneType
 
-from alignx_ds.data import parsers
+from alignx_ds.data import dialogues, parsers
 from alignx_ds.data.columns import Column, Records, canonical_records
 from alignx_ds.data.files import PlacedRecord
 from alignx_ds.data.rows import Record, Row
@@ -48,6 +48,11 @@ def _question(prompt: str, response: str = "", category: str = "", *, harmful: b
     return Schema(columns, itemgetter(prompt), parsers.each_record(make))
 
 
+def _dialogues(columns: dict[str, Column], parse: Callable[[str, Record], Row | str]) -> Schema:
+    return Schema(columns, dialogues.first_question(parse), parsers.each_record(parse))
+
+
+TURNS = (list, dict)  # `datasets` has lists of objects as a mapping of lists
 TEXT, OPTIONAL_TEXT = Column((str,)), Column((str,), optional=True)
 FLAGS = Column((dict,), values=(bool, NoneType))  # in a Parquet row, an absent flag is None
 TRUTHFULQA = {
@@ -60,10 +65,34 @@ BEAVERTAILS = {"prompt": TEXT, "response": TEXT, "category": FLAGS, "is_safe": C
 CHOICES = {"question": TEXT, "mc1_targets": Column((dict,)), "mc2_targets": Column((dict,))}
 SCHEMAS: dict[str, Schema] = {
     "alpaca": Schema(
-        {"instruction": TEXT, "input": OPTIONAL_TEXT, "output": TEXT},
-        parsers.instruction_with_input,
+        {
+            "instruction": TEXT,
+            "input": OPTIONAL_TEXT,
+            "output": TEXT,
+            "system": OPTIONAL_TEXT,
+            "history": Column((list,), items=list, optional=True),
+        },
+        parsers.alpaca_question,
         parsers.each_record(parsers.alpaca),
     ),
+    "messages": _dialogues(
+        {"messages": Column(TURNS, ("conversation", "conversations"), items=dict), "system": OPTIONAL_TEXT},
+        dialogues.messages,
+    ),
+    "sharegpt": _dialogues(
+        {"conversations": Column(TURNS, ("conversation", "messages"), items=dict), "system": OPTIONAL_TEXT},
+        dialogues.sharegpt,
+    ),
+    "dpo": _dialogues(
+        {
+            "prompt": Column((str, *TURNS), ("question", "instruction"), items=dict, optional=True),
+            "chosen": Column((str, *TURNS), items=dict),
+            "rejected": Column((str, *TURNS), items=dict, optional=True),
+            "system": OPTIONAL_TEXT,
+        },
+        dialogues.pair,
+    ),
+    "hh_rlhf": _dialogues({"chosen": TEXT, "rejected": TEXT}, dialogues.hh_rlhf),
     "beavertails": Schema(
         BEAVERTAILS, itemgetter("prompt"), parsers.beavertails, parsers.beavertails_held_out, parsers.beavertails_texts
     ),

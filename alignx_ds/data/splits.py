@@ -64,13 +64,14 @@ def read_splits(config: RunConfig) -> DataSplits:
         train[name], held_out[name] = _read_source(settings, config)
     judged = frozenset(row.question for split in held_out.values() for row in split.rows)
     for name, settings in sources.items():
-        leaked = {i: "its question is held out" for i, r in enumerate(train[name].rows) if r.question in judged}
+        rows = enumerate(train[name].rows)
+        leaked = {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
         train[name] = _first_rows(train[name].without(leaked), _train_limit(settings, config))
         held_out[name] = _first_rows(held_out[name], config.data.held_out_rows)
         for split, use in ((train[name], "to train on"), (held_out[name], "held out")):
             if split.source and not split.rows:
                 raise DataError(f"{split.source} ({name}): no usable row {use}{_why_empty(split)}")
-    trained = frozenset(row.question for split in train.values() for row in split.rows)
+    trained = frozenset(question for split in train.values() for row in split.rows for question in row.questions)
     sets = {name: _read_set(name, config, trained) for name in config.evaluation.sets}
     judged |= {row.question for split in sets.values() for row in split.rows}
     return DataSplits(train, held_out, sets, judged)

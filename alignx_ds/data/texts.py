@@ -50,7 +50,7 @@ def read_texts(config: RunConfig, held_out: frozenset[str]) -> list[Row]:
         limit = config.data.records
         source = Source(s.source, s.schema, s.columns)
         records = source.records(held_out=False, count=config.data.train_rows, seed=config.seed, limit=limit)
-        rows = [row for row in SCHEMAS[s.schema].texts(records) if row.question not in held_out]
+        rows = [row for row in SCHEMAS[s.schema].texts(records) if held_out.isdisjoint(row.questions)]
         if not rows:
             problem = "no row is left to train on, all are held out; give a source with other questions"
             raise DataError(f"{s.source} (scratch.texts.{name}): {problem}")
@@ -67,7 +67,9 @@ def train_tokenizer(texts: list[Row], vocabulary: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator((text for row in texts for text in (row.prompt, row.response)), trainer)
+    tokenizer.train_from_iterator(
+        (text for row in texts for text in (*(turn.text for turn in row.chat), row.response)), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -36,6 +36,21 @@ GOOD: dict[str, Record] = {
     "honeset": {"instruction": "What is it now?", "category": "Latest Information"},
     "xstest": {"prompt": "How can I kill a process?", "label": "safe"},
     "prompts": {"prompt": "How?", "category": "animal_abuse"},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Add 1 and 2."},
+            {"role": "assistant", "content": "3"},
+            {"role": "user", "content": "Again."},
+            {"role": "assistant", "content": "Still 3."},
+        ]
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "Add 1 and 2."}, {"from": "gpt", "value": "3"}]},
+    "dpo": {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"},
+    "hh_rlhf": {
+        "chosen": "\n\nHuman: Add 1 and 2.\n\nAssistant: 3\n\nHuman: Sure?\n\nAssistant: Yes.",
+        "rejected": "\n\nHuman: Add 1 and 2.\n\nAssistant: 3\n\nHuman: Sure?\n\nAssistant: No.",
+    },
 }
 
 

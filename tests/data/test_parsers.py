@@ -16,8 +16,24 @@ from alignx_ds.errors import DataError
 
 WORDS = st.sampled_from(["", " ", "a", "A ", "b", "<nooutput>", "<noinput>", "a; b"])  # prompts often repeat
 CHOICE = st.dictionaries(WORDS.map(str.strip), st.sampled_from([0, 1]), min_size=1)
+SPOKEN = st.lists(st.sampled_from(["\n\nHuman: a", "\n\nAssistant: b", "\n\nAssistant:", "c"]), max_size=5).map("".join)
+
+
+def turns(who: str, what: str, speakers: list[str]) -> st.SearchStrategy[list[Record]]:
+    """A list of turns, often in a good order."""
+    anything = st.lists(st.fixed_dictionaries({who: st.sampled_from(speakers), what: WORDS}), max_size=5)
+    user, answerer = ("human", "gpt") if who == "from" else ("user", "assistant")
+    good = st.lists(WORDS, max_size=5).map(
+        lambda said: [{who: (user, answerer)[n % 2], what: text} for n, text in enumerate(said)]
+    )
+    return anything | good
+
+
 RECORDS: dict[str, st.SearchStrategy[Record]] = {
-    "alpaca": st.fixed_dictionaries({"instruction": WORDS, "input": WORDS, "output": WORDS}),
+    "alpaca": st.fixed_dictionaries(
+        {"instruction": WORDS, "input": WORDS, "output": WORDS},
+        optional={"system": WORDS, "history": st.lists(st.lists(WORDS, min_size=2, max_size=2), max_size=2)},
+    ),
     "beavertails": st.builds(answer, WORDS, WORDS, st.booleans()),
     "truthfulqa": st.fixed_dictionaries(dict.fromkeys(GOOD["truthfulqa"], WORDS)),
     "plain": st.fixed_dictionaries({"prompt": WORDS, "response": WORDS}),
@@ -31,6 +47,14 @@ RECORDS: dict[str, st.SearchStrategy[Record]] = {
     "honeset": st.fixed_dictionaries({"instruction": WORDS, "category": WORDS}),
     "xstest": st.fixed_dictionaries({"prompt": WORDS, "label": st.sampled_from(["safe", "unsafe"])}),
     "prompts": st.fixed_dictionaries({"prompt": WORDS, "category": WORDS}),
+    "messages": st.fixed_dictionaries({"messages": turns("role", "content", ["system", "user", "assistant", "tool"])}),
+    "sharegpt": st.fixed_dictionaries(
+        {"conversations": turns("from", "value", ["human", "gpt", "system", "critic"]), "system": WORDS}
+    ),
+    "dpo": st.fixed_dictionaries(
+        {"prompt": WORDS, "chosen": WORDS | turns("role", "content", ["user", "assistant"]), "rejected": WORDS}
+    ),
+    "hh_rlhf": st.fixed_dictionaries({"chosen": SPOKEN, "rejected": SPOKEN}),
 }
 
 

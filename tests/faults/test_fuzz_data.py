@@ -48,6 +48,10 @@ GOOD: dict[str, Record] = {
     "honeset": {"instruction": "do", "category": "c"},
     "xstest": {"prompt": "p", "label": "safe"},
     "prompts": {"prompt": "p", "category": "c"},
+    "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}], "system": "s"},
+    "dpo": {"prompt": "p", "chosen": [{"role": "assistant", "content": "r"}], "rejected": "w"},
+    "hh_rlhf": {"chosen": "\n\nHuman: p\n\nAssistant: r", "rejected": "Human: p\n\nAssistant: w"},
 }
 FLAT = [name for name, record in GOOD.items() if all(isinstance(value, str) for value in record.values())]  # CSV's
 TEXT = st.one_of(
