@@ -6,6 +6,7 @@
 # make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   the same as make test
+# make wheel   build dist/*.whl, which runs the shipped recipes without this checkout
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
-.PHONY: install demo seeds bench gpu study test faults launchers check lint format clean
+.PHONY: install demo seeds bench gpu study test faults launchers check wheel lint format clean
 
 install: $(READY)
 
@@ -66,9 +67,12 @@ lint: $(READY)
 
 check: test
 
+wheel: $(READY)
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 format: $(READY)
 	$(BIN)/ruff format --quiet .
 	$(BIN)/ruff check --quiet --fix .
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) runs build dist .mypy_cache .ruff_cache .pytest_cache

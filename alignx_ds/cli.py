@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
+from alignx_ds.config import arguments as config
 from alignx_ds.data.world import arguments as world
 from alignx_ds.doctor import arguments as doctor
 from alignx_ds.errors import EXIT_STOPPED, Stopped, UserError
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"alignx-ds {metadata.version('alignx-ds')}")
     verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run_verbs(verbs)
-    for room in (plan, world, serve, study, evaluation, export, doctor):
+    for room in (plan, config, world, serve, study, evaluation, export, doctor):
         room.add_verbs(verbs)
     return main
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -18,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignx_ds.config import shipped
 from alignx_ds.config.bounds import unfit_texts
 from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig
 from alignx_ds.errors import ConfigError, Problem
@@ -30,8 +30,6 @@ LONGEST_NAME = 64  # of an axis or a set: it becomes a file name
 
 def read(path: Path) -> dict[str, Any]:
     """The values of a recipe file. Raises ConfigError."""
-    if not os.path.isfile(path):  # False where pathlib raises: on names that are too long
-        raise ConfigError(Problem("recipe", str(path), "a YAML file", "check the path; recipes are in launch/recipes"))
     try:
         values = OmegaConf.to_container(OmegaConf.load(path))
     except UNREADABLE as error:
@@ -154,11 +152,12 @@ def type_of(key: str, kind: Any) -> str:
 
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The recipe with the overrides applied, typed. Its bounds are checked by `plan.checks`.
+    """The recipe, a file or a shipped one's name, with the overrides applied, typed. `plan.checks` checks its bounds.
 
     Raises ConfigError with every unknown key, wrong type, missing value and unusable text.
     """
-    values = read(Path(recipe))
+    path = shipped.recipe_file(recipe)
+    values = read(path)
     problems: list[Problem] = []
     for text in overrides or []:
         override(values, text, problems)
@@ -187,6 +186,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
     assert isinstance(config, RunConfig)
     if unfit := list(unfit_texts(config)):
         raise ConfigError(*unfit)
+    shipped.use_own_files(config, path)
     return config
 
 

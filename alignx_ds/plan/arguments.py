@@ -19,7 +19,7 @@ def add_verbs(verbs: Any) -> None:
 
 
 def add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a YAML file; see launch/recipes")
+    verb.add_argument("recipe", help="a YAML file, or a shipped recipe: see `alignx-ds recipes`")
     verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's")
 
 

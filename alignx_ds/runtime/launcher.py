@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -22,8 +21,9 @@ def start_ranks(arguments: Sequence[str], ranks: int) -> int:
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    program = Path(sys.executable).with_name("deepspeed")
-    command = [str(program), "-q", "--no_local_rank", "--num_accelerators", str(ranks)]
+    # As a module: the program is not beside this Python when packages are installed elsewhere (--target, --user).
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    command += ["--num_accelerators", str(ranks)]
     command += ["--master_port", str(distributed.free_port()), "--module", "alignx_ds"]  # two runs may share a machine
     return run_launcher([*command, *arguments], environment)
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignx_ds.config.schema import OptimizerConfig, TrainConfig
+from alignx_ds.config.shipped import deepspeed_file
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
@@ -109,7 +109,7 @@ def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any
 def read_template(path: str, key: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a stage. Raises ConfigError under the recipe's `key` when it is no JSON object."""
     try:
-        template = json.loads(resolve(path).read_text(encoding="utf-8"))
+        template = json.loads(deepspeed_file(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(Problem(key, path, "a DeepSpeed JSON file", f"check the path ({error.strerror})")) from error
     except UnicodeDecodeError as error:
@@ -125,12 +125,6 @@ def read_template(path: str, key: str) -> dict[str, Any]:
 def settings_of(path: str, key: str) -> dict[str, Any]:
     """Those settings of a stage's DeepSpeed JSON that its result depends on. Raises ConfigError as `read_template`."""
     return {name: value for name, value in read_template(path, key).items() if name not in EXECUTION_ONLY}
-
-
-def resolve(path: str) -> Path:
-    """The path as given where it exists, otherwise below the project: shipped recipes work from any directory."""
-    given = Path(path)
-    return given if given.exists() else Path(__file__).parents[2] / path
 
 
 def schedule(plan: Plan) -> Any:
