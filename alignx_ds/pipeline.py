@@ -15,6 +15,7 @@ from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligne
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks
 from alignx_ds.plan.dry_run import describe
+from alignx_ds.plan.prompts import facts
 from alignx_ds.plan.sizes import disk
 from alignx_ds.routing.router_report import router_report
 from alignx_ds.runs import outputs
@@ -60,6 +61,8 @@ def run(
         started, ranks = time.monotonic(), distributed.world_size()
         out = distributed.on_main(lambda: outputs.claim(config))
         context = StageContext(config, base, data, out)
+        for name, fact in facts(base).items():
+            console.say(f"{name}: {fact}")
 
         if config.model.path == SCRATCH_MODEL:
             console.heading("Base model from scratch")

@@ -93,7 +93,7 @@ def test_no_pickle_is_loaded_anywhere() -> None:
 def test_every_model_is_loaded_as_plain_data() -> None:
     """NO_PICKLE for weights of ours; a published judge may have no safetensors, and is read as tensors only."""
     found = list(calls("from_pretrained"))
-    assert len(found) > 10
+    assert len(found) > 5
     for place, call in found:
         weights = "Model" in ast.unparse(call.func) or "ForCausalLM" in ast.unparse(call.func)
         wanted = {"NO_PICKLE"} if weights else {"NO_CODE"}

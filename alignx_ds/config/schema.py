@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
@@ -24,6 +24,7 @@ SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
 
 Text = Annotated[str, AnyText()]  # a path, a source or an id: what it names is checked in plan/
 Prose = Annotated[str, AnyText(lines=True)]
+TemplateValue = Annotated[Any, AnyText(lines=True)]  # a text, a number or a truth value
 SchemaName = Annotated[str, NameIn("schemas")]
 OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
 JudgeName = Annotated[str, NameIn("judges")]
@@ -74,6 +75,9 @@ class ModelConfig:
     layers: list[NonNegativeInt] = field(default_factory=list)  # that become AlignX layers; empty: the upper half
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     max_length: PositiveInt = 2048  # tokens of a row, prompt and answer
+    template_args: dict[str, TemplateValue] = field(
+        default_factory=dict
+    )  # of its chat template: enable_thinking: false
 
 
 @dataclass

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.rows import Chat, Row, Turn
+from alignx_ds.models.ends import answer_end
+from alignx_ds.models.templates import render, template_of
 
 Prompt = str | Chat  # a question, or a dialogue up to its last user turn
 
@@ -44,21 +46,24 @@ def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> list[list[int]]:
     """Token ids up to where each answer begins; `system` is the axis's injected prompt."""
-    texts, templated = prompt_texts(prompts, tokenizer, system), tokenizer.chat_template is not None
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=not templated)["input_ids"]]
+    texts, templated = prompt_texts(prompts, tokenizer, system), template_of(tokenizer) is not None
+    encoded = tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+    return [list(ids) if templated else _open(ids, tokenizer) for ids in encoded]
+
+
+def _open(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt without the special tokens that some tokenizers add after a text: its answer is still to come."""
+    closing = set(tokenizer.all_special_ids)
+    length = next((i for i in range(len(ids), 0, -1) if ids[i - 1] not in closing), 0)
+    return list(ids[:length])
 
 
 def prompt_texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
     """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
     chats = [with_system(prompt, system) for prompt in prompts]
-    if tokenizer.chat_template is None:
+    if template_of(tokenizer) is None:
         return [_instruction_format(chat, str(tokenizer.eos_token)) for chat in chats]
-    texts: list[str] = tokenizer.apply_chat_template(
-        [[{"role": turn.role, "content": turn.text} for turn in chat] for chat in chats],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    return texts
+    return render([[{"role": turn.role, "content": turn.text} for turn in chat] for chat in chats], tokenizer)
 
 
 def with_system(prompt: Prompt, system: str | None) -> Chat:
@@ -84,15 +89,15 @@ def _instruction_format(chat: Chat, end: str) -> str:
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[Example]:
-    """The prompt, the answer and the end-of-sequence token; of a row without a response, the prompt alone."""
+    """The prompt, the answer and the token that ends it; of a row without a response, the prompt alone."""
     if not rows:
         return []
-    assert tokenizer.eos_token_id is not None
+    end = answer_end(tokenizer)
     prompts = encode_prompts([row.chat for row in rows], tokenizer, system)
     answers = tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
     examples = []
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        closed = (*answer, int(tokenizer.eos_token_id)) if row.response else ()
+        closed = (*answer, end) if row.response else ()
         examples.append(Example((*prompt, *closed), len(prompt), row.place))
     return examples
 

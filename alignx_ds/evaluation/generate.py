@@ -10,6 +10,7 @@ from alignx_ds.data.batches import pad
 from alignx_ds.data.encode import Prompt, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.transcripts import AnswerFile
+from alignx_ds.models.ends import ends_of
 from alignx_ds.runtime import distributed, signals
 
 WIDTH_MULTIPLE = 64  # prompts of compiled steps are padded to a multiple of this: every new width is compiled anew
@@ -48,12 +49,6 @@ def _decode(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Seque
     device, pad_id = distributed.device(), pad_token(tokenizer)
     multiple = WIDTH_MULTIPLE if decoder.compiled else 1
     ids, mask = pad(encode_prompts(prompts, tokenizer), pad_id, "left", multiple)
-    tokens = decoder.greedy(ids.to(device), mask.to(device), limit, _end_tokens(decoder.model), pad_id)
+    tokens = decoder.greedy(ids.to(device), mask.to(device), limit, ends_of(decoder.model, tokenizer), pad_id)
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
-
-
-def _end_tokens(model: PreTrainedModel) -> list[int]:
-    """The tokens that end an answer."""
-    ends = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

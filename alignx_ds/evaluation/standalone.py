@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from alignx_ds.config.bounds import unfit_texts, violations
@@ -28,7 +27,7 @@ from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict, label
 from alignx_ds.models.backbone import load_causal_lm
 from alignx_ds.models.base import local_model
-from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runs.manifest import file_hash
 from alignx_ds.runtime import console, distributed
 
@@ -49,7 +48,7 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     directory = local_model(model_path, "model")
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+        tokenizer = load_tokenizer(directory, "model", model_path)
         model = load_causal_lm(directory)
         model.to(distributed.device())
     except (OSError, ValueError) as error:

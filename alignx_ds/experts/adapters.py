@@ -42,7 +42,7 @@ class Adapter:
     def __init__(self, path: str, key: str) -> None:
         """Raises ConfigError or UnreachableError."""
         self.given, self.key = path, key
-        self.path = local_model(path, key, allowed=WANTED)
+        self.path = local_model(path, key, allowed=WANTED, files=(CONFIG, WEIGHTS))
         absent = [name for name in (CONFIG, WEIGHTS) if not (self.path / name).is_file()]
         if absent:
             fix = f"it has no {' and no '.join(absent)}; weights in another format are not read"

@@ -18,6 +18,7 @@ from alignx_ds.data.encode import Example, Prompt, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.ends import ends_of
 from alignx_ds.runtime import distributed
 
 BATCH = 8  # texts in one forward pass
@@ -41,19 +42,20 @@ def answered(
     model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int
 ) -> list[Example]:
     """Each prompt with the model's own greedy answer, of 1 to `limit` tokens."""
-    decoder, pad_id, examples = Decoder(model), pad_token(tokenizer), []
+    decoder, pad_id, ends = Decoder(model), pad_token(tokenizer), ends_of(model, tokenizer)
+    examples: list[Example] = []
     for start in range(0, len(prompts), BATCH):
         asked = encode_prompts(list(prompts[start : start + BATCH]), tokenizer)
         ids, mask = (t.to(distributed.device()) for t in pad(asked, pad_id, "left"))
-        answers = decoder.greedy(ids, mask, limit, [], pad_id).tolist()
-        examples += [
-            Example((*p, *_until(a, tokenizer.eos_token_id)), len(p)) for p, a in zip(asked, answers, strict=True)
-        ]
+        answers = decoder.greedy(ids, mask, limit, ends, pad_id).tolist()
+        examples += [Example((*p, *_until(a, ends)), len(p)) for p, a in zip(asked, answers, strict=True)]
     return examples
 
 
-def _until(answer: list[int], end: int | None) -> list[int]:
-    return answer[: answer.index(end) + 1] if end in answer else answer
+def _until(answer: list[int], ends: Sequence[int]) -> list[int]:
+    """The answer with its end token, without what follows it."""
+    last = next((i for i, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: last + 1]
 
 
 def plain(model: PreTrainedModel) -> Predict:

@@ -8,6 +8,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.finished import aligned_of, tokenizer_of
+from alignx_ds.models.templates import template_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
@@ -44,7 +45,7 @@ def export(root: Path, out: Path, max_shard_size: str) -> None:
             allowed = "a size such as 5GB or 500MB"
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
         tokenizer.save_pretrained(directory)
-        encode = CHAT if tokenizer.chat_template else PLAIN
+        encode = CHAT if template_of(tokenizer) else PLAIN
         manifest.write_text(directory / "README.md", _card(run, out.name, model.config.layers, encode))
     console.say(f"aligned model with its model card: {out}")
 

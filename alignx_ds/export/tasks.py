@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.encode import prompt_texts
 from alignx_ds.data.rows import Row
@@ -20,7 +20,8 @@ from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.base import local_model
-from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.models.ends import answer_end
+from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
 
@@ -30,7 +31,7 @@ MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"
 
 def export(model: str, source: str, out: Path) -> None:
     """Write the tasks and their rows. Raises ConfigError or DataError."""
-    tokenizer = AutoTokenizer.from_pretrained(local_model(model, "MODEL"), **NO_CODE)
+    tokenizer = load_tokenizer(local_model(model, "MODEL", weights=False), "MODEL", model)
     records = Source(source, SCHEMA, {}).records(held_out=True, count=10**9, seed=0)
     rows = [row for row in SCHEMAS[SCHEMA].held_out(records).rows if row.correct and row.incorrect]
     if not rows:
@@ -48,7 +49,7 @@ def export(model: str, source: str, out: Path) -> None:
 
 def documents(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """One per question: MC1's first choice is the best answer; MC2's right answers come before its wrong ones."""
-    end = str(tokenizer.eos_token)
+    end = str(tokenizer.convert_ids_to_tokens(answer_end(tokenizer)))
     return [
         {
             "question": row.prompt,

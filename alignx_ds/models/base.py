@@ -11,18 +11,26 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.models import pretrained
+from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.pretrained import INDEX, NO_CODE
 from alignx_ds.runs.manifest import file_hash
 
 WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 WEIGHTS = ("model.safetensors", INDEX)
+GENERATION = "generation_config.json"
+# What transformers reads of a causal language model, besides its weights. The patterns match no folder of a hub
+# repository but the templates', so nothing of original/ or onnx/ is fetched.
+FILES = (
+    *("config.json", GENERATION, INDEX, *tokenizers.FILES),
+    *(tokenizers.TEMPLATE, f"{tokenizers.MORE_TEMPLATES}/*.jinja"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -85,7 +93,14 @@ class BaseModel:
         if self._planned is not None:
             assert self._planned.tokenizer is not None, "its tokenizer is trained once the rows have been read"
             return self._planned.tokenizer
-        return AutoTokenizer.from_pretrained(self.path, **NO_CODE)
+        return tokenizers.load_tokenizer(self.path, "model.path", self.settings.path, self.settings.template_args)
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The model's own, or what its config says where it has none."""
+        if (self.path / GENERATION).is_file():
+            return GenerationConfig.from_pretrained(self.path, **NO_CODE)
+        return GenerationConfig.from_model_config(self.config)
 
     @cached_property
     def layers(self) -> list[int]:
@@ -123,19 +138,31 @@ class BaseModel:
         return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
 
 
-def local_model(path: str, key: str = "model.path", *, weights: bool = True, allowed: str = MODELS) -> Path:
+def local_model(
+    path: str,
+    key: str = "model.path",
+    *,
+    weights: bool = True,
+    allowed: str = MODELS,
+    files: tuple[str, ...] = FILES,
+) -> Path:
     """The directory of a local path or of a hub id, which is downloaded. Raises ConfigError or UnreachableError.
 
-    `key` and `allowed` are the recipe's key and its values, for messages.
+    `key` and `allowed` are the recipe's key and its values, for messages. Of the hub's files those that transformers
+    reads are fetched, and no other: `files`, the weights unless they are not wanted, and where there is no
+    tokenizer.json, what it is made from.
     """
     if os.path.isdir(path):
         return pretrained.check(Path(path), key, path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        return pretrained.check(Path(snapshot_download(path, allow_patterns=patterns)), key, path)
+        directory = pretrained.check(Path(snapshot_download(path, allow_patterns=list(files))), key, path)
+        more = _further_files(directory, weights) if files == FILES else []
+        if more:
+            directory = Path(snapshot_download(path, allow_patterns=[*files, *more]))
+        return directory
     except LocalEntryNotFoundError as error:
         fix = "no such directory, and the hub can't be reached; check the path, or the network"
         raise UnreachableError(f"{key}: got {path!r}; {fix}") from error
@@ -143,3 +170,11 @@ def local_model(path: str, key: str = "model.path", *, weights: bool = True, all
         reason = str(error).splitlines()[0]
         fix = f"check the path; as a hub id it could not be fetched ({reason})"
         raise ConfigError(Problem(key, path, allowed, fix)) from error
+
+
+def _further_files(directory: Path, weights: bool) -> list[str]:
+    """What else transformers will read, now that the small files are there."""
+    index = directory / INDEX
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    vocabularies = () if (directory / "tokenizer.json").is_file() else tokenizers.VOCABULARIES
+    return [*(sorted(shards) if weights else ()), *vocabularies]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.models.ends import set_ends
+from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runs.finished import KEY, FinishedRun
 from alignx_ds.runtime import distributed
 
@@ -25,17 +26,20 @@ def base_of(run: FinishedRun) -> BaseModel:
 
 
 def tokenizer_of(run: FinishedRun) -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with the aligned model. Raises ConfigError when it names code of its own."""
+    """The tokenizer that was saved with the aligned model. Raises ConfigError when it can't be read as data."""
     pretrained.check(run.out.model, KEY, str(run.root))
-    return AutoTokenizer.from_pretrained(run.out.model, **NO_CODE)
+    return load_tokenizer(run.out.model, KEY, str(run.root))
 
 
 def aligned_of(run: FinishedRun) -> AlignXForCausalLM:
     """The aligned model in the dtype that the run saved it in, on this rank's device, in eval mode.
 
+    Its generation config names every token that ends an answer.
+
     Raises ConfigError when its directory names code of its own, DataError when its weights do not fit its modules.
     """
     pretrained.check(run.out.model, KEY, str(run.root))
     model = load_aligned(run.out.model)
+    set_ends(model, tokenizer_of(run))
     model.to(distributed.device()).eval()
     return model

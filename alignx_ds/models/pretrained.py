@@ -16,7 +16,7 @@ NO_PICKLE: dict[str, Any] = {**NO_CODE, "use_safetensors": True}  # for every fr
 
 def check(directory: Path, key: str, given: str) -> Path:
     """The directory, if its model is plain data. Raises ConfigError for the key, with the value that was given."""
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if "auto_map" in _read(directory / name, key, given):
             fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
             raise ConfigError(Problem(key, given, "a model without code", fix))

@@ -9,7 +9,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.judges.registry import JUDGES
 from alignx_ds.evaluation.likelihood import MEASURES
 from alignx_ds.models.base import BaseModel
-from alignx_ds.plan import model, rows, training
+from alignx_ds.plan import model, prompts, rows, training
 
 TABLES = {"schemas": tuple(SCHEMAS), "judges": (*JUDGES, *MEASURES)}
 
@@ -31,7 +31,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         raise ConfigError(*_one_each(problems))  # no model of this shape can be built to check against
     try:
         base = model.base_model(config, weights)
-        problems += model.problems(config, base, weights)
+        problems += [*model.problems(config, base, weights), *prompts.problems(config, base)]
     except ConfigError as error:
         problems += error.problems
     if problems or base is None:

@@ -8,6 +8,7 @@ from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
+from alignx_ds.plan import prompts
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.training.engine import steps_of
 
@@ -17,8 +18,10 @@ MIB_PER_GIB = 1024
 def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False) -> str:
     """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub."""
     rows, steps, unchecked = _rows(config, base)
+    written = prompts.facts(base) if base.has_tokenizer else {}
     sections = {
         f"plan of {config.output}": _summary(config, base, world_size),
+        "prompts and answers": [f"  {name:<28}{fact}" for name, fact in written.items()],
         "rows": rows,
         "optimizer steps": steps,
         "parameters": [_line(name, f"{count:,}") for name, count in counts(config, base).items()],

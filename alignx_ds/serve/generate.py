@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from alignx_ds.errors import DataError
@@ -12,6 +12,7 @@ from alignx_ds.evaluation.generate import answers
 from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runtime import distributed
 
 
@@ -23,5 +24,5 @@ def answer(directory: str, prompts: list[str], max_new_tokens: int) -> list[str]
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
     logging.disable_progress_bar()
     model = load_aligned(Path(directory)).to(distributed.device())
-    tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    tokenizer = load_tokenizer(Path(directory), "model", directory)
     return answers(model, tokenizer, prompts, batch=16, max_new_tokens=max_new_tokens)

@@ -20,6 +20,7 @@ from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.experts.task_vectors import read_factors
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.models.ends import set_ends
 from alignx_ds.routing.curves import router_sums, step_scalars
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.temperature import fit_temperature
@@ -56,6 +57,7 @@ def _make(context: StageContext, specialists: dict[str, Path], job: TrainingJob)
     model, losses = train_mixture(context, factors, job)
 
     def save() -> None:
+        set_ends(model, context.base.tokenizer)
         model.save_pretrained(directory)
         context.base.tokenizer.save_pretrained(directory)
 

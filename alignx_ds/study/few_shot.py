@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.encode import Example, encode, encode_prompts
 from alignx_ds.data.rows import Row, Turn
+from alignx_ds.models.templates import template_of
 
 MOST = 8  # examples in one prompt
 
@@ -42,7 +43,7 @@ class FewShotPrompts:
         return [Example((*prompt, *tail), len(prompt)) for tail in tails]
 
     def _prompt(self, row: Row, examples: Sequence[Row]) -> list[int]:
-        if self.tokenizer.chat_template is None:
+        if template_of(self.tokenizer) is None:
             before = [i for example in encode(list(examples), self.tokenizer) for i in example.ids]
             return [*before, *encode_prompts([row.chat], self.tokenizer)[0]]
         turns = [turn for e in examples for turn in (*e.chat, Turn("assistant", e.response)) if turn.role != "system"]

@@ -29,7 +29,7 @@ def fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def unbounded(kind: type) -> list[str]:
     """Keys of numbers without a range, and of texts without a choice, a table or an explicit AnyText."""
-    suitable = {int: Range, float: Range, str: (OneOf, NameIn, AnyText)}
+    suitable = {int: Range, float: Range, str: (OneOf, NameIn, AnyText), Any: AnyText}
     found = []
     for key, hint in fields_of(kind):
         base, mark = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)

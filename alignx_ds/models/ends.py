@@ -1,0 +1,65 @@
+"""The tokens that end an answer: one set for training, decoding, exports and comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from alignx_ds.models.templates import template_of
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after every answer in training: the chat template's, or the tokenizer's end-of-sequence token."""
+    template = template_of(tokenizer)
+    if template is not None and template.end:
+        return int(tokenizer.convert_tokens_to_ids(template.end))
+    assert tokenizer.eos_token_id is not None
+    return int(tokenizer.eos_token_id)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, vocabulary: int) -> list[int]:
+    """The tokenizer's end-of-sequence token, those of the generation config, and what ends an answer in training.
+
+    Ids that the model has no logit for are left out: some generation configs switch a token off by such an id.
+    """
+    named = generation.eos_token_id if generation is not None else None
+    ends = [int(i) for i in (named if isinstance(named, (list, tuple)) else [named]) if i is not None]
+    if tokenizer.eos_token_id is not None:
+        ends += [int(tokenizer.eos_token_id), answer_end(tokenizer)]
+    return [i for i in dict.fromkeys(ends) if 0 <= i < vocabulary]
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end this model's answers."""
+    generation = model.generation_config if model.generation_config is not None else model.config
+    return end_tokens(tokenizer, generation, vocabulary_of(model.config))
+
+
+def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name these tokens in the model's generation config, and make that one which transformers saves.
+
+    It refuses to save a temperature without `do_sample`, which files of older releases have.
+    """
+    ends = ends_of(model, tokenizer)
+    generation: Any = model.generation_config or GenerationConfig.from_model_config(model.config)
+    generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if not _can_be_saved(generation):
+        generation.do_sample = True
+    if not _can_be_saved(generation):
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = GenerationConfig(**{name: getattr(generation, name) for name in names})
+    model.generation_config = generation
+
+
+def _can_be_saved(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def vocabulary_of(config: Any) -> int:
+    """The number of tokens that the model has logits for."""
+    return int(config.get_text_config().vocab_size)

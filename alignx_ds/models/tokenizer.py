@@ -1,0 +1,77 @@
+"""Reads the tokenizer of a model directory. Every tokenizer but a judge's comes from here.
+
+What a recipe sets for the chat template (`model.template_args`) is written into the template's text. So it is saved
+with every model that is made from it, and whoever renders that template gets the prompts of training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.models.pretrained import NO_CODE
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Read where there is no tokenizer.json, and converted.
+VOCABULARIES = (
+    *("tokenizer.model*", "tekken.json", "tiktoken.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "merges.txt", "vocab.txt"),
+)
+TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+DEFAULT = "default"  # of several templates, the one that transformers takes
+WANTED = "a model with its tokenizer"
+
+
+def load_tokenizer(
+    directory: Path, key: str, given: str, args: Mapping[str, Any] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, with these arguments in its chat template.
+
+    Raises ConfigError, for the key and the value that was given, where there is none or it can't be read.
+    """
+    if not any(any(directory.glob(name)) for name in ("tokenizer.json", *VOCABULARIES)):
+        fix = "it has no tokenizer.json; save the tokenizer beside the model (tokenizer.save_pretrained does)"
+        raise ConfigError(Problem(key, given, WANTED, fix))
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **NO_CODE)
+    except (
+        Exception
+    ) as error:  # the readers of damaged files raise KeyError, TypeError, and tokenizers Exception itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        fix = f"its tokenizer can't be read ({reason}); save it again"
+        raise ConfigError(Problem(key, given, WANTED, fix)) from error
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and templates and DEFAULT not in templates:
+        fix = f"it has several ({', '.join(sorted(templates))}); save the one to be used as {TEMPLATE}"
+        raise ConfigError(Problem(key, given, f"a chat template named {DEFAULT}", fix))
+    if args and isinstance(templates, dict):
+        tokenizer.chat_template = {name: with_arguments(text, args) for name, text in templates.items()}
+    elif args and templates:
+        tokenizer.chat_template = with_arguments(templates, args)
+    return tokenizer
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that writes its dialogues; None where it has none."""
+    found = tokenizer.chat_template
+    text = found.get(DEFAULT) if isinstance(found, dict) else found
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def with_arguments(template: str, args: Mapping[str, Any]) -> str:
+    """The template with a default for each argument, which a caller's own value still overrules."""
+    line = "".join(
+        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+        for name, value in args.items()
+    )
+    return f"{line}\n{template}"  # transformers' environment removes the line break after a block
+
+
+def _literal(value: Any) -> str:
+    """A number, a truth value or a text as Jinja writes it; its escapes are JSON's, but for surrogate pairs."""
+    return json.dumps(value, ensure_ascii=False)
