@@ -13,7 +13,7 @@ from alignx_ds.data.inputs import read_inputs
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
-from alignx_ds.plan import checks
+from alignx_ds.plan import checks, training
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.prompts import facts
 from alignx_ds.plan.sizes import disk
@@ -63,6 +63,8 @@ def run(
         context = StageContext(config, base, data, out)
         for name, fact in facts(base).items():
             console.say(f"{name}: {fact}")
+        for line in training.without_effect(config):
+            console.say(line)
 
         if config.model.path == SCRATCH_MODEL:
             console.heading("Base model from scratch")

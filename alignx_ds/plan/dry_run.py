@@ -8,7 +8,7 @@ from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
-from alignx_ds.plan import prompts
+from alignx_ds.plan import prompts, training
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.training.engine import steps_of
 
@@ -27,6 +27,7 @@ def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config
         "parameters": [_line(name, f"{count:,}") for name, count in counts(config, base).items()],
         f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
         "disk space, at most": _sizes(disk(config, base)),
+        "DeepSpeed": [f"  {line}" for line in training.without_effect(config)],
         "not checked": [f"  {what}" for what in unchecked],
         "config": to_yaml(config).rstrip().splitlines() if show_config else [],
     }

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from alignx_ds.config.schema import FUSIONS, OptimizerConfig, RunConfig, TrainConfig
-from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.errors import Problem
+from alignx_ds.plan import deepspeed_json
+from alignx_ds.plan.deepspeed_json import StageJson
 from alignx_ds.training import engine as engines
 
-ZERO_STAGES = {"train": (1, 2, 3)}  # by the key of a stage's settings
-ANY_OTHER = (1, 2)
+ZERO_STAGES = {"train": (0, 1, 2, 3), "align": (1, 2)}  # by the key of a stage's settings
+ANY_OTHER = (0, 1, 2)
 ZERO_FIXES = {
     "align.deepspeed": "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0; "
     "use ds_configs/stage2_moe_zero2.json",
@@ -27,7 +29,17 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
     for key, stage in stages(c).items():
         yield from _steps(key, stage)
         yield from _batch(key, stage, world_size)
-        yield from _deepspeed(f"{key}.deepspeed", stage.deepspeed, ZERO_STAGES.get(key, ANY_OTHER))
+        allowed, fix = ZERO_STAGES.get(key, ANY_OTHER), ZERO_FIXES.get(f"{key}.deepspeed", "correct the stage")
+        yield from StageJson(key, stage, c.model.dtype, world_size, allowed, fix).problems()
+
+
+def without_effect(c: RunConfig) -> list[str]:
+    """A line about each thing in the stages' DeepSpeed JSONs that changes nothing; they have no problems."""
+    lines = []
+    for key, stage in stages(c).items():
+        template = engines.read_template(stage.deepspeed, f"{key}.deepspeed")
+        lines += [f"{key}.deepspeed: {line}" for line in deepspeed_json.without_effect(template)]
+    return lines
 
 
 def stages(c: RunConfig) -> dict[str, OptimizerConfig]:
@@ -62,21 +74,3 @@ def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
     if world_size % ep_size:
         fix = "start as many ranks (launch.ranks), or lower align.ep_size"
         yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", fix)
-
-
-def _deepspeed(key: str, path: str, allowed: tuple[int, ...]) -> Iterator[Problem]:
-    try:
-        template = engines.read_template(path, key)
-    except ConfigError as error:
-        yield from error.problems
-        return
-    zero = template.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        given = f"{path} (zero_optimization {zero!r})"
-        yield Problem(key, given, "a JSON object there", "see ds_configs/ for examples")
-    elif unfilled := engines.unfilled(template):
-        fix = f"write values; only {', '.join(engines.FILLED)} can be auto"
-        yield Problem(key, f"{path} (auto at {', '.join(unfilled)})", "values there", fix)
-    elif (stage := zero.get("stage", 0)) not in allowed:
-        given, expected = f"{path} (ZeRO stage {stage})", f"a ZeRO stage of {', '.join(map(str, allowed))}"
-        yield Problem(key, given, expected, ZERO_FIXES.get(key, "correct the stage"))

@@ -105,7 +105,8 @@ def set_up(context: StageContext, settings: OptimizerConfig, key: str, steps: in
     """Of the recipe's section `key`, for so many optimizer steps. Raises ConfigError under `key`.deepspeed."""
     plan = engines.Plan.of(settings, context.config.model.dtype, steps)
     template = engines.read_template(settings.deepspeed, f"{key}.deepspeed")
-    return Setup(plan, engines.fill(template, plan, distributed.world_size()))
+    hidden = context.base.config.hidden_size
+    return Setup(plan, engines.fill(template, plan, distributed.world_size(), hidden))
 
 
 @contextmanager

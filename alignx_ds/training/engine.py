@@ -19,6 +19,7 @@ from alignx_ds.config.schema import OptimizerConfig, TrainConfig
 from alignx_ds.config.shipped import deepspeed_file
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime.deepspeed import load_deepspeed
+from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS, of_deepspeed, warmup_and_cosine
 
 AUTO = "auto"
 EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and logged: the result is the same
@@ -29,9 +30,15 @@ EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and
         "gradient_accumulation_steps",
         "steps_per_print",
         "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "log_level",
         "comms_logger",
         "flops_profiler",
         "tensorboard",
+        "wandb",
+        "csv_monitor",
+        "comet",
     }
 )
 
@@ -65,16 +72,33 @@ def steps_of(stage: TrainConfig, rows: int) -> int:
     return stage.steps or max(1, math.ceil(stage.epochs * rows / stage.batch))
 
 
-FILLED: dict[str, Callable[[Plan, int], Any]] = {
-    "train_batch_size": lambda plan, world: plan.batch,
-    "train_micro_batch_size_per_gpu": lambda plan, world: plan.micro_batch(world),
-    "gradient_accumulation_steps": lambda plan, world: plan.accumulation,
-    "gradient_clipping": lambda plan, world: plan.clip,
-    "bf16.enabled": lambda plan, world: plan.bf16,
-    "optimizer.params.lr": lambda plan, world: plan.lr,
-    "optimizer.params.weight_decay": lambda plan, world: plan.weight_decay,
-    "optimizer.params.fused": lambda plan, world: torch.cuda.is_available(),  # one pass over the states
+ADAM = {"betas": [0.9, 0.95], "eps": 1e-8, "torch_adam": True}  # DeepSpeed's own Adams are compiled at first use
+Value = Callable[..., Any]  # takes the plan, the world size and the model's hidden size
+BUCKETS = frozenset(  # sizes that transformers' Trainer derives from the hidden size, by the same formulas
+    {"reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"}
+)
+FILLED: dict[str, Value] = {
+    "train_batch_size": lambda plan, world, hidden: plan.batch,
+    "train_micro_batch_size_per_gpu": lambda plan, world, hidden: plan.micro_batch(world),
+    "gradient_accumulation_steps": lambda plan, world, hidden: plan.accumulation,
+    "gradient_clipping": lambda plan, world, hidden: plan.clip,
+    "bf16.enabled": lambda plan, world, hidden: plan.bf16,
+    "fp16.enabled": lambda plan, world, hidden: False,
+    "zero_optimization.reduce_bucket_size": lambda plan, world, hidden: hidden * hidden,
+    "zero_optimization.stage3_prefetch_bucket_size": lambda plan, world, hidden: int(0.9 * hidden * hidden),
+    "zero_optimization.stage3_param_persistence_threshold": lambda plan, world, hidden: 10 * hidden,
+    "optimizer.params.lr": lambda plan, world, hidden: plan.lr,
+    "optimizer.params.weight_decay": lambda plan, world, hidden: plan.weight_decay,
+    **{f"optimizer.params.{name}": lambda plan, world, hidden, value=value: value for name, value in ADAM.items()},
+    "optimizer.params.fused": lambda plan, world, hidden: torch.cuda.is_available(),  # one pass over the states
+    "scheduler.params.warmup_min_lr": lambda plan, world, hidden: 0.0,
+    "scheduler.params.warmup_max_lr": lambda plan, world, hidden: plan.lr,
+    "scheduler.params.warmup_num_steps": lambda plan, world, hidden: plan.warmup_steps,
+    "scheduler.params.total_num_steps": lambda plan, world, hidden: plan.steps,
 }
+FROM_RECIPE = frozenset(  # the values that a recipe's own keys hold, so that they are in a stage's provenance already
+    {"train_batch_size", "gradient_clipping", "bf16", "fp16"}
+)
 
 
 def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
@@ -85,31 +109,66 @@ def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
     return value_at(path) if node == AUTO else node
 
 
+def completed(template: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the template with "auto" for what it leaves out and the recipe has, and as ZeRO-1 where it says 0.
+
+    ZeRO-0 computes what ZeRO-1 does, but has no partitioned fp32 state, which checkpoints are made of. An "auto" in
+    zero_optimization that is none of BUCKETS is left to DeepSpeed, as DeepSpeed does itself.
+    """
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    zero = {k: v for k, v in template.get("zero_optimization", {}).items() if v != AUTO or k in BUCKETS | {"stage"}}
+    optimizer = {"type": "AdamW", **template.get("optimizer", {})}
+    params = {**dict.fromkeys(("lr", "weight_decay", "betas", "torch_adam"), AUTO), **optimizer.get("params", {})}
+    if params["torch_adam"]:
+        params.setdefault("fused", AUTO)
+    made = {
+        **dict.fromkeys(sizes, AUTO),
+        "bf16": {"enabled": AUTO},
+        **template,
+        "zero_optimization": {**zero, "stage": zero.get("stage", 0) or 1},
+        "optimizer": {**optimizer, "params": params},
+    }
+    if scheduler := template.get("scheduler"):
+        known = DEEPSPEED_SCHEDULERS.get(scheduler.get("type"), {})
+        defaults = {name: AUTO if value is None else value for name, value in known.items()}
+        made["scheduler"] = {**scheduler, "params": {**defaults, **scheduler.get("params", {})}}
+    return made
+
+
 def unfilled(template: dict[str, Any]) -> list[str]:
     """Dotted paths of the template's "auto" values that the recipe has no value for."""
     places: list[str] = []
-    _replace_auto(template, "", places.append)
+    _replace_auto(completed(template), "", places.append)
     return [path for path in places if path not in FILLED]
 
 
-def fill(template: dict[str, Any], plan: Plan, world_size: int) -> dict[str, Any]:
-    """A copy of the template with every "auto" replaced; other values stay as the user wrote them.
+def fill(template: dict[str, Any], plan: Plan, world_size: int, hidden_size: int = 0) -> dict[str, Any]:
+    """The completed template with every "auto" replaced; other values stay as the user wrote them.
 
-    Raises ConfigError naming every "auto" that can't be filled.
+    `hidden_size` is the model's, for the sizes of buckets. Raises ConfigError naming every "auto" that can't be filled.
     """
-    places = unfilled(template)
-    if places:
+    if places := unfilled(template):
         fix = f"write a value; only {', '.join(FILLED)} can be {AUTO}"
         raise ConfigError(Problem(f"deepspeed config, {', '.join(places)}", AUTO, "a value", fix))
-    result = _replace_auto(template, "", lambda path: FILLED[path](plan, world_size))
+    whole = completed(template)
+    assert hidden_size or not any(whole["zero_optimization"].get(name) == AUTO for name in BUCKETS)
+    result = _replace_auto(whole, "", lambda path: FILLED[path](plan, world_size, hidden_size))
     assert isinstance(result, dict)
     return result
 
 
 def read_template(path: str, key: str) -> dict[str, Any]:
     """The DeepSpeed JSON of a stage. Raises ConfigError under the recipe's `key` when it is no JSON object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
+        if twice:
+            given, fix = f"{path} ({', '.join(twice)} twice)", "remove one of the two: only the last would count"
+            raise ConfigError(Problem(key, given, "each key once", fix))
+        return dict(pairs)
+
     try:
-        template = json.loads(deepspeed_file(path).read_text(encoding="utf-8"))
+        template = json.loads(deepspeed_file(path).read_text(encoding="utf-8-sig"), object_pairs_hook=once)
     except OSError as error:
         raise ConfigError(Problem(key, path, "a DeepSpeed JSON file", f"check the path ({error.strerror})")) from error
     except UnicodeDecodeError as error:
@@ -117,36 +176,40 @@ def read_template(path: str, key: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ConfigError(Problem(key, path, "valid JSON", f"fix {where}: {error.msg}")) from error
+    except RecursionError as error:
+        raise ConfigError(Problem(key, path, "a DeepSpeed JSON file", "its brackets are nested too deeply")) from error
     if not isinstance(template, dict):
         raise ConfigError(Problem(key, path, "a JSON object", "see ds_configs/ for examples"))
     return template
 
 
 def settings_of(path: str, key: str) -> dict[str, Any]:
-    """Those settings of a stage's DeepSpeed JSON that its result depends on. Raises ConfigError as `read_template`."""
-    return {name: value for name, value in read_template(path, key).items() if name not in EXECUTION_ONLY}
+    """Those settings of a stage's DeepSpeed JSON that its result depends on and that the recipe's own keys do not hold.
 
-
-def schedule(plan: Plan) -> Any:
-    """A function that gives an optimizer its schedule: linear warm-up to the peak, then a cosine to a tenth of it.
-
-    The first step has 1/warmup_steps of the peak, the last warm-up step all of it. Every parameter group scales its
-    own rate. (transformers' get_cosine_with_min_lr_schedule_with_warmup begins at 0, a step without effect.)
+    What a JSON leaves out counts like "auto". Raises ConfigError as `read_template`.
     """
+    whole = completed(read_template(path, key))
+    adam = {name: ADAM.get(name) if value == AUTO else value for name, value in whole["optimizer"]["params"].items()}
+    of_recipe = ("lr", "weight_decay", "fused")  # fused is the same update in one pass
+    params = {name: value for name, value in adam.items() if name not in of_recipe}
+    whole["optimizer"] = {**whole["optimizer"], "type": whole["optimizer"]["type"].lower(), "params": params}
+    return {name: value for name, value in whole.items() if name not in EXECUTION_ONLY | FROM_RECIPE}
 
-    def factor(step: int) -> float:
-        if step < plan.warmup_steps:
-            return (step + 1) / plan.warmup_steps
-        done = (step - plan.warmup_steps) / max(1, plan.steps - plan.warmup_steps)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
 
+def schedule(plan: Plan, asked: dict[str, Any] | None = None) -> Any:
+    """A function that gives an optimizer its schedule: the filled JSON's `scheduler`, otherwise warm-up and cosine.
+
+    Every parameter group scales its own rate.
+    """
+    factor = of_deepspeed(asked["type"], asked["params"]) if asked else warmup_and_cosine(plan.warmup_steps, plan.steps)
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 
 def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], plan: Plan) -> Any:
-    """A DeepSpeed engine of the model: the filled config, the plan's schedule, these parameter groups. Collective."""
+    """A DeepSpeed engine of the model: the filled config, its schedule or the plan's, these groups. Collective."""
+    planned = schedule(plan, config.get("scheduler"))
     engine, *_ = load_deepspeed().initialize(
-        model=model, model_parameters=groups, config=config, lr_scheduler=schedule(plan), dist_init_required=False
+        model=model, model_parameters=groups, config=config, lr_scheduler=planned, dist_init_required=False
     )
     # DeepSpeed checks gradients for NaN under fp16 alone. Without the check NaN goes into the weights, and with expert
     # parallelism into those of some ranks only.

@@ -37,7 +37,8 @@ OPTIMIZERS = {  # changes to stage 1's JSON
 def template(which: str) -> dict[str, Any]:
     made, changes = engine.read_template(TrainConfig().deepspeed, "train.deepspeed"), OPTIMIZERS[which]
     if not changes.get("torch_adam", True):
-        del made["optimizer"]["params"]["torch_adam"], made["optimizer"]["params"]["fused"]
+        made["optimizer"]["params"]["torch_adam"] = False
+        del made["optimizer"]["params"]["fused"]  # an argument of torch's
     if changes.get("offload"):
         made["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return made
@@ -89,7 +90,8 @@ def test_stage_2_trains_on_the_expert_parallel_path(device: str, group: None, op
     plan = engine.Plan.of(config.align, dtype, STEPS)
     made_of = engine.read_template(config.align.deepspeed, "align.deepspeed")
     if optimizer == "FusedAdam":
-        del made_of["optimizer"]["params"]["torch_adam"], made_of["optimizer"]["params"]["fused"]
+        made_of["optimizer"]["params"]["torch_adam"] = False
+        del made_of["optimizer"]["params"]["fused"]
     align.make_expert_groups(1)
     made = engine.start(model, align.parameter_groups(model, config), engine.fill(made_of, plan, 1), plan)
     rows = LabelledExamples(EXAMPLES, [i % 4 for i in range(len(EXAMPLES))])

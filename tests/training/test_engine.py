@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed_jsons import JSONS
 from torch import nn
 
 from alignx_ds.config.schema import AlignConfig, FusionConfig, ScratchConfig, TrainConfig
 from alignx_ds.errors import ConfigError
-from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, steps_of
+from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, settings_of, steps_of
 
 FUSED = torch.cuda.is_available()
 STAGES = {
@@ -137,25 +138,61 @@ def test_deepspeed_accepts_the_filled_file(name: str, dtype: str, bf16: bool) ->
     assert read.optimizer_params["lr"] == 0.003
 
 
-def test_a_value_that_the_user_wrote_stays() -> None:
-    own = template("stage1_zero3") | {"gradient_clipping": 9.0, "optimizer": {"type": "Adam", "params": {"lr": 1.0}}}
-    filled = fill(own, plan_of(TrainConfig()), world_size=1)
-    assert filled["gradient_clipping"] == 9.0
-    assert filled["optimizer"] == {"type": "Adam", "params": {"lr": 1.0}}
+def test_what_the_user_wrote_stays_and_what_is_left_out_comes_from_the_recipe() -> None:
+    own = {"optimizer": {"type": "Adam", "params": {"lr": 1.0}}, "gradient_clipping": 9.0, "steps_per_print": 7}
+    filled = fill(own, plan_of(TrainConfig()), world_size=2)
+    assert (filled["gradient_clipping"], filled["optimizer"]["type"], filled["steps_per_print"]) == (9.0, "Adam", 7)
+    params = filled["optimizer"]["params"]
+    assert params == {**GOLDEN["stage1_zero3"]["optimizer"]["params"], "lr": 1.0}
+    assert filled["zero_optimization"] == {"stage": 1}, "ZeRO-0, whose results are those of ZeRO-1"
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16"):
+        assert filled[name] == GOLDEN["stage1_zero3"][name]
+    kept = fill({"optimizer": {"params": {"torch_adam": False}}}, plan_of(TrainConfig()), 2)["optimizer"]["params"]
+    assert kept["torch_adam"] is False and "fused" not in kept, "which is torch's"
+
+
+def test_auto_buckets_are_those_of_the_trainer() -> None:
+    filled = fill(JSONS["ds_z3"], plan_of(TrainConfig()), 2, hidden_size=100)
+    zero = filled["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (10_000, 9_000)
+    assert (zero["stage3_param_persistence_threshold"], zero["sub_group_size"]) == (1_000, 1e9)
+    assert filled["fp16"]["enabled"] is False
+    left = fill({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}, plan_of(TrainConfig()), 2)
+    assert left["zero_optimization"] == {"stage": 2}, "DeepSpeed's own default"
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_deepspeed_accepts_the_jsons_of_other_tools(name: str) -> None:
+    filled = fill(JSONS[name], plan_of(TrainConfig()), 1, hidden_size=64)
+    assert autos(filled) == 0
+    read = DeepSpeedConfig(filled)
+    assert (read.train_batch_size, read.gradient_clipping, read.optimizer_params["lr"]) == (64, 0.5, 0.003)
+    assert read.zero_optimization_stage == (JSONS[name].get("zero_optimization", {}).get("stage") or 1)
 
 
 @pytest.mark.parametrize(
     ("extra", "path"),
     [
         ({"communication_data_type": "auto"}, "communication_data_type"),
-        ({"fp16": {"enabled": "auto"}}, "fp16.enabled"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.95]}}}, "optimizer.params.betas"),
     ],
 )
 def test_an_auto_without_a_value_is_refused_with_its_path(extra: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         fill(template("stage1_zero3") | extra, plan_of(TrainConfig()), world_size=1)
+
+
+def test_a_stage_depends_on_what_its_json_means_and_not_on_how_it_is_written(tmp_path: Path) -> None:
+    def settings(content: dict[str, Any]) -> dict[str, Any]:
+        (tmp_path / "ds.json").write_text(json.dumps(content))
+        return settings_of(str(tmp_path / "ds.json"), "train.deepspeed")
+
+    shipped = settings(template("stage1_zero3"))
+    assert shipped == settings({}) == settings(JSONS["ds_z3_offload"]) == settings(JSONS["no_optimizer"])
+    assert settings({"optimizer": {"type": "adamw", "params": {"lr": 0.003, "betas": "auto"}}}) == shipped
+    assert settings({"optimizer": {"params": {"betas": [0.9, 0.999]}}}) != shipped
+    assert settings({"scheduler": {"type": "WarmupLR"}}) != shipped
+    assert settings({"communication_data_type": "fp32"}) != shipped
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff"])

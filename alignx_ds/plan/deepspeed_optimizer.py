@@ -1,0 +1,93 @@
+"""What is wrong with the optimizer and the scheduler of a DeepSpeed JSON, beside the recipe's keys of the stage."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from alignx_ds.config.schema import OptimizerConfig
+from alignx_ds.plan.deepspeed_keys import Fault, nearest, unknown
+from alignx_ds.training.engine import AUTO
+from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS
+
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
+OF_TORCH = frozenset(inspect.signature(torch.optim.AdamW).parameters) - {"params"}
+OF_DEEPSPEED = frozenset({"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad"}) | {
+    *("set_grad_none", "fp32_optimizer_states")
+}
+MODES = frozenset({"torch_adam", "adam_w_mode"})
+
+
+def optimizer_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) -> Iterator[Fault]:
+    """Of the block `optimizer`, {} where there is none; `key` is the stage's in the recipe."""
+    kind, params = block.get("type", "AdamW"), block.get("params", {})
+    if not isinstance(kind, str) or kind.lower() not in OPTIMIZERS:
+        fix = nearest(str(kind), OPTIMIZERS.values(), "remove the block: the recipe's is AdamW")
+        yield f"optimizer.type {kind!r}", "Adam or AdamW, whose states the checkpoints of all ranks can hold", fix
+        return
+    if not isinstance(params, dict):
+        yield f"optimizer.params {params!r}", "a JSON object there", "see ds_configs/ for examples"
+        return
+    of_torch = bool(params.get("torch_adam", True))
+    known = MODES | (OF_TORCH if of_torch else OF_DEEPSPEED)
+    for name in sorted(params.keys() - known):
+        if name == "max_grad_norm":
+            fix = f"remove it: {key}.clip={stage.clip} is the greatest norm"
+            yield "optimizer.params.max_grad_norm", f"gradient_clipping and {key}.clip alone", fix
+        else:
+            yield unknown(f"optimizer.params.{name}", known)
+    for name, wanted in (("lr", stage.lr), ("weight_decay", stage.weight_decay)):
+        yield from _agrees(f"optimizer.params.{name}", params.get(name, AUTO), wanted, f"{key}.{name}")
+    for name in MODES & params.keys():
+        if not isinstance(params[name], bool) and params[name] != AUTO:
+            yield f"optimizer.params.{name} {params[name]!r}", "true or false", "correct it"
+    checked = {n: v for n, v in params.items() if n in OF_TORCH and v != AUTO and AUTO not in _listed(v)}
+    try:
+        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **checked)
+    except (TypeError, ValueError, RuntimeError) as error:
+        yield f"optimizer.params {checked!r}", "parameters of AdamW", f"correct them: {error}"
+
+
+def scheduler_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) -> Iterator[Fault]:
+    """Of the block `scheduler`, {} where there is none."""
+    if not block:
+        return
+    kind, params = block.get("type"), block.get("params", {})
+    known = DEEPSPEED_SCHEDULERS.get(kind) if isinstance(kind, str) else None
+    own = f"{key}.warmup_steps={stage.warmup_steps} and a cosine"
+    if known is None:
+        fix = nearest(str(kind), DEEPSPEED_SCHEDULERS, f"remove the block: the recipe's is {own}")
+        yield f"scheduler.type {kind!r}", f"one of {', '.join(DEEPSPEED_SCHEDULERS)}", fix
+        return
+    if not isinstance(params, dict):
+        yield f"scheduler.params {params!r}", "a JSON object there", "see DeepSpeed's lr_schedules"
+        return
+    for name in sorted(params.keys() - known.keys()):
+        yield unknown(f"scheduler.params.{name}", known)
+    for name, wanted, what in (
+        ("warmup_max_lr", stage.lr, f"{key}.lr"),
+        ("warmup_num_steps", stage.warmup_steps, f"{key}.warmup_steps"),
+        ("total_num_steps", getattr(stage, "steps", 0) or AUTO, f"{key}.steps"),
+    ):
+        if name in known:
+            yield from _agrees(f"scheduler.params.{name}", params.get(name, AUTO), wanted, what)
+    if params.get("warmup_type", "log") not in ("log", "linear"):
+        yield f"scheduler.params.warmup_type {params['warmup_type']!r}", "log or linear", "correct it"
+    for name, most in (("warmup_min_lr", stage.lr), ("warmup_min_ratio", 1.0), ("cos_min_ratio", 1.0)):
+        value = params.get(name, AUTO)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in known and value != AUTO and not (is_number and 0 <= value <= most):
+            yield f"scheduler.params.{name} {value!r}", f"a number from 0 to {most}", "correct it"
+
+
+def _agrees(place: str, value: Any, wanted: Any, what: str) -> Iterator[Fault]:
+    if value != AUTO and (isinstance(value, bool) or value != wanted):
+        expected = f"{wanted} as in {what}" if wanted != AUTO else f'"auto": {what} is 0, so the epochs say it'
+        yield f"{place} {value!r}", expected, f'write "auto" there, or set {what}={value}'
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
