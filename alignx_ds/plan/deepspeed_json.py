@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from alignx_ds.config.schema import OptimizerConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.plan import deepspeed_keys as keys
@@ -185,6 +183,8 @@ def _at(template: dict[str, Any], place: str) -> Any:
 
 
 def _model_faults(name: str, block: dict[str, Any], model: Any) -> Iterator[Fault]:
+    from pydantic import ValidationError  # comes with DeepSpeed
+
     given = {key: value for key, value in block.items() if value != AUTO and key != "stage"}
     try:
         model(**given, **({"stage": block["stage"]} if block.get("stage") in (0, 1, 2, 3) else {}))
