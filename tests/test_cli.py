@@ -61,7 +61,7 @@ def test_several_problems_are_reported_at_once(refused: Refused, write_recipe: W
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([GOOD, {"instruction": "a", "input": ""}], ["row 2", "'output'"]),
+        ([{"instruction": "a", "input": ""}] * 2, ["row 1", "'output'"]),
         ([GOOD | {"output": " "}] * 3, ["(helpful)", "no usable row to train on of 3 records (3 × empty output)"]),
         ([GOOD, GOOD | {"input": 3}], ["row 2", "'input'", "int"]),
         ([GOOD, ["a", "b"]], ["row 2", "list"]),

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, encode
 from alignx_ds.data.rows import Row, digest, split_by_question
-from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
+from alignx_ds.data.splits import DataSplits, Sources, TooLong, Use, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
@@ -46,21 +46,21 @@ def read_inputs(config: RunConfig, base: BaseModel) -> RunInputs:
     from_scratch = config.model.path == SCRATCH_MODEL
     if not base.has_tokenizer and not from_scratch:
         raise UnreachableError(f"{config.model.path}: the hub can't be reached for its tokenizer; check the network")
-    splits = read_splits(config)
+    sources = read_sources(config)
     texts: list[Row] = []
     if from_scratch:
-        texts = read_texts(config, splits.judged_questions)
+        texts = read_texts(config, limited(sources, config).judged_questions)
         tokenizer = train_tokenizer(texts, config.scratch.vocabulary)
         base = BaseModel(config.model, planned(config, tokenizer))
-    return RunInputs(base, encode_splits(config, splits, base.tokenizer), texts)
+    return RunInputs(base, encode_splits(config, sources, base.tokenizer), texts)
 
 
-def encode_splits(config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
+def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
     """Token ids of every row, with and without its axis's prompt; rows that are too long are dropped.
 
     Raises DataError when an axis is left without rows for one of its uses.
     """
-    splits = _drop_long_rows(config, splits, tokenizer)
+    splits = limited(sources, config, _too_long(config, tokenizer))
     train, calibration = _training_examples(config, splits, tokenizer)
     references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
@@ -110,39 +110,19 @@ def _injected_examples(
     return injected
 
 
-def _drop_long_rows(config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
+def _too_long(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TooLong:
     """Training rows have to fit with and without their system prompt: without one, a template may add a longer default.
 
     Of the extra sets' rows only the prompts have to fit.
     """
-
-    def lengths(split: SplitRows) -> list[int]:
-        return [len(e.ids) for e in encode(split.rows, tokenizer)]
-
-    def train_lengths(axis: str, split: SplitRows) -> list[int]:
-        prompt = config.axes[axis].prompt if axis in config.axes else ""
-        if not prompt:
-            return lengths(split)
-        injected = encode(split.rows, tokenizer, prompt)
-        return [max(len(e.ids), plain) for e, plain in zip(injected, lengths(split), strict=True)]
-
-    def prompt_lengths(split: SplitRows) -> list[int]:
-        return [e.prompt_length for e in encode(split.rows, tokenizer)]
-
     limit = config.model.max_length
-    return DataSplits(
-        {name: _no_longer_than(limit, split, train_lengths(name, split)) for name, split in splits.train.items()},
-        {name: _no_longer_than(limit, split, lengths(split)) for name, split in splits.held_out.items()},
-        {name: _no_longer_than(limit, split, prompt_lengths(split)) for name, split in splits.sets.items()},
-        splits.judged_questions,
-    )
 
+    def reasons(use: Use, name: str, rows: list[Row]) -> list[str]:
+        examples = encode(rows, tokenizer)
+        lengths = [e.prompt_length if use == "set" else len(e.ids) for e in examples]
+        if use == "train" and name in config.axes and config.axes[name].prompt:
+            injected = encode(rows, tokenizer, config.axes[name].prompt)
+            lengths = [max(plain, len(e.ids)) for plain, e in zip(lengths, injected, strict=True)]
+        return [f"longer than model.max_length={limit} tokens" if length > limit else "" for length in lengths]
 
-def _no_longer_than(limit: int, split: SplitRows, lengths: list[int]) -> SplitRows:
-    long = {i: f"longer than model.max_length={limit} tokens" for i, n in enumerate(lengths) if n > limit}
-    fitting = split.without(long)
-    if split.rows and not fitting.rows:
-        raise DataError(
-            f"{split.source}: all {len(split.rows)} rows are longer than model.max_length={limit}; raise it"
-        )
-    return fitting
+    return reasons

@@ -6,7 +6,9 @@ Every record is accounted for: it becomes a row, or it is dropped with a reason.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.columns import Records
@@ -16,17 +18,22 @@ from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
 
+Use = Literal["train", "held out", "set"]
+# Of rows of an expert or a set, and their use: why each is too long, or nothing.
+TooLong = Callable[[Use, str, list[Row]], list[str]]
+CHUNK = 1000  # rows that are encoded at a time, until there are as many as a limit allows
 HELD_OUT = "held out"  # the salt of the hash that cuts a source into training and held-out rows
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one split of one source, and the records of that source that were dropped."""
+    """The rows of one split of a source, or of several, and the records that were dropped."""
 
     source: str
     records: int  # before any was dropped
     rows: list[Row]
     dropped: list[Dropped]
+    by_source: tuple[tuple[str, int], ...] = ()  # where there are several sources: the number of rows of each
 
     def reasons(self) -> Counter[str]:
         return Counter(d.reason for d in self.dropped)
@@ -35,12 +42,21 @@ class SplitRows:
         """The split less the rows at these indices; each is recorded as dropped for the reason given with it."""
         remaining = [row for i, row in enumerate(self.rows) if i not in unwanted]
         removed = [Dropped(self.rows[i].place, reason) for i, reason in unwanted.items()]
-        return SplitRows(self.source, self.records, remaining, [*self.dropped, *removed])
+        return replace(self, rows=remaining, dropped=[*self.dropped, *removed])
 
     @classmethod
     def of(cls, source: str, records: Records, parsed: Parsed) -> SplitRows:
         count = len(records.usable) + len(records.dropped)
         return cls(source, count, parsed.rows, [*records.dropped, *parsed.dropped])
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All rows of a run, before any limit. `train` and `held_out` by expert, a part for each of its sources."""
+
+    train: dict[str, list[SplitRows]]
+    held_out: dict[str, list[SplitRows]]
+    sets: dict[str, SplitRows]
 
 
 @dataclass(frozen=True)
@@ -57,30 +73,46 @@ class DataSplits:
 
 
 def read_splits(config: RunConfig) -> DataSplits:
+    """The splits when no row is too long. Raises DataError naming file, row and column."""
+    return limited(read_sources(config), config)
+
+
+def read_sources(config: RunConfig) -> Sources:
     """Read, parse and split every source by question. Raises DataError naming file, row and column."""
-    sources: dict[str, AxisConfig | GeneralistConfig] = {"generalist": config.generalist, **config.axes}
     train, held_out = {}, {}
-    for name, settings in sources.items():
+    for name, settings in _experts(config).items():
         train[name], held_out[name] = _read_source(settings, config)
-    judged = frozenset(row.question for split in held_out.values() for row in split.rows)
-    for name, settings in sources.items():
-        rows = enumerate(train[name].rows)
-        leaked = {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
-        train[name] = _first_rows(train[name].without(leaked), _train_limit(settings, config))
-        held_out[name] = _first_rows(held_out[name], config.data.held_out_rows)
-        for split, use in ((train[name], "to train on"), (held_out[name], "held out")):
-            if split.source and not split.rows:
-                raise DataError(f"{split.source} ({name}): no usable row {use}{_why_empty(split)}")
+    return Sources(train, held_out, {name: _read_set(name, config) for name in config.evaluation.sets})
+
+
+def limited(sources: Sources, config: RunConfig, too_long: TooLong | None = None) -> DataSplits:
+    """The rows that a run uses: none that is too long, none that is trained on and judged, as many as the limits allow.
+
+    Rows that are too long do not count towards a limit. Raises DataError for a source that is left without rows.
+    """
+    judged = frozenset(row.question for parts in sources.held_out.values() for part in parts for row in part.rows)
+    train, held_out = {}, {}
+    for name, settings in _experts(config).items():
+        parts = [part.without(_leaked(part, judged)) for part in sources.train[name]]
+        train[name] = _used(parts, _train_limit(settings, config), "train", name, too_long)
+        held_out[name] = _used(sources.held_out[name], config.data.held_out_rows, "held out", name, too_long)
     trained = frozenset(question for split in train.values() for row in split.rows for question in row.questions)
-    sets = {name: _read_set(name, config, trained) for name in config.evaluation.sets}
+    sets = {}
+    for name, split in sources.sets.items():
+        known = {i: "its question is trained on" for i, row in enumerate(split.rows) if row.question in trained}
+        sets[name] = _used([split.without(known)], _set_limit(name, config), "set", name, too_long)
     judged |= {row.question for split in sets.values() for row in split.rows}
     return DataSplits(train, held_out, sets, judged)
 
 
-def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[SplitRows, SplitRows]:
+def _experts(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:
+    return {"generalist": config.generalist, **config.axes}
+
+
+def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[list[SplitRows], list[SplitRows]]:
     """Training and held-out rows. Without a held-out source, a share of the training source's questions is held out."""
     if not s.train:
-        return SplitRows("", 0, [], []), SplitRows("", 0, [], [])
+        return [], []
     schema = held_out_schema = SCHEMAS[s.schema]
     seed, limit = config.seed, config.data.records
     source = Source(s.train, s.schema, s.columns)
@@ -97,30 +129,61 @@ def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[S
         rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
         train = Records(rest, train.dropped)
     return (
-        SplitRows.of(s.train, train, schema.parse(train.usable)),
-        SplitRows.of(s.held_out or s.train, held_out, held_out_schema.held_out(held_out.usable)),
+        [SplitRows.of(s.train, train, schema.parse(train.usable))],
+        [SplitRows.of(s.held_out or s.train, held_out, held_out_schema.held_out(held_out.usable))],
     )
 
 
-def _read_set(name: str, config: RunConfig, trained: frozenset[str]) -> SplitRows:
-    """An extra evaluation set, less the questions that are trained on."""
+def _read_set(name: str, config: RunConfig) -> SplitRows:
+    """An extra evaluation set."""
     s = config.evaluation.sets[name]
-    limit = s.rows or config.data.held_out_rows
-    records = Source(s.source, s.schema, s.columns).read(held_out=True, count=limit, seed=config.seed)
-    split = SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records.usable))
-    leaked = {i: "its question is trained on" for i, row in enumerate(split.rows) if row.question in trained}
-    split = _first_rows(split.without(leaked), limit)
-    if not split.rows:
-        raise DataError(f"{s.source} ({name}): no usable row{_why_empty(split)}")
-    return split
+    source = Source(s.source, s.schema, s.columns)
+    records = source.read(held_out=True, count=_set_limit(name, config), seed=config.seed)
+    return SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records.usable))
 
 
 def _train_limit(s: AxisConfig | GeneralistConfig, config: RunConfig) -> int:
     return (s.rows if isinstance(s, AxisConfig) else 0) or config.data.train_rows
 
 
-def _first_rows(split: SplitRows, limit: int) -> SplitRows:
-    return split.without(dict.fromkeys(range(limit, len(split.rows)), f"more than {limit} rows"))
+def _set_limit(name: str, config: RunConfig) -> int:
+    return config.evaluation.sets[name].rows or config.data.held_out_rows
+
+
+def _leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
+    """The rows with a question that is held out, also in an earlier turn."""
+    rows = enumerate(split.rows)
+    return {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
+
+
+def _used(parts: Sequence[SplitRows], limit: int, use: Use, name: str, too_long: TooLong | None) -> SplitRows:
+    """The first rows of an expert's sources that are not too long. Raises DataError for a source without any."""
+    if not parts:
+        return SplitRows("", 0, [], [])
+    (used,) = [_first_rows(part, limit, use, name, too_long) for part in parts]
+    return used
+
+
+def _first_rows(split: SplitRows, limit: int, use: Use, name: str, too_long: TooLong | None) -> SplitRows:
+    """The first `limit` rows that are not too long."""
+    unwanted: dict[int, str] = {}
+    used = 0
+    for start in range(0, len(split.rows), CHUNK):
+        rows = split.rows[start : start + CHUNK]
+        reasons = too_long(use, name, rows) if too_long is not None and used < limit else [""] * len(rows)
+        for i, reason in enumerate(reasons, start=start):
+            if reason or used == limit:
+                unwanted[i] = reason or f"more than {limit} rows"
+            else:
+                used += 1
+    left = split.without(unwanted)
+    if used:
+        return left
+    where = f"{split.source} ({name})"
+    if split.rows:
+        raise DataError(f"{where}: all {len(split.rows)} rows are {unwanted[0]}; raise model.max_length")
+    what = {"train": " to train on", "held out": " held out", "set": ""}[use]
+    raise DataError(f"{where}: no usable row{what}{_why_empty(left)}")
 
 
 def _why_empty(split: SplitRows) -> str:

@@ -13,12 +13,12 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import encode
 from alignx_ds.data.inputs import CALIBRATION, EncodedData, encode_splits
 from alignx_ds.data.rows import Row
-from alignx_ds.data.splits import HELD_OUT, read_splits
+from alignx_ds.data.splits import HELD_OUT, read_sources
 from alignx_ds.errors import DataError
 
 
 def encoded(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
-    data = encode_splits(config, read_splits(config), tokenizer)
+    data = encode_splits(config, read_sources(config), tokenizer)
     assert_splits_add_up(data.splits)
     return data
 
@@ -30,7 +30,7 @@ def test_the_calibration_split_is_independent_of_the_held_out_split(
     assert HELD_OUT != CALIBRATION
     set_rows(one_axis, tmp_path, questions(800))
     one_axis.data.held_out_share = one_axis.data.calibration_share = 0.3
-    data = encode_splits(one_axis, read_splits(one_axis), world_tokenizer)
+    data = encode_splits(one_axis, read_sources(one_axis), world_tokenizer)
     train, calibration = len(data.train.examples), len(data.calibration_rows.examples)
     assert train + calibration == len(data.splits.train["kind"].rows)
     assert calibration / (train + calibration) == pytest.approx(0.3, abs=0.06)
@@ -54,6 +54,25 @@ def test_a_row_may_be_as_long_as_the_limit_and_no_longer(
     assert all(len(e.ids) < len(longest.ids) for e in (*data.injected["kind"], *data.train.examples))
 
 
+def test_rows_that_are_too_long_do_not_count_towards_the_limits(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of rows that are encoded at a time; and no more are encoded than are needed."""
+    train, held_out = questions(40), questions(12, start=100)
+    for record in (*train[:9:2], *held_out[:5]):
+        record["response"] = "hello " * 60
+    set_rows(one_axis, tmp_path, train, held_out)
+    one_axis.model.max_length, one_axis.data.train_rows, one_axis.data.held_out_rows = 60, 10, 4
+    for chunk in (1, 7, 1000):
+        monkeypatch.setattr("alignx_ds.data.splits.CHUNK", chunk)
+        splits = encoded(one_axis, world_tokenizer).splits
+        assert [row.prompt for row in splits.train["kind"].rows] == [
+            r["prompt"] for r in train if r["response"] == "hello"
+        ][:10]
+        assert [row.prompt for row in splits.held_out["kind"].rows] == [r["prompt"] for r in held_out[5:9]]
+        assert splits.train["kind"].reasons() == {"longer than model.max_length=60 tokens": 5, "more than 10 rows": 25}
+
+
 def test_a_row_that_is_longer_without_the_axis_prompt_is_left_out_too(
     one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -74,7 +93,7 @@ def test_rows_that_are_all_too_long_are_refused_with_their_source(
 ) -> None:
     set_rows(one_axis, tmp_path, questions(40), questions(5, start=100))
     one_axis.model.max_length = 3
-    with pytest.raises(DataError, match=r"train\.jsonl: all 40 rows are longer than model\.max_length=3"):
+    with pytest.raises(DataError, match=r"train\.jsonl \(kind\): all 40 rows are longer than model\.max_length=3"):
         encoded(one_axis, world_tokenizer)
 
 
