@@ -118,8 +118,9 @@ def completed(template: dict[str, Any]) -> dict[str, Any]:
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     zero = {k: v for k, v in template.get("zero_optimization", {}).items() if v != AUTO or k in BUCKETS | {"stage"}}
     optimizer = {"type": "AdamW", **template.get("optimizer", {})}
-    params = {**dict.fromkeys(("lr", "weight_decay", "betas", "torch_adam"), AUTO), **optimizer.get("params", {})}
-    if params["torch_adam"]:
+    of_recipe = ("lr", "weight_decay", *(("betas", "torch_adam") if _is_adam(optimizer) else ()))
+    params = {**dict.fromkeys(of_recipe, AUTO), **optimizer.get("params", {})}
+    if params.get("torch_adam"):
         params.setdefault("fused", AUTO)
     made = {
         **dict.fromkeys(sizes, AUTO),
@@ -133,6 +134,10 @@ def completed(template: dict[str, Any]) -> dict[str, Any]:
         defaults = {name: AUTO if value is None else value for name, value in known.items()}
         made["scheduler"] = {**scheduler, "params": {**defaults, **scheduler.get("params", {})}}
     return made
+
+
+def _is_adam(optimizer: dict[str, Any]) -> bool:
+    return str(optimizer["type"]).lower() in ("adam", "adamw")
 
 
 def unfilled(template: dict[str, Any]) -> list[str]:

@@ -149,6 +149,8 @@ def test_what_the_user_wrote_stays_and_what_is_left_out_comes_from_the_recipe() 
         assert filled[name] == GOLDEN["stage1_zero3"][name]
     kept = fill({"optimizer": {"params": {"torch_adam": False}}}, plan_of(TrainConfig()), 2)["optimizer"]["params"]
     assert kept["torch_adam"] is False and "fused" not in kept, "which is torch's"
+    sgd = fill({"optimizer": {"type": "SGD", "params": {}}}, plan_of(TrainConfig()), 2)["optimizer"]["params"]
+    assert sgd == {"lr": 0.003, "weight_decay": 0.07}
 
 
 def test_auto_buckets_are_those_of_the_trainer() -> None:
