@@ -20,7 +20,7 @@ from alignx_ds.plan.sizes import disk
 from alignx_ds.routing.router_report import router_report
 from alignx_ds.runs import outputs
 from alignx_ds.runtime import console, distributed, launcher, signals
-from alignx_ds.stages import align, finetune, fuse, scratch
+from alignx_ds.stages import align, finetune, fuse, results, scratch
 from alignx_ds.stages.stage import StageContext
 
 Until = Literal["specialists", "align", "run"]
@@ -52,6 +52,8 @@ def run(
     # Read the data: every rank reads all of it.
     inputs = read_inputs(config, base)
     base, data = inputs.base, inputs.data
+    context = StageContext(config, base, data, outputs.Outputs.of(config))
+    results.check(context, inputs.texts)
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:
@@ -59,8 +61,7 @@ def run(
 
     with _process_group(config.launch.timeout):
         started, ranks = time.monotonic(), distributed.world_size()
-        out = distributed.on_main(lambda: outputs.claim(config))
-        context = StageContext(config, base, data, out)
+        distributed.on_main(lambda: outputs.claim(config))
         for name, fact in facts(base).items():
             console.say(f"{name}: {fact}")
         for line in training.without_effect(config):
@@ -86,17 +87,17 @@ def run(
 
         console.heading("Evaluation")
         systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
-        evaluation = Evaluation(config, base, data, out)
+        evaluation = Evaluation(config, base, data, context.out)
         evaluation.evaluate_all(systems)
         router = router_report(load_aligned(base, aligned), data, base, config)
 
     # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
     if distributed.is_main():
         with signals.immediate_stop("judgement"):  # verdicts are saved as they come
-            results = evaluation.judge_all(systems)
-            found = report.build(config, data, results, router, out, time.monotonic() - started, ranks)
-            report.write(found, out)
-            report.show(found, out)
+            judged = evaluation.judge_all(systems)
+            found = report.build(config, data, judged, router, context.out, time.monotonic() - started, ranks)
+            report.write(found, context.out)
+            report.show(found, context.out)
     return 0
 
 

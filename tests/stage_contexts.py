@@ -20,7 +20,6 @@ def stage_context(
     train: LabelledExamples = NO_EXAMPLES,
     calibration: LabelledExamples = NO_EXAMPLES,
     injected: dict[str, list[Example]] | None = None,
-    digests: dict[str, str] | None = None,
 ) -> StageContext:
     """No curves are written."""
     data = EncodedData(
@@ -31,6 +30,5 @@ def stage_context(
         held_out={},
         references=NO_EXAMPLES,
         routed=NO_EXAMPLES,
-        digests=digests or {},
     )
     return StageContext(config, BaseModel(config.model), data, out, logger=lambda directory: no_log)

@@ -11,7 +11,7 @@ import pytest
 
 from alignx_ds import cli
 from alignx_ds.config.parse import load
-from alignx_ds.runs import outputs
+from alignx_ds.runs import manifest, outputs
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -88,7 +88,9 @@ def test_a_split_that_leaves_no_row_on_one_side_is_refused(
 
 
 def test_another_runs_directory_is_left_alone(refused: Refused, write_recipe: WriteRecipe) -> None:
-    outputs.claim(load(write_recipe("seed=9")))
+    out = outputs.claim(load(write_recipe("seed=9")))
+    out.model.mkdir()
+    manifest.write(out.model, {"seed": 9}, {})
     (line,) = refused("run", write_recipe())
     assert "output" in line
     assert "another seed" in line

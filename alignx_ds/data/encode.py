@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,12 +31,26 @@ class Example:
         return Example(self.ids[: self.prompt_length], self.prompt_length)
 
 
+def digest(examples: Sequence[Example]) -> str:
+    """A hash of what was encoded, token ids and masks, in this order; not of where the rows come from."""
+    compared = [f.name for f in fields(Example) if f.compare]
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(repr([getattr(example, name) for name in compared]).encode())
+    return found.hexdigest()
+
+
 @dataclass(frozen=True)
 class LabelledExamples:
     """Examples, each with the number of the expert that it belongs to."""
 
     examples: list[Example]
     experts: list[int]
+
+    @property
+    def digest(self) -> str:
+        """As of examples, with their experts."""
+        return hashlib.sha256(f"{digest(self.examples)} {self.experts}".encode()).hexdigest()
 
     def add(self, examples: list[Example], expert: int) -> None:
         self.examples.extend(examples)

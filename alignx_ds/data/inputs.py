@@ -6,12 +6,13 @@ The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
-from alignx_ds.data.encode import Example, LabelledExamples, encode
-from alignx_ds.data.rows import Row, digest, split_by_question
+from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
+from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.data.splits import DataSplits, Sources, TooLong, Use, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
@@ -31,7 +32,12 @@ class EncodedData:
     held_out: dict[str, list[Row]]  # judged, never trained on
     references: LabelledExamples  # held-out rows with a reference answer, without any system prompt: perplexity
     routed: LabelledExamples  # held-out prompts alone: the router is measured on them
-    digests: dict[str, str]  # a hash of the training rows, by axis and for the generalist
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hashes of what is trained and fitted on: each axis's rows with its system prompt, and those of stage 2."""
+        injected = {f"injected {axis}": digest(examples) for axis, examples in self.injected.items()}
+        return {"train": self.train.digest, "calibration": self.calibration_rows.digest, **injected}
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,6 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
         held_out={axis: splits.held_out[axis].rows for axis in config.axes},
         references=references,
         routed=routed,
-        digests={name: digest(split.rows) for name, split in splits.train.items()},
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -25,10 +24,11 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict, label
+from alignx_ds.models import content
 from alignx_ds.models.backbone import load_causal_lm
 from alignx_ds.models.base import local_model
 from alignx_ds.models.tokenizer import load_tokenizer
-from alignx_ds.runs.manifest import file_hash
+from alignx_ds.runs.manifest import fingerprint
 from alignx_ds.runtime import console, distributed
 
 SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # their verdicts are compared with each other's
@@ -54,7 +54,7 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
     except (OSError, ValueError) as error:
         fix = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
         raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", fix)) from error
-    provenance = {"seed": 0, "model": _model_hash(directory), "max_new_tokens": max_new_tokens}
+    provenance = {"seed": 0, "model": fingerprint(content.hashes(directory)), "max_new_tokens": max_new_tokens}
     file = transcripts.AnswerFile(out, rows, provenance)
     prompts = [row.chat for row in rows]
     answers(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, file=file)
@@ -72,12 +72,6 @@ def _check_answer(out: Path, limit: int, batch: int, max_new_tokens: int) -> Non
     if problems:
         raise ConfigError(*problems)
     transcripts.check_replaceable(out)
-
-
-def _model_hash(directory: Path) -> str:
-    """One hash of a model's configuration and weights."""
-    files = sorted((*directory.glob("*.json"), *directory.glob("*.safetensors")))
-    return hashlib.sha256(" ".join(f"{f.name} {file_hash(f)}" for f in files).encode()).hexdigest()
 
 
 def judge(path: Path, name: str, settings: list[str]) -> None:

@@ -43,9 +43,8 @@ def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) 
     examples, pad_id = answered(model, tokenizer, every, limit), pad_token(tokenizer)
     table = backbone_of(model.config.text_config.model_type)
     with new_directory(out) as directory:
-        for expert, axis in enumerate(run.experts):
-            if axis not in run.axes:
-                continue
+        for axis in run.axes:
+            expert = model.config.experts.index(axis)
             factors = factors_of(model, expert)
             found = dict(_differences(model, expert, factors, examples, pad_id)) if examples else {}
             settings = config_of(factors, table, cards.base_path(run))

@@ -34,7 +34,7 @@ def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int,
     prompts_by_set = prompts_of(run, prompts, count)
     aligned, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
-        experts = [(weight, factors_of(aligned, run.experts.index(axis))) for axis, weight in merged.items()]
+        experts = [(weight, factors_of(aligned, aligned.config.experts.index(axis))) for axis, weight in merged.items()]
         model = backbone_with(aligned, changes_of(experts))
         kind = type(model).__name__
         found: dict[str, Fidelity] = {}

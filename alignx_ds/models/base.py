@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,10 +17,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.mocae.backbones import Backbone, backbone_of
-from alignx_ds.models import pretrained
+from alignx_ds.models import content, pretrained
 from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.pretrained import INDEX, NO_CODE
-from alignx_ds.runs.manifest import file_hash
 
 WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
@@ -132,10 +132,10 @@ class BaseModel:
         return stored.to(self.dtype).float()
 
     @cached_property
-    def digest(self) -> dict[str, str]:
-        """Hashes of its config, tokenizer and weights, by file."""
-        names = {"config.json", "tokenizer.json", *(p.name for p in self._files.values())}
-        return {name: file_hash(self.path / name) for name in sorted(names) if (self.path / name).is_file()}
+    def digest(self) -> dict[str, Any]:
+        """Hashes of its weights, its config, and every file of its tokenizer, templates and generation config; and
+        the arguments of its template, which are saved with every model that is made from it."""
+        return content.hashes(self.path) | {"template_args": dict(self.settings.template_args)}
 
 
 def local_model(

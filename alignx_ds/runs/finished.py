@@ -19,7 +19,6 @@ from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runs.report import read_report
 
 KEY = "RUN_DIR"
-COMMON_INPUTS = ("base", "layers", "dtype", "seed", "train", "deepspeed")  # the same in all fine-tunes of a run
 
 
 def refusal(root: Path, fix: str) -> ConfigError:
@@ -61,37 +60,30 @@ class FinishedRun:
 
     @property
     def axes(self) -> list[str]:
-        return list(self.config.axes)
+        """In the order of the model's experts."""
+        return self.experts[1:]
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
         """What `alignx-ds run` measured; None after `alignx-ds align` alone. Raises DataError."""
         return read_report(self.root) if (self.root / "report.json").is_file() else None
 
-    def fine_tune(self, name: str) -> Path:
-        """The directory of a specialist, of a stage of the sequence or of the mixed fine-tune.
+    def specialist(self, axis: str) -> Path:
+        """Its directory. Raises DataError when it is missing or damaged, or when the model was made from another."""
+        return self.fine_tune(axis, dict(self.model_inputs["specialists"]).get(axis, ""))
 
-        Raises DataError when it is missing or damaged, or when another run made it.
+    def fine_tune(self, name: str, fingerprint: str) -> Path:
+        """The directory of a specialist, of a stage of the sequence or of the mixed fine-tune with this fingerprint.
+
+        Raises DataError when it is missing or damaged, or when it was made from other inputs.
         """
         directory = self.out.specialists / name
         if not (directory / manifest.NAME).is_file():
             raise DataError(f"{directory}: not there, or not finished; give the command that made the run again")
-        if not self._is_own(name, manifest.read_verified(directory)):
-            raise DataError(f"{directory}: made by another run, or made again since; restore the directory")
+        if manifest.read_verified(directory)["fingerprint"] != fingerprint:
+            reason = "made by another run, or from other rows, settings or model files than this run's are now"
+            raise DataError(f"{directory}: {reason}; give the command that made the run again")
         return directory
-
-    def _is_own(self, name: str, content: dict[str, Any]) -> bool:
-        """The model was made from just these specialists; the other fine-tunes share the specialists' settings."""
-        if name in self.axes:
-            return bool(content["fingerprint"] == self.model_inputs["specialists"].get(name))
-        inputs = content["inputs"]
-        for axis, rows in inputs["rows"].items():
-            specialist = manifest.read(self.out.specialists / axis)["inputs"]
-            if "rows" not in specialist:  # the axis's expert is an adapter, which was not trained here
-                continue
-            if specialist["rows"] != {axis: rows} or any(inputs[key] != specialist[key] for key in COMMON_INPUTS):
-                return False
-        return True
 
 
 def _experts_of(root: Path, model: Path) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from alignx_ds.config.parse import to_yaml
-from alignx_ds.config.schema import ANY_TIME, SPREAD, RunConfig
+from alignx_ds.config.schema import SPREAD, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runs import manifest
+
+REQUIRED = frozenset({"output", "model", "axes"})  # keys of every run's config.yaml
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Outputs:
 
 
 def check_owner(config: RunConfig) -> None:
-    """Raises ConfigError when the directory holds another run, or something that is no run. Writes nothing."""
+    """Raises ConfigError when the directory holds something that is no run. Writes nothing.
+
+    Whether it holds results of another run is up to `stages.results`.
+    """
     outputs = Outputs.of(config)
     for key, path in (("output", outputs.root), ("specialists", outputs.specialists)):
         blocking = next((p for p in (path, *path.parents) if p.exists()), path)
@@ -82,18 +87,30 @@ def check_owner(config: RunConfig) -> None:
             fix = "choose another output; nothing in it was touched"
             raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", fix))
         return
+    _recorded(config)
+
+
+def _recorded(config: RunConfig) -> dict[str, Any]:
+    """The config of the last start. Raises ConfigError when it is none."""
     try:
-        there = yaml.safe_load(outputs.config.read_text(encoding="utf-8"))
+        there = yaml.safe_load(Outputs.of(config).config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         fix = f"its config.yaml can't be read ({type(error).__name__}); choose another output"
         raise ConfigError(Problem("output", config.output, "this run's own directory", fix)) from error
-    if not isinstance(there, dict):
+    if not isinstance(there, dict) or not there.keys() >= REQUIRED:
         fix = "its config.yaml is not a run's; choose another output"
         raise ConfigError(Problem("output", config.output, "this run's own directory", fix))
-    different = sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
-    if different:
-        fix = f"it holds a run with another {', '.join(different)}; choose another output, or remove the directory"
-        raise ConfigError(Problem("output", config.output, "this run's own directory", fix))
+    return there
+
+
+def changed_keys(config: RunConfig) -> list[str]:
+    """The dotted keys whose values differ from those of the last start in this directory; none where it is the first.
+
+    Keys that spread the work over ranks are left out. Raises ConfigError when config.yaml is not a run's.
+    """
+    if not Outputs.of(config).config.is_file():
+        return []
+    return sorted(_differences(_recorded(config), yaml.safe_load(to_yaml(config)), ""))
 
 
 def check_room(config: RunConfig, gib: float) -> None:
@@ -129,8 +146,9 @@ def claim(config: RunConfig) -> Outputs:
 
 
 def _differences(a: Any, b: Any, path: str) -> list[str]:
-    """Dotted keys in which two configs differ, without those that may change from one start to the next."""
+    """Dotted keys in which two configs differ; of the axes, also their order."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted({*a, *b} - (SPREAD if path else ANY_TIME))
-        return [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
+        keys = {*a, *b} - (SPREAD if path else set())
+        found = [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
+        return [*found, f"{path} (their order)"] if path == "axes" and a.keys() == b.keys() and [*a] != [*b] else found
     return [] if a == b else [path]

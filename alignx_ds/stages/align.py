@@ -5,7 +5,7 @@ Its rows have no system prompt: the aligned model must find the axis by itself.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignx_ds.config.parse import substance, to_dict
+from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
@@ -39,16 +39,26 @@ from alignx_ds.training.metrics import Losses, MicroBatchLoss
 
 def train_aligned(context: StageContext, specialists: dict[str, Path]) -> Path:
     """The aligned model's directory, made unless it is there; `specialists` are the axes' directories. Collective."""
-    config, settings = context.config, to_dict(context.config)
+    fingerprints = {axis: manifest.read(directory)["fingerprint"] for axis, directory in specialists.items()}
+    return ensure(stage_of(context, fingerprints), context, partial(_make, context, specialists))
+
+
+def stage_of(context: StageContext, specialists: dict[str, str]) -> Stage:
+    """The stage, with everything that its result depends on; `specialists` are the axes' fingerprints, in their order.
+
+    The base model and its layers are in the specialists' fingerprints.
+    """
+    config, digests = context.config, context.data.digests
     inputs = {
-        "specialists": {axis: manifest.read(d)["fingerprint"] for axis, d in specialists.items()},
-        "generalist": context.data.digests["generalist"],
+        "specialists": list(specialists.items()),  # the position of an axis is the number of its expert
+        "rows": [digests["train"], digests["calibration"]],
         "align": substance(config.align),
-        **{key: settings[key] for key in ("gate", "data", "model", "seed")},
+        "gate": asdict(config.gate),
+        "dtype": config.model.dtype,
+        "seed": config.seed,
         "deepspeed": engines.settings_of(config.align.deepspeed, "align.deepspeed"),
     }
-    stage = Stage("alignx", "stage2", context.out.model, inputs)
-    return ensure(stage, context, partial(_make, context, specialists))
+    return Stage("alignx", "stage2", context.out.model, inputs)
 
 
 def _make(context: StageContext, specialists: dict[str, Path], job: TrainingJob) -> dict[str, Any]:

@@ -48,8 +48,13 @@ def train_specialists(context: StageContext) -> dict[str, Path]:
     made = {}
     for axis in context.config.axes:
         signals.stop_if_requested("stage 1")
-        made[axis] = fine_tune(context, FineTune(axis, (axis,), is_expert=True))
+        made[axis] = fine_tune(context, specialist(axis))
     return made
+
+
+def specialist(axis: str) -> FineTune:
+    """The fine-tune of an axis that becomes its expert."""
+    return FineTune(axis, (axis,), is_expert=True)
 
 
 def train_baselines(context: StageContext) -> dict[str, Path]:
@@ -80,13 +85,18 @@ def fine_tune(context: StageContext, tune: FineTune) -> Path:
 
     Collective.
     """
-    directory, adapter = context.out.specialists / tune.name, _adapter(context, tune)
-    inputs = _inputs(context, tune, adapter)
-    stage = Stage(tune.name, f"stage1/{tune.name}", directory, inputs, shared=bool(context.config.specialists))
+    start = manifest.read(context.out.specialists / tune.start)["fingerprint"] if tune.start else None
+    stage, adapter = stage_of(context, tune, start), _adapter(context, tune)
     if adapter is not None:
-        make = partial(_adopt, context, tune, adapter, directory)
+        make = partial(_adopt, context, tune, adapter, stage.directory)
         return ensure(stage, context, lambda job: distributed.on_main(make))
-    return ensure(stage, context, partial(_train, context, tune, directory))
+    return ensure(stage, context, partial(_train, context, tune, stage.directory))
+
+
+def stage_of(context: StageContext, tune: FineTune, start: str | None) -> Stage:
+    """The fine-tune's stage, with everything that its result depends on; `start` is its start's fingerprint."""
+    directory, inputs = context.out.specialists / tune.name, _inputs(context, tune, start)
+    return Stage(tune.name, f"stage1/{tune.name}", directory, inputs, shared=bool(context.config.specialists))
 
 
 def _adapter(context: StageContext, tune: FineTune) -> Adapter | None:
@@ -94,12 +104,10 @@ def _adapter(context: StageContext, tune: FineTune) -> Adapter | None:
     return Adapter(path, f"axes.{tune.name}.adapter") if path else None
 
 
-def _inputs(context: StageContext, tune: FineTune, adapter: Adapter | None) -> dict[str, Any]:
-    """Everything that the result depends on; what its start depends on is in that one's fingerprint."""
+def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[str, Any]:
     c, base, data = context.config, context.base, context.data
-    if adapter is not None:
+    if (adapter := _adapter(context, tune)) is not None:
         return {"base": base.digest, "layers": base.layers, "adapter": adapter.digest}
-    start = manifest.read(context.out.specialists / tune.start)["fingerprint"] if tune.start else None
     return {
         "base": base.digest,
         "layers": base.layers,
@@ -108,7 +116,7 @@ def _inputs(context: StageContext, tune: FineTune, adapter: Adapter | None) -> d
         "train": substance(c.train),
         "deepspeed": engines.settings_of(c.train.deepspeed, "train.deepspeed"),
         "experts": asdict(c.experts) if tune.is_expert else None,
-        "rows": {axis: [data.digests[axis], len(data.injected[axis]), c.axes[axis].prompt] for axis in tune.axes},
+        "rows": [[axis, data.digests[f"injected {axis}"]] for axis in tune.axes],
         "start": start,
     }
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.baselines.fusion_losses import Drift, fusion_terms
-from alignx_ds.config.parse import substance, to_dict
+from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import FUSIONS, FusionConfig, RunConfig
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.experts.task_vectors import Changes, read_task_vector
@@ -45,21 +45,26 @@ def train_fusions(context: StageContext, specialists: dict[str, Path]) -> dict[s
 
 def train_fusion(context: StageContext, name: str, specialists: list[Path]) -> Path:
     """The fusion's directory, made unless it is there; `specialists` in the order of the experts. Collective."""
-    stage = Stage(name, f"baselines/{name}", context.out.baselines / name, provenance(context, name, specialists))
+    stage = stage_of(context, name, [manifest.read(directory)["fingerprint"] for directory in specialists])
     return ensure(stage, context, partial(_train, context, name, specialists))
 
 
-def provenance(context: StageContext, name: str, specialists: list[Path]) -> dict[str, Any]:
-    """Everything that the result depends on; the base model and its layers are in the specialists' fingerprints."""
-    config, settings = settings_of(context.config, name), to_dict(context.config)
-    return {
-        "specialists": [manifest.read(directory)["fingerprint"] for directory in specialists],
-        "rows": context.data.digests,
+def stage_of(context: StageContext, name: str, specialists: list[str]) -> Stage:
+    """The fusion's stage, with everything that its result depends on; `specialists` are fingerprints.
+
+    The base model and its layers are in the specialists' fingerprints.
+    """
+    config = settings_of(context.config, name)
+    inputs = {
+        "specialists": specialists,
+        "rows": context.data.digests["train"],
         "mixture": asdict(SETTINGS[name]),
         "stage": substance(config),
+        "dtype": context.config.model.dtype,
+        "seed": context.config.seed,
         "deepspeed": engines.settings_of(config.deepspeed, f"baselines.{name}.deepspeed"),
-        **{key: settings[key] for key in ("data", "model", "seed")},
     }
+    return Stage(name, f"baselines/{name}", context.out.baselines / name, inputs)
 
 
 def settings_of(config: RunConfig, name: str) -> FusionConfig:

@@ -5,6 +5,7 @@ For machines without access to the hub: all of AlignX runs on real rows, on a mo
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,16 @@ from alignx_ds.training.losses import language_loss
 
 def train_base(context: StageContext, texts: list[Row]) -> Path:
     """The base model's directory, made unless it is there. Collective."""
-    c = context.config
+    return ensure(stage_of(context, texts), context, partial(_train, context, texts))
+
+
+def stage_of(context: StageContext, texts: list[Row]) -> Stage:
+    """The stage, with everything that its result depends on."""
+    c, tokenizer = context.config, context.base.tokenizer
+    written = f"{tokenizer.backend_tokenizer.to_str()} {tokenizer.chat_template}"
     inputs = {
         "texts": digest(texts),
+        "tokenizer": hashlib.sha256(written.encode()).hexdigest(),
         "architecture": {k: v for k, v in asdict(c.scratch).items() if k not in ("texts", "train")},
         "train": substance(c.scratch.train),
         "max_length": c.model.max_length,
@@ -36,8 +44,7 @@ def train_base(context: StageContext, texts: list[Row]) -> Path:
         "seed": c.seed,
         "deepspeed": engines.settings_of(c.scratch.train.deepspeed, "scratch.train.deepspeed"),
     }
-    stage = Stage("base", "base", context.base.path, inputs)
-    return ensure(stage, context, partial(_train, context, texts))
+    return Stage("base", "base", context.base.path, inputs)
 
 
 def _train(context: StageContext, texts: list[Row], job: TrainingJob) -> dict[str, Any]:

@@ -85,12 +85,17 @@ def training_job(stage: Stage, context: StageContext) -> TrainingJob:
 def _clear(stage: Stage) -> None:
     """Leave an empty directory for the result. Raises ConfigError where that would remove what other runs may use."""
     if stage.shared and stage.directory.is_dir() and any(stage.directory.iterdir()):
-        fix = f"{stage.label} there was made from other inputs, or is no specialist; choose another directory"
-        raise ConfigError(Problem("specialists", str(stage.directory.parent), "specialists of this config", fix))
+        raise foreign(stage)
     if (stage.directory / manifest.NAME).exists():
         console.say(f"{stage.label}: its inputs have changed since it was made, so it is made again")
     shutil.rmtree(stage.directory, ignore_errors=True)
     stage.directory.mkdir(parents=True)
+
+
+def foreign(stage: Stage) -> ConfigError:
+    """Of a result in a shared directory that this run did not make and may not replace."""
+    fix = f"{stage.label} there was made from other inputs, or is no specialist; choose another directory"
+    return ConfigError(Problem("specialists", str(stage.directory.parent), "specialists of this config", fix))
 
 
 @dataclass(frozen=True)

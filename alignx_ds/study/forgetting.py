@@ -108,8 +108,7 @@ def _checkpoints(studied: StudiedRun, name: str) -> list[TrainedModel]:
 
 def kept_checkpoints(studied: StudiedRun, job: str) -> list[Path]:
     """The fine-tune's own checkpoints, oldest first; those of another one are left out. Raises DataError for damage."""
-    own = manifest.read(studied.run.out.specialists / job)["fingerprint"]
-    found = []
+    own, found = studied.fingerprints[job], []
     for path in sorted((studied.run.out.checkpoints / "stage1" / job).glob(f"{PREFIX}*")):
         content = manifest.read(path)
         if content["fingerprint"] != own:

@@ -19,8 +19,11 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.finished import aligned_of
 from alignx_ds.plan import checks
+from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.stages import results
 from alignx_ds.stages.finetune import MIXED, sequential_name
+from alignx_ds.stages.stage import StageContext
 
 FREE_JUDGES = ("task", "safety", "truth")  # a study judges dozens of models, so it calls no judge model
 SYSTEMS = ("base", "sequential", "mixed", "alignx")
@@ -33,15 +36,23 @@ class StudiedRun:
     run: FinishedRun
     base: BaseModel
     data: EncodedData
+    fingerprints: dict[str, str]  # by fine-tune: of those that this run makes; others may lie beside them
 
     @classmethod
     def open(cls, directory: Path) -> StudiedRun:
         """Raises ConfigError when this is no finished run, and DataError when its baselines are missing or damaged."""
         run = FinishedRun.open(directory)
-        for name in (sequential_name(run.axes), MIXED):
-            run.fine_tune(name)
         inputs = read_inputs(run.config, checks.check(run.config, run.config.align.ep_size))
-        return cls(run, inputs.base, inputs.data)
+        stages = results.planned(StageContext(run.config, inputs.base, inputs.data, run.out), inputs.texts)
+        fingerprints = {stage.label: manifest.fingerprint(stage.inputs) for stage in stages}
+        studied = cls(run, inputs.base, inputs.data, fingerprints)
+        for name in (*run.axes, sequential_name(run.axes), MIXED):
+            studied.fine_tune(name)
+        return studied
+
+    def fine_tune(self, name: str) -> Path:
+        """Its directory: a specialist's, that of a stage of the sequence, or the mixed one's. Raises DataError."""
+        return self.run.fine_tune(name, self.fingerprints.get(name, ""))
 
     @property
     def config(self) -> RunConfig:
@@ -68,7 +79,7 @@ class StudiedRun:
 
     def fine_tuned(self, name: str) -> PreTrainedModel:
         """A fine-tune by its directory's name: a specialist, a stage of the sequence, or the mixed one."""
-        return load_specialist(self.base, self.run.fine_tune(name)).eval()
+        return load_specialist(self.base, self.fine_tune(name)).eval()
 
     def aligned(self) -> AlignXForCausalLM:
         return aligned_of(self.run)

@@ -144,4 +144,6 @@ def test_digests_depend_on_the_training_rows_alone(
     set_rows(one_axis, tmp_path, questions(40), questions(6, start=100))
     assert encoded(one_axis, world_tokenizer).digests == first
     set_rows(one_axis, tmp_path, questions(41), questions(5, start=100))
-    assert encoded(one_axis, world_tokenizer).digests["kind"] != first["kind"]
+    now = encoded(one_axis, world_tokenizer).digests
+    assert now["injected kind"] != first["injected kind"]
+    assert (now["train"], now["calibration"]) != (first["train"], first["calibration"])

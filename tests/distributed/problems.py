@@ -167,12 +167,12 @@ def fine_tune_context(root: Path, name: str, lr: float = 0.01) -> StageContext:
     """Two axes with the same rows in opposite order; the fine-tunes lie in this folder of the root."""
     out = Outputs(root / name, root / name)
     injected = {"a": EXAMPLES, "b": EXAMPLES[::-1]}
-    return stage_context(fine_tune_config(root / "base", lr), out, injected=injected, digests={"a": "1", "b": "2"})
+    return stage_context(fine_tune_config(root / "base", lr), out, injected=injected)
 
 
 def fusion_context(root: Path, name: str, accumulation: int) -> StageContext:
     out, rows = Outputs(root / name, root), LabelledExamples(EXAMPLES, LABELS)
-    return stage_context(fusion_config(root / "base", accumulation), out, rows, digests={"rows": "1"})
+    return stage_context(fusion_config(root / "base", accumulation), out, rows)
 
 
 def write_base(directory: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from worlds import Runs
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
 from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches
 from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.stages import fuse
+from alignx_ds.stages.stage import StageContext
 from alignx_ds.training.losses import answer_nll
 
 NAMES = ("h3fusion", "trinityx")
@@ -166,19 +169,22 @@ def test_every_input_is_in_the_provenance(runs: Runs, tmp_path: Path) -> None:
                 first, key = key.split(".", 1)
                 target = getattr(target, first)
             setattr(target, key, value)
-        return manifest.fingerprint(fuse.provenance(context, name, specialists[::-1] if reverse else specialists))
+        return fingerprint(context, name, specialists[::-1] if reverse else specialists)
+
+    def fingerprint(context: StageContext, name: str, directories: list[Path]) -> str:
+        made = [manifest.read(directory)["fingerprint"] for directory in directories]
+        return manifest.fingerprint(fuse.stage_of(context, name, made).inputs)
 
     def with_other_rows() -> str:
         context = fusion_context(runs.root, "provenance", 1)
-        context.data.digests["rows"] = "2"
-        return manifest.fingerprint(fuse.provenance(context, "h3fusion", specialists))
+        data = replace(context.data, train=LabelledExamples(EXAMPLES[::-1], LABELS))
+        return fingerprint(replace(context, data=data), "h3fusion", specialists)
 
     changed = [
         inputs(),
         inputs("baselines.h3fusion.lr", 0.5),
         inputs("seed", 9),
         inputs("model.dtype", "bfloat16"),
-        inputs("data.calibration_share", 0.5),
         inputs("baselines.h3fusion.deepspeed", str(tmp_path / "other.json")),
         with_other_rows(),
         inputs(reverse=True),
@@ -186,5 +192,6 @@ def test_every_input_is_in_the_provenance(runs: Runs, tmp_path: Path) -> None:
     ]
     assert len(set(changed)) == len(changed)
     assert inputs("baselines.trinityx.lr", 0.5) == inputs(), "the other one's settings are not its own"
+    assert inputs("data.calibration_share", 0.5) == inputs(), "the encoded rows decide, not how they were chosen"
     assert inputs("baselines.h3fusion.deepspeed", str(tmp_path / "sharded.json")) == inputs(), "only sharded otherwise"
     assert inputs("baselines.h3fusion.accumulation", 2) == inputs(), "only spread otherwise"

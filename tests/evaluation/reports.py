@@ -125,7 +125,7 @@ def inputs(settings: RunConfig) -> EncodedData:
     if not settings.generalist.train:
         train["generalist"] = held_out["generalist"] = SplitRows("", 0, [], [])
     none = LabelledExamples([], [])
-    return EncodedData(DataSplits(train, held_out, {}, frozenset()), {}, none, none, {}, none, none, {})
+    return EncodedData(DataSplits(train, held_out, {}, frozenset()), {}, none, none, {}, none, none)
 
 
 def finish(root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] | None = None) -> tuple[Report, Outputs]:

@@ -15,7 +15,6 @@ from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 
 AXES = ["helpful", "harmless", "honest"]
-FINE_TUNES = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed"]
 
 
 @pytest.fixture
@@ -24,17 +23,11 @@ def copied(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run", ignore=unused))
 
 
-def change_manifest(directory: Path, **inputs: object) -> None:
-    content = manifest.read(directory)
-    content["inputs"] |= inputs
-    (directory / manifest.NAME).write_text(manifest.sealed(content))
-
-
 def test_it_is_found_where_it_has_been_moved_to(copied: Path) -> None:
     run = FinishedRun.open(copied)
     assert run.experts == ["generalist", *AXES] and run.axes == AXES
     assert run.config.output == str(copied) and run.out.model == copied / "model"
-    assert [run.fine_tune(name) for name in FINE_TUNES] == [copied / "specialists" / name for name in FINE_TUNES]
+    assert [run.specialist(axis) for axis in AXES] == [copied / "specialists" / axis for axis in AXES]
     assert run.report is not None and next(iter(run.report["systems"])) == "base"
 
 
@@ -50,7 +43,7 @@ def test_shared_specialists_are_found_where_the_config_says(copied: Path) -> Non
     shared = (copied / "specialists").rename(copied.parent / "shared")
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("specialists: ''", f"specialists: {shared}"))
-    assert FinishedRun.open(copied).fine_tune("honest") == shared / "honest"
+    assert FinishedRun.open(copied).specialist("honest") == shared / "honest"
 
 
 def _swap_axes(run: Path) -> None:
@@ -96,23 +89,17 @@ def test_what_is_no_finished_run_is_refused(copied: Path, case: str) -> None:
         assert str(error.value).startswith("RUN_DIR: got ")
 
 
-def test_fine_tunes_that_are_missing_damaged_or_of_another_run_are_refused(copied: Path) -> None:
+def test_specialists_that_are_missing_damaged_or_of_another_run_are_refused(copied: Path) -> None:
     run, specialists = FinishedRun.open(copied), copied / "specialists"
     shutil.rmtree(specialists / "helpful")
-    shutil.copytree(specialists / "harmless", specialists / "helpful")
-    (specialists / "sequential_2_harmless" / manifest.NAME).unlink()
+    shutil.copytree(specialists / "honest", specialists / "helpful")
     _flip(next((specialists / "harmless").glob("*.safetensors")))
-    change_manifest(specialists / "sequential_3_honest", seed=99)
-    rows = manifest.read(specialists / "mixed")["inputs"]["rows"]
-    change_manifest(specialists / "mixed", rows=rows | {"honest": ["another digest", 80, ""]})
+    shutil.rmtree(specialists / "honest")
     refused = {
         "helpful": "made by another run",
-        "sequential_2_harmless": "not there, or not finished",
         "harmless": "differs from its manifest",
-        "sequential_3_honest": "made by another run",
-        "mixed": "made by another run",
+        "honest": "not there, or not finished",
     }
     for name, named in refused.items():
         with pytest.raises(DataError, match=named):
-            run.fine_tune(name)
-    assert run.fine_tune("honest") == specialists / "honest"
+            run.specialist(name)

@@ -61,7 +61,7 @@ def explain(run: FinishedRun, prompts: list[str]) -> Explanation:
     else:
         for axis in run.axes:
             try:
-                outputs[axis] = answers_of(load_specialist(base, run.fine_tune(axis)))
+                outputs[axis] = answers_of(load_specialist(base, run.specialist(axis)))
             except LOADING_ERRORS as error:
                 silent[axis] = _line(error)
     outputs[ALIGNED] = aligned_answers

@@ -1,0 +1,151 @@
+"""What a finished result depends on: which changes of a recipe or a file leave it, make it again, or are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignx_ds.config import parse
+from alignx_ds.data.inputs import read_inputs
+from alignx_ds.data.world.files import write_files
+from alignx_ds.errors import ConfigError
+from alignx_ds.models.base import WORLD_BASE, BaseModel
+from alignx_ds.runs import manifest, outputs
+from alignx_ds.stages import results
+from alignx_ds.stages.stage import StageContext
+
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+AXES = ("helpful", "harmless", "honest")
+SPECIALISTS = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed"]
+EVERY = [*SPECIALISTS, "alignx", "h3fusion", "trinityx"]
+
+
+class Run:
+    """A recipe whose base model and rows are files, and its output directory, where every result counts as finished."""
+
+    def __init__(self, root: Path, write_recipe: Callable[..., Path]) -> None:
+        self.root, self.write_recipe = root, write_recipe
+        self.base, self.rows = root / "base", root / "rows"
+        shutil.copytree(WORLD_BASE, self.base)
+        write_files(self.rows, 40, seed=3)
+        self.files = {path.stem: path for path in self.rows.iterdir()}
+        self.output = root / "run"
+        self.finish()
+
+    def context(self, *overrides: str) -> StageContext:
+        schemas = dict(zip(AXES, ("alpaca", "beavertails", "truthfulqa"), strict=True))
+        sources = [f"axes.{axis}.train={self.files[f'{schema}_train']}" for axis, schema in schemas.items()]
+        recipe = self.write_recipe(f"model.path={self.base}", *sources)
+        config = parse.load(recipe, list(overrides))
+        inputs = read_inputs(config, BaseModel(config.model))
+        return StageContext(config, inputs.base, inputs.data, outputs.Outputs.of(config))
+
+    def finish(self) -> None:
+        context = self.context()
+        outputs.claim(context.config)
+        for stage in results.planned(context, []):
+            stage.directory.mkdir(parents=True)
+            (stage.directory / "weights").write_text(stage.label)
+            manifest.write(stage.directory, stage.inputs, {})
+
+    def stale(self, *overrides: str) -> list[str]:
+        """What another start would make again. Raises ConfigError where it is refused."""
+        context = self.context(*overrides)
+        results.check(context, [])
+        stages = list(results.planned(context, []))
+        return [stage.label for stage in stages if not manifest.is_current(stage.directory, stage.inputs)]
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_recipe: Callable[..., Path]) -> Run:
+    return Run(tmp_path, write_recipe)
+
+
+def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) -> None:
+    moved, rows = run.root / "elsewhere", run.root / "renamed.jsonl"
+    run.base = run.base.rename(moved)
+    run.files["alpaca_train"] = run.files["alpaca_train"].rename(rows.with_suffix(run.files["alpaca_train"].suffix))
+    assert run.stale() == []
+    free = ("evaluation.batch=3", "evaluation.max_new_tokens=5", "judges.batch=2", "judges.guard=another/guard")
+    sets = "evaluation.sets.more={schema: truthfulqa, source: world, judge: truth, rows: 4}"
+    spread = ("launch.ranks=2", "align.ep_size=2", "train.accumulation=2", "checkpoints.every=3", "nonfinite=skip")
+    assert run.stale(*free, sets, *spread, "axes.helpful.judge=''", "baselines.ties_scale=0.3") == []
+    assert run.stale("baselines.make=[ties]") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "blamed", "made"),
+    [
+        ("train.lr=0.5", "train.lr", EVERY),
+        ("seed=9", "seed", EVERY),
+        ("model.dtype=bfloat16", "model.dtype", EVERY),
+        ("axes.honest.prompt=lie .", "axes.honest.prompt", ["honest", "sequential_3_honest", "mixed", *EVERY[6:]]),
+        ("model.template_args={polite: true}", "model.template_args.polite", EVERY),
+        ("gate.scope=per_layer", "gate.scope", ["alignx"]),
+        ("data.train_rows=20", "data.train_rows", EVERY),
+        ("baselines.h3fusion.lr=0.5", "baselines.h3fusion.lr", ["h3fusion"]),
+        (
+            "axes.kind={prompt: be kind ., schema: alpaca, train: world, held_out: world}",
+            "axes.kind",
+            ["mixed", "alignx", "h3fusion", "trinityx"],
+        ),
+    ],
+)
+def test_another_recipe_for_what_is_finished_is_refused(
+    run: Run, snapshot: Snapshot, override: str, blamed: str, made: list[str]
+) -> None:
+    before = snapshot(run.output)
+    with pytest.raises(ConfigError) as refused:
+        run.stale("evaluation.batch=3", override)
+    assert f"it holds {', '.join(made)}, made with another {blamed}; choose another output" in str(refused.value)
+    assert snapshot(run.output) == before
+
+
+def test_another_order_of_the_axes_is_another_model(run: Run) -> None:
+    """The order of the axes is that of the experts and of the router's labels, and of the sequence of fine-tunes."""
+    context = run.context()
+    context.config.axes = dict(reversed(context.config.axes.items()))
+    with pytest.raises(
+        ConfigError, match=r"mixed, alignx, h3fusion, trinityx, made with another axes \(their order\);"
+    ):
+        results.check(context, [])
+
+
+def test_an_edited_file_makes_everything_again_that_was_made_from_it(run: Run) -> None:
+    path = run.files["truthfulqa_train"]
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"?", b"!", 1))
+    assert run.stale() == ["honest", "sequential_3_honest", "mixed", "alignx", "h3fusion", "trinityx"]
+    path.write_bytes(whole)
+    assert run.stale() == []
+
+
+def _edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda base: _edit(base / "generation_config.json", eos_token_id=[1, 2]),
+        lambda base: _edit(base / "tokenizer_config.json", model_max_length=77),
+        lambda base: (base / "chat_template.jinja").write_text("{{ messages[0].content }}"),
+        lambda base: (base / "special_tokens_map.json").write_text("{}"),
+        lambda base: (base / "tokenizer.model").write_text("pieces"),
+    ],
+)
+def test_an_edited_template_tokenizer_or_generation_config_makes_everything_again(
+    run: Run, edit: Callable[[Path], object]
+) -> None:
+    edit(run.base)
+    assert run.stale() == EVERY
+
+
+def test_what_is_not_finished_may_be_made_with_any_recipe(run: Run) -> None:
+    for name in ("specialists", "baselines", "model"):
+        shutil.rmtree(run.output / name)
+    assert run.stale("train.lr=0.5", "seed=9") == EVERY
