@@ -24,7 +24,7 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict, label
-from alignx_ds.models import content
+from alignx_ds.models import content, pretrained
 from alignx_ds.models.backbone import load_causal_lm
 from alignx_ds.models.base import local_model
 from alignx_ds.models.tokenizer import load_tokenizer
@@ -47,13 +47,10 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
         raise DataError(f"{source}: no usable row")
     directory = local_model(model_path, "model")
     logging.disable_progress_bar()
-    try:
-        tokenizer = load_tokenizer(directory, "model", model_path)
-        model = load_causal_lm(directory)
-        model.to(distributed.device())
-    except (OSError, ValueError) as error:
-        fix = f"give a directory that save_pretrained wrote ({' '.join(str(error).split())[:200]})"
-        raise ConfigError(Problem("model", model_path, "a causal language model with its tokenizer", fix)) from error
+    pretrained.model_type(directory, "model", model_path)
+    tokenizer = load_tokenizer(directory, "model", model_path)
+    model = load_causal_lm(directory, "model", model_path)
+    model.to(distributed.device())
     provenance = {"seed": 0, "model": fingerprint(content.hashes(directory)), "max_new_tokens": max_new_tokens}
     file = transcripts.AnswerFile(out, rows, provenance)
     prompts = [row.chat for row in rows]

@@ -9,43 +9,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds.errors import DataError
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.models.base import BaseModel
-from alignx_ds.models.pretrained import NO_PICKLE
+from alignx_ds.models.base import KEY, BaseModel
+from alignx_ds.models.pretrained import MODEL, NO_PICKLE, reading
+
+ALIGNED = "an aligned model that this version can read"
+ALIGN_AGAIN = "run `alignx-ds align` again"
 
 
-def load_causal_lm(directory: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal LM of any architecture that transformers can load; "auto" is the dtype it was saved in, on the CPU.
 
-    Raises OSError or ValueError where the directory holds no such model.
+    Raises ConfigError for the key where the directory holds no such model, or only a part of one.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **NO_PICKLE)
+    with reading(key, given, "model"):
+        found: tuple[PreTrainedModel, dict[str, Any]]
+        found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
+    model, info = found
+    if missing := sorted(info["missing_keys"]):
+        fix = f"it lacks {missing[0]}, which would be random numbers; give a whole checkpoint"
+        raise ConfigError(Problem(key, given, MODEL, fix))
     return model
 
 
 def load_backbone(base: BaseModel) -> PreTrainedModel:
-    """The base model with its weights in the run's dtype; where an HfDeepSpeedConfig is alive, sharded by ZeRO-3."""
-    return load_causal_lm(base.path, base.dtype)
+    """The base model with its weights in the run's dtype; where an HfDeepSpeedConfig is alive, sharded by ZeRO-3.
+
+    Raises ConfigError where a weight is not finite. Collective: each rank looks at a part of them.
+    """
+    base.check_finite()
+    return load_causal_lm(base.path, KEY, base.settings.path, base.dtype)
 
 
 def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXForCausalLM:
     """An aligned model, all experts in this process (the fused path); "auto" is the dtype it was saved in.
 
-    Raises DataError when its files can't be read, or don't hold every weight of today's modules.
+    Raises ConfigError when its files can't be read, or don't hold every weight of today's modules.
     """
-    again = "run `alignx-ds align` again"
-    found: tuple[AlignXForCausalLM, dict[str, Any]]
-    try:
+    given = str(directory)
+    with reading("model", given, "config.json or its weights", ALIGNED, f"another version wrote them; {ALIGN_AGAIN}"):
+        found: tuple[AlignXForCausalLM, dict[str, Any]]
         found = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
-    except (OSError, RuntimeError, TypeError, SafetensorError) as error:  # TypeError: settings of another version
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{directory}: its model can't be loaded ({reason}); {again}") from error
     model, info = found
     if info["missing_keys"]:
-        missing = min(info["missing_keys"])
-        raise DataError(f"{directory}: its model has no {missing}: another version wrote it; {again}")
+        fix = f"its model has no {min(info['missing_keys'])}: another version wrote it; {ALIGN_AGAIN}"
+        raise ConfigError(Problem("model", given, ALIGNED, fix))
     return model

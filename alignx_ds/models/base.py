@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.mocae.backbones import Backbone, backbone_of
-from alignx_ds.models import content, pretrained
+from alignx_ds.models import architecture, content, pretrained, stored
 from alignx_ds.models import tokenizer as tokenizers
-from alignx_ds.models.pretrained import INDEX, NO_CODE
+from alignx_ds.models.pretrained import INDEX, NO_CODE, reading
+from alignx_ds.models.stored import Stored
+from alignx_ds.runtime import distributed
 
 WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
-WEIGHTS = ("model.safetensors", INDEX)
+KEY = "model.path"
 GENERATION = "generation_config.json"
 # What transformers reads of a causal language model, besides its weights. The patterns match no folder of a hub
 # repository but the templates', so nothing of original/ or onnx/ is fetched.
@@ -53,19 +54,22 @@ class BaseModel:
 
     def __init__(self, settings: ModelConfig, planned: Planned | None = None, *, weights: bool = True) -> None:
         """Without `weights` none are downloaded. Raises ConfigError or UnreachableError."""
-        self.settings, self._planned = settings, planned
+        self.settings, self._planned, self._finite = settings, planned, False
         if planned is not None:
             self.path = planned.path
             return
         self.path = WORLD_BASE if settings.path == WORLD_MODEL else local_model(settings.path, weights=weights)
-        if not (self.path / "config.json").is_file():
-            fix = "give a directory that save_pretrained wrote, a hub id, 'world' or 'scratch'"
-            raise ConfigError(Problem("model.path", settings.path, "a model with a config.json", fix))
+        backbone_of(pretrained.model_type(self.path, KEY, settings.path))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a directory that the user names, and not the hub's copy, which may hold a part of it."""
+        return self._planned is None and (self.settings.path == WORLD_MODEL or os.path.isdir(self.settings.path))
 
     @property
     def has_weights(self) -> bool:
         """Whether its weights are on this machine."""
-        return any((self.path / name).is_file() for name in WEIGHTS)
+        return bool(stored.weight_files(self.path))
 
     @property
     def has_tokenizer(self) -> bool:
@@ -80,7 +84,17 @@ class BaseModel:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's own config."""
-        return self._planned.config if self._planned is not None else AutoConfig.from_pretrained(self.path, **NO_CODE)
+        if self._planned is not None:
+            return self._planned.config
+        config = pretrained.read_config(self.path, KEY, self.settings.path)
+        if problem := architecture.size_problem(config, KEY, self.settings.path):
+            raise ConfigError(problem)
+        return config
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """Its modules without memory for their weights. Raises ConfigError where its config does not allow them."""
+        return architecture.skeleton(self.config, KEY, self.settings.path)
 
     @cached_property
     def table(self) -> Backbone:
@@ -93,14 +107,15 @@ class BaseModel:
         if self._planned is not None:
             assert self._planned.tokenizer is not None, "its tokenizer is trained once the rows have been read"
             return self._planned.tokenizer
-        return tokenizers.load_tokenizer(self.path, "model.path", self.settings.path, self.settings.template_args)
+        return tokenizers.load_tokenizer(self.path, KEY, self.settings.path, self.settings.template_args)
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The model's own, or what its config says where it has none."""
-        if (self.path / GENERATION).is_file():
-            return GenerationConfig.from_pretrained(self.path, **NO_CODE)
-        return GenerationConfig.from_model_config(self.config)
+        with reading(KEY, self.settings.path, GENERATION):
+            if (self.path / GENERATION).is_file():
+                return GenerationConfig.from_pretrained(self.path, **NO_CODE)
+            return GenerationConfig.from_model_config(self.config)
 
     @cached_property
     def layers(self) -> list[int]:
@@ -109,14 +124,30 @@ class BaseModel:
         return sorted(self.settings.layers) or list(range(count // 2, count))
 
     @cached_property
-    def _files(self) -> dict[str, Path]:
-        """Weight name -> file."""
-        index = self.path / INDEX
-        if index.is_file():
-            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        single = self.path / "model.safetensors"
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+    def _stored(self) -> architecture.Match:
+        """What its checkpoint holds, by the headers of its files."""
+        tensors = stored.read_headers(stored.weight_files(self.path), KEY, self.settings.path)
+        return architecture.match(self.skeleton, tensors.values())
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """Every stored weight by its name in the model."""
+        return self._stored.placed
+
+    def checkpoint_problem(self) -> Problem | None:
+        """What is wrong with its weights by their headers. Raises ConfigError where a file can't be read at all."""
+        problem = architecture.checkpoint_problem(self.skeleton, self._stored, KEY, self.settings.path)
+        return problem or self._tied_problem()
+
+    def _tied_problem(self) -> Problem | None:
+        """transformers does not tie two stored tensors that differ, so nobody who reads the config knows of it."""
+        for pair in architecture.tied(self.skeleton).items():
+            both = [self.tensors[name].read() for name in pair if name in self.tensors]
+            if len(both) == 2 and not torch.equal(*both):
+                fix = "set tie_word_embeddings to false in its config.json, or remove one of them"
+                given = f"{' and '.join(pair)} are tied by its config.json, but are stored with different values; {fix}"
+                return Problem(KEY, self.settings.path, "a model whose weights are as its config.json says", given)
+        return None
 
     def weight(self, layer: int, projection: str) -> Tensor:
         """One FFN weight [m, n], fp32, rounded to the run's dtype first, as the specialist started from it.
@@ -124,12 +155,22 @@ class BaseModel:
         Raises ConfigError when the checkpoint has no such weight.
         """
         name = self.table.weight_name(layer, projection)
-        if name not in self._files:
+        if name not in self.tensors:
             fix = "its checkpoint is not of the architecture that its config.json names"
-            raise ConfigError(Problem("model.path", self.settings.path, f"a model with a weight {name}", fix))
-        with safe_open(self._files[name], framework="pt") as file:
-            stored: Tensor = file.get_tensor(name)
-        return stored.to(self.dtype).float()
+            raise ConfigError(Problem(KEY, self.settings.path, f"a model with a weight {name}", fix))
+        return self.tensors[name].read().to(self.dtype).float()
+
+    def check_finite(self) -> None:
+        """Raises ConfigError where a stored weight is NaN or infinite. Collective: each rank reads a part of them."""
+        if self._finite:
+            return
+        names = distributed.rank_share(sorted(self.tensors))
+        found = stored.not_finite(self.tensors[name] for name in names)
+        damaged = [name for name in distributed.gather(found and found.name) if name]
+        if damaged:
+            fix = f"its {damaged[0]} holds NaN or infinite values: the checkpoint is damaged; give another"
+            raise ConfigError(Problem(KEY, self.settings.path, "a model whose weights are numbers", fix))
+        self._finite = True
 
     @cached_property
     def digest(self) -> dict[str, Any]:

@@ -6,25 +6,16 @@ weights, and all files of the tokenizer, its chat templates and the generation c
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from alignx_ds.models.pretrained import INDEX
+from alignx_ds.models.stored import weight_files
 from alignx_ds.runs import manifest
 
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "additional_chat_templates/*.jinja")
-SINGLE = "model.safetensors"
 
 
 def hashes(directory: Path) -> dict[str, str]:
     """By path within the directory: the hash of every such file. Files that no loader reads are left out."""
     found = {path for pattern in SETTINGS for path in directory.glob(pattern) if path.name != manifest.NAME}
-    found |= {directory / name for name in _weights(directory)}
+    found |= set(weight_files(directory))
     return {str(path.relative_to(directory)): manifest.file_hash(path) for path in sorted(found) if path.is_file()}
-
-
-def _weights(directory: Path) -> set[str]:
-    index = directory / INDEX
-    if not index.is_file():
-        return {SINGLE}
-    return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

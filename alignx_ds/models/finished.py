@@ -36,7 +36,7 @@ def aligned_of(run: FinishedRun) -> AlignXForCausalLM:
 
     Its generation config names every token that ends an answer.
 
-    Raises ConfigError when its directory names code of its own, DataError when its weights do not fit its modules.
+    Raises ConfigError when its directory names code of its own, or its weights do not fit its modules.
     """
     pretrained.check(run.out.model, KEY, str(run.root))
     model = load_aligned(run.out.model)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.models.pretrained import NO_CODE
+from alignx_ds.models.pretrained import NO_CODE, reading
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Read where there is no tokenizer.json, and converted.
@@ -37,14 +37,9 @@ def load_tokenizer(
     if not any(any(directory.glob(name)) for name in ("tokenizer.json", *VOCABULARIES)):
         fix = "it has no tokenizer.json; save the tokenizer beside the model (tokenizer.save_pretrained does)"
         raise ConfigError(Problem(key, given, WANTED, fix))
-    try:
+    with reading(key, given, "tokenizer", WANTED):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **NO_CODE)
-    except (
-        Exception
-    ) as error:  # the readers of damaged files raise KeyError, TypeError, and tokenizers Exception itself
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        fix = f"its tokenizer can't be read ({reason}); save it again"
-        raise ConfigError(Problem(key, given, WANTED, fix)) from error
+        tokenizer(["a"], add_special_tokens=False)
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and templates and DEFAULT not in templates:
         fix = f"it has several ({', '.join(sorted(templates))}); save the one to be used as {TEMPLATE}"

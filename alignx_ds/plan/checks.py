@@ -31,7 +31,8 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         raise ConfigError(*_one_each(problems))  # no model of this shape can be built to check against
     try:
         base = model.base_model(config, weights)
-        problems += [*model.problems(config, base, weights), *prompts.problems(config, base)]
+        problems += model.problems(config, base, weights)
+        problems += prompts.problems(config, base)
     except ConfigError as error:
         problems += error.problems
     if problems or base is None:

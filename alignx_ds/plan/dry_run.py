@@ -63,8 +63,10 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
     if not base.has_tokenizer and not config.from_scratch:
         shape = "the hub can't be reached; the shape that ships with the package is used"
         unchecked.append(f"{config.model.path}: {shape}")
+    elif not config.from_scratch and not base.has_weights:
+        unchecked.append(f"{config.model.path}: names and shapes of the weights, which are not there")
     try:
-        if unchecked:
+        if not base.has_tokenizer and not config.from_scratch:
             rows = accounts(read_splits(config))
             return rows, [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"]
         inputs = read_inputs(config, base)
@@ -73,7 +75,7 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
     data = inputs.data
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
     rows = [*accounts(data.splits), _line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2)]
-    return rows, _steps(config, inputs), []
+    return rows, _steps(config, inputs), unchecked
 
 
 def _steps(config: RunConfig, inputs: RunInputs) -> list[str]:

@@ -12,6 +12,7 @@ from alignx_ds.experts.adapters import WANTED, Adapter
 from alignx_ds.mocae.gate import CALIBRATORS
 from alignx_ds.models.base import BaseModel, Planned
 from alignx_ds.models.shapes import shape
+from alignx_ds.models.stored import other_weights
 
 BYTES = 256
 
@@ -59,8 +60,38 @@ def problems(c: RunConfig, base: BaseModel, weights: bool) -> Iterator[Problem]:
     for name, axis in c.axes.items():
         if axis.adapter:
             yield from _adapter(c, base, f"axes.{name}.adapter", axis.adapter)
-    if weights and not c.from_scratch and not base.has_weights:
+    if c.from_scratch:
+        return
+    yield from _tokenizer(c, base)
+    yield from _weights(c, base, weights)
+
+
+def _tokenizer(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
+    """Every id needs its row of the embedding."""
+    if not base.has_tokenizer:
+        return
+    vocabulary, rows = base.tokenizer.get_vocab(), base.config.vocab_size
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    if beyond:
+        number, token = beyond[0]
+        tokens = f"its tokenizer gives {token!r} the id {number}" + (
+            f", and {len(beyond) - 1} more" * (len(beyond) > 1)
+        )
+        fix = f"{tokens}: beyond its embedding; remove the token, or save the model after resize_token_embeddings"
+        yield Problem("model.path", c.model.path, f"token ids below the {rows} rows of the embedding", fix)
+
+
+def _weights(c: RunConfig, base: BaseModel, needed: bool) -> Iterator[Problem]:
+    """By the headers. A dry run needs no weights, and checks those that are in a directory."""
+    if base.has_weights:
+        if (needed or base.is_local) and (problem := base.checkpoint_problem()):
+            yield problem
+        return
+    other = other_weights(base.path)
+    if needed or other:
         fix = "save it with safetensors (save_pretrained does); weights in other formats are not read"
+        if other:
+            fix = f"{other[0]} is not read: load it with transformers where you trust it, and call save_pretrained"
         yield Problem("model.path", c.model.path, "a model with safetensors weights", fix)
 
 

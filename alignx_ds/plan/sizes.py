@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
@@ -14,8 +11,7 @@ ADAM_STATES = 2  # first and second moment, fp32
 
 def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
     """Parameters: of the base, of what stage 1 trains, of the experts' factors, and of what else stage 2 trains."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.config)
+    model = base.skeleton
     trained = factors = 0
     for layer in base.layers:
         ffn = base.table.view(base.table.ffn_of(model, layer))

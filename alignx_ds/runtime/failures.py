@@ -43,7 +43,7 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         return Failure("interrupted", INTERRUPTED)
     text = " ".join(str(error).split())
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         place = _innermost_function(error.__traceback__)
         return Failure(f"out of memory {place}: {text or 'an allocation failed'}; {LESS_MEMORY}", CRASHED)
     message = f"{type(error).__name__}: {text}"
@@ -55,7 +55,7 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
     return Failure(message, CRASHED, "".join(traceback.format_exception(error)))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None

@@ -72,7 +72,10 @@ def test_a_7b_recipe_is_checked_whole_on_local_stand_ins(
         "evaluation.sets.truthfulqa_mc.schema=truthfulqa",
     ]
     assert cli.main(["run", str(RECIPES / "llama2-7b.yaml"), "--dry-run", *changes]) == 0
-    assert "dry run: everything is checked, nothing is written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    not_checked = said.split("not checked\n")[1].split("\n\n")[0].splitlines()
+    assert not_checked == [f"  {model}: names and shapes of the weights, which are not there"]
+    assert "dry run: everything else is checked, nothing is written" in said
     assert cli.main(["run", str(RECIPES / "llama2-7b.yaml"), *changes]) == 2, "a real run asks for the weights"
     assert "a model with safetensors weights" in capsys.readouterr().err
 

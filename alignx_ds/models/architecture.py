@@ -1,0 +1,157 @@
+"""Whether the tensors of a checkpoint are those of the architecture that its config names, no more and no less.
+
+Names are matched as transformers does when it loads them: some are renamed, and the prefix of the base model may be
+there or not. What finds no place would be dropped, and what is not there would be filled with random numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from alignx_ds.errors import Problem
+from alignx_ds.models.pretrained import reading
+from alignx_ds.models.stored import Stored
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+LAYERS = 2000  # more than any model has; with millions of them, building the modules would take hours
+RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")  # buffers of old checkpoints
+COMPILED, WRAPPED, NESTED = "_orig_mod.", "module.", "base_model.model."
+PREFIXES = {
+    COMPILED: "it was saved from a compiled model",
+    WRAPPED: "it was saved from within a data-parallel wrapper",
+    NESTED: "it was saved from within a PEFT model; merge the adapter and save the model",
+}
+SHOWN = 3  # names in a message
+
+
+@dataclass
+class Match:
+    """What a checkpoint's tensors are to an architecture."""
+
+    placed: dict[str, Stored] = field(default_factory=dict)  # by the parameter's name; tied ones once or twice
+    missing: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    misshapen: dict[str, tuple[int, ...]] = field(default_factory=dict)  # with the shape that it should have
+    no_floats: dict[str, str] = field(default_factory=dict)  # with their dtype
+
+
+def size_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | None:
+    """Sizes with which no module can be built, whatever the architecture."""
+    for name in SIZES:
+        value = getattr(config, name, None)
+        most = LAYERS if name == "num_hidden_layers" else None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+            allowed = f"a model whose {name} is at least 1{f' and at most {most}' if most else ''}"
+            return Problem(key, given, allowed, f"its config.json has {value!r}; correct it")
+    return None
+
+
+def skeleton(config: PreTrainedConfig, key: str, given: str) -> PreTrainedModel:
+    """The modules without memory for their weights. Raises ConfigError where the config's values do not allow it."""
+    with reading(key, given, "config.json"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
+    """Find the place of every tensor. `model` may be a skeleton."""
+    state, found = model.state_dict(), Match()
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    made: set[str] = set()  # out of several stored tensors, or of parts of one
+    for tensor in tensors:
+        name, source = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state)
+        if name not in state and tensor.name in state:
+            name, source = tensor.name, None
+        if source is not None:
+            made.add(name)
+        elif name not in state:
+            found.dropped.append(tensor.name)
+        else:
+            found.placed[name] = tensor
+            if tensor.shape != tuple(state[name].shape):
+                found.misshapen[name] = tuple(state[name].shape)
+            if tensor.dtype not in FLOATS and state[name].is_floating_point():
+                found.no_floats[name] = tensor.dtype
+    there = {*found.placed, *made}
+    for target, origin in tied(model).items():
+        there |= {target, origin} if target in there or origin in there else {target}
+    found.missing = [] if made else _kept(model, "missing", (name for name in state if name not in there))
+    found.dropped = _kept(model, "unexpected", found.dropped)
+    return found
+
+
+def tied(model: PreTrainedModel) -> dict[str, str]:
+    """Names of parameters that are another parameter, with that one's name."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _kept(model: Any, kind: str, names: Iterable[str]) -> list[str]:
+    """The names that the architecture does not ignore."""
+    patterns = [*(getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or ())]
+    ignored = [*patterns, *(RECOMPUTED if kind == "unexpected" else ())]
+    return [name for name in names if not any(re.search(pattern, name) for pattern in ignored)]
+
+
+def checkpoint_problem(model: PreTrainedModel, found: Match, key: str, given: str) -> Problem | None:
+    """The one line that says what is wrong with a checkpoint, and what to do about it."""
+    allowed = f"the weights of a {type(model).__name__}"
+    empty = [name for name in found.misshapen if 0 in found.placed[name].shape]
+    if prefix := _prefix(found):
+        fix = (
+            f"the names of its weights begin with {prefix!r}: {PREFIXES.get(prefix, 'they are part of another model')}"
+        )
+        return Problem(key, given, allowed, f"{fix}; remove the prefix and save it again")
+    if empty:
+        fix = "ZeRO-3 shards were saved without being gathered; save it with zero_to_fp32.py"
+        return Problem(key, given, allowed, f"{_listed(empty)} of its weights are empty: {fix}")
+    if found.missing:
+        fix = "they would be random numbers; give a whole checkpoint"
+        if found.missing == [output_head(model)]:
+            fix = "its head would be random numbers; if it is tied, set tie_word_embeddings to true in its config.json"
+        return Problem(key, given, allowed, f"it lacks {_listed(found.missing)}; {fix}")
+    if found.misshapen:
+        name, wanted = next(iter(found.misshapen.items()))
+        stored = list(found.placed[name].shape)
+        fix = f"{_listed([*found.misshapen])} of its weights have other shapes than its config.json says"
+        return Problem(key, given, allowed, f"{fix}: {name} is {stored}, not {list(wanted)}; correct one of the two")
+    if found.no_floats:
+        name, dtype = next(iter(found.no_floats.items()))
+        fix = f"its {name} is of type {dtype}: it is quantised; give the model it was made from"
+        return Problem(key, given, allowed, fix)
+    if found.dropped:
+        fix = "which its config.json has no place for, and which would be dropped; correct its config.json"
+        return Problem(key, given, allowed, f"it holds {_listed(found.dropped)}, {fix}")
+    return None
+
+
+def output_head(model: PreTrainedModel) -> str:
+    """The name of the output head's weight."""
+    head = model.get_output_embeddings()
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+
+
+def _prefix(found: Match) -> str:
+    """What the stored name of every missing tensor begins with; empty where they are not there under such a name."""
+    dropped = set(found.dropped)
+    for name in found.missing[:1]:
+        for other in found.dropped:
+            prefix = other.removesuffix(name)
+            if prefix != other and all(f"{prefix}{n}" in dropped for n in found.missing):
+                return prefix
+    return ""
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

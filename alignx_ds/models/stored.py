@@ -1,0 +1,91 @@
+"""The tensors in a directory's safetensors files, by their headers: names, shapes and dtypes, without the values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.models.pretrained import INDEX, LFS_FIX, is_lfs_pointer
+
+SINGLE = "model.safetensors"
+WEIGHTS = (SINGLE, INDEX)  # transformers looks for them in this order
+OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "consolidated*.safetensors")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file, by the file's header."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: F32, BF16, I8 …
+
+    def read(self) -> Tensor:
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers loads the weights from; none where it finds none. The index has been checked."""
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    if not (directory / INDEX).is_file():
+        return []
+    weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8")).get("weight_map", {})
+    return [directory / name for name in sorted(set(weight_map.values()))]
+
+
+def other_weights(directory: Path) -> list[str]:
+    """Names of weight files that are never read, because of their format."""
+    return sorted({file.name for pattern in OTHER_FORMATS for file in directory.glob(pattern)})
+
+
+def read_headers(files: Iterable[Path], key: str, given: str) -> dict[str, Stored]:
+    """The tensors of all files by name; of a name in two files the last one, which is the one that is loaded.
+
+    Raises ConfigError for the key where a file is missing, cut short, a Git LFS pointer or not safetensors.
+    """
+    found: dict[str, Stored] = {}
+    for file in files:
+        found |= {tensor.name: tensor for tensor in _header(file, key, given)}
+    return found
+
+
+def _header(file: Path, key: str, given: str) -> list[Stored]:
+    def refusal(fix: str) -> ConfigError:
+        return ConfigError(Problem(key, given, "whole safetensors files", fix))
+
+    if not file.is_file():
+        raise refusal(f"its {file.name} is missing; download or copy the directory again")
+    if is_lfs_pointer(file):
+        raise refusal(f"its {file.name} is a Git LFS pointer, not the file itself; {LFS_FIX}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+            return [Stored(file, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise refusal(f"its {file.name} can't be read ({error}): cut short or damaged; download it again") from error
+
+
+def not_finite(tensors: Iterable[Stored]) -> Stored | None:
+    """The first tensor with a NaN or an infinity; None where every value is a number."""
+    for tensor in tensors:
+        values = tensor.read()
+        if values.is_floating_point() and not _finite(values):
+            return tensor
+    return None
+
+
+def _finite(values: Tensor) -> bool:
+    if values.dtype.itemsize == 1:  # an 8-bit float, for which torch has no isfinite
+        values = values.to(torch.bfloat16)
+    return bool(torch.isfinite(values).all())
