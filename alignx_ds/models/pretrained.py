@@ -42,7 +42,7 @@ def reading(key: str, given: str, what: str, allowed: str = MODEL, fix: str = AG
         if is_out_of_memory(error):
             raise
         raise ConfigError(
-            Problem(key, given, allowed, f"its {what} can't be used ({_reason(error)}); {fix}")
+            Problem(key, given, allowed, f"its {what} can't be read ({_reason(error)}); {fix}")
         ) from error
 
 

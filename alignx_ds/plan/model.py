@@ -74,11 +74,9 @@ def _tokenizer(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
     beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
     if beyond:
         number, token = beyond[0]
-        tokens = f"its tokenizer gives {token!r} the id {number}" + (
-            f", and {len(beyond) - 1} more" * (len(beyond) > 1)
-        )
-        fix = f"{tokens}: beyond its embedding; remove the token, or save the model after resize_token_embeddings"
-        yield Problem("model.path", c.model.path, f"token ids below the {rows} rows of the embedding", fix)
+        more = f", and has {len(beyond) - 1} more of them" if len(beyond) > 1 else ""
+        fix = f"its tokenizer writes {token!r} as {number}{more}; resize the embedding, or remove the token"
+        yield Problem("model.path", c.model.path, f"token ids below the embedding's {rows}", fix)
 
 
 def _weights(c: RunConfig, base: BaseModel, needed: bool) -> Iterator[Problem]:
