@@ -257,5 +257,5 @@ def test_a_token_beyond_the_embedding_is_named(model: Path, write_recipe: WriteR
 
 def test_without_a_tokenizer_there_is_nothing_to_read_rows_with(model: Path, write_recipe: WriteRecipe) -> None:
     (model / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match="expected a model with its tokenizer; it has no tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"expected a model with its tokenizer; it has no tokenizer\.json"):
         check(parse.load(write_recipe(f"model.path={model}")), 1, weights=False)
