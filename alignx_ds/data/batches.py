@@ -108,5 +108,6 @@ def _write(batch: Batch, line: int, start: int, example: Example) -> int:
     batch.input_ids[line, start:end] = torch.tensor(example.ids)
     batch.attention_mask[line, start:end] = 1
     batch.prompt_mask[line, start:answer] = 1
-    batch.labels[line, answer:end] = batch.input_ids[line, answer:end]
+    for first, last in ((answer, end), *((start + a, start + b) for a, b in example.earlier)):
+        batch.labels[line, first:last] = batch.input_ids[line, first:last]
     return end

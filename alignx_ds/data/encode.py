@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.data.rows import Chat, Row, Turn
+from alignx_ds.data.chats import Prompt, earlier_answers, with_system, written
+from alignx_ds.data.literal import EncodedText, LiteralEncoder
+from alignx_ds.data.rows import Chat, Row
 from alignx_ds.models.ends import answer_end
-from alignx_ds.models.templates import render, template_of
-
-Prompt = str | Chat  # a question, or a dialogue up to its last user turn
+from alignx_ds.models.templates import template_of
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and its answer; the answer starts at index `prompt_length`."""
+    """Token ids of a prompt and its answer; the answer starts at index `prompt_length`.
+
+    `earlier` has the spans (start, end) of the answers within the prompt that are learned too.
+    """
 
     ids: tuple[int, ...]
     prompt_length: int
     place: str = field(default="", compare=False)  # file and row, for error messages
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def learned_length(self) -> int:
+        """The number of tokens that have a label."""
+        return self.answer_length + sum(end - start for start, end in self.earlier)
 
     @property
     def answer_length(self) -> int:
@@ -61,60 +70,71 @@ def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None
 ) -> list[list[int]]:
     """Token ids up to where each answer begins; `system` is the axis's injected prompt."""
-    texts, templated = prompt_texts(prompts, tokenizer, system), template_of(tokenizer) is not None
-    encoded = tokenizer(texts, add_special_tokens=not templated)["input_ids"]
-    return [list(ids) if templated else _open(ids, tokenizer) for ids in encoded]
-
-
-def _open(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt without the special tokens that some tokenizers add after a text: its answer is still to come."""
-    closing = set(tokenizer.all_special_ids)
-    length = next((i for i in range(len(ids), 0, -1) if ids[i - 1] not in closing), 0)
-    return list(ids[:length])
+    encoder = LiteralEncoder(tokenizer)
+    chats = [_escaped(with_system(prompt, system), encoder) for prompt in prompts]
+    return [encoded.ids for encoded in _encode_texts(written(chats, tokenizer), encoder)]
 
 
 def prompt_texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
     """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
-    chats = [with_system(prompt, system) for prompt in prompts]
-    if template_of(tokenizer) is None:
-        return [_instruction_format(chat, str(tokenizer.eos_token)) for chat in chats]
-    return render([[{"role": turn.role, "content": turn.text} for turn in chat] for chat in chats], tokenizer)
+    return written([with_system(prompt, system) for prompt in prompts], tokenizer)
 
 
-def with_system(prompt: Prompt, system: str | None) -> Chat:
-    """The prompt's turns; the axis's prompt comes first, in one system turn with the dialogue's own."""
-    chat = (Turn("user", prompt),) if isinstance(prompt, str) else prompt
-    own = tuple(turn.text for turn in chat if turn.role == "system")
-    head = "\n\n".join(text for text in (system or "", *own) if text)
-    return (*((Turn("system", head),) if head else ()), *(turn for turn in chat if turn.role != "system"))
+def encode(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None, *, every_answer: bool = False
+) -> list[Example]:
+    """The prompt, the answer and the token that ends it; of a row without a response, the prompt alone.
 
-
-def _instruction_format(chat: Chat, end: str) -> str:
-    """Alpaca's format, for tokenizers without a chat template."""
-    intro = "Below is an instruction that describes a task. Write a response that completes the request."
-    text = ""
-    for turn in chat:
-        if turn.role == "system":
-            intro = turn.text
-        elif turn.role == "user":
-            text += f"\n\n### Instruction:\n{turn.text}\n\n### Response:\n"
-        else:
-            text += f"{turn.text}{end}"
-    return intro + text
-
-
-def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[Example]:
-    """The prompt, the answer and the token that ends it; of a row without a response, the prompt alone."""
+    With `every_answer`, the earlier answers of a dialogue are learned too, where the template lets it.
+    """
     if not rows:
         return []
-    end = answer_end(tokenizer)
-    prompts = encode_prompts([row.chat for row in rows], tokenizer, system)
-    answers = tokenizer([row.response for row in rows], add_special_tokens=False)["input_ids"]
+    encoder, end = LiteralEncoder(tokenizer), answer_end(tokenizer)
+    chats = [_escaped(with_system(row.chat, system), encoder) for row in rows]
+    texts = written(chats, tokenizer)
+    prompts = _encode_texts(texts, encoder, offsets=every_answer)
+    answers = encoder.encode([encoder.escape(row.response) for row in rows], add_special_tokens=False)
     examples = []
-    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        closed = (*answer, end) if row.response else ()
-        examples.append(Example((*prompt, *closed), len(prompt), row.place))
+    for row, chat, text, prompt, answer in zip(rows, chats, texts, prompts, answers, strict=True):
+        closed = (*answer.ids, end) if row.response else ()
+        earlier = _learned(chat, text, prompt, tokenizer) if every_answer and row.response else ()
+        examples.append(Example((*prompt.ids, *closed), len(prompt.ids), row.place, earlier))
     return examples
+
+
+def _escaped(chat: Chat, encoder: LiteralEncoder) -> Chat:
+    return tuple(replace(turn, text=encoder.escape(turn.text)) for turn in chat)
+
+
+def _encode_texts(texts: list[str], encoder: LiteralEncoder, *, offsets: bool = False) -> list[EncodedText]:
+    """Prompts as tokens. A chat template has written their special tokens; otherwise the tokenizer adds its own.
+
+    Some tokenizers add special tokens after a text too; they are left out, because its answer is still to come.
+    """
+    if template_of(encoder.tokenizer) is not None:
+        return encoder.encode(texts, add_special_tokens=False, offsets=offsets)
+    closing = set(encoder.tokenizer.all_special_ids)
+    found = []
+    for text in encoder.encode(texts, add_special_tokens=True, offsets=offsets):
+        length = next((i for i in range(len(text.ids), 0, -1) if text.ids[i - 1] not in closing), 0)
+        found.append(EncodedText(text.ids[:length], text.offsets[:length]))
+    return found
+
+
+def _learned(
+    chat: Chat, text: str, prompt: EncodedText, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, int], ...]:
+    """The spans of tokens of a dialogue's earlier answers."""
+    if not tokenizer.is_fast or not any(turn.role == "assistant" for turn in chat):
+        return ()
+    spans: list[tuple[int, int]] = []
+    for place in earlier_answers(chat, text, tokenizer) or ():
+        for i in (i for i, (start, end) in enumerate(prompt.offsets) if place.covers(start, end)):
+            if spans and spans[-1][1] == i:
+                spans[-1] = (spans[-1][0], i + 1)
+            else:
+                spans.append((i, i + 1))
+    return tuple(spans)
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -111,8 +111,21 @@ def _injected_examples(
             raise DataError(
                 f"{splits.train[axis].source} ({axis}): no row has an answer to imitate; give rows with one"
             )
-        injected[axis] = encode(answered, tokenizer, settings.prompt)
+        every = config.data.answers == "all"
+        injected[axis] = encode(answered, tokenizer, settings.prompt, every_answer=every)
     return injected
+
+
+def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
+    """By axis: the dialogues whose earlier answers stage 1 should learn and can't, because of the chat template."""
+    if config.data.answers != "all":
+        return {}
+    found = {}
+    for axis, examples in data.injected.items():
+        rows = (row for row in data.splits.train[axis].rows if row.response)
+        dialogues = [any(turn.role == "assistant" for turn in row.before) for row in rows]
+        found[axis] = sum(d and not e.earlier for d, e in zip(dialogues, examples, strict=True))
+    return {axis: count for axis, count in found.items() if count}
 
 
 def _too_long(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TooLong:

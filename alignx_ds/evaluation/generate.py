@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.data.batches import pad
-from alignx_ds.data.encode import Prompt, encode_prompts, pad_token
+from alignx_ds.data.chats import Prompt
+from alignx_ds.data.encode import encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.models.ends import ends_of

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.data.batches import IGNORED, Batch, collate, pad
-from alignx_ds.data.encode import Example, Prompt, encode_prompts, pad_token
+from alignx_ds.data.chats import Prompt
+from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM

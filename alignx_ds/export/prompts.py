@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignx_ds.data.encode import Prompt
+from alignx_ds.data.chats import Prompt
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation import transcripts
 from alignx_ds.runs.finished import FinishedRun

@@ -37,7 +37,7 @@ def micro_batches(
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
-        answer_tokens = max(1, sum(rows.examples[i].answer_length for i in chosen))
+        answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
         own = share(chosen, rank, world)
         size = plan.micro_batch(world)
         scale = world * plan.accumulation / answer_tokens
