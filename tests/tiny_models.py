@@ -149,15 +149,13 @@ def query_geometry(latent: int, seed: int) -> Geometry:
     return replace(random_geometry(latent, seed, d=SUMMARIES * HIDDEN), centre=centre)
 
 
-def aligned_config(base: PreTrainedModel, ranks: dict[str, int], scope: str, top_k: int) -> AlignXConfig:
+def aligned_config(base: PreTrainedModel, ranks: dict[str, int], **gate: Any) -> AlignXConfig:
     return AlignXConfig(
         text_config=copy.deepcopy(base.config),
         experts=["generalist", "helpful", "harmless", "honest"],
         layers=ALIGNX_LAYERS,
         ranks=ranks,
-        gate=GateSettings(
-            top_k=top_k, scope=scope, latent=6, output_latent=5, fractal_dimensions=3, anchors=5, scales=4
-        ),
+        gate=GateSettings(**gate, latent=6, output_latent=5, fractal_dimensions=3, anchors=5, scales=4),
     )
 
 
@@ -166,7 +164,9 @@ def aligned(
     experts: dict[int, list[Factors]],
     *,
     scope: str = "shared",
-    top_k: int = 1,
+    top_k: int = 0,
+    kind: str = "choice",
+    combine: str = "outputs",
     placement: Placement | None = None,
     trained: bool = True,
 ) -> AlignXForCausalLM:
@@ -175,7 +175,7 @@ def aligned(
     `trained` gives routers and reinjections random weights; otherwise they are what stage 2 starts from.
     """
     ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in PROJECTIONS}
-    config, table = aligned_config(base, ranks, scope, top_k), table_of(base)
+    config, table = aligned_config(base, ranks, scope=scope, top_k=top_k, kind=kind, combine=combine), table_of(base)
     settings = config.gate_settings()
     parts = {}
     for layer in ALIGNX_LAYERS:
@@ -196,6 +196,8 @@ def aligned(
             router = torch.randn(EXPERTS, settings.latent, generator=source)
             if layer.gate is not None:
                 layer.gate.router.weight.copy_(router)
+                if layer.gate.router.bias is not None:
+                    layer.gate.router.bias.copy_(torch.randn(EXPERTS, generator=generator(9)))
     return model.eval()
 
 

@@ -36,11 +36,15 @@ class FusedMixture(nn.Module):
     U_p,i D_p,i the change of projection p by expert i. Expert 0 is the generalist, the base FFN itself: it has no
     factors, and none are stored for it. The gate and up projections share their input, so their down factors are one
     stack. Factors have the dtype of the base's weights.
+
+    With `merge` it mixes the weights and not the outputs: y = FFN with the weights W + Σᵢ gᵢ U_i D_i, one activation
+    whatever the number of experts. Where one gate is 1 and the others are 0, both mixtures are the same.
     """
 
-    def __init__(self, base: FeedForward, experts: list[Factors]) -> None:
+    def __init__(self, base: FeedForward, experts: list[Factors], merge: bool = False) -> None:
         """`experts` by global id; those of expert 0 are ignored, because the generalist changes nothing."""
         super().__init__()
+        self.merge = merge
         self.num_experts = len(experts)
         self._base = [base]  # a list hides the shared modules from nn.Module's registration
         for name, tensor in stack(experts[1:]).items():
@@ -90,22 +94,29 @@ class FusedMixture(nn.Module):
         gates = gates.to(x.dtype)
         if gathered is not None:
             return self._by_row(x, gathered)
-        return self._one_expert(x, gates) if count == 1 else self._every_expert(x, gates)
+        return self._merged(x, gates) if count == 1 or self.merge else self._every_expert(x, gates)
 
     def fewer_by_row(self, rows: int, count: int) -> bool:
         """Whether `rows` rows with `count` experts each read fewer factors than all experts have.
 
         Decoding is bound by memory bandwidth, so that fewer bytes mean less time.
         """
-        return rows * count < self.num_experts - 1
+        return rows * count < self.num_experts - 1 and not self._merges(count)
 
     def _gathering_pays(self, x: Tensor, gates: Tensor, count: int) -> bool:
         """Whether a row's gates hold for several tokens and leave some expert out."""
-        return gates.shape[1] == 1 and x.shape[1] > 1 and count < self.num_experts - 1
+        few = count < self.num_experts - 1 and not self._merges(count)
+        return gates.shape[1] == 1 and x.shape[1] > 1 and few
+
+    def _merges(self, count: int) -> bool:
+        """Whether the weights of several experts are mixed, for which `gather` has no factors."""
+        return self.merge and count > 1
 
     def gather(self, gates: Tensor, count: int) -> list[RowExpert]:
         """gates [B, 1, E] -> the `count` best experts of each row; the device is not synchronised with the host."""
-        weights, experts = gates.squeeze(1).topk(count, dim=-1)
+        gates = gates.squeeze(1)
+        experts = gates.abs().topk(count, dim=-1).indices  # the generalist's gate may be negative (gate.py)
+        weights = gates.gather(-1, experts)
         dtype, gathered = self.down_in.dtype, []
         for weight, expert in zip(weights.unbind(-1), experts.unbind(-1), strict=True):
             place, kept = (expert - 1).clamp_min(0), (expert > 0).to(dtype)[:, None, None]
@@ -141,9 +152,9 @@ class FusedMixture(nn.Module):
         activated: Tensor = self._base[0].activation(add(gate, to_gate, own.up_in[0]))
         return activated * add(up, to_up, own.up_in[1])
 
-    def _one_expert(self, x: Tensor, one_hot: Tensor) -> Tensor:
-        """With one-hot gates, one activation per token: the gates mask the stacked latent, all but one expert's."""
-        base, own = self._base[0], one_hot[..., 1:, None]  # [B, T or 1, S, 1]
+    def _merged(self, x: Tensor, gates: Tensor) -> Tensor:
+        """One activation per token, with each row's mixture of weights: the gates weigh the stacked latent."""
+        base, own = self._base[0], gates[..., 1:, None]  # [B, T or 1, S, 1]
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
         latent = (latent * own.unsqueeze(-3)).flatten(-2).flatten(0, 1).transpose(0, 1)  # [2, B T, S r]
         inward = torch.stack([base.gate(x), base.up(x)]).flatten(1, 2)

@@ -1,5 +1,10 @@
 """The calibrated gate: a linear router corrected by the fractal, natural and lexical calibrators, all in fp32.
 
+Its logits are read in one of two ways. In a choice the experts compete: the gates are their softmax, as in the paper.
+In needs every axis has its own probability of being needed, the logistic function of its logit less the generalist's,
+so that a prompt can need several axes or none; the generalist has what is left to one, which may be negative:
+Σᵢ gᵢ·FFNᵢ = FFN₀ + Σᵢ rᵢ·(FFNᵢ − FFN₀), a mixture of differences from the base. With one-hot probabilities both agree.
+
 That calibrators correct the routing is the paper's (arXiv 2602.07381); the formulas are ours (docs/method.md).
 Shapes: ... any leading dimensions, d size of a query's features (4 hidden sizes), k latent size, E experts.
 """
@@ -36,21 +41,28 @@ CALIBRATORS: dict[str, Calibrator] = {}  # further terms, beside the three that 
 
 @dataclass(frozen=True)
 class Decision:
-    """A gate's output, fp32: `gates` [..., E] sum to one and are zero but for the chosen experts; `logits` [..., E]."""
+    """A gate's output, fp32: `gates` [..., E] sum to one and are zero but for the chosen experts; `logits` [..., E].
+
+    The gate of an axis is at least 0; in needs the generalist's may be negative.
+    """
 
     gates: Tensor
     logits: Tensor
 
     def probabilities(self) -> Tensor:
-        """softmax(logits) [..., E], the gates before the choice."""
+        """softmax(logits) [..., E]: of each expert, if exactly one is right."""
         return self.logits.softmax(-1)
+
+    def needs(self) -> Tensor:
+        """[..., E − 1]: of each axis, that the query needs it, whatever else it needs."""
+        return need_logits(self.logits).sigmoid()
 
 
 class Router(nn.Linear):
-    """W_r z in fp32, also where the weight is stored in bf16: z [..., k] -> [..., E]."""
+    """W_r z in fp32, and a bias in needs, also where they are stored in bf16: z [..., k] -> [..., E]."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return linear(z.float(), self.weight.float())
+        return linear(z.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 class CalibratedGate(nn.Module):
@@ -69,8 +81,10 @@ class CalibratedGate(nn.Module):
             fix = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
             raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", fix))
         self.settings = settings
-        self.router = Router(geometry.latent_size, geometry.num_experts, bias=False, dtype=torch.float32)
-        nn.init.zeros_(self.router.weight)
+        needs = settings.kind == "needs"
+        self.router = Router(geometry.latent_size, geometry.num_experts, bias=needs, dtype=torch.float32)
+        for parameter in self.router.parameters():
+            nn.init.zeros_(parameter)
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
         self.register_buffer("calibration_temperature", torch.ones((), dtype=torch.float32))
@@ -83,7 +97,8 @@ class CalibratedGate(nn.Module):
     def parts(self, query: Query) -> dict[str, Tensor]:
         """By name, the terms of the logits before the division by T_cal, each [..., E] fp32.
 
-        In every term an expert without queries of its own has NEVER, so that its gate is zero.
+        In every term an expert without queries of its own has NEVER, so that its gate is zero; in needs, where the
+        generalist is what the axes are compared with, its terms are then 0.
         """
         g = self.geometry
         z = (query.features.float() - g.centre.float()) @ g.projection.float().T
@@ -98,13 +113,18 @@ class CalibratedGate(nn.Module):
             "lexical": self.settings.lexical * query.words.float(),
         }
         terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
-        return {name: term.masked_fill(g.present == 0, NEVER) for name, term in terms.items()}
+        without_queries = torch.full_like(g.present, NEVER)
+        if self.settings.kind == "needs":
+            without_queries[0] = 0.0
+        return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
 
     def forward(self, query: Query) -> Decision:
-        """The decision on a query: in training all experts keep their gates, otherwise the `top_k` largest."""
+        """The decision on a query: in training all experts keep their gates, otherwise the largest ones."""
         logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
-        k = logits.shape[-1] if self.training else self.settings.top_k
-        return Decision(gates=keep_top(logits.softmax(-1), k), logits=logits)
+        experts = logits.shape[-1]
+        k = experts if self.training else self.settings.chosen(experts)
+        needs = self.settings.kind == "needs"
+        return Decision(gates=keep_needed(logits, k) if needs else keep_top(logits.softmax(-1), k), logits=logits)
 
 
 def keep_top(gates: Tensor, k: int) -> Tensor:
@@ -113,3 +133,20 @@ def keep_top(gates: Tensor, k: int) -> Tensor:
         return gates
     best = gates.topk(k, dim=-1)
     return torch.zeros_like(gates).scatter(-1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+
+
+def need_logits(logits: Tensor) -> Tensor:
+    """[..., E] -> [..., E − 1]: the log-odds that each axis is needed, its logit less the generalist's."""
+    return logits[..., 1:] - logits[..., :1]
+
+
+def keep_needed(logits: Tensor, k: int) -> Tensor:
+    """[..., E] -> gates [..., E]: the k axes that are needed most keep their probability r of being needed.
+
+    The other axes have 0. The generalist has 1 − Σ r, so that the gates sum to one.
+    """
+    needed = need_logits(logits).sigmoid()
+    if k < needed.shape[-1]:
+        best = needed.topk(k, dim=-1)
+        needed = torch.zeros_like(needed).scatter(-1, best.indices, best.values)
+    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)

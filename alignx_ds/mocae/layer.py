@@ -14,6 +14,7 @@ from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing_state import ForwardPass, Routing, prompt_summary
+from alignx_ds.mocae.settings import GateSettings
 
 
 class AlignXLayer(nn.Module):
@@ -30,7 +31,7 @@ class AlignXLayer(nn.Module):
         calibration: OutputCalibration,
         gate: CalibratedGate | None,
         index: int,
-        top_k: int,
+        settings: GateSettings,
         gate_layer: int,
         forward_pass: ForwardPass,
     ) -> None:
@@ -39,7 +40,8 @@ class AlignXLayer(nn.Module):
         self.mixture = mixture
         self.calibration = calibration
         self.gate = gate
-        self.index, self.top_k, self.gate_layer = index, top_k, gate_layer
+        self.index, self.gate_layer = index, gate_layer
+        self.settings = settings
         self._forward_pass = forward_pass
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class AlignXLayer(nn.Module):
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
         gates = self._gates(x, routing)
         mask = self._forward_pass.token_mask
-        count = routing.forced_count or (None if self.training else self.top_k)
+        count = routing.forced_count or (None if self.training else self.settings.served_by(gates.shape[-1]))
         experts = self._only_experts(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):
@@ -60,7 +62,8 @@ class AlignXLayer(nn.Module):
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         tables = routing.tables.setdefault(self.index, []) if experts is not None else None
-        calibrated: Tensor = self.calibration(y, gates, mask, count, steps, experts, tables)
+        shares = _shares(gates) if self.settings.kind == "needs" else gates
+        calibrated: Tensor = self.calibration(y, shares, mask, count, steps, experts, tables)
         return calibrated
 
     def _only_experts(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> Tensor | None:
@@ -89,6 +92,12 @@ class AlignXLayer(nn.Module):
             routing.decisions[self.gate_layer] = self.gate(query)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
         return gates.unsqueeze(1).to(x.device)
+
+
+def _shares(gates: Tensor) -> Tensor:
+    """Gates of needs as the weights of a mean over experts, none negative: [..., E] -> [..., E], summing to one."""
+    positive = gates.clamp_min(0)
+    return positive / positive.sum(-1, keepdim=True)
 
 
 def freeze_trunk(model: nn.Module) -> None:

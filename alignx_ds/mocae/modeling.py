@@ -150,7 +150,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         view = backbone_of(self.config.text_config.model_type).view(ffn)
         mixture: FusedMixture | ParallelMixture
         if placement is None:
-            mixture = FusedMixture(view, parts.experts)
+            mixture = FusedMixture(view, parts.experts, merge=settings.combine == "weights")
         else:
             mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
         return AlignXLayer(
@@ -159,7 +159,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             calibration=OutputCalibration(parts.output, settings.fractal, settings.natural),
             gate=CalibratedGate(parts.gate, settings) if parts.gate is not None else None,
             index=index,
-            top_k=settings.top_k,
+            settings=settings,
             gate_layer=self.config.gate_layer(index),
             forward_pass=self.forward_pass,
         )

@@ -39,7 +39,7 @@ class Dispatch(nn.Module):
         assert sparse_routes and not use_tutel, "DeepSpeed's MoE layer changed its contract"
         assert self.token_gates is not None and self.token_gates.shape[0] == x.shape[0]
         gates = self.token_gates
-        chosen = gates > 0  # [S, E]; the gates of padding are all zero
+        chosen = gates != 0  # [S, E]; the gates of padding are all zero
         counts = chosen.sum(0)
         capacity = counts.max().clamp_min(1)
         from deepspeed import comm as dist
@@ -50,9 +50,9 @@ class Dispatch(nn.Module):
         self.slots = int(capacity) * self.num_experts
         self.padding_fraction = 1.0 - float(counts.sum()) / self.slots
         slot_of = chosen.cumsum(0) - 1
-        values, experts = gates.topk(routes, dim=-1)  # [S, K]
-        slots = slot_of.gather(-1, experts)
-        experts = experts.masked_fill(values <= 0, -1)
+        experts = gates.abs().topk(routes, dim=-1).indices  # [S, K]; a generalist's gate may be negative
+        values, slots = gates.gather(-1, experts), slot_of.gather(-1, experts)
+        experts = experts.masked_fill(values == 0, -1)
         l_aux = gates.new_zeros(())  # the gating loss supervises per-instance gates; there is no balancing loss
         return l_aux, int(capacity), self.num_experts, experts.T.contiguous(), slots.T.contiguous(), values.T, counts
 

@@ -36,7 +36,7 @@ class Routing:
 
     def __post_init__(self) -> None:
         """`forced_count`: the largest number of non-zero forced gates in a row. Read from the device only once."""
-        self.forced_count = None if self.forced is None else int((self.forced > 0).sum(-1).max())
+        self.forced_count = None if self.forced is None else int((self.forced != 0).sum(-1).max())
 
 
 @dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
-from alignx_ds.mocae.bounds import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Range
+from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
 
+Kind = Annotated[str, OneOf(("choice", "needs"))]
+Combine = Annotated[str, OneOf(("outputs", "weights"))]
 Scope = Annotated[str, OneOf(("shared", "per_layer"))]
 Scales = Annotated[
     int, Range(least=2, most=32, fix="a slope over scales needs two of them, and each doubles the kernel's width")
@@ -24,7 +26,9 @@ class GateSettings:
     natural: NonNegativeFloat = 0.4  # λ₂
     lexical: NonNegativeFloat = 1.0  # λ₃, weight of the lexical score; 0 is the paper's gate
     temperature: PositiveFloat = 1.0  # of the linear router's softmax
-    top_k: PositiveInt = 1  # experts that serve a query; training always mixes all
+    kind: Kind = "choice"  # experts compete for a query, or each axis has its own probability of being needed by it
+    combine: Combine = "outputs"  # mix the experts' outputs, or their weights, which costs one activation for all
+    top_k: NonNegativeInt = 0  # experts that serve a query; 0: one in a choice, all axes that are needed in needs
     more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names
     scope: Scope = "shared"  # one decision at the lowest AlignX layer, or one per layer
     latent: PositiveInt = 64  # k, dimensions of a gate's whitened latent space
@@ -32,6 +36,14 @@ class GateSettings:
     fractal_dimensions: PositiveInt = 4  # leading latent dimensions that the fractal score looks at
     anchors: PositiveInt = 64  # k-means anchors per expert
     scales: Scales = 5  # kernel widths: ε·2, ε·4, …
+
+    def chosen(self, experts: int) -> int:
+        """How many gates are kept when a query is served: of all experts in a choice, of the axes in needs."""
+        return min(self.top_k or experts - 1, experts - 1) if self.kind == "needs" else self.top_k or 1
+
+    def served_by(self, experts: int) -> int:
+        """How many gates of a query can be non-zero when it is served: in needs the generalist's is one of them."""
+        return self.chosen(experts) + (self.kind == "needs")
 
     def as_dict(self) -> dict[str, Any]:
         """These settings alone, without what a subclass adds."""

@@ -82,7 +82,7 @@ def gate_with(
     """
     gates, layers = gates_of(model), alignx_layers(model)
     before = [(g.settings, g.router.weight.detach().clone(), g.calibration_temperature.clone()) for g in gates.values()]
-    counts = [layer.top_k for layer in layers]
+    settings_of_layers = [layer.settings for layer in layers]
     with torch.no_grad():
         for index, gate in gates.items():
             switchable = ("fractal", "natural", "lexical")
@@ -94,7 +94,7 @@ def gate_with(
             if temperatures is not None:
                 gate.calibration_temperature.fill_(temperatures[index])
         for layer in layers:
-            layer.top_k = top_k
+            layer.settings = replace(layer.settings, top_k=top_k)
         try:
             yield
         finally:
@@ -102,8 +102,8 @@ def gate_with(
                 gate.settings = settings
                 gate.router.weight.copy_(weight)
                 gate.calibration_temperature.copy_(temperature)
-            for layer, count in zip(layers, counts, strict=True):
-                layer.top_k = count
+            for layer, settings in zip(layers, settings_of_layers, strict=True):
+                layer.settings = settings
 
 
 def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, Tensor]:

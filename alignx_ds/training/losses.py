@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, MicroBatch
-from alignx_ds.mocae.gate import CalibratedGate, Decision, Query
+from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.training.metrics import MicroBatchLoss
@@ -70,13 +70,23 @@ def gating_terms(
     """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, in nats.
 
     Each is a mean over B rows; `experts` [B] int64 is the expert that each row belongs to. The calibrators' own gates
-    are the softmax of all terms of the gate but the trained linear one.
+    are those of all terms of the gate but the trained linear one. A choice is one draw among the experts; needs are one
+    draw per axis, yes or no, and a row's terms are the sums over its axes.
     """
-    log_gates = decision.logits.log_softmax(-1)
-    gates = log_gates.exp()
     with torch.no_grad():
         parts = gate.parts(query)
-        prior = torch.stack([term for name, term in parts.items() if name != "linear"]).sum(0).log_softmax(-1)
+        prior = torch.stack([term for name, term in parts.items() if name != "linear"]).sum(0)
+    if gate.settings.kind == "needs":
+        needed = functional.one_hot(experts, decision.logits.shape[-1])[:, 1:]
+        gates, known = need_logits(decision.logits), need_logits(prior)
+        log_yes, log_no = functional.logsigmoid(gates), functional.logsigmoid(-gates)
+        yes, no = log_yes.exp(), log_no.exp()
+        cross_entropy = functional.binary_cross_entropy_with_logits(gates, needed.float(), reduction="none")
+        entropy = -(yes * log_yes + no * log_no)
+        divergence = yes * (log_yes - functional.logsigmoid(known)) + no * (log_no - functional.logsigmoid(-known))
+        return cross_entropy.sum(-1).mean(), entropy.sum(-1).mean(), divergence.sum(-1).mean()
+    log_gates, prior = decision.logits.log_softmax(-1), prior.log_softmax(-1)
+    gates = log_gates.exp()
     entropy = -(gates * log_gates).sum(-1).mean()
     return functional.nll_loss(log_gates, experts), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 

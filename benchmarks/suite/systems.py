@@ -205,9 +205,9 @@ def systems(s: Setting, names: list[str]) -> list[System]:
 def _top_k(k: int) -> Callable[[list[PreTrainedModel]], None]:
     def prepare(models: list[PreTrainedModel]) -> None:
         for layer in alignx_layers(models[0]):
-            layer.top_k = k
+            layer.settings = GateSettings(top_k=k)
             if layer.gate is not None:
-                layer.gate.settings = GateSettings(top_k=k)
+                layer.gate.settings = layer.settings
 
     return prepare
 

@@ -13,14 +13,19 @@ from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 
 MODELS = [("fused", "shared", 1), ("fused", "per_layer", 2), ("parallel", "shared", 1), ("parallel", "per_layer", 4)]
-CASES = [("llama", *m) for m in MODELS] + [(f, *MODELS[i % 2]) for i, f in enumerate(FAMILIES) if f != "llama"]
+NEEDS = [("fused", "per_layer", 0, "needs", "outputs"), ("fused", "shared", 0, "needs", "weights")]
+NEEDS += [("fused", "shared", 1, "needs", "outputs"), ("parallel", "shared", 0, "needs", "outputs")]
+CHOICE = ("choice", "outputs")
+CASES = [("llama", *m, *CHOICE) for m in MODELS] + [("llama", *m) for m in NEEDS]
+CASES += [(f, *MODELS[i % 2], *CHOICE) for i, f in enumerate(FAMILIES) if f != "llama"]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda m: "-".join(map(str, m)))
 def model(request: pytest.FixtureRequest) -> AlignXForCausalLM:
-    family, path, scope, top_k = request.param
+    family, path, scope, top_k, kind, combine = request.param
     base, placement = base_model(family=family), Placement(1, 0) if path == "parallel" else None
-    return aligned(base, low_rank_experts(base), scope=scope, top_k=top_k, placement=placement)
+    gate = {"scope": scope, "top_k": top_k, "kind": kind, "combine": combine}
+    return aligned(base, low_rank_experts(base), **gate, placement=placement)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

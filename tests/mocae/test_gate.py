@@ -41,7 +41,9 @@ def test_keep_top_keeps_k_even_among_equals() -> None:
 def make(temperature: float = 1.0, top_k: int = 1, absent: tuple[int, ...] = ()) -> CalibratedGate:
     geometry = random_geometry(6, 1)
     geometry.present[list(absent)] = 0
-    gate = CalibratedGate(geometry, GateSettings(0.6, 0.4, 0.8, temperature, top_k)).eval()
+    gate = CalibratedGate(
+        geometry, GateSettings(fractal=0.6, natural=0.4, lexical=0.8, temperature=temperature, top_k=top_k)
+    ).eval()
     with torch.no_grad():
         gate.router.weight.copy_(torch.randn(4, 6, generator=generator(2)))
     return gate

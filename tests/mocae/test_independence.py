@@ -27,6 +27,9 @@ MODELS = [
     ("parallel", "shared", 1, False),
     ("parallel", "per_layer", 2, False),
     ("parallel", "shared", 1, True),
+    ("fused", "per_layer", 0, False, "outputs"),
+    ("fused", "shared", 0, False, "weights"),
+    ("parallel", "shared", 0, True, "outputs"),
 ]
 OTHERS = [("fused", "shared", 1, False), ("parallel", "per_layer", 2, False)]
 CASES = [("llama", *m) for m in MODELS] + [(f, *OTHERS[i % 2]) for i, f in enumerate(FAMILIES) if f != "llama"]
@@ -34,9 +37,10 @@ CASES = [("llama", *m) for m in MODELS] + [(f, *OTHERS[i % 2]) for i, f in enume
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda m: "-".join(map(str, m)))
 def model(request: pytest.FixtureRequest) -> AlignXForCausalLM:
-    family, path, scope, top_k, training = request.param
+    family, path, scope, top_k, training, *needs = request.param
     base, placement = base_model(family=family), Placement(1, 0) if path == "parallel" else None
-    made = aligned(base, low_rank_experts(base), scope=scope, top_k=top_k, placement=placement)
+    gate = {"scope": scope, "top_k": top_k, **({"kind": "needs", "combine": needs[0]} if needs else {})}
+    made = aligned(base, low_rank_experts(base), **gate, placement=placement)
     return made.train(training)
 
 

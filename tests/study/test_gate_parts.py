@@ -35,7 +35,7 @@ def test_a_gate_that_serves_with_some_parts_says_what_those_parts_say(
     with gate_with(model, parts, 2, temperatures=dict.fromkeys(whole, 0.5)):
         served = gate_terms(model, *rows)
         assert all(float(gate.calibration_temperature) == 0.5 for gate in gates_of(model).values())
-        assert {layer.top_k for layer in alignx_layers(model)} == {2}
+        assert {layer.settings.top_k for layer in alignx_layers(model)} == {2}
         prompt = torch.tensor([studied_run.data.routed.examples[0].ids])
         with torch.no_grad():
             model(prompt, use_cache=False)
@@ -45,5 +45,5 @@ def test_a_gate_that_serves_with_some_parts_says_what_those_parts_say(
         assert torch.allclose(sum_of(terms), expected, atol=1e-4)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before), "as it was before"
-    assert {layer.top_k for layer in alignx_layers(model)} == {model.config.gate_settings().top_k}
+    assert {layer.settings.top_k for layer in alignx_layers(model)} == {model.config.gate_settings().top_k}
     assert all(gate.settings == model.config.gate_settings() for gate in gates_of(model).values())

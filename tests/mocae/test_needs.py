@@ -1,0 +1,176 @@
+"""A gate of needs: each axis has its own probability of being needed; outputs or weights are mixed in differences."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.special import expit
+from tiny_models import (
+    ALIGNX_LAYERS,
+    EXPERTS,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    padded,
+    random_geometry,
+    random_rows,
+    relative,
+    table_of,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.layer import alignx_layers, gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.training.losses import gating_terms
+
+PATHS = {"fused": None, "parallel": Placement(1, 0)}
+BASE = base_model()
+IDS, MASK = padded(random_rows([5, 12, 8]))
+
+
+def make(top_k: int = 0, absent: tuple[int, ...] = ()) -> CalibratedGate:
+    geometry = random_geometry(6, 1)
+    geometry.present[list(absent)] = 0
+    gate = CalibratedGate(geometry, GateSettings(kind="needs", top_k=top_k)).eval()
+    with torch.no_grad():
+        for parameter in gate.router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator(2)))
+    return gate
+
+
+QUERY = Query(torch.randn(64, 32, generator=generator(3)), torch.randn(64, EXPERTS, generator=generator(4)))
+
+
+def test_a_need_is_the_logistic_function_of_a_logit_less_the_generalist_s() -> None:
+    decision = make()(QUERY)
+    logits = decision.logits.detach().double().numpy()
+    needs = expit(logits[:, 1:] - logits[:, :1])
+    torch.testing.assert_close(decision.needs().double(), torch.from_numpy(needs), rtol=1e-5, atol=1e-7)
+    assert torch.equal(decision.gates[:, 1:], decision.needs())
+    torch.testing.assert_close(decision.gates.sum(-1), torch.ones(64))
+    assert (decision.gates[:, 0] < 0).any() and (decision.gates[:, 0] > 0).any()
+
+
+def test_the_bias_moves_every_logit() -> None:
+    gate = make()
+    before = gate(QUERY).logits
+    with torch.no_grad():
+        gate.router.bias.add_(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+    torch.testing.assert_close(gate(QUERY).logits - before, torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(64, -1))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_serving_keeps_the_axes_that_are_needed_most(top_k: int) -> None:
+    gate = make(top_k=top_k)
+    served, trained = gate(QUERY), gate.train()(QUERY)
+    assert torch.equal(trained.gates[:, 1:], trained.needs())
+    for row, every in zip(served.gates.tolist(), trained.needs().tolist(), strict=True):
+        kept = sorted(every, reverse=True)[:top_k]
+        assert row[1:] == [need if need in kept else 0.0 for need in every]
+        assert row[0] == pytest.approx(1 - sum(kept), abs=1e-6)
+
+
+def test_an_axis_without_queries_is_never_needed_and_a_generalist_without_any_is_the_zero() -> None:
+    without_axis, whole = make(absent=(2,))(QUERY), make()(QUERY)
+    assert not without_axis.gates[:, 2].any()
+    assert torch.equal(without_axis.needs()[:, [0, 2]], whole.needs()[:, [0, 2]])
+    alone = make(absent=(0,))(QUERY)
+    assert not alone.logits[:, 0].any()
+    torch.testing.assert_close(alone.needs(), whole.logits[:, 1:].sigmoid())
+
+
+def test_the_gating_terms_are_sums_over_independent_axes() -> None:
+    gate, labels = make(), torch.arange(64) % EXPERTS
+    decision = gate(QUERY)
+    cross_entropy, entropy, prior = gating_terms(gate, QUERY, decision, labels)
+    yes = decision.needs().detach().double()
+    parts = gate.parts(QUERY)
+    calibrators = sum(term for name, term in parts.items() if name != "linear")
+    assert isinstance(calibrators, Tensor)
+    known = (calibrators[:, 1:] - calibrators[:, :1]).detach().double().sigmoid()
+    needed = torch.nn.functional.one_hot(labels, EXPERTS)[:, 1:].double()
+    likelihood = torch.where(needed > 0, yes, 1 - yes).log().sum(-1)
+    each = -(yes * yes.log() + (1 - yes) * (1 - yes).log())
+    divergence = yes * (yes / known).log() + (1 - yes) * ((1 - yes) / (1 - known)).log()
+    assert float(cross_entropy) == pytest.approx(-float(likelihood.mean()), rel=1e-4)
+    assert float(entropy) == pytest.approx(float(each.sum(-1).mean()), rel=1e-4)
+    assert float(prior) == pytest.approx(float(divergence.sum(-1).mean()), rel=1e-3)
+    for term in (cross_entropy, entropy, prior):
+        for gradient in torch.autograd.grad(term, list(gate.router.parameters()), retain_graph=True):
+            assert gradient.any()
+
+
+def needs_model(**settings: object) -> AlignXForCausalLM:
+    return aligned(BASE, low_rank_experts(BASE), kind="needs", **settings)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_outputs_are_mixed_in_differences_from_the_base() -> None:
+    """FFN₀ + Σᵢ rᵢ (FFNᵢ − FFN₀), whatever the sum of the r."""
+    mixture = alignx_layers(needs_model())[0].mixture
+    x = torch.randn(2, 5, 32, generator=generator(1))
+    needs = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.0, 0.3]])
+    gates = torch.cat([1 - needs.sum(-1, keepdim=True), needs], -1).unsqueeze(1)
+    each = [mixture(x, torch.eye(EXPERTS)[e].expand(2, 1, -1)) for e in range(EXPERTS)]
+    expected = each[0] + sum(needs[:, i, None, None] * (each[i + 1] - each[0]) for i in range(3))
+    assert relative(mixture(x, gates), expected) < 1e-5
+    assert relative(mixture(x, gates, EXPERTS), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_merged_weights_are_the_base_s_plus_the_weighted_changes() -> None:
+    model, needs = needs_model(combine="weights"), torch.tensor([0.9, 0.8, 0.1])
+    gates = torch.cat([1 - needs.sum().view(1), needs]).expand(3, -1)
+    merged, table = copy.deepcopy(BASE), table_of(BASE)
+    for index, layer in zip(ALIGNX_LAYERS, alignx_layers(model), strict=True):
+        layer.calibration.reinjection.zero_()
+        ffn = table.view(table.ffn_of(merged, index))
+        for p in PROJECTIONS:
+            for need, factors in zip(needs, layer.mixture.factors()[1:], strict=True):
+                ffn.projection(p).weight += need * factors.delta(p)
+    expected = merged(IDS, MASK).logits[MASK.bool()]
+    assert relative(model(IDS, MASK, forced=gates).logits[MASK.bool()], expected) < 1e-5
+    assert relative(needs_model()(IDS, MASK, forced=gates).logits[MASK.bool()], expected) > 1e-3
+
+
+@pytest.mark.parametrize("combine", ["outputs", "weights"])
+@torch.no_grad()
+def test_with_one_hot_gates_every_mixture_is_a_choice_s(combine: str) -> None:
+    choice = aligned(BASE, low_rank_experts(BASE))
+    for e in range(EXPERTS):
+        forced = torch.eye(EXPERTS)[[e] * 3]
+        expected = choice(IDS, MASK, forced=forced).logits[MASK.bool()]
+        assert relative(needs_model(combine=combine)(IDS, MASK, forced=forced).logits[MASK.bool()], expected) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+def test_both_paths_are_one_function(scope: str, training: bool) -> None:
+    cotangent = torch.randn(3, IDS.shape[1], 50, generator=generator(8)) * MASK.unsqueeze(-1)
+    logits, routers = [], []
+    for placement in PATHS.values():
+        model = needs_model(scope=scope, placement=placement).train(training)
+        out = model(IDS, MASK).logits
+        (out * cotangent).sum().backward()
+        logits.append(out.detach()[MASK.bool()])
+        routers.append([p.grad for gate in gates_of(model).values() for p in gate.router.parameters()])
+    assert relative(logits[1], logits[0]) < 1e-5
+    for other, expected in zip(*reversed(routers), strict=True):
+        assert expected is not None and other is not None and expected.any()
+        assert relative(other, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_a_saved_model_keeps_its_kind(tmp_path: Path) -> None:
+    model = needs_model(combine="weights", scope="per_layer")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS, MASK).logits, model(IDS, MASK).logits)
