@@ -52,7 +52,7 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
     temperature = float(gate.calibration_temperature)
     ablations = {}
     for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
-        t = fit_temperature(sum_of(fitted, *terms), known)
+        t = fit_temperature(sum_of(fitted, *terms), known, gate.settings.kind)
         ablations[name] = router_metrics(sum_of(tested, *terms) / t, labels)
     logits = sum_of(tested)
     return RouterReport(

@@ -142,4 +142,4 @@ def fit_temperatures(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: i
     labels = torch.tensor(rows.experts)
     terms = gate_terms(model, rows, pad_id, batch)
     for index, gate in gates_of(model).items():
-        gate.calibration_temperature.fill_(fit_temperature(sum_of(terms[index]), labels))
+        gate.calibration_temperature.fill_(fit_temperature(sum_of(terms[index]), labels, gate.settings.kind))

@@ -104,6 +104,21 @@ def test_the_temperature_that_made_the_labels_is_found(truth: float) -> None:
 
 
 @few
+@given(seed=st.integers(0, 10_000), sharpness=st.floats(0.3, 6.0))
+def test_no_other_temperature_makes_a_gate_of_needs_likelier(seed: int, sharpness: float) -> None:
+    logits, labels = case(seed, 200, 4, sharpness)
+    needed = functional.one_hot(labels, 4)[:, 1:].double()
+
+    def nll(t: float) -> float:
+        odds = (logits[:, 1:] - logits[:, :1]).double() / t
+        return float(functional.binary_cross_entropy_with_logits(odds, needed))
+
+    best = nll(fit_temperature(logits, labels, "needs"))
+    for log_t in np.linspace(-4, 4, 81):
+        assert best <= nll(math.exp(log_t)) + 1e-6
+
+
+@few
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.5, 2.0))
 def test_logits_that_are_scaled_have_a_temperature_scaled_alike(seed: int, scale: float) -> None:
     logits, _ = case(seed, 300, 4)
