@@ -43,6 +43,8 @@ def run(
         distributed.start_failure_detection(config.launch.timeout)
     world_size = distributed.planned_world_size(config.launch.ranks)
     base = checks.check(config, world_size, weights=not dry_run)
+    if not dry_run:
+        outputs.Outputs.of(config).lock.check()
     outputs.check_owner(config)
     if dry_run:
         print(describe(config, base, world_size, show_config=show_config))
@@ -59,45 +61,47 @@ def run(
     if not distributed.under_launcher() and config.launch.ranks > 1:
         return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
 
-    with _process_group(config.launch.timeout):
-        started, ranks = time.monotonic(), distributed.world_size()
-        distributed.on_main(lambda: outputs.claim(config))
-        for name, fact in facts(base).items():
-            console.say(f"{name}: {fact}")
-        for line in training.without_effect(config):
-            console.say(line)
+    with context.out.lock as lock:
+        with _process_group(config.launch.timeout):
+            started, ranks = time.monotonic(), distributed.world_size()
+            distributed.on_main(lock.take)
+            distributed.on_main(lambda: outputs.claim(config))
+            for name, fact in facts(base).items():
+                console.say(f"{name}: {fact}")
+            for line in training.without_effect(config):
+                console.say(line)
 
-        if config.model.path == SCRATCH_MODEL:
-            console.heading("Base model from scratch")
-            scratch.train_base(context, inputs.texts)
+            if config.model.path == SCRATCH_MODEL:
+                console.heading("Base model from scratch")
+                scratch.train_base(context, inputs.texts)
 
-        console.heading("Stage 1: specialists")
-        specialists = finetune.train_specialists(context)
-        if until == "specialists":
-            return 0
+            console.heading("Stage 1: specialists")
+            specialists = finetune.train_specialists(context)
+            if until == "specialists":
+                return 0
 
-        console.heading("Stage 2: mixture of calibrated experts")
-        aligned = align.train_aligned(context, specialists)
-        if until == "align":
-            return 0
+            console.heading("Stage 2: mixture of calibrated experts")
+            aligned = align.train_aligned(context, specialists)
+            if until == "align":
+                return 0
 
-        console.heading("Baselines")
-        fine_tunes = finetune.train_baselines(context)
-        fusions = fuse.train_fusions(context, specialists)
+            console.heading("Baselines")
+            fine_tunes = finetune.train_baselines(context)
+            fusions = fuse.train_fusions(context, specialists)
 
-        console.heading("Evaluation")
-        systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
-        evaluation = Evaluation(config, base, data, context.out)
-        evaluation.evaluate_all(systems)
-        router = router_report(load_aligned(base, aligned), data, base, config)
+            console.heading("Evaluation")
+            systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
+            evaluation = Evaluation(config, base, data, context.out)
+            evaluation.evaluate_all(systems)
+            router = router_report(load_aligned(base, aligned), data, base, config)
 
-    # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
-    if distributed.is_main():
-        with signals.immediate_stop("judgement"):  # verdicts are saved as they come
-            judged = evaluation.judge_all(systems)
-            found = report.build(config, data, judged, router, context.out, time.monotonic() - started, ranks)
-            report.write(found, context.out)
-            report.show(found, context.out)
+        # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
+        if distributed.is_main():
+            with signals.immediate_stop("judgement"):  # verdicts are saved as they come
+                judged = evaluation.judge_all(systems)
+                found = report.build(config, data, judged, router, context.out, time.monotonic() - started, ranks)
+                report.write(found, context.out)
+                report.show(found, context.out)
     return 0
 
 

@@ -96,6 +96,19 @@ def test_another_runs_directory_is_left_alone(refused: Refused, write_recipe: Wr
     assert "another seed" in line
 
 
+def test_a_directory_that_another_run_is_using_is_left_alone(
+    refused: Refused, write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe()
+    with outputs.Outputs.of(load(recipe)).lock as lock:
+        lock.take()
+        (line,) = refused("run", recipe)
+        assert "another run holds it (process" in line
+        assert [path.name for path in lock.path.parent.iterdir()] == [lock.path.name]
+        assert cli.main(["run", str(recipe), "--dry-run"]) == 0, "it only looks"
+    assert "nothing is written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "config.yaml"])
 def test_a_directory_with_foreign_files_is_left_alone(
     refused: Refused, write_recipe: WriteRecipe, tmp_path: Path, name: str

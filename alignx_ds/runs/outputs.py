@@ -12,7 +12,8 @@ import yaml
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import SPREAD, RunConfig
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.runs import manifest
+from alignx_ds.runs import lock, manifest
+from alignx_ds.runs.lock import Lock
 
 REQUIRED = frozenset({"output", "model", "axes"})  # keys of every run's config.yaml
 
@@ -26,6 +27,10 @@ class Outputs:
     def of(cls, config: RunConfig) -> Outputs:
         root = Path(config.output)
         return cls(root, Path(config.specialists) if config.specialists else root / "specialists")
+
+    @property
+    def lock(self) -> Lock:
+        return Lock(self.root / lock.NAME, "output", str(self.root))
 
     @property
     def config(self) -> Path:
@@ -83,7 +88,7 @@ def check_owner(config: RunConfig) -> None:
     if config.specialists:
         _check_specialists(config, outputs.specialists)
     if not outputs.config.is_file():
-        if outputs.root.is_dir() and any(outputs.root.iterdir()):
+        if outputs.root.is_dir() and any(lock.NAME not in path.name for path in outputs.root.iterdir()):
             fix = "choose another output; nothing in it was touched"
             raise ConfigError(Problem("output", config.output, "a new directory, or this run's own", fix))
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ from types import FrameType
 
 from alignx_ds.errors import Stopped
 from alignx_ds.runtime import distributed
+from alignx_ds.runtime.exit import exit_now
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 as a warning before the time limit
 # Signals within so many seconds are one request: a launcher forwards what the scheduler has sent to all processes.
@@ -95,4 +95,4 @@ def _request_stop(number: int) -> None:
             consequence = "stopping after the current step, with everything saved; a second signal ends the run at once"
             print(f"alignx-ds: {signal.Signals(number).name}: {consequence}", file=sys.stderr, flush=True)
     elif now - _requests[0] > SAME_REQUEST:
-        os._exit(128 + number)
+        exit_now(128 + number)

@@ -18,7 +18,8 @@ from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.base import BaseModel
-from alignx_ds.runs import manifest
+from alignx_ds.runs import lock, manifest
+from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import engine as engines
@@ -61,16 +62,24 @@ def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
     `make` raises. Collective.
     """
     job = training_job(stage, context)
-    if distributed.on_main(lambda: manifest.is_current(stage.directory, stage.inputs)):
-        console.say(f"{stage.label}: unchanged, reused from {stage.directory}")
-    else:
-        distributed.on_main(lambda: _clear(stage))
-        facts = make(job)
-        distributed.barrier()  # all ranks have written their files
-        distributed.on_main(lambda: manifest.write(stage.directory, stage.inputs, facts))
+    place = stage.directory
+    with Lock(place.with_name(f"{place.name}.{lock.NAME}"), "specialists", str(place.parent)) as own:
+        if stage.shared and not _is_current(stage):
+            distributed.on_main(own.take)  # the lock of the output does not cover what is shared
+        if _is_current(stage):
+            console.say(f"{stage.label}: unchanged, reused from {place}")
+        else:
+            distributed.on_main(lambda: _clear(stage))
+            facts = make(job)
+            distributed.barrier()  # all ranks have written their files
+            distributed.on_main(lambda: manifest.write(place, stage.inputs, facts))
     if job.checkpoints:
         job.checkpoints.finish()
     return stage.directory
+
+
+def _is_current(stage: Stage) -> bool:
+    return distributed.on_main(lambda: manifest.is_current(stage.directory, stage.inputs))
 
 
 def training_job(stage: Stage, context: StageContext) -> TrainingJob:
