@@ -14,6 +14,7 @@ from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks, training
+from alignx_ds.plan.accounts import accounts, notes
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.plan.prompts import facts
 from alignx_ds.plan.sizes import disk
@@ -66,6 +67,9 @@ def run(
             started, ranks = time.monotonic(), distributed.world_size()
             distributed.on_main(lock.take)
             distributed.on_main(lambda: outputs.claim(config))
+            console.heading("Rows")
+            for line in (*accounts(data.splits), *notes(config, data)):
+                console.say(line)
             for name, fact in facts(base).items():
                 console.say(f"{name}: {fact}")
             for line in training.without_effect(config):

@@ -41,38 +41,29 @@ def with_system(prompt: Prompt, system: str | None) -> Chat:
 def written(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
     if template_of(tokenizer) is None:
-        return [_instruction_format(chat, _end(tokenizer)) for chat in chats]
+        return [_instruction_format(chat, written_end(tokenizer)) for chat in chats]
     return render([[{"role": turn.role, "content": turn.text} for turn in chat] for chat in chats], tokenizer)
 
 
-def earlier_answers(chat: Chat, text: str, tokenizer: PreTrainedTokenizerBase) -> list[AnswerPlace] | None:
-    """Where a dialogue's earlier answers stand in its text.
+def answer_place(text: str, begin: int, answer: str, tokenizer: PreTrainedTokenizerBase) -> AnswerPlace | None:
+    """Where an answer stands that should follow the first `begin` characters; None if it does not."""
+    start = begin + _white_space(text[begin:])
+    last = start + len(answer)
+    if text[start:last] != answer:
+        return None
+    closing, end = last + _white_space(text[last:]), written_end(tokenizer)
+    closed = bool(end) and text.startswith(end, closing)
+    return AnswerPlace(begin, (start, last), (closing, closing + len(end)) if closed else (last, last))
 
-    None if one does not follow what the model sees when it gives that answer: some templates write an answer otherwise
-    once the dialogue goes on.
-    """
-    answered = [i for i, turn in enumerate(chat) if turn.role == "assistant"]
-    places, end = [], _end(tokenizer)
-    for i, prompt in zip(answered, written([chat[:i] for i in answered], tokenizer), strict=True):
-        start = len(prompt) + _white_space(text[len(prompt) :])
-        last = start + len(chat[i].text)
-        if not text.startswith(prompt) or text[start:last] != chat[i].text:
-            return None
-        closing = last + _white_space(text[last:])
-        closed = bool(end) and text.startswith(end, closing)
-        closed_at = (closing, closing + len(end)) if closed else (last, last)
-        places.append(AnswerPlace(len(prompt), (start, last), closed_at))
-    return places
+
+def written_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is written after an answer; empty: nothing."""
+    template = template_of(tokenizer)
+    return str(tokenizer.eos_token) if template is None else template.end
 
 
 def _white_space(text: str) -> int:
     return len(text) - len(text.lstrip())
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is written after an answer."""
-    template = template_of(tokenizer)
-    return str(tokenizer.eos_token) if template is None else template.end
 
 
 def _instruction_format(chat: Chat, end: str) -> str:

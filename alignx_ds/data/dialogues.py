@@ -64,7 +64,7 @@ def hh_rlhf(place: str, r: Record) -> Row | str:
         return str(error)
 
 
-def first_question(parse: Any) -> Any:
+def question_of(parse: Any) -> Any:
     """A schema's `question`: of the row that `parse` makes of the record, or nothing if it is dropped."""
 
     def question(record: Record) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.data.chats import Prompt, earlier_answers, with_system, written
+from alignx_ds.data.chats import Prompt, answer_place, with_system, written
 from alignx_ds.data.literal import EncodedText, LiteralEncoder
 from alignx_ds.data.rows import Chat, Row
 from alignx_ds.models.ends import answer_end
@@ -97,7 +97,7 @@ def encode(
     examples = []
     for row, chat, text, prompt, answer in zip(rows, chats, texts, prompts, answers, strict=True):
         closed = (*answer.ids, end) if row.response else ()
-        earlier = _learned(chat, text, prompt, tokenizer) if every_answer and row.response else ()
+        earlier = _learned(chat, text, prompt, encoder) if every_answer and row.response else ()
         examples.append(Example((*prompt.ids, *closed), len(prompt.ids), row.place, earlier))
     return examples
 
@@ -121,20 +121,36 @@ def _encode_texts(texts: list[str], encoder: LiteralEncoder, *, offsets: bool = 
     return found
 
 
-def _learned(
-    chat: Chat, text: str, prompt: EncodedText, tokenizer: PreTrainedTokenizerBase
-) -> tuple[tuple[int, int], ...]:
-    """The spans of tokens of a dialogue's earlier answers."""
-    if not tokenizer.is_fast or not any(turn.role == "assistant" for turn in chat):
+def _learned(chat: Chat, text: str, prompt: EncodedText, encoder: LiteralEncoder) -> tuple[tuple[int, int], ...]:
+    """The spans of tokens of a dialogue's earlier answers.
+
+    None of them if one does not follow what the model sees when it gives that answer: some templates write an answer
+    otherwise once the dialogue goes on.
+    """
+    answered = [i for i, turn in enumerate(chat) if turn.role == "assistant"]
+    if not answered or not encoder.tokenizer.is_fast:
         return ()
-    spans: list[tuple[int, int]] = []
-    for place in earlier_answers(chat, text, tokenizer) or ():
-        for i in (i for i, (start, end) in enumerate(prompt.offsets) if place.covers(start, end)):
-            if spans and spans[-1][1] == i:
-                spans[-1] = (spans[-1][0], i + 1)
-            else:
-                spans.append((i, i + 1))
-    return tuple(spans)
+    learned: set[int] = set()
+    for i, seen in zip(answered, written([chat[:i] for i in answered], encoder.tokenizer), strict=True):
+        begin = _end_of(seen, text, prompt, encoder)
+        place = None if begin is None else answer_place(text, begin, chat[i].text, encoder.tokenizer)
+        if place is None:
+            return ()
+        learned |= {n for n, (start, end) in enumerate(prompt.offsets) if place.covers(start, end)}
+    starts, ends = (sorted(n for n in learned if n + step not in learned) for step in (-1, 1))
+    return tuple((start, end + 1) for start, end in zip(starts, ends, strict=True))
+
+
+def _end_of(seen: str, text: str, prompt: EncodedText, encoder: LiteralEncoder) -> int | None:
+    """Where a shorter prompt ends in the text of a longer one; None if the longer one does not begin with it.
+
+    They may differ in white space that no token stands for.
+    """
+    if text.startswith(seen):
+        return len(seen)
+    (tokens,) = _encode_texts([seen], encoder)
+    begins = prompt.ids[: len(tokens.ids)] == tokens.ids
+    return prompt.offsets[len(tokens.ids) - 1][1] if begins else None
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -74,9 +74,8 @@ def _earlier(place: str, r: Record) -> Chat:
 
 
 def alpaca_question(record: Record) -> str:
-    """The first of the user's turns."""
-    earlier = _earlier("", record)
-    return earlier[0].text if earlier else instruction_with_input(record)
+    """The user's turns."""
+    return Row(instruction_with_input(record), "", before=_earlier("", record)).question
 
 
 def beavertails(records: list[PlacedRecord]) -> Parsed:

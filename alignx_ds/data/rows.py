@@ -20,6 +20,7 @@ class Turn:
 
 
 Chat = tuple[Turn, ...]  # the turns of a dialogue, in order
+NEXT_TURN = "\0"  # between the turns of a question
 SPEAKERS: dict[Role, str] = {"user": "User", "assistant": "Assistant"}
 
 
@@ -46,14 +47,18 @@ class Row:
         return (*self.before, Turn("user", self.prompt))
 
     @property
-    def questions(self) -> tuple[str, ...]:
-        """Every user turn regardless of case and spacing."""
-        return tuple(normalised(turn.text) for turn in self.chat if turn.role == "user")
+    def question(self) -> str:
+        """The user's turns regardless of case and spacing. Two rows with equal questions are in the same split."""
+        return NEXT_TURN.join(self._user_turns())
 
     @property
-    def question(self) -> str:
-        """The first user turn regardless of case and spacing. Two rows with equal questions are in the same split."""
-        return self.questions[0]
+    def questions(self) -> frozenset[str]:
+        """All questions that the row's answers answer: the dialogue up to each of them, and each turn by itself."""
+        turns = self._user_turns()
+        return frozenset((*turns, *(NEXT_TURN.join(turns[: n + 1]) for n in range(len(turns)))))
+
+    def _user_turns(self) -> list[str]:
+        return [" ".join(turn.text.casefold().split()) for turn in self.chat if turn.role == "user"]
 
     @property
     def asked(self) -> str:
@@ -85,10 +90,6 @@ class Dropped:
 
     place: str
     reason: str
-
-
-def normalised(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def split_by_question(rows: list[Row], share: float, salt: str) -> tuple[list[Row], list[Row]]:

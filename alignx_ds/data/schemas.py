@@ -49,7 +49,7 @@ def _question(prompt: str, response: str = "", category: str = "", *, harmful: b
 
 
 def _dialogues(columns: dict[str, Column], parse: Callable[[str, Record], Row | str]) -> Schema:
-    return Schema(columns, dialogues.first_question(parse), parsers.each_record(parse))
+    return Schema(columns, dialogues.question_of(parse), parsers.each_record(parse))
 
 
 TURNS = (list, dict)  # `datasets` has lists of objects as a mapping of lists

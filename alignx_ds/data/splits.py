@@ -151,7 +151,7 @@ def _set_limit(name: str, config: RunConfig) -> int:
 
 
 def _leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
-    """The rows with a question that is held out, also in an earlier turn."""
+    """The rows with a question that is held out, also as an earlier turn."""
     rows = enumerate(split.rows)
     return {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
 

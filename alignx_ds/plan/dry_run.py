@@ -5,10 +5,11 @@ from __future__ import annotations
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
-from alignx_ds.data.splits import DataSplits, SplitRows, read_splits
+from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import prompts, training
+from alignx_ds.plan.accounts import accounts, line, notes
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.training.engine import steps_of
 
@@ -24,7 +25,7 @@ def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config
         "prompts and answers": [f"  {name:<28}{fact}" for name, fact in written.items()],
         "rows": rows,
         "optimizer steps": steps,
-        "parameters": [_line(name, f"{count:,}") for name, count in counts(config, base).items()],
+        "parameters": [line(name, f"{count:,}") for name, count in counts(config, base).items()],
         f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
         "disk space, at most": _sizes(disk(config, base)),
         "DeepSpeed": [f"  {line}" for line in training.without_effect(config)],
@@ -47,14 +48,10 @@ def _summary(config: RunConfig, base: BaseModel, world_size: int) -> list[str]:
     ]
 
 
-def _line(name: str, value: str, note: str = "") -> str:
-    return f"  {name:<28}{value:>14}{note}"
-
-
 def _sizes(sizes: dict[str, float]) -> list[str]:
     """Of GiB."""
     shown = {name: f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * MIB_PER_GIB:,.1f} MiB" for name, gib in sizes.items()}
-    return [_line(name, size) for name, size in shown.items()]
+    return [line(name, size) for name, size in shown.items()]
 
 
 def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], list[str]]:
@@ -74,7 +71,11 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
         return [], [], [*unchecked, str(error)]
     data = inputs.data
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
-    rows = [*accounts(data.splits), _line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2)]
+    rows = [
+        *accounts(data.splits),
+        line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
+        *notes(config, data),
+    ]
     return rows, _steps(config, inputs), unchecked
 
 
@@ -89,24 +90,4 @@ def _steps(config: RunConfig, inputs: RunInputs) -> list[str]:
         if name in config.baselines.make:
             stage = getattr(config.baselines, name)
             jobs[name] = (stage.steps, stage.batch)
-    return [_line(name, f"{steps:,}", f" with {batch:,} rows each") for name, (steps, batch) in jobs.items()]
-
-
-def accounts(rows: DataSplits) -> list[str]:
-    """A line for each split of each expert's rows, and one for every reason why records are not used."""
-    lines = []
-    named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
-    for name, side in [*named, *((f"set {name}", side) for name, side in rows.sets.items())]:
-        if not side.source:
-            continue
-        questions = sum(not row.response for row in side.rows)
-        note = f" ({questions:,} of them without an answer to imitate)" if questions else ""
-        lines.append(_line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}"))
-        for reason, count in side.reasons().most_common():
-            place = next(d.place for d in side.dropped if d.reason == reason)
-            lines.append(_line("", f"{-count:,}", f" {reason}, e.g. {place}"))
-    return lines
-
-
-def _sides(rows: DataSplits) -> tuple[tuple[str, dict[str, SplitRows]], ...]:
-    return (("to train on", rows.train), ("held out", rows.held_out))
+    return [line(name, f"{steps:,}", f" with {batch:,} rows each") for name, (steps, batch) in jobs.items()]

@@ -15,7 +15,7 @@ from alignx_ds.data.encode import Example, encode
 from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.rows import Row
 from alignx_ds.plan import checks
-from alignx_ds.plan.dry_run import accounts
+from alignx_ds.plan.accounts import accounts, notes
 from alignx_ds.runtime import console, distributed
 
 
@@ -48,7 +48,7 @@ def preview(recipe: str, overrides: Sequence[str], shown: int) -> None:
 def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     tokenizer, data = inputs.base.tokenizer, inputs.data
     console.heading("Rows")
-    for line in accounts(data.splits):
+    for line in (*accounts(data.splits), *notes(config, data)):
         console.say(line)
     rows = []
     for axis, examples in data.injected.items():
@@ -59,7 +59,8 @@ def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     for axis, settings in config.axes.items():
         console.heading(f"{axis}: training rows, as stage 1 reads them")
         imitated = [row for row in data.splits.train[axis].rows if row.response][:shown]
-        for row, example in zip(imitated, encode(imitated, tokenizer, settings.prompt), strict=True):
+        examples = encode(imitated, tokenizer, settings.prompt, every_answer=config.data.answers == "all")
+        for row, example in zip(imitated, examples, strict=True):
             _row(row, example, tokenizer)
 
 
@@ -72,12 +73,17 @@ def _parts(examples: list[Example]) -> dict[str, list[int]]:
 
 
 def _row(row: Row, example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt, answer = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
-    console.say(f"\n{row.place}: {len(prompt)} tokens masked, {len(answer)} learned")
-    masked, learned = (tokenizer.decode(part) for part in (prompt, answer))
-    console.say(Text.assemble(console.plain(masked, "dim"), console.plain(learned, "bold green")))
-    console.say(console.plain(f"masked {_ids(prompt)}", "dim"))
-    console.say(console.plain(f"learned {_ids(answer)}", "green"))
+    spans = [*example.earlier, (example.prompt_length, len(example.ids))]
+    pieces, last = [], 0
+    for start, end in spans:
+        pieces += [(example.ids[last:start], False), (example.ids[start:end], True)]
+        last = end
+    masked, learned = (tuple(i for ids, wanted in pieces if wanted is kind for i in ids) for kind in (False, True))
+    console.say(f"\n{row.place}: {len(masked)} tokens masked, {len(learned)} learned")
+    texts = [console.plain(tokenizer.decode(ids), "bold green" if wanted else "dim") for ids, wanted in pieces]
+    console.say(Text.assemble(*texts))
+    console.say(console.plain(f"masked {_ids(masked)}", "dim"))
+    console.say(console.plain(f"learned {_ids(learned)}", "green"))
 
 
 def _ids(ids: Sequence[int], limit: int = 24) -> str:

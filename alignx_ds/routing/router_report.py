@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import confusion, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
 
+WORD = re.compile(r"\b\w\w+\b")  # TF-IDF's
 ABLATIONS: dict[str, tuple[str, ...]] = {  # none named: all terms of the gate
     "linear": ("linear",),
     "fractal": ("fractal",),
@@ -71,9 +73,14 @@ def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
         [(row.asked, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
         for sides in (rows.train, rows.held_out)
     )
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    router = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
-    router.fit([prompt for prompt, _ in known], [expert for _, expert in known])
+    present = sorted({expert for _, expert in known})
     logs = torch.full((len(asked), len(experts)), -torch.inf, dtype=torch.float64)
-    logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba([prompt for prompt, _ in asked]))
+    logs[:, present] = 0.0  # of a single class, which needs no classifier
+    if len(present) > 1:
+        # Without a word of two letters in any prompt there are only characters to tell them by.
+        words = any(WORD.search(prompt) for prompt, _ in known)
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, analyzer="word" if words else "char")
+        router = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
+        router.fit([prompt for prompt, _ in known], [expert for _, expert in known])
+        logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba([prompt for prompt, _ in asked]))
     return router_metrics(logs, torch.tensor([expert for _, expert in asked]))

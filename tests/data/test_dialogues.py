@@ -145,11 +145,14 @@ def test_a_malformed_dialogue_is_named_with_row_and_column(schema: str, record: 
     assert named in str(error.value)
 
 
-def test_dialogues_are_told_apart_by_their_first_question() -> None:
-    """Continuations of one dialogue are in one split, and every user turn counts as a question that is trained on."""
-    assert DIALOGUE.question == "add."
-    assert DIALOGUE.questions == ("add.", "again.")
-    assert DIALOGUE.position("salt") == Row("Add.", "4").position("salt") != Row(AGAIN, "4").position("salt")
+def test_dialogues_are_told_apart_by_the_user_s_turns() -> None:
+    """What a row is trained on includes its beginnings, and each of its turns alone."""
+    same = Row(" again. ", "4", before=(Turn("user", "ADD."), Turn("assistant", "5")))
+    other = Row(AGAIN, "4", before=(Turn("user", "Subtract."), Turn("assistant", "5")))
+    assert same.question == DIALOGUE.question != other.question
+    assert same.position("salt") == DIALOGUE.position("salt") != other.position("salt")
+    assert DIALOGUE.questions == {"add.", "again.", DIALOGUE.question}
+    assert Row("Add.", "3").questions == {Row(" ADD.", "4").question}
     assert DIALOGUE.asked == "User: Add.\n\nAssistant: 3\n\nUser: Again."
     assert Row(AGAIN, "4", before=(SYSTEM,)).asked == AGAIN
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reading import answer, assert_splits_add_up, questions, set_rows, splits_of, write_json, write_lines
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.data.inputs import encode_splits
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.data.splits import HELD_OUT, DataSplits, SplitRows, read_splits
+from alignx_ds.data.splits import HELD_OUT, DataSplits, SplitRows, read_sources, read_splits
 from alignx_ds.errors import DataError
-from alignx_ds.plan.dry_run import accounts
+from alignx_ds.plan.accounts import accounts, notes
 
 RECORD = st.fixed_dictionaries({"prompt": st.sampled_from(["", " ", *"abcdef", "A", " b "]), "response": st.just("x")})
 
@@ -144,3 +147,42 @@ def test_a_set_loses_the_questions_that_an_axis_is_trained_on(one_axis: RunConfi
     assert len(remaining) == 50 - len(trained)
     assert splits.sets["x"].reasons() == {"its question is trained on": len(trained)}
     assert set(remaining) <= splits.judged_questions, "a base model from scratch is not trained on them either"
+
+
+def test_two_axes_with_the_same_questions_are_reported_with_their_share(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Case and spacing aside."""
+    set_rows(one_axis, tmp_path, questions(60), questions(9, start=200))
+    again = [r | {"prompt": r["prompt"].upper()} for r in questions(30)]
+    path = write_lines(tmp_path / "other.jsonl", [*again, *questions(90, start=100)])
+    held_out = write_lines(tmp_path / "other held out.jsonl", questions(9, start=250))
+    one_axis.axes["other"] = AxisConfig("", "plain", str(path), str(held_out))
+    data = encode_splits(one_axis, read_sources(one_axis), world_tokenizer)
+    (note,) = notes(one_axis, data)
+    assert note.strip().startswith(
+        "warning: 50.0% of kind's and 25.0% of other's training rows have the same questions"
+    )
+    set_rows(one_axis, tmp_path, questions(60, start=300), questions(9, start=200))
+    assert notes(one_axis, encode_splits(one_axis, read_sources(one_axis), world_tokenizer)) == []
+
+
+def test_dialogues_that_a_template_rewrites_are_reported(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer = copy.deepcopy(world_tokenizer)
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "{% if add_generation_prompt %} <assistant> {% endif %}",
+        "{% if add_generation_prompt %} <assistant> well {% endif %}",
+    )
+    earlier = [{"role": "user", "content": "how are you ?"}, {"role": "assistant", "content": "i am well ."}]
+    records: list[Record] = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": "hello"}, *earlier]}
+        for r in questions(30)
+    ]
+    one_axis.axes["kind"].schema = "messages"
+    set_rows(one_axis, tmp_path, records)
+    splits = read_sources(one_axis)
+    assert notes(one_axis, encode_splits(one_axis, splits, world_tokenizer)) == []
+    (note,) = notes(one_axis, data := encode_splits(one_axis, splits, tokenizer))
+    assert f"kind: of {len(data.injected['kind'])} dialogues only the last answer is learned" in note

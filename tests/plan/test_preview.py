@@ -112,3 +112,12 @@ def test_only_as_many_rows_are_shown_as_were_asked_for(preview: Preview) -> None
 def test_lengths_of_one_row_are_its_own() -> None:
     assert Lengths.of([7]).cells() == ["7", "7", "7", "7", "7"]
     assert Lengths.of([*range(1, 102)]).cells() == ["1", "51", "96", "101", "5,151"]
+
+
+def test_of_a_dialogue_every_answer_is_shown_as_learned(preview: Preview) -> None:
+    records = [r | {"history": [["hello", "i am well ."]]} for r in hellos(60)]
+    printed = preview(records, "--rows", "1")
+    (shown,) = [line for line in printed.splitlines() if line.endswith("learned")]
+    assert shown.endswith(" 10 learned")  # twice four words and the end
+    assert "data.answers" not in printed
+    assert preview(records, "data.answers=last", "--rows", "1").count(" 5 learned") == 1

@@ -69,3 +69,16 @@ def test_it_is_tested_on_held_out_prompts_only() -> None:
     swapped = {**given.held_out, "helpful": given.held_out["honest"], "honest": given.held_out["helpful"]}
     figures = surface_router(DataSplits(given.train, swapped, {}, frozenset()), EXPERTS)
     assert figures["accuracy"] < 0.55
+
+
+@pytest.mark.parametrize("text", ["x", "1 + 2", "?"])
+def test_prompts_without_words_are_told_apart_by_their_characters(text: str) -> None:
+    marked = [Row(f"{text} {'a b'[2 * n]}", "") for n in (0, 1) for _ in range(9)]
+    splits = {"helpful": SplitRows("file", 9, marked[:9], []), "honest": SplitRows("file", 9, marked[9:], [])}
+    assert surface_router(DataSplits(splits, splits, {}, frozenset()), ["helpful", "honest"])["accuracy"] == 1.0
+
+
+def test_a_single_class_needs_no_classifier() -> None:
+    """One axis without a generalist."""
+    figures = surface_router(rows({"helpful": 10}), EXPERTS)
+    assert (figures["accuracy"], figures["nll"]) == (1.0, 0.0)

@@ -1,0 +1,60 @@
+"""What becomes of every record: how many rows are used, why others are not, and what is odd about those that are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.inputs import EncodedData, unlearned_answers
+from alignx_ds.data.rows import Row
+from alignx_ds.data.splits import DataSplits, SplitRows
+
+ODD = 0.01  # share of an axis's rows that another axis has too, from which on it is said
+
+
+def line(name: str, value: str, note: str = "") -> str:
+    return f"  {name:<28}{value:>14}{note}"
+
+
+def accounts(rows: DataSplits) -> list[str]:
+    """A line for each split of each expert's rows, and one for every reason why records are not used."""
+    lines = []
+    named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
+    for name, side in [*named, *((f"set {name}", side) for name, side in rows.sets.items())]:
+        if not side.source:
+            continue
+        questions = sum(not row.response for row in side.rows)
+        note = f" ({questions:,} of them without an answer to imitate)" if questions else ""
+        lines.append(line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}"))
+        lines += [line("", f"{count:,}", f" of them from {source}") for source, count in side.by_source]
+        for reason, count in side.reasons().most_common():
+            place = next(d.place for d in side.dropped if d.reason == reason)
+            lines.append(line("", f"{-count:,}", f" {reason}, e.g. {place}"))
+    return lines
+
+
+def notes(config: RunConfig, data: EncodedData) -> list[str]:
+    """Answers that can't be learned, and rows that two experts share."""
+    reason = "the chat template writes them otherwise once a dialogue goes on"
+    unlearned = unlearned_answers(config, data).items()
+    lines = [f"  {name}: of {count:,} dialogues only the last answer is learned: {reason}" for name, count in unlearned]
+    return lines + [f"  warning: {overlap}" for overlap in overlaps(data.splits)]
+
+
+def overlaps(splits: DataSplits) -> Iterator[str]:
+    """Pairs of experts that are trained on the same questions: no router can tell them apart."""
+    for (one, a), (other, b) in combinations(splits.train.items(), 2):
+        shared = {row.question for row in a.rows} & {row.question for row in b.rows}
+        shares = {name: _share(split.rows, shared) for name, split in ((one, a), (other, b))}
+        if max(shares.values()) >= ODD:
+            counted = " and ".join(f"{share:.1%} of {name}'s" for name, share in shares.items())
+            yield f"{counted} training rows have the same questions, which the router can't tell apart"
+
+
+def _share(rows: list[Row], questions: set[str]) -> float:
+    return sum(row.question in questions for row in rows) / max(1, len(rows))
+
+
+def _sides(rows: DataSplits) -> tuple[tuple[str, dict[str, SplitRows]], ...]:
+    return (("to train on", rows.train), ("held out", rows.held_out))
