@@ -100,12 +100,12 @@ def _shares(gates: Tensor) -> Tensor:
     return positive / positive.sum(-1, keepdim=True)
 
 
-def freeze_trunk(model: nn.Module) -> None:
-    """Switch gradients off but for what stage 2 may train: routers, output calibrations and the experts' factors."""
+def freeze_trunk(model: nn.Module, *, experts: bool = True) -> None:
+    """Switch gradients off but for what stage 2 trains: routers, output calibrations and, if `experts`, the factors."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, AlignXLayer):
-            module.mixture.requires_grad_(True)
+            module.mixture.requires_grad_(experts)
             module.calibration.requires_grad_(True)
             if module.gate is not None:
                 module.gate.requires_grad_(True)

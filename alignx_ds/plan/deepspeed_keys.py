@@ -49,6 +49,7 @@ WITHOUT_EFFECT = {  # at the top level and in zero_optimization
     "stage3_gather_16bit_weights_on_model_save": "the run gathers what it saves by itself",
     "gather_16bit_weights_on_model_save": "the run gathers what it saves by itself",
     "stage3_gather_fp16_weights_on_model_save": "the run gathers what it saves by itself",
+    "round_robin_gradients": "it is off: with it DeepSpeed 0.19 gives parts of the state to the wrong parameters",
     "elastic_checkpoint": "every checkpoint of the run moves between numbers of ranks",
 }
 IN_DTYPE = "model.dtype says how the model is computed"
@@ -81,12 +82,17 @@ ONLY = {  # keys that have one value here
     "managed_gradient_accumulation": True,
 }
 LOSSY = "results would depend on the number of ranks"
-REFUSED_IN = {  # the same inside the blocks, by dotted name: refused when its value is not the one given here
+REFUSED_IN: dict[
+    str, tuple[Any, str]
+] = {  # the same inside the blocks, by dotted name: refused when its value is not the one given here
     "zero_optimization.zero_quantized_weights": (False, LOSSY),
     "zero_optimization.zero_quantized_nontrainable_weights": (False, LOSSY),
     "zero_optimization.zero_quantized_gradients": (False, LOSSY),
     "zero_optimization.zero_hpz_partition_size": (1, "checkpoints do not hold a second copy of the shards"),
     "zero_optimization.zenflow": (None, LOSSY),
+    "zero_optimization.stage3_module_granularity_threshold": (0, "DeepSpeed 0.19 fails under it"),
+    "zero_optimization.module_granularity_threshold": (0, "DeepSpeed 0.19 fails under it"),
+    "zero_optimization.leaf_module": ({}, "DeepSpeed 0.19 fails under it"),
     "zero_optimization.legacy_stage1": (False, REMOVED),
     "zero_optimization.compute_grad_norm": (True, "a step that is not finite is noticed by its norm"),
     "zero_optimization.offload_optimizer.ratio": (1.0, "checkpoints need whole states"),

@@ -44,10 +44,13 @@ def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, flo
     states = 4 * ADAM_STATES + master
     stage1 = (n["base model"] * size + n["trained in stage 1"] * (size + states)) / world_size
     placed = n["experts' factors"] / config.align.ep_size
+    trained = placed if config.align.expert_lr_scale > 0 else 0
     data_parallel = world_size // config.align.ep_size
     dense = n["gates and calibrations"]
     stage2 = (
-        n["base model"] * size + placed * (2 * size + states / data_parallel) + dense * (2 * size + states / world_size)
+        (n["base model"] + placed) * size
+        + trained * (size + states / data_parallel)
+        + dense * (2 * size + states / world_size)
     )
     total = {"stage 1 (ZeRO-3)": stage1, "stage 2 (ZeRO-2)": stage2}
     if _fuses(config):
@@ -68,12 +71,13 @@ def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:
     whole = 4 * (1 + ADAM_STATES)
     jobs = {
         "stage 1": n["trained in stage 1"],
-        "stage 2": n["experts' factors"] + n["gates and calibrations"],
+        "stage 2": n["gates and calibrations"] + (n["experts' factors"] if config.align.expert_lr_scale > 0 else 0),
         "fusions": n.get("full copies of the FFNs", 0),
     }
     fine_tunes = axes + max(0, axes - 1) + 1  # specialists, the sequence after the first of them, and mixed
     fusions = sum(name in config.baselines.make for name in FUSIONS)
-    kept = 4 * (fine_tunes * jobs["stage 1"] + fusions * jobs["fusions"] + jobs["stage 2"] + n["base model"])
+    aligned = n["base model"] + n["experts' factors"] + n["gates and calibrations"]
+    kept = 4 * (fine_tunes * jobs["stage 1"] + fusions * jobs["fusions"] + aligned)
     at_a_time = config.checkpoints.keep + 2
     checkpoints = whole * at_a_time * (sum(jobs.values()) if config.checkpoints.finished else max(jobs.values()))
     return {"results": kept / 2**30, f"checkpoints, {at_a_time} at a time": checkpoints / 2**30}

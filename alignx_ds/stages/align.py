@@ -20,6 +20,7 @@ from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.experts.task_vectors import read_factors
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.models.base import dtype_of
 from alignx_ds.models.ends import set_ends
 from alignx_ds.routing.curves import router_sums, step_scalars
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
@@ -86,7 +87,7 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
         fitted = fit_calibrators(context, factors)
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
     model = assemble(c, base, factors, fitted, placement).to(distributed.device())
-    freeze_trunk(model)
+    freeze_trunk(model, experts=c.align.expert_lr_scale > 0)
     setup = set_up(context, c.align, "align", c.align.steps)
     make_expert_groups(c.align.ep_size)
     groups = parameter_groups(model, c)
@@ -119,8 +120,19 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
         "weight_decay": 0.0,
         "name": "experts",
     }
+    if not expert["params"]:
+        expert["params"] = [_stand_in(model, config)]
     groups: list[dict[str, Any]] = moe.split_params_into_different_moe_groups_for_optimizer([*dense, expert])
     return [group for group in groups if group["params"]]
+
+
+def _stand_in(model: nn.Module, config: RunConfig) -> nn.Parameter:
+    """One number that nothing uses, added to the model. DeepSpeed wants an expert's parameter of every MoE model."""
+    made = nn.Parameter(torch.zeros(1, device=distributed.device(), dtype=dtype_of(config.model.dtype)))
+    marks: Any = made
+    marks.allreduce, marks.group_name = False, f"ep_size_{config.align.ep_size}"
+    model.register_parameter("stand_in", made)
+    return made
 
 
 def step_loss(config: RunConfig) -> StepLoss:

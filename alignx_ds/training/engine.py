@@ -112,11 +112,15 @@ def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
 def completed(template: dict[str, Any]) -> dict[str, Any]:
     """A copy of the template with "auto" for what it leaves out and the recipe has, and as ZeRO-1 where it says 0.
 
-    ZeRO-0 computes what ZeRO-1 does, but has no partitioned fp32 state, which checkpoints are made of. An "auto" in
+    ZeRO-0 computes what ZeRO-1 does, but has no partitioned fp32 state, which checkpoints are made of. Nor can they be
+    made with round-robin gradients: DeepSpeed 0.19 then looks for a parameter's state where another's is. An "auto" in
     zero_optimization that is none of BUCKETS is left to DeepSpeed, as DeepSpeed does itself.
     """
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    zero = {k: v for k, v in template.get("zero_optimization", {}).items() if v != AUTO or k in BUCKETS | {"stage"}}
+    zero: dict[str, Any] = {
+        k: v for k, v in template.get("zero_optimization", {}).items() if v != AUTO or k in BUCKETS | {"stage"}
+    }
+    zero.pop("round_robin_gradients", None)
     optimizer = {"type": "AdamW", **template.get("optimizer", {})}
     of_recipe = ("lr", "weight_decay", *(("betas", "torch_adam") if _is_adam(optimizer) else ()))
     params = {**dict.fromkeys(of_recipe, AUTO), **optimizer.get("params", {})}

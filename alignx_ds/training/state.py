@@ -84,6 +84,8 @@ def _trained(module: Any) -> list[Trained]:
     found = []
     for number, (name, p) in enumerate((n, p) for n, p in module.named_parameters() if p.requires_grad):
         if deepspeed.moe.utils.is_moe_param(p):
+            if id(p) not in experts:
+                continue  # it stands in for experts that are not trained
             group = groups._get_expert_data_parallel_group(p.group_name)
             rank, size = comm.get_rank(group=group), comm.get_world_size(group=group)
         else:

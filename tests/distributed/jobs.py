@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed_jsons import JSONS
 from problems import (
     ALIGNX_LAYERS,
     CALIBRATION_ROWS,
@@ -41,6 +42,7 @@ from stage_contexts import stage_context
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 
+from alignx_ds.config.schema import CheckpointsConfig, RunConfig
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import share
 from alignx_ds.errors import Stopped
@@ -60,6 +62,7 @@ from alignx_ds.stages import align, finetune, fuse
 from alignx_ds.training import engine, loop
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.losses import language_loss
+from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import MicroBatchLoss
 
 RANK, WORLD = distributed.rank(), distributed.world_size()
@@ -126,21 +129,27 @@ def steps(out: Path) -> dict[str, Any]:
     """Stage 2's training on real engines, by variation."""
     found = {}
     for variant in VARIANTS[WORLD]:
-        kind, ep_size, accumulation = variant.replace(" forced", "").split()
-        found[variant] = trained(int(ep_size[2:]), int(accumulation[3:]), kind, "forced" in variant)
+        kind, *how, ep_size, accumulation = variant.split()
+        found[variant] = trained(int(ep_size[2:]), int(accumulation[3:]), kind, how)
     return found
 
 
-def trained(ep_size: int, accumulation: int, kind: str, forced: bool) -> dict[str, Any]:
-    config = align_config(ep_size, accumulation)
-    model = mixture(placement=Placement(ep_size, RANK % ep_size))
+def stage2_engine(config: RunConfig, kind: str = "adamw") -> tuple[Any, engine.Plan]:
+    ep_size = config.align.ep_size
+    model = mixture(placement=Placement(ep_size, RANK % ep_size), frozen=not config.align.expert_lr_scale)
     plan = engine.Plan.of(config.align, "float32", config.align.steps)
     template = engine.read_template(config.align.deepspeed, "align.deepspeed")
     if kind == "sgd":  # its step shows the gradient's scale, which Adam's hides
         template["optimizer"] = {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}}
     align.make_expert_groups(ep_size)
     groups = align.parameter_groups(model, config)
-    made = engine.start(model, groups, engine.fill(template, plan, WORLD), plan)
+    return engine.start(model, groups, engine.fill(template, plan, WORLD), plan), plan
+
+
+def trained(ep_size: int, accumulation: int, kind: str, how: list[str]) -> dict[str, Any]:
+    config = align_config(ep_size, accumulation, 0.0 if "frozen" in how else 0.5)
+    made, plan = stage2_engine(config, kind)
+    forced = "forced" in how
     norms: list[float] = []
     curves: list[dict[str, float]] = []
 
@@ -175,6 +184,53 @@ def forced_loss(config: Any) -> loop.StepLoss:
         return MicroBatchLoss(terms.total(config.align))
 
     return loss
+
+
+def untrained(out: Path) -> dict[str, Any]:
+    """Stage 2 with and without trained experts, and again in a new engine from the checkpoint after its second step."""
+    found: dict[str, Any] = {}
+    for scale in (0.5, 0.0):
+        config, losses = align_config(WORLD, 1, scale), []
+        settings = CheckpointsConfig(every=2)
+        manager = CheckpointManager("stage2", {"scale": scale}, out / f"untrained{WORLD} {scale}", settings, SEED)
+        for _ in range(2):
+            made, plan = stage2_engine(config)
+            batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
+            job = TrainingJob("stage2", manager)
+            losses.append(loop.train(made, batches, align.step_loss(config), plan, Progress(), job))
+            weights = {n: t.detach().clone() for n, t in made.module.fused_state().items()}
+            gradients = [n for n, p in made.module.named_parameters() if p.requires_grad]
+            partitions = sum(p.numel() for p in made.optimizer.single_partition_of_fp32_groups)
+            made.destroy()
+        path = manager.directory / "step_00000002"
+        files = [load_file(file) for file in sorted(path.glob("rank*.safetensors"))]
+        names = sorted(name for file in files for name in file)
+        numbers = sum(tensor.numel() for file in files for tensor in file.values())
+        facts = {"names": names, "numbers": numbers, "trained": gradients, "partitions": partitions}
+        found[str(scale)] = {"losses": losses, "weights": weights, **facts}
+    return found
+
+
+def jsons(out: Path) -> dict[str, Any]:
+    """Stage 1 under DeepSpeed JSONs of other tools, and again from the checkpoint after its second step: the losses."""
+    names = ("ds_z0", "ds_z2_offload", "ds_z3_offload")
+    return {name: [_with_json(out, name), _with_json(out, name)] for name in names}
+
+
+def _with_json(out: Path, name: str) -> list[float | None]:
+    config = fine_tune_config(out / "base")
+    base, plan = BaseModel(config.model), engine.Plan.of(config.train, "float32", config.train.steps)
+    filled = engine.fill(JSONS[name], plan, WORLD, base.config.hidden_size)
+    manager = CheckpointManager(name, {}, out / f"jsons{WORLD}", CheckpointsConfig(every=2), SEED)
+    zero3 = HfDeepSpeedConfig(filled)
+    model = load_backbone(base)
+    finetune.train_ffns_alone(model, base)
+    made = engine.start(model, engine.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
+    batches = partial(loop.micro_batches, LabelledExamples(EXAMPLES, LABELS), plan, PAD, SEED)
+    losses = loop.train(made, batches, language_loss, plan, Progress(), TrainingJob(name, manager))
+    made.destroy()
+    del zero3
+    return losses
 
 
 def whole_stage(out: Path) -> dict[str, Any]:
@@ -278,5 +334,5 @@ def fusions(out: Path) -> dict[str, Any]:
     return found
 
 
-WORK = (parity, imbalanced, lockstep, steps, fine_tune, interrupted, streamed, whole_stage, fusions)
+WORK = (parity, imbalanced, lockstep, steps, untrained, jsons, fine_tune, interrupted, streamed, whole_stage, fusions)
 JOBS = {job.__name__: job for job in WORK}

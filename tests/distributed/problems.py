@@ -85,7 +85,7 @@ STAGE_ROWS = LabelledExamples(
 CALIBRATION_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
 )
-VARIANTS = {  # by world size: optimizer, whether the true expert is forced, ep_size, accumulation
+VARIANTS = {  # by world size: optimizer, whether the true expert is forced or the experts frozen, ep_size, accumulation
     1: ["sgd ep1 acc1", "sgd ep1 acc2", "adamw ep1 acc1", "sgd forced ep1 acc1"],
     2: [
         "sgd ep1 acc1",
@@ -93,6 +93,7 @@ VARIANTS = {  # by world size: optimizer, whether the true expert is forced, ep_
         "sgd ep2 acc2",
         "adamw ep1 acc1",
         "adamw ep2 acc1",
+        "sgd frozen ep2 acc1",
         "sgd forced ep1 acc1",
         "sgd forced ep2 acc1",
     ],
@@ -100,10 +101,10 @@ VARIANTS = {  # by world size: optimizer, whether the true expert is forced, ep_
 }
 
 
-def align_config(ep_size: int, accumulation: int) -> RunConfig:
+def align_config(ep_size: int, accumulation: int, expert_lr_scale: float = 0.5) -> RunConfig:
     stage = AlignConfig(
-        ep_size=ep_size, lr=0.05, expert_lr_scale=0.5, batch=4, accumulation=accumulation, steps=3, warmup_steps=2,
-        weight_decay=0.1, clip=0.5, gating=1.0, drift=0.5, entropy=0.1, prior=0.1,
+        ep_size=ep_size, lr=0.05, expert_lr_scale=expert_lr_scale, batch=4, accumulation=accumulation, steps=3,
+        warmup_steps=2, weight_decay=0.1, clip=0.5, gating=1.0, drift=0.5, entropy=0.1, prior=0.1,
     )  # fmt: skip
     return RunConfig(seed=SEED, align=stage)
 
@@ -182,11 +183,13 @@ def write_base(directory: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(directory)
 
 
-def mixture(top_k: int = 1, placement: Placement | None = None, trained: bool = True) -> AlignXForCausalLM:
+def mixture(
+    top_k: int = 1, placement: Placement | None = None, trained: bool = True, *, frozen: bool = False
+) -> AlignXForCausalLM:
     base = base_model()
     experts = low_rank_experts(base)
     made = aligned(base, experts, scope="per_layer", top_k=top_k, placement=placement, trained=trained)
-    freeze_trunk(made)
+    freeze_trunk(made, experts=not frozen)
     return made
 
 
@@ -249,10 +252,10 @@ def _clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Any], clip
     return norm
 
 
-def align_in_plain_torch(kind: str, forced: bool) -> dict[str, Any]:
+def align_in_plain_torch(kind: str, forced: bool = False, frozen: bool = False) -> dict[str, Any]:
     """Stage 2 on the fused path with torch's own optimizer: what every placement must give."""
     c = align_config(1, 1).align
-    model = mixture().train()
+    model = mixture(frozen=frozen).train()
     parameters = fused_parameters(model)
     shared = [p for n, p in parameters.items() if ".mixture." not in n]
     groups = [
@@ -264,6 +267,7 @@ def align_in_plain_torch(kind: str, forced: bool) -> dict[str, Any]:
             "weight_decay": 0.0,
         },
     ]
+    groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer
     optimizer = torch.optim.SGD(groups, lr=0.0) if kind == "sgd" else torch.optim.AdamW(groups, betas=(0.9, 0.95))
     steps: list[Step] = imbalanced_steps(1, 0, 1)

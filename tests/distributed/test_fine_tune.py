@@ -124,3 +124,12 @@ def test_a_stopped_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) 
         assert made["manifest"]["losses"] == expected["losses"]
         assert made["manifest"]["files"] == expected["files"]
         assert made["reused"] and made["removed"]
+
+
+def test_the_deepspeed_jsons_of_other_tools_train_what_ours_does(runs: Runs) -> None:
+    """Without an optimizer, with "auto" buckets, with states and weights on the CPU; also after a restart."""
+    expected = fine_tune_in_plain_torch()
+    for part in runs.of(2, "jsons"):
+        for name, (losses, resumed) in part.items():
+            np.testing.assert_allclose(losses, expected["losses"], rtol=1e-5, err_msg=name)
+            assert resumed == losses, name

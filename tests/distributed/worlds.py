@@ -12,7 +12,10 @@ from ranks import RanksError, start
 
 JOBS = {
     1: ("steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
-    2: ("parity", "imbalanced", "lockstep", "steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+    2: (
+        *("parity", "imbalanced", "lockstep", "steps", "untrained", "jsons"),
+        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+    ),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }
 

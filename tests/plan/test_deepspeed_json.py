@@ -184,10 +184,11 @@ def test_what_has_no_effect_is_said(write_recipe: Callable[..., Path], tmp_path:
     config = parse.load(recipe)
     assert list(training.problems(config, 1)) == []
     said = training.without_effect(config)
-    assert [line.split(":")[0] for line in said] == ["train.deepspeed"] * 2 + ["baselines.h3fusion.deepspeed"] * 2
-    assert "vocabulary_size has no effect" in said[0] and "ZeRO stage 0 runs as stage 1" in said[1]
-    assert "stage3_gather_16bit_weights_on_model_save has no effect" in said[2]
-    assert "stage3_max_live_parameters" in said[3] and "no effect under ZeRO stage 2" in said[3]
+    assert [line.split(":")[0] for line in said] == ["train.deepspeed"] * 3 + ["baselines.h3fusion.deepspeed"] * 2
+    assert "vocabulary_size has no effect" in said[0] and "round_robin_gradients has no effect" in said[1]
+    assert "ZeRO stage 0 runs as stage 1" in said[2]
+    assert "stage3_gather_16bit_weights_on_model_save has no effect" in said[3]
+    assert "stage3_max_live_parameters" in said[4] and "no effect under ZeRO stage 2" in said[4]
     from alignx_ds.plan.checks import check
 
     assert all(line in describe(config, check(config, 1), 1) for line in said)
