@@ -23,6 +23,7 @@ from alignx_ds.export.prompts import prompts_of
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.ends import ends_of
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
@@ -41,6 +42,7 @@ def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) 
     model, tokenizer = aligned_of(run), tokenizer_of(run)
     every = [prompt for group in prompts_of(run, prompts, count).values() for prompt in group]
     examples, pad_id = answered(model, tokenizer, every, limit), pad_token(tokenizer)
+    ends = ", ".join(f"`{tokenizer.convert_ids_to_tokens(i)}` ({i})" for i in ends_of(model, tokenizer))
     table = backbone_of(model.config.text_config.model_type)
     with new_directory(out) as directory:
         for axis in run.axes:
@@ -51,7 +53,7 @@ def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) 
             (directory / axis).mkdir()
             save_file(tensors_of(factors, table), directory / axis / WEIGHTS, metadata={"format": "pt"})
             manifest.write_text(directory / axis / CONFIG, json.dumps(settings, indent=2) + "\n")
-            manifest.write_text(directory / axis / "README.md", _card(run, axis, int(settings["r"]), found))
+            manifest.write_text(directory / axis / "README.md", _card(run, axis, int(settings["r"]), found, ends))
             differences = "; ".join(f"{name}: {f}" for name, f in found.items()) or cards.NOT_MEASURED
             console.say(f"{axis}: {out / axis}\n  against the forced expert, {differences}")
 
@@ -108,7 +110,7 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
     }
 
 
-def _card(run: FinishedRun, axis: str, rank: int, found: dict[str, Fidelity]) -> str:
+def _card(run: FinishedRun, axis: str, rank: int, found: dict[str, Fidelity], ends: str) -> str:
     served = next((r for r in VLLM_RANKS if r >= rank), None)
     limit = f"not in vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
     vllm = f"`--max-lora-rank {served}`" if served else limit
@@ -128,6 +130,9 @@ model = PeftModel.from_pretrained(base, "{axis}")
 ```
 
 vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modules {axis}=DIRECTORY`, {vllm}.
+
+An answer ends at {ends}. Where the base model's generation config does not name all of these tokens, pass them as
+`stop_token_ids` (vLLM) or `eos_token_id` (transformers).
 
 ## What it leaves out
 

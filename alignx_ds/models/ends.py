@@ -39,11 +39,13 @@ def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 def set_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Name these tokens in the model's generation config, and make that one which transformers saves.
 
-    It refuses to save a temperature without `do_sample`, which files of older releases have.
+    It refuses some that it reads: a temperature without `do_sample`, or a padding token of -1, as in old files.
     """
     ends = ends_of(model, tokenizer)
     generation: Any = model.generation_config or GenerationConfig.from_model_config(model.config)
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
+    if isinstance(generation.pad_token_id, int) and generation.pad_token_id < 0:
+        generation.pad_token_id = None
     if not _can_be_saved(generation):
         generation.do_sample = True
     if not _can_be_saved(generation):
