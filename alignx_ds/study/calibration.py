@@ -93,7 +93,7 @@ def _router(
             rows = LabelledExamples(examples, [names.index(name) for name, _ in owned])
             logits.append(sum_of(gate_terms(model, rows, studied.pad_id, studied.batch)[lowest]))
             labels.append(torch.tensor(rows.experts))
-        refitted = fit_temperature(logits[0], labels[0])
+        refitted = fit_temperature(logits[0], labels[0], model.config.gate_settings().kind)
         own = own or refitted
         found[str(count)] = calibrated(
             logits[1], labels[1], same_for_all(labels[1], own), same_for_all(labels[1], refitted)

@@ -29,19 +29,25 @@ LADDER: dict[str, tuple[str, ...]] = {
     "linear + natural": ("linear", "natural"),
     "linear + lexical": ("linear", "lexical"),
     "fractal + natural": ("fractal", "natural"),
-    "all parts": TERMS,
 }
+ALL = "all parts"
 FINE_TUNING, AVERAGED = "mixed fine-tuning, no experts", "equal weights, no router"
 METRICS = {"accuracy": "accuracy ↑", "nll": "NLL ↓", "ece": "ECE ↓", "brier": "Brier ↓"}
 MOST_TYPES = 6  # categories of one axis that get a row of their own: the most frequent ones
+
+
+def ladder(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The combinations of a gate's parts that are measured; `names` are all of them, those of `gate.more` last."""
+    more = {f"linear + {name}": ("linear", name) for name in names if name not in TERMS}
+    return LADDER | more | {ALL: names}
 
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
     """Routing metrics and scores by gate configuration and by top-k; expert activation, in all and by type of query."""
     model = studied.aligned()
     terms = GateTerms.of(model, studied)
-    experts = studied.experts
-    with console.progress("gate configurations", len(LADDER) + 3 + len(_counts_of(len(experts)))) as bar:
+    experts, combinations = studied.experts, ladder(terms.names)
+    with console.progress("gate configurations", len(combinations) + 3 + len(_counts_of(len(experts)))) as bar:
         configurations: dict[str, Any] = {
             FINE_TUNING: {"routing": None, "scores": studied.scores(studied.system("mixed"))}
         }
@@ -51,13 +57,13 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
         bar.advance()
         configurations[ALONE] = _alone(model, studied, terms)
         bar.advance()
-        for name, parts in LADDER.items():
+        for name, parts in combinations.items():
             with gate_with(model, parts, 1, terms.temperatures(parts)):
                 configurations[name] = {"routing": terms.metrics(parts), "scores": studied.scores(model)}
             bar.advance()
         top_k = {}
         for name, (count, soft) in _counts_of(len(experts)).items():
-            with gate_with(model, TERMS, count, dict.fromkeys(terms.held_out, 1.0) if soft else None):
+            with gate_with(model, terms.names, count, dict.fromkeys(terms.held_out, 1.0) if soft else None):
                 top_k[name] = {"scores": studied.scores(model), "perplexity": studied.perplexities(model)}
             bar.advance()
     return {
@@ -90,7 +96,7 @@ def _alone(model: AlignXForCausalLM, studied: StudiedRun, terms: GateTerms) -> d
 def _activations(studied: StudiedRun, terms: GateTerms) -> dict[str, Any]:
     """Each expert's mean probability and share of the choices: over all held-out prompts, and by type of query."""
     logits = sum_of(terms.held_out[terms.lowest]).double()
-    temperature = terms.temperatures(TERMS)[terms.lowest]
+    temperature = terms.temperatures(terms.names)[terms.lowest]
     raw, calibrated = logits.softmax(-1), (logits / temperature).softmax(-1)
     types = query_types(studied.held_out_rows())
     rows = {kind: [i for i, t in enumerate(types) if t == kind] for kind in dict.fromkeys(types)}

@@ -33,12 +33,19 @@ class GateTerms:
     calibration_labels: Tensor  # [N]: the expert that each row belongs to
     held_out: Terms
     held_out_labels: Tensor
+    kind: str  # of the gates
 
     @classmethod
     def of(cls, model: AlignXForCausalLM, studied: StudiedRun) -> GateTerms:
         rows = (studied.data.calibration_rows, studied.data.routed)
         calibration, held_out = (gate_terms(model, r, studied.pad_id, studied.batch) for r in rows)
-        return cls(calibration, torch.tensor(rows[0].experts), held_out, torch.tensor(rows[1].experts))
+        labels = [torch.tensor(r.experts) for r in rows]
+        return cls(calibration, labels[0], held_out, labels[1], model.config.gate_settings().kind)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all parts, the further calibrators of `gate.more` too."""
+        return tuple(self.held_out[self.lowest])
 
     @property
     def lowest(self) -> int:
@@ -47,8 +54,8 @@ class GateTerms:
 
     def temperatures(self, parts: Sequence[str]) -> dict[int, float]:
         """By gate layer: the post-hoc temperature of a gate with these parts alone, fitted on the calibration split."""
-        labels = self.calibration_labels
-        return {layer: fit_temperature(sum_of(terms, *parts), labels) for layer, terms in self.calibration.items()}
+        labels, kind = self.calibration_labels, self.kind
+        return {i: fit_temperature(sum_of(terms, *parts), labels, kind) for i, terms in self.calibration.items()}
 
     def metrics(self, parts: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL, ECE and Brier score of the lowest gate with these parts alone."""
@@ -87,7 +94,8 @@ def gate_with(
         for index, gate in gates.items():
             switchable = ("fractal", "natural", "lexical")
             off: dict[str, Any] = {part: 0.0 for part in switchable if part not in parts}
-            gate.settings = replace(gate.settings, top_k=top_k, **off)
+            more = {name: weight for name, weight in gate.settings.more.items() if name in parts}
+            gate.settings = replace(gate.settings, top_k=top_k, more=more, **off)
             if routers is not None:
                 gate.router.weight.copy_(routers[index])
             gate.router.weight.mul_(float("linear" in parts))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from alignx_ds.mocae import gate as gates
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.routing.gate_terms import TERMS, gate_terms, sum_of
-from alignx_ds.study.gate_parts import gate_with
+from alignx_ds.routing.router_report import router_report
+from alignx_ds.study.contributions import ALL, ladder
+from alignx_ds.study.gate_parts import GateTerms, gate_with
 from alignx_ds.study.studied_run import StudiedRun
 
 
@@ -47,3 +52,26 @@ def test_a_gate_that_serves_with_some_parts_says_what_those_parts_say(
     assert all(torch.equal(before[name], after[name]) for name in before), "as it was before"
     assert {layer.settings.top_k for layer in alignx_layers(model)} == {model.config.gate_settings().top_k}
     assert all(gate.settings == model.config.gate_settings() for gate in gates_of(model).values())
+
+
+def test_a_further_calibrator_is_a_part_as_in_the_run_s_own_report(
+    studied_run: StudiedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts where all parts count, alone and beside the others, and nowhere else."""
+    monkeypatch.setitem(gates.CALIBRATORS, "nearest", lambda z, geometry, _: -torch.cdist(z, geometry.means.float()))
+    model = studied_run.aligned()
+    for gate in gates_of(model).values():
+        gate.settings = replace(gate.settings, more={"nearest": 0.5})
+    terms = GateTerms.of(model, studied_run)
+    parts = ladder(terms.names)
+    assert parts[ALL] == (*TERMS, "nearest") and parts["linear + nearest"] == ("linear", "nearest")
+    report = router_report(model, studied_run.data, studied_run.base, studied_run.config).ablations
+    for reported, own in {"all": parts[ALL], "nearest": ("nearest",), "linear": ("linear",)}.items():
+        assert terms.metrics(own) == pytest.approx(report[reported], abs=1e-6)
+    assert report["all"] != pytest.approx(terms.metrics(TERMS), abs=1e-6)
+    rows = (studied_run.data.routed, studied_run.pad_id, studied_run.batch)
+    for combination in (parts[ALL], ("linear",), ("linear", "nearest")):
+        with gate_with(model, combination, 1):
+            served = gate_terms(model, *rows)
+        for index, found in served.items():
+            assert torch.allclose(sum_of(found), sum_of(terms.held_out[index], *combination), atol=1e-4)
