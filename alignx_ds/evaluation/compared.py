@@ -38,7 +38,8 @@ def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> li
     for name, directory in (trained.specialists | trained.fine_tunes).items():
         provenance = of_base | {"specialist": _fingerprint(directory)}
         systems.append(System(name, provenance, partial(load_specialist, base, directory)))
-    of_specialists = of_base | {"specialists": {axis: _fingerprint(d) for axis, d in trained.specialists.items()}}
+    merged = [[axis, _fingerprint(directory)] for axis, directory in trained.specialists.items()]
+    of_specialists = of_base | {"specialists": merged}
     for name in (name for name in MERGES if name in config.baselines.make):
         merge, settings = merge_of(name, config.baselines, axes, config.seed)
         load = partial(load_merged, base, specialists, merge)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -66,6 +67,15 @@ def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
     return [*axes, *(QuestionSet(name, s.judge, data.splits.sets[name].rows) for name, s in sets.items())]
 
 
+def _is_complete(file: AnswerFile) -> bool:
+    """Whether it has an answer to every row. Says so where answers in it are of no use."""
+    there, usable = file.lines(), len(file.load())
+    if usable < there:
+        reason = "of another model, of another length, or to other rows, and not used"
+        console.say(f"{file.path}: {there - usable} of {there} answers are {reason}")
+    return usable == len(file.rows)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What all systems share: the settings, the base model's tokenizer, the rows, and the directory of results."""
@@ -103,7 +113,7 @@ class Evaluation:
             if not questions.needs_answers:
                 continue
             file = self.answer_file(questions, system)
-            if not distributed.on_main(file.is_complete):
+            if not distributed.on_main(partial(_is_complete, file)):
                 model = model or system.load()
                 answers(
                     model,
@@ -155,7 +165,7 @@ class Evaluation:
         measured = [questions for questions in self._question_sets() if not questions.needs_answers]
         return {
             "model": manifest.fingerprint(system.provenance),
-            "references": manifest.fingerprint({"ids": [e.ids for e in self.data.references.examples]}),
+            "references": [self.config.expert_names, self.data.references.digest],
             "question_sets": {q.name: [q.judge, digest(q.rows)] for q in measured},
         }
 

@@ -59,6 +59,7 @@ def build(
     scored = [axis for axis in axes if config.axes[axis].judge]
     content = {
         "run": _environment(seconds, ranks) | {"seed": config.seed, "held_out_rows": config.data.held_out_rows},
+        "model": manifest.read(out.model)["fingerprint"],
         "axes": axes,
         "scored": scored,
         "systems": {name: _scores(r, axes, scored) for name, r in results.items()},

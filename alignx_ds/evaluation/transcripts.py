@@ -14,6 +14,7 @@ from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges.protocol import Judge, Verdict
 from alignx_ds.runs import manifest
+from alignx_ds.runtime import console
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class AnswerFile:
 
     def is_complete(self) -> bool:
         return len(self.load()) == len(self.rows)
+
+    def lines(self) -> int:
+        """How many answers the file has, valid or not."""
+        return len(_lines(self.path))
 
     def append(self, start: int, outputs: Sequence[str]) -> None:
         """Write the answers to the rows from `start` on."""
@@ -86,10 +91,15 @@ def verdicts(path: Path, judge: Judge, rows: Sequence[Row], outputs: Sequence[st
     judge_id = manifest.fingerprint(judge.identity)
     keys = [_answer_key(row, output) for row, output in zip(rows, outputs, strict=True)]
     found: list[Verdict] = []
-    for key, line in zip(keys, _lines(path), strict=False):
+    there = _lines(path)
+    for key, line in zip(keys, there, strict=False):
         if (line.get("answer"), line.get("judge")) != (key, judge_id) or "verdict" not in line:
             break
         found.append(line["verdict"])
+    if dropped := len(there) - len(found):
+        console.say(
+            f"{path}: {dropped} of {len(there)} verdicts are of another judge or on other answers, and not used"
+        )
     valid = [{"answer": k, "judge": judge_id, "verdict": v} for k, v in zip(keys, found, strict=False)]
     manifest.write_text(path, _text(valid))
     for verdict in judge.verdicts(rows[len(found) :], outputs[len(found) :]):

@@ -65,8 +65,9 @@ class FinishedRun:
 
     @cached_property
     def report(self) -> dict[str, Any] | None:
-        """What `alignx-ds run` measured; None after `alignx-ds align` alone. Raises DataError."""
-        return read_report(self.root) if (self.root / "report.json").is_file() else None
+        """What `alignx-ds run` measured of this model; None after `alignx-ds align` alone. Raises DataError."""
+        found = read_report(self.root) if (self.root / "report.json").is_file() else None
+        return found if found and found.get("model") == manifest.fingerprint(self.model_inputs) else None
 
     def specialist(self, axis: str) -> Path:
         """Its directory. Raises DataError when it is missing or damaged, or when the model was made from another."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from alignx_ds.training.loop import StepLoss, micro_batches, train
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, tensorboard
 from alignx_ds.training.nonfinite import NonFiniteSteps
+
+VERSIONED = ("alignx-ds", "torch", "deepspeed", "transformers")  # noted with a result, which is reused with any other
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,13 @@ def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
         if stage.shared and not _is_current(stage):
             distributed.on_main(own.take)  # the lock of the output does not cover what is shared
         if _is_current(stage):
-            console.say(f"{stage.label}: unchanged, reused from {place}")
+            others = distributed.on_main(partial(_other_versions, place))
+            console.say(f"{stage.label}: unchanged, reused from {place}{others}")
         else:
             distributed.on_main(lambda: _clear(stage))
             facts = make(job)
             distributed.barrier()  # all ranks have written their files
+            facts = {"versions": {name: version(name) for name in VERSIONED}} | facts
             distributed.on_main(lambda: manifest.write(place, stage.inputs, facts))
     if job.checkpoints:
         job.checkpoints.finish()
@@ -80,6 +85,13 @@ def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
 
 def _is_current(stage: Stage) -> bool:
     return distributed.on_main(lambda: manifest.is_current(stage.directory, stage.inputs))
+
+
+def _other_versions(directory: Path) -> str:
+    """The versions that have changed since the result was made, for the message that it is reused."""
+    made = manifest.read(directory).get("versions", {})
+    others = [f"{name} {then}" for name, then in made.items() if name in VERSIONED and then != version(name)]
+    return f" (made with {', '.join(others)})" if others else ""
 
 
 def training_job(stage: Stage, context: StageContext) -> TrainingJob:

@@ -115,3 +115,21 @@ def test_results_hold_every_set_and_verdicts_are_asked_for_once(
 def test_what_is_not_evaluated_is_not_judged(evaluation: Evaluation, system: Callable[..., System]) -> None:
     with pytest.raises(AssertionError, match="before it is evaluated"):
         evaluation.judge_all([system(weights=1)])
+
+
+def test_what_is_not_used_any_more_is_said(
+    evaluation: Evaluation, system: Callable[..., System], loaded: Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers of another length are given again, and other settings of the evaluation leave them as they are."""
+    base = system(weights=1)
+    evaluation.evaluate_all([base])
+    evaluation.judge_all([base])
+    evaluation.config.evaluation.batch, evaluation.config.judges.batch = 3, 1
+    evaluation.evaluate_all([base])
+    assert loaded == ["base"] and "not used" not in capsys.readouterr().out
+    evaluation.config.evaluation.max_new_tokens = 1
+    evaluation.evaluate_all([base])
+    assert loaded == ["base", "base"]
+    assert capsys.readouterr().out.count("4 of 4 answers are of another model, of another length") == 3
+    evaluation.judge_all([base])
+    assert "verdicts are of another judge or on other answers" in capsys.readouterr().out

@@ -32,6 +32,9 @@ def test_it_is_found_where_it_has_been_moved_to(copied: Path) -> None:
 
 
 def test_after_align_alone_there_is_no_report(copied: Path) -> None:
+    report = json.loads((copied / "report.json").read_text())
+    (copied / "report.json").write_text(json.dumps(report | {"model": "made again since"}))
+    assert FinishedRun.open(copied).report is None, "it is about another model"
     (copied / "report.json").unlink()
     assert FinishedRun.open(copied).report is None
     (copied / "report.json").write_text("{}")

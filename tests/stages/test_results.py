@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from alignx_ds.data.world.files import write_files
 from alignx_ds.errors import ConfigError
 from alignx_ds.models.base import WORLD_BASE, BaseModel
 from alignx_ds.runs import manifest, outputs
+from alignx_ds.runtime.failures import LESS_MEMORY
 from alignx_ds.stages import results
 from alignx_ds.stages.stage import StageContext
 
@@ -149,3 +151,10 @@ def test_what_is_not_finished_may_be_made_with_any_recipe(run: Run) -> None:
     for name in ("specialists", "baselines", "model"):
         shutil.rmtree(run.output / name)
     assert run.stale("train.lr=0.5", "seed=9") == EVERY
+
+
+def test_the_advice_on_too_little_memory_can_be_followed(run: Run) -> None:
+    """Every key that the message names may change on the same output, and nothing is made again."""
+    keys = re.findall(r"\w+\.\w+", LESS_MEMORY)
+    assert {"evaluation.batch", "align.accumulation"} <= set(keys) and "more ranks" in LESS_MEMORY
+    assert run.stale(*(f"{key}=2" for key in keys), "launch.ranks=2") == []

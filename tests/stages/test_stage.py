@@ -12,6 +12,7 @@ from stage_contexts import stage_context
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError, DataError, Stopped
 from alignx_ds.runs import manifest
+from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.stages.stage import Stage, StageContext, ensure, training_job
 from alignx_ds.training.job import TrainingJob
@@ -125,3 +126,32 @@ def test_a_stage_s_job_follows_the_recipe(context: StageContext, stage: Stage) -
     assert job.nonfinite.skip and job.nonfinite.directory == context.out.nonfinite / "stage1/helpful"
     token = context.base.tokenizer("dog")["input_ids"][-1]
     assert job.nonfinite.decode([token]).strip() == "dog"
+
+
+def test_a_result_of_other_versions_is_reused_and_this_is_said(
+    context: StageContext, stage: Stage, make: Maker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ensure(stage, context, make)
+    content = manifest.read(stage.directory)
+    assert set(content["versions"]) == {"alignx-ds", "torch", "deepspeed", "transformers"}
+    content["versions"]["transformers"] = "4.0"
+    (stage.directory / manifest.NAME).write_text(manifest.sealed(content))
+    ensure(stage, context, make)
+    assert "helpful (made with transformers 4.0)" in capsys.readouterr().out and len(make.jobs) == 1
+
+
+def test_a_shared_result_that_another_run_is_making_is_left_to_it(
+    context: StageContext, stage: Stage, make: Maker
+) -> None:
+    shared = replace(stage, shared=True)
+    with Lock(stage.directory.with_name("helpful.lock.json"), "specialists", "shared") as held:
+        held.take()
+        with pytest.raises(ConfigError, match=r"specialists: .*another run holds it"):
+            ensure(shared, context, make)
+    assert not make.jobs and not stage.directory.exists()
+    ensure(shared, context, make)
+    assert [path.name for path in stage.directory.parent.iterdir()] == ["helpful"]
+    with Lock(stage.directory.with_name("helpful.lock.json"), "specialists", "shared") as held:
+        held.take()
+        ensure(shared, context, make)  # to reuse it needs no lock
+    assert len(make.jobs) == 1
