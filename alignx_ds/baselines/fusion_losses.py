@@ -1,6 +1,7 @@
 """The losses of H3Fusion (arXiv 2411.17792) and TrinityX (arXiv 2509.08486) beside the language model's.
 
-Every term is a mean over all rows of a batch, so that none depends on the world size or on the accumulation steps.
+Each term is a mean over the rows of a micro batch, whatever their length, and all micro batches of a step have the same
+number of rows. So its mean over micro batches and ranks is the mean over all rows of the step. `drift` needs no rows.
 
 Shapes: B rows, T tokens, E experts.
 """
@@ -21,7 +22,7 @@ from alignx_ds.config.schema import FusionConfig
 class FusionTerms:
     """fp32 scalars, unweighted. Entropy and `uniform` add up to log E: only the difference of their weights counts."""
 
-    lm: Tensor  # this micro batch's share of the mean NLL per answer token
+    lm: Tensor  # this micro batch's share of the step's mean NLL per answer token
     gating: Tensor  # cross-entropy of a row's axis under its mean gates
     drift: Tensor  # relative squared distance of the experts from where they started
     entropy: Tensor  # of a token's gates

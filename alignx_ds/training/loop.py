@@ -40,6 +40,7 @@ def micro_batches(
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
         own = share(chosen, rank, world)
         size = plan.micro_batch(world)
+        assert len(own) == size * plan.accumulation, "rows of unequal micro batches would not count alike"
         scale = world * plan.accumulation / answer_tokens
         step = []
         for first in range(0, len(own), size):

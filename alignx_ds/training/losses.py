@@ -1,5 +1,10 @@
-"""The losses of fine-tuning and of stage 2. Every term has a global normaliser, so that none depends on the world size
-or on the number of accumulation steps.
+"""The losses of fine-tuning and of stage 2. Each term of an optimizer step is a mean over the whole step: the language
+model's over all answer tokens, any other over all rows, each of which counts alike, whatever its length.
+
+DeepSpeed averages micro batches and ranks. The language model's sums are therefore scaled by the answer tokens of the
+whole step (`MicroBatch.lm_scale`). The other terms are means over a micro batch: all micro batches of a step have the
+same number of rows (`loop.micro_batches`), so their mean is that of all rows. So no term depends on the number of ranks
+or of accumulation steps.
 
 Shapes: B rows, T tokens, V vocabulary, E experts.
 """
@@ -41,13 +46,13 @@ def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
 
 @dataclass(frozen=True)
 class AlignTerms:
-    """The terms of stage 2's loss, fp32 scalars, unweighted; all but `lm` are means over the rows of a micro batch."""
+    """Stage 2's terms of one micro batch, fp32 scalars, unweighted; all but `lm` are means over its rows."""
 
-    lm: Tensor  # this micro batch's share of the mean NLL per answer token
-    gating: Tensor  # cross-entropy of the axis labels, mean over the gates
-    drift: Tensor  # ‖ỹ − y‖²/‖y‖² of the output calibrations, mean over the layers
-    entropy: Tensor  # of the gates
-    prior: Tensor  # KL of the gates from the calibrators' own
+    lm: Tensor  # this micro batch's share of the step's mean NLL per answer token
+    gating: Tensor  # cross-entropy of a row's axis, mean over the gates
+    drift: Tensor  # ‖ỹ − y‖²/‖y‖² over a row's tokens, mean over the layers' output calibrations
+    entropy: Tensor  # of a row's gates, mean over the gates
+    prior: Tensor  # KL of a row's gates from the calibrators' own, mean over the gates
 
     def total(self, weights: AlignConfig) -> Tensor:
         """The weighted sum."""

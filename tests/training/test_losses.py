@@ -29,7 +29,11 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.training.losses import AlignTerms, align_terms, answer_nll, gating_terms, language_loss
 
 TERMS = ("lm", "gating", "drift", "entropy", "prior")
-PATHS = {"fused": None, "parallel": Placement(1, 0)}
+PATHS: dict[str, tuple[Placement | None, str]] = {  # where the experts are, and the kind of the gate
+    "fused": (None, "choice"),
+    "parallel": (Placement(1, 0), "choice"),
+    "needs": (None, "needs"),
+}
 EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9]), [2, 6, 3, 8], strict=True)]
 LABELS = torch.tensor([1, 3, 0, 1])
 ANSWER_TOKENS = sum(e.answer_length for e in EXAMPLES)
@@ -37,7 +41,8 @@ ANSWER_TOKENS = sum(e.answer_length for e in EXAMPLES)
 
 def make(path: str = "fused", scope: str = "per_layer") -> AlignXForCausalLM:
     base = base_model()
-    model = aligned(base, low_rank_experts(base), scope=scope, placement=PATHS[path])
+    placement, kind = PATHS[path]
+    model = aligned(base, low_rank_experts(base), scope=scope, placement=placement, kind=kind)
     freeze_trunk(model)
     return model.train()
 
