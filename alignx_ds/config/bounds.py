@@ -73,6 +73,9 @@ def _under(key: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Mark]]:
     elif get_origin(hint) is list:
         for entry in value:
             yield from _under(key, entry, get_args(hint)[0])
+    elif get_origin(hint) is Annotated and isinstance(value, (list, dict)):  # of a setting that may be anything
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _under(f"{key}.{name}", entry, hint)
     elif get_origin(hint) is Annotated:
         yield key, value, get_args(hint)[1]
 

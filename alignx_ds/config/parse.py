@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignx_ds.config import shipped
 from alignx_ds.config.bounds import unfit_texts
-from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig
+from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig, SourceConfig
 from alignx_ds.errors import ConfigError, Problem
 
 # Errors of reading YAML. ValueError: bytes that are not UTF-8, and numbers of thousands of digits.
@@ -113,11 +113,37 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
                 if isinstance(entry, dict):
                     leaves.append((place, inner()))
                 leaves += _nested(entry, inner, place, problems)
+        elif hint is Any:
+            leaves.append((key, _sources(value, key, problems)))
         elif _fits(value, hint):
             leaves.append((key, value))
         else:
             problems.append(Problem(key, value, type_of(name, kind), "correct the value"))
     return leaves
+
+
+def _sources(value: Any, key: str, problems: list[Problem]) -> Any:
+    """A source, or the keys of each of several sources."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        fix = "write a path, an id, or a list of them"
+        problems.append(Problem(key, value, "a source, or a list of sources", fix))
+        return ""
+    found = []
+    for number, entry in enumerate(value):
+        place, typed = f"{key}.{number}", OmegaConf.structured(SourceConfig)
+        for name, given in _nested(
+            {"source": entry} if isinstance(entry, str) else entry, SourceConfig, place, problems
+        ):
+            try:
+                OmegaConf.update(typed, name.removeprefix(f"{place}."), given, force_add=True)
+            except (OmegaConfBaseException, OverflowError) as error:
+                problems.append(Problem(name, given, "a value of the key's type", str(error).splitlines()[0]))
+        if OmegaConf.missing_keys(typed):
+            problems.append(Problem(f"{place}.source", None, "a source", "name the file or the data set"))
+        found.append(OmegaConf.to_container(typed))
+    return found
 
 
 def _misnamed(place: str, name: str, kind: type) -> Problem | None:

@@ -23,6 +23,7 @@ SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
 
 Text = Annotated[str, AnyText()]  # a path, a source or an id: what it names is checked in plan/
 Prose = Annotated[str, AnyText(lines=True)]
+Sources = Annotated[Any, AnyText()]  # a source, or a list of SourceConfig's keys
 TemplateValue = Annotated[Any, AnyText(lines=True)]  # a text, a number or a truth value
 SchemaName = Annotated[str, NameIn("schemas")]
 OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
@@ -33,16 +34,26 @@ Density = Annotated[float, Range(above=0, most=1)]
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of training rows, an entry of the list `train`; a source alone may stand for it."""
+
+    source: Text = MISSING
+    weight: NonNegativeFloat = 0.0  # the sources' shares of the rows; 0 for all: in proportion to their sizes
+    schema: OptionalSchemaName = ""  # empty: the axis's
+    columns: dict[str, Text] = field(default_factory=dict)  # empty: the axis's, if the schema is the axis's too
+
+
+@dataclass
 class AxisConfig:
     """One alignment goal. An axis is a config entry: add one here and it becomes an expert.
 
-    A source is a local file (.json, .jsonl, .csv, .parquet), a data set of the hub (owner/name, owner/name:split or
-    owner/name:config:split), or "world".
+    A source is a local file or directory, a data set of the hub (owner/name, owner/name:split or
+    owner/name:config:split), or "world". docs/evaluation.md lists the types of files and the schemas.
     """
 
     prompt: Prose = MISSING  # system prompt of every training row
     schema: SchemaName = MISSING  # how its rows are written: alpaca, messages, sharegpt, dpo … (docs/evaluation.md)
-    train: Text = MISSING  # source of the training rows
+    train: Sources = MISSING  # source of the training rows, or a list of sources
     held_out: Text = ""  # source of the rows that are judged; empty: a share of train's questions is held out
     held_out_schema: OptionalSchemaName = ""  # of the held-out rows; empty: the schema of the training rows
     columns: dict[str, Text] = field(default_factory=dict)  # the schema's column -> the source's, where they differ
@@ -60,7 +71,7 @@ class GeneralistConfig:
     """Plain requests that belong to no axis. They are routed to expert 0, the base model's FFN. Optional."""
 
     schema: SchemaName = "plain"
-    train: Text = ""
+    train: Sources = ""
     held_out: Text = ""
     columns: dict[str, Text] = field(default_factory=dict)
 

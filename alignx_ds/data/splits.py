@@ -5,12 +5,14 @@ Every record is accounted for: it becomes a row, or it is dropped with a reason.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.config.sources import training_sources
 from alignx_ds.data.columns import Records
 from alignx_ds.data.parsers import Parsed
 from alignx_ds.data.rows import Dropped, Row
@@ -48,6 +50,34 @@ class SplitRows:
     def of(cls, source: str, records: Records, parsed: Parsed) -> SplitRows:
         count = len(records.usable) + len(records.dropped)
         return cls(source, count, parsed.rows, [*records.dropped, *parsed.dropped])
+
+
+def mixed(parts: Sequence[SplitRows], weights: Sequence[float], limit: int, *, exact: bool) -> SplitRows:
+    """One split of several sources, in turn and in the proportion of their weights, with `limit` rows at most.
+
+    If the proportion is to be `exact`, it ends with the source that is used up first. Otherwise the others go on.
+    """
+    turns = sorted(
+        ((n + 0.5) / weight, number, n)
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+        for n in range(len(part.rows))
+    )
+    last = min(len(part.rows) / weight for part, weight in zip(parts, weights, strict=True)) if exact else math.inf
+    rows: list[Row] = []
+    counts = [0] * len(parts)
+    dropped = [dropped for part in parts for dropped in part.dropped]
+    for turn, number, n in turns:
+        row = parts[number].rows[n]
+        if turn > last:
+            dropped.append(Dropped(row.place, "more than its source's weight allows"))
+        elif len(rows) == limit:
+            dropped.append(Dropped(row.place, f"more than {limit} rows"))
+        else:
+            rows.append(row)
+            counts[number] += 1
+    names = [part.source for part in parts]
+    records = sum(part.records for part in parts)
+    return SplitRows(", ".join(names), records, rows, dropped, tuple(zip(names, counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +124,8 @@ def limited(sources: Sources, config: RunConfig, too_long: TooLong | None = None
     train, held_out = {}, {}
     for name, settings in _experts(config).items():
         parts = [part.without(_leaked(part, judged)) for part in sources.train[name]]
-        train[name] = _used(parts, _train_limit(settings, config), "train", name, too_long)
+        weights = [source.weight for source in training_sources(settings)]
+        train[name] = _used(parts, _train_limit(settings, config), "train", name, too_long, weights)
         held_out[name] = _used(sources.held_out[name], config.data.held_out_rows, "held out", name, too_long)
     trained = frozenset(question for split in train.values() for row in split.rows for question in row.questions)
     sets = {}
@@ -110,28 +141,25 @@ def _experts(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:
 
 
 def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[list[SplitRows], list[SplitRows]]:
-    """Training and held-out rows. Without a held-out source, a share of the training source's questions is held out."""
-    if not s.train:
-        return [], []
-    schema = held_out_schema = SCHEMAS[s.schema]
-    seed, limit = config.seed, config.data.records
-    source = Source(s.train, s.schema, s.columns)
-    train = source.read(held_out=False, count=_train_limit(s, config), seed=seed, limit=limit)
+    """Training and held-out rows. Without a held-out source, a share of each source's questions is held out."""
+    seed, limit, share = config.seed, config.data.records, config.data.held_out_share
+    train_parts, held_out_parts = [], []
+    for given in training_sources(s):
+        schema = SCHEMAS[given.schema]
+        source = Source(given.source, given.schema, given.columns)
+        train = source.read(held_out=False, count=_train_limit(s, config), seed=seed, limit=limit)
+        if not s.held_out:
+            positions = [Row(schema.question(record), "").position(HELD_OUT) for _, record in train.usable]
+            cut = [record for record, position in zip(train.usable, positions, strict=True) if position < share]
+            held_out_parts.append(SplitRows.of(given.source, Records(cut, []), schema.held_out(cut)))
+            rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
+            train = Records(rest, train.dropped)
+        train_parts.append(SplitRows.of(given.source, train, schema.parse(train.usable)))
     if s.held_out:
-        held_out_schema = SCHEMAS[s.judged_as()[0]]
         source = Source(s.held_out, *s.judged_as())
         held_out = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
-    else:
-        positions = [Row(schema.question(record), "").position(HELD_OUT) for _, record in train.usable]
-        share = config.data.held_out_share
-        cut = [record for record, position in zip(train.usable, positions, strict=True) if position < share]
-        held_out = Records(cut, [])
-        rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
-        train = Records(rest, train.dropped)
-    return (
-        [SplitRows.of(s.train, train, schema.parse(train.usable))],
-        [SplitRows.of(s.held_out or s.train, held_out, held_out_schema.held_out(held_out.usable))],
-    )
+        held_out_parts = [SplitRows.of(s.held_out, held_out, SCHEMAS[s.judged_as()[0]].held_out(held_out.usable))]
+    return train_parts, held_out_parts
 
 
 def _read_set(name: str, config: RunConfig) -> SplitRows:
@@ -156,12 +184,19 @@ def _leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
     return {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
 
 
-def _used(parts: Sequence[SplitRows], limit: int, use: Use, name: str, too_long: TooLong | None) -> SplitRows:
+def _used(
+    parts: Sequence[SplitRows],
+    limit: int,
+    use: Use,
+    name: str,
+    too_long: TooLong | None,
+    weights: Sequence[float] = (),
+) -> SplitRows:
     """The first rows of an expert's sources that are not too long. Raises DataError for a source without any."""
-    if not parts:
-        return SplitRows("", 0, [], [])
-    (used,) = [_first_rows(part, limit, use, name, too_long) for part in parts]
-    return used
+    fitting = [_first_rows(part, limit, use, name, too_long) for part in parts]
+    if len(fitting) < 2:
+        return fitting[0] if fitting else SplitRows("", 0, [], [])
+    return mixed(fitting, weights if any(weights) else [len(part.rows) for part in parts], limit, exact=any(weights))
 
 
 def _first_rows(split: SplitRows, limit: int, use: Use, name: str, too_long: TooLong | None) -> SplitRows:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from alignx_ds.config.bounds import violations
 from alignx_ds.config.schema import FUSIONS, MERGES, AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.config.sources import training_sources
 from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
 from alignx_ds.data.sources import WORLD, names_a_source
 from alignx_ds.data.world.rows import SCHEMAS_OF_THE_WORLD
@@ -31,26 +33,41 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         key = f"axes.{name}"
         if name in RESERVED or not name.isidentifier():
             yield Problem(key, name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis")
-        if axis.schema in QUESTIONS_ONLY:
-            fix = "list it under evaluation.sets, and train the axis on another source"
-            yield Problem(f"{key}.schema", axis.schema, "a schema with answers to imitate", fix)
-        yield from _source(key, "train", axis.train, axis.schema, axis.columns)
-        yield from _held_out(key, axis)
+        yield from _trained_on(key, axis)
 
 
 def _generalist(g: GeneralistConfig) -> Iterator[Problem]:
     if g.train:
-        yield from _source("generalist", "train", g.train, g.schema, g.columns)
-        yield from _held_out("generalist", g)
+        yield from _trained_on("generalist", g)
     elif g.held_out:
         fix = "set generalist.train too, or remove generalist.held_out"
         yield Problem("generalist.held_out", g.held_out, "nothing without generalist.train", fix)
 
 
+def _trained_on(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:
+    sources = training_sources(settings)
+    if not sources:
+        yield Problem(f"{key}.train", settings.train, "a source", "name a file, a data set or 'world'")
+    for number, s in enumerate(sources):
+        listed = isinstance(settings.train, list)
+        place = f"{key}.train.{number}" if listed else key
+        yield from violations(s, {"schemas": SCHEMAS}, f"{place}.") if listed else ()
+        if s.schema in QUESTIONS_ONLY:
+            fix = "list it under evaluation.sets, and train on another source"
+            yield Problem(f"{place}.schema", s.schema, "a schema with answers to imitate", fix)
+        yield from _source(place, "source" if listed else "train", s.source, s.schema, s.columns)
+    if len({bool(s.weight) for s in sources}) > 1:
+        weights = [s.weight for s in sources]
+        yield Problem(f"{key}.train", weights, "a weight for every source, or for none", "add the others, e.g. 1")
+    if len({(s.source, s.schema) for s in sources}) < len(sources):
+        yield Problem(f"{key}.train", [s.source for s in sources], "different sources", "remove one of the two")
+    yield from _held_out(key, settings)
+
+
 def _held_out(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:
     if settings.held_out:
         yield from _source(key, "held_out", settings.held_out, *settings.judged_as())
-    elif settings.train == WORLD:
+    elif any(s.source == WORLD for s in training_sources(settings)):
         yield Problem(f"{key}.held_out", "", WORLD, "set it to 'world': the world generates its held-out rows")
 
 

@@ -34,10 +34,13 @@ WRONG: dict[Any, list[Any]] = {
     float: ["fast", nan, inf, -inf, None, [1.0], {"a": 1.0}, 10**400],
     str: [None, ["a"], {"a": "b"}, "bell\a", LONG],
     bool: ["maybe", None, [True], 2],
+    # a source of rows, or a list of sources
+    Any: [3, None, [], {"a": "b"}, "bell\a", LONG, [None], [["a"]], [{"sorce": "a"}], ["bell\a"], [{"source": LONG}],
+          [{"source": "world", "weight": nan}, "a"], [{"source": "world", "columns": 3}], True, nan],
     list[int]: [3, "a", None, {"a": 1}, [None], [[1]], [-1], [10**30], [0.5]],
     list[str]: [3, None, {"a": 1}, [None], [["ties"]], [{"a": 1}]],
     dict: [3, "a", None, [1], {"a.b": "x"}, {"": 3}],
-}
+}  # fmt: skip
 Change = tuple[str, Any]  # dotted key, value that it can't have
 
 
