@@ -7,7 +7,8 @@ there or not. What finds no place would be dropped, and what is not there would 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations import deepspeed as sharding
 
 from alignx_ds.errors import Problem
 from alignx_ds.models.pretrained import reading
@@ -57,9 +59,20 @@ def size_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | No
 
 def skeleton(config: PreTrainedConfig, key: str, given: str) -> PreTrainedModel:
     """The modules without memory for their weights. Raises ConfigError where the config's values do not allow it."""
-    with reading(key, given, "config.json"), torch.device("meta"):
+    with reading(key, given, "config.json"), _unsharded(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
+
+
+@contextmanager
+def _unsharded() -> Iterator[None]:
+    """Within it transformers does not shard what it builds, though an HfDeepSpeedConfig with ZeRO-3 is alive."""
+    alive = sharding._hf_deepspeed_config_weak_ref
+    sharding.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        sharding._hf_deepspeed_config_weak_ref = alive
 
 
 def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
