@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -67,15 +67,6 @@ def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
     return [*axes, *(QuestionSet(name, s.judge, data.splits.sets[name].rows) for name, s in sets.items())]
 
 
-def _is_complete(file: AnswerFile) -> bool:
-    """Whether it has an answer to every row. Says so where answers in it are of no use."""
-    there, usable = file.lines(), len(file.load())
-    if usable < there:
-        reason = "of another model, of another length, or to other rows, and not used"
-        console.say(f"{file.path}: {there - usable} of {there} answers are {reason}")
-    return usable == len(file.rows)
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What all systems share: the settings, the base model's tokenizer, the rows, and the directory of results."""
@@ -86,7 +77,8 @@ class Evaluation:
     out: Outputs
 
     def evaluate_all(self, systems: Sequence[System]) -> None:
-        """Write every system's answers and likelihoods. Collective."""
+        """Write every system's answers and likelihoods. Says how many answers on disk are of no use. Collective."""
+        distributed.on_main(lambda: self._count_answers(systems))
         answered = sum(questions.needs_answers for questions in self._question_sets())
         with console.progress("answers and likelihoods", len(systems) * (answered + 1)) as progress:
             for system in systems:
@@ -100,6 +92,7 @@ class Evaluation:
         """
         names = sorted({questions.judge for questions in self._question_sets() if questions.needs_answers})
         judges = {name: registry.make(name, self.config.judges) for name in names}
+        self._count_verdicts(systems, judges)
         return {system.name: self.judge(system, judges) for system in systems}
 
     def evaluate(self, system: System, progress: Progress) -> None:
@@ -113,7 +106,7 @@ class Evaluation:
             if not questions.needs_answers:
                 continue
             file = self.answer_file(questions, system)
-            if not distributed.on_main(partial(_is_complete, file)):
+            if not distributed.on_main(file.is_complete):
                 model = model or system.load()
                 answers(
                     model,
@@ -145,8 +138,8 @@ class Evaluation:
                 metrics[name] = measured["metrics"][name]
                 continue
             outputs, judge = self.answer_file(questions, system).load(), judges[questions.judge]
-            path = self.out.verdicts / f"{system.name}.{name}.{questions.judge}.jsonl"
-            metrics[name] = judge.metrics(rows, transcripts.verdicts(path, judge, rows, outputs))
+            verdicts = transcripts.verdicts(self._verdict_file(questions, system), judge, rows, outputs)
+            metrics[name] = judge.metrics(rows, verdicts)
             samples[name] = list(zip(rows, outputs, strict=True))[:SAMPLES]
         return Result(metrics, measured["perplexity"], samples)
 
@@ -157,6 +150,30 @@ class Evaluation:
             "max_new_tokens": self.config.evaluation.max_new_tokens,
         }
         return AnswerFile(self.out.answers / f"{system.name}.{questions.name}.jsonl", questions.rows, provenance)
+
+    def _verdict_file(self, questions: QuestionSet, system: System) -> Path:
+        return self.out.verdicts / f"{system.name}.{questions.name}.{questions.judge}.jsonl"
+
+    def _answered(self, systems: Sequence[System]) -> Iterator[tuple[QuestionSet, System]]:
+        return ((q, system) for system in systems for q in self._question_sets() if q.needs_answers)
+
+    def _count_answers(self, systems: Sequence[System]) -> None:
+        files = [self.answer_file(questions, system) for questions, system in self._answered(systems)]
+        there = sum(transcripts.lines(file.path) for file in files)
+        if unused := there - sum(len(file.load()) for file in files):
+            reason = "are of another model or length, or to other rows, and not used"
+            console.say(f"{self.out.answers}: {unused} of {there} answers {reason}")
+
+    def _count_verdicts(self, systems: Sequence[System], judges: dict[str, Judge]) -> None:
+        there = used = 0
+        for questions, system in self._answered(systems):
+            path, judge = self._verdict_file(questions, system), judges[questions.judge]
+            outputs = self.answer_file(questions, system).load()
+            there += transcripts.lines(path)
+            used += len(transcripts.given(path, judge, questions.rows, outputs))
+        if used < there:
+            reason = "are of another judge, or on other answers, and not used"
+            console.say(f"{self.out.verdicts}: {there - used} of {there} verdicts {reason}")
 
     def _question_sets(self) -> list[QuestionSet]:
         return question_sets(self.config, self.data)

@@ -14,7 +14,6 @@ from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges.protocol import Judge, Verdict
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import console
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,6 @@ class AnswerFile:
 
     def is_complete(self) -> bool:
         return len(self.load()) == len(self.rows)
-
-    def lines(self) -> int:
-        """How many answers the file has, valid or not."""
-        return len(_lines(self.path))
 
     def append(self, start: int, outputs: Sequence[str]) -> None:
         """Write the answers to the rows from `start` on."""
@@ -90,22 +85,28 @@ def verdicts(path: Path, judge: Judge, rows: Sequence[Row], outputs: Sequence[st
     """The judge's verdict on every answer. Verdicts in the file that this judge gave on these answers are reused."""
     judge_id = manifest.fingerprint(judge.identity)
     keys = [_answer_key(row, output) for row, output in zip(rows, outputs, strict=True)]
-    found: list[Verdict] = []
-    there = _lines(path)
-    for key, line in zip(keys, there, strict=False):
-        if (line.get("answer"), line.get("judge")) != (key, judge_id) or "verdict" not in line:
-            break
-        found.append(line["verdict"])
-    if dropped := len(there) - len(found):
-        console.say(
-            f"{path}: {dropped} of {len(there)} verdicts are of another judge or on other answers, and not used"
-        )
+    found = given(path, judge, rows, outputs)
     valid = [{"answer": k, "judge": judge_id, "verdict": v} for k, v in zip(keys, found, strict=False)]
     manifest.write_text(path, _text(valid))
     for verdict in judge.verdicts(rows[len(found) :], outputs[len(found) :]):
         _append(path, [{"answer": keys[len(found)], "judge": judge_id, "verdict": verdict}])
         found.append(verdict)
     return found
+
+
+def given(path: Path, judge: Judge, rows: Sequence[Row], outputs: Sequence[str]) -> list[Verdict]:
+    """The verdicts in the file that this judge gave on these answers, from the first answer on."""
+    judge_id, found = manifest.fingerprint(judge.identity), list[Verdict]()
+    for row, output, line in zip(rows, outputs, _lines(path), strict=False):
+        if (line.get("answer"), line.get("judge")) != (_answer_key(row, output), judge_id) or "verdict" not in line:
+            break
+        found.append(line["verdict"])
+    return found
+
+
+def lines(path: Path) -> int:
+    """How many answers or verdicts the file has."""
+    return len(_lines(path))
 
 
 def stored_verdicts(path: Path, rows: Sequence[Row], outputs: Sequence[str]) -> list[Verdict] | None:

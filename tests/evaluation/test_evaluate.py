@@ -130,6 +130,6 @@ def test_what_is_not_used_any_more_is_said(
     evaluation.config.evaluation.max_new_tokens = 1
     evaluation.evaluate_all([base])
     assert loaded == ["base", "base"]
-    assert capsys.readouterr().out.count("4 of 4 answers are of another model, of another length") == 3
+    assert capsys.readouterr().out.count("12 of 12 answers are of another model or length") == 1
     evaluation.judge_all([base])
-    assert "verdicts are of another judge or on other answers" in capsys.readouterr().out
+    assert "of 12 verdicts are of another judge, or on other answers, and not used" in capsys.readouterr().out
