@@ -91,9 +91,10 @@ def test_another_runs_directory_is_left_alone(refused: Refused, write_recipe: Wr
     out = outputs.claim(load(write_recipe("seed=9")))
     out.model.mkdir()
     manifest.write(out.model, {"seed": 9}, {})
-    (line,) = refused("run", write_recipe())
-    assert "output" in line
-    assert "another seed" in line
+    for options in ([], ["--dry-run"]):
+        (line,) = refused("run", write_recipe(), *options)
+        assert "output" in line
+        assert "another seed" in line
 
 
 def test_a_directory_that_another_run_is_using_is_left_alone(

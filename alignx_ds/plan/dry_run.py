@@ -11,6 +11,9 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import prompts, training
 from alignx_ds.plan.accounts import accounts, line, notes
 from alignx_ds.plan.sizes import counts, disk, memory
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.stages import results
+from alignx_ds.stages.stage import StageContext
 from alignx_ds.training.engine import steps_of
 
 MIB_PER_GIB = 1024
@@ -18,13 +21,14 @@ MIB_PER_GIB = 1024
 
 def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False) -> str:
     """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub."""
-    rows, steps, unchecked = _rows(config, base)
+    rows, steps, finished, unchecked = _rows(config, base)
     written = prompts.facts(base) if base.has_tokenizer else {}
     sections = {
         f"plan of {config.output}": _summary(config, base, world_size),
         "prompts and answers": [f"  {name:<28}{fact}" for name, fact in written.items()],
         "rows": rows,
         "optimizer steps": steps,
+        "finished already": finished,
         "parameters": [line(name, f"{count:,}") for name, count in counts(config, base).items()],
         f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
         "disk space, at most": _sizes(disk(config, base)),
@@ -54,8 +58,11 @@ def _sizes(sizes: dict[str, float]) -> list[str]:
     return [line(name, size) for name, size in shown.items()]
 
 
-def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], list[str]]:
-    """(how many rows are used and why others are not, optimizer steps, what could not be checked)."""
+def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], list[str], list[str]]:
+    """(how many rows are used and why others are not, optimizer steps, finished results, what could not be checked).
+
+    Raises ConfigError when a finished result was made with another recipe.
+    """
     unchecked: list[str] = []
     if not base.has_tokenizer and not config.from_scratch:
         shape = "the hub can't be reached; the shape that ships with the package is used"
@@ -65,10 +72,10 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
     try:
         if not base.has_tokenizer and not config.from_scratch:
             rows = accounts(read_splits(config))
-            return rows, [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"]
+            return rows, [], [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"]
         inputs = read_inputs(config, base)
     except UnreachableError as error:
-        return [], [], [*unchecked, str(error)]
+        return [], [], [], [*unchecked, str(error)]
     data = inputs.data
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
     rows = [
@@ -76,7 +83,17 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]
-    return rows, _steps(config, inputs), unchecked
+    return rows, _steps(config, inputs), _finished(config, inputs), unchecked
+
+
+def _finished(config: RunConfig, inputs: RunInputs) -> list[str]:
+    """What the output directory holds already. Nothing is known about it without the base model's weights."""
+    context = StageContext(config, inputs.base, inputs.data, Outputs.of(config))
+    if not (config.from_scratch or inputs.base.has_weights):
+        return []
+    results.check(context, inputs.texts)
+    states = {True: "reused", False: "made again, its inputs have changed"}
+    return [f"  {name:<28}{states[current]}" for name, current in results.finished(context, inputs.texts).items()]
 
 
 def _steps(config: RunConfig, inputs: RunInputs) -> list[str]:

@@ -83,6 +83,12 @@ def check(context: StageContext, texts: list[Row]) -> None:
         raise ConfigError(Problem("output", context.config.output, "this run's own directory", fix))
 
 
+def finished(context: StageContext, texts: list[Row]) -> dict[str, bool]:
+    """By finished result: whether it will be reused. Its files are not read."""
+    stages = planned(context, texts) if has_any(context) else ()
+    return {s.label: not _differing(s) for s in stages if (s.directory / manifest.NAME).is_file()}
+
+
 def _is_below(key: str, prefix: str) -> bool:
     return f"{key.split()[0]}.".startswith(f"{prefix}.")
 

@@ -59,7 +59,10 @@ class Run:
         context = self.context(*overrides)
         results.check(context, [])
         stages = list(results.planned(context, []))
-        return [stage.label for stage in stages if not manifest.is_current(stage.directory, stage.inputs)]
+        stale = [stage.label for stage in stages if not manifest.is_current(stage.directory, stage.inputs)]
+        finished = results.finished(context, [])
+        assert all(finished[label] == (label not in stale) for label in finished), "the dry run says the same"
+        return stale
 
 
 @pytest.fixture
