@@ -1,14 +1,13 @@
 """The command line: `alignx-ds run launch/recipes/world.yaml train.lr=1e-3`.
 
 Exit codes: 0 done; 1 an unexpected error, or an output that nothing reads; 2 a problem that the user can fix, one line
-for each; 75 stopped by SIGTERM or SIGUSR1 with everything saved: the same command continues from there.
+for each; 75 stopped by SIGTERM or SIGUSR1, 130 by Ctrl-C, with everything saved: the same command continues from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import select
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -17,13 +16,15 @@ from typing import Any, NoReturn
 from alignx_ds.config import arguments as config
 from alignx_ds.data.world import arguments as world
 from alignx_ds.doctor import arguments as doctor
-from alignx_ds.errors import EXIT_STOPPED, Stopped, UserError
+from alignx_ds.errors import EXIT_INTERRUPTED, MESSAGE, Stopped, UserError
 from alignx_ds.evaluation import arguments as evaluation
 from alignx_ds.export import arguments as export
 from alignx_ds.plan import arguments as plan
+from alignx_ds.runtime import streams
 from alignx_ds.serve import arguments as serve
 from alignx_ds.study import arguments as study
 
+DISTRIBUTED = "alignx_ds.runtime.distributed"  # it imports torch
 EXIT_CLOSED_OUTPUT = 1  # as Python's own, when nothing reads the standard output any more
 LISTS = ("overrides", "settings", "prompts")  # arguments of any number, between which options may stand
 RUN_HELP = """\
@@ -36,7 +37,8 @@ Any key of the recipe can be set on the command line, e.g. train.lr=1e-3 align.e
 If launch.ranks is above 1 and no launcher has started this process, it starts that many ranks with `deepspeed`.
 
 After a stop or a crash, the same command continues from the last checkpoint. SIGTERM and SIGUSR1 write a checkpoint
-first and exit with code 75; a second signal exits at once. The number of ranks may change from one start to the next.
+first and exit with code 75, Ctrl-C with 130; a second signal exits at once. The number of ranks may change from one
+start to the next.
 """
 
 
@@ -99,11 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except Stopped as stopped:
-        where = str(stopped)
+        where, code = str(stopped), stopped.code
+    except KeyboardInterrupt as error:
+        if loaded := sys.modules.get(DISTRIBUTED):
+            return int(loaded.handle_failure(error))
+        print(f"{MESSAGE}interrupted", file=sys.stderr)  # while torch was imported, which can't be tried again
+        return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - unexpected errors are raised again
         from alignx_ds.runtime import distributed
 
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
+        if isinstance(error, BrokenPipeError) and streams.nothing_reads_output():
             if distributed.planned_world_size(1) == 1:
                 return EXIT_CLOSED_OUTPUT
             error = UserError("nothing reads the standard output any more; redirect it to a file")
@@ -112,25 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console.note(f"stopped in {where}; run the same command again to continue")
     distributed.shutdown()
-    return EXIT_STOPPED
-
-
-def _output_is_closed() -> bool:
-    """Whether nothing reads the standard output any more, as after `| head`. The rest of the output is then dropped."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)  # errors and hang-ups are reported in any case
-    if not output.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python's flush at exit would fail
-    return True
+    return code
 
 
 def run() -> NoReturn:
     """The program."""
+    streams.prepare()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it
     code = main()
-    from alignx_ds.runtime import distributed
-
-    distributed.exit_rank(code)
+    streams.finish()
+    if loaded := sys.modules.get(DISTRIBUTED):
+        loaded.exit_rank(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

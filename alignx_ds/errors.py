@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 EXIT_CODE = 2
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: try again
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells say it
 SHOWN = 300  # characters of what was given
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY")
 SHORTEST = 8  # what is shorter in such a variable is a stand-in like "none", and would be found in common words
 HIDDEN = "***"
+MESSAGE = "alignx-ds: error: "  # how each line of an error starts on the console
 LOOKS = re.compile(
     r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://)[^/\s]+(?=@)"  # https://user:password@host
     r"|(?P<name>[?&][\w-]*(?i:key|token|secret|password)=)[^&\s'\"]+"  # ?api_key=…
@@ -94,3 +96,7 @@ class DataError(UserError):
 
 class Stopped(Exception):  # noqa: N818 - it is no error
     """A signal asked the run to end; what was under way is saved. The message says where it goes on."""
+
+    def __init__(self, where: str, code: int = EXIT_STOPPED) -> None:
+        super().__init__(where)
+        self.code = code

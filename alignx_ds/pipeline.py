@@ -67,6 +67,8 @@ def run(
             started, ranks = time.monotonic(), distributed.world_size()
             distributed.on_main(lock.take)
             distributed.on_main(lambda: outputs.claim(config))
+            if ranks == 1 < config.launch.ranks:
+                console.note(f"a launcher's WORLD_SIZE=1 is set, so launch.ranks={config.launch.ranks} has no effect")
             console.heading("Rows")
             for line in (*accounts(data.splits), *notes(config, data)):
                 console.say(line)

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from alignx_ds.doctor.findings import Finding
+from alignx_ds.runtime import launched
 from alignx_ds.runtime.interfaces import interface_towards
 
 DISTRIBUTION = "alignx-ds"
@@ -113,11 +114,14 @@ def _optional_launcher(name: str) -> Finding:
 
 def environment() -> Iterator[Finding]:
     """Variables and lock files that can make a run fail or hang; a row for each that is there."""
-    stale = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if stale and not any(name in os.environ for name in LAUNCHED):
-        seen = ", ".join(f"{name}={os.environ[name]}" for name in stale)
-        fix = f"unset {' '.join(stale)}: a run would wait for ranks that are not started"
-        yield Finding("launcher's variables", "fail", f"{seen}, outside a launcher", fix)
+    for problem in launched.problems():
+        yield Finding("launcher's variables", "fail", f"{problem.key}={problem.given}", problem.fix)
+    if (place := launched.launched()) and not any(name in os.environ for name in LAUNCHED):
+        alone = place.world_size == 1
+        seen = f"RANK={place.rank}, WORLD_SIZE={place.world_size}, outside a launcher"
+        fix = "unset RANK WORLD_SIZE: a run would "
+        fix += "use one rank" if alone else "wait for ranks that are not started"
+        yield Finding("launcher's variables", "warn" if alone else "fail", seen, fix)
     if address := os.environ.get("MASTER_ADDR"):
         yield _master(address)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):

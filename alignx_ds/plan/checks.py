@@ -10,6 +10,7 @@ from alignx_ds.evaluation.judges.registry import JUDGES
 from alignx_ds.evaluation.likelihood import MEASURES
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import model, prompts, rows, training
+from alignx_ds.runtime import launched
 
 TABLES = {"schemas": tuple(SCHEMAS), "judges": (*JUDGES, *MEASURES)}
 
@@ -20,6 +21,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
     Without `weights`, as in a dry run, a model on an unreachable hub is known by its shape where that is shipped.
     """
     problems = [
+        *launched.problems(),
         *violations(config, TABLES),
         *_output(config),
         *rows.problems(config),

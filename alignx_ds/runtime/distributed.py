@@ -20,45 +20,37 @@ from safetensors import SafetensorError
 from alignx_ds.errors import DataError, UserError
 from alignx_ds.runtime.deepspeed import load_deepspeed
 from alignx_ds.runtime.exit import exit_now
-from alignx_ds.runtime.failures import failure_of
+from alignx_ds.runtime.failures import denied, failure_of
 from alignx_ds.runtime.interfaces import interface_towards
+from alignx_ds.runtime.launched import Launched, launched
 from alignx_ds.runtime.lifeline import rendezvous
 
 T = TypeVar("T")
 
-_OPENMPI = {
-    "RANK": "OMPI_COMM_WORLD_RANK",
-    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-}
-
 
 def under_launcher() -> bool:
-    """Whether deepspeed, torchrun or mpirun started this process."""
-    return "WORLD_SIZE" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ
+    """Whether deepspeed, torchrun, mpirun or srun started this process."""
+    return launched() is not None
 
 
 def planned_world_size(ranks: int) -> int:
     """The number of ranks of the run: the launcher's, or else `ranks`, which the command starts itself."""
-    launched = os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return int(launched) if launched else ranks
+    place = launched()
+    return place.world_size if place else ranks
 
 
 def _set_rank_variables() -> None:
     """Set what torch and DeepSpeed read to find the other ranks, as far as the launcher has not."""
     # DeepSpeed's own MPI discovery imports mpi4py, whose finaliser blocks the other ranks when one fails.
-    for name, source in _OPENMPI.items():
-        if source in os.environ:
-            os.environ.setdefault(name, os.environ[source])
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    else:
+    place = launched() or Launched(0, 1, 0)
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size), "LOCAL_RANK": str(place.local_rank)}
+    if place.world_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent serves the address, also for one
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
+    elif not torch_dist.is_initialized():  # whatever an earlier job has left
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     if interface := interface_towards(os.environ["MASTER_ADDR"]):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, alone)
 
 
 def free_port() -> int:
@@ -75,10 +67,11 @@ def start_failure_detection(timeout: int) -> None:
 
     Waits for rank 0 only; `init_process_group` waits for all ranks.
     """
-    if under_launcher() and planned_world_size(1) > 1 and not rendezvous.is_connected():
+    place = launched()
+    if place and place.world_size > 1 and not rendezvous.is_connected():
         _set_rank_variables()
         # A timeout that is no valid number of seconds is reported later, with the config's other problems.
-        rendezvous.connect(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), max(1, timeout))
+        rendezvous.connect(place.rank, place.world_size, max(1, timeout))
         sys.excepthook = _uncaught
 
 
@@ -129,9 +122,10 @@ def handle_failure(error: BaseException) -> int:
     user's to fix is raised again.
     """
     failure = failure_of(error, rendezvous.collective_timeout())
-    if under_launcher() and planned_world_size(1) > 1 and not rendezvous.is_finished():
+    place = launched()
+    if place and place.world_size > 1 and not rendezvous.is_finished():
         _set_rank_variables()
-        rendezvous.report_failure(failure, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        rendezvous.report_failure(failure, place.rank, place.world_size)
     if failure.traceback:
         raise error
     print(failure.lines(), end="", file=sys.stderr)
@@ -145,13 +139,16 @@ def exit_rank(code: int) -> NoReturn:
     and destroying what they use would abort a rank that has finished its work.
     """
     rendezvous.finish()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if planned_world_size(1) > 1:
         exit_now(code)
     sys.exit(code)
 
 
 def rank() -> int:
-    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if torch_dist.is_initialized():
+        return torch_dist.get_rank()
+    place = launched()
+    return place.rank if place else 0
 
 
 def world_size() -> int:
@@ -164,7 +161,8 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        place = launched()
+        return torch.device("cuda", place.local_rank if place else 0)
     return torch.device("cpu")
 
 
@@ -200,9 +198,7 @@ def on_main(work: Callable[[], T]) -> T:
         except UserError as error:
             outcome = (None, error)
         except (OSError, SafetensorError) as error:
-            what = f"{getattr(error, 'filename', None) or 'the output'}: {getattr(error, 'strerror', None) or error}"
-            fix = "free disk space or correct the permissions, and give the same command: it continues from there"
-            outcome = (None, DataError(f"{what}; {fix}"))
+            outcome = (None, DataError(denied(error)))
     result, problem = broadcast(outcome)
     if problem is not None:
         raise problem

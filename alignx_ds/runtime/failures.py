@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from dataclasses import dataclass
@@ -10,15 +11,19 @@ from types import TracebackType
 
 import torch
 
-from alignx_ds.errors import EXIT_CODE, UserError
+from alignx_ds.errors import EXIT_CODE, EXIT_INTERRUPTED, MESSAGE, UserError, presentable
 from alignx_ds.runtime.extras import missing_package
 
-CRASHED, INTERRUPTED = 1, 130  # exit codes
+CRASHED = 1  # exit code
 PACKAGE = Path(__file__).parents[1]
 # On CPUs torch raises plain RuntimeErrors, which only their text tells apart.
 OUT_OF_MEMORY = re.compile("can't allocate memory|cannot allocate memory", re.IGNORECASE)
 TIMED_OUT = re.compile("timed out waiting|wait timeout|timed out after", re.IGNORECASE)  # gloo's and the store's
 LESS_MEMORY = "raise train.accumulation or align.accumulation, lower evaluation.batch, or start more ranks"
+
+
+# What the machine refuses: permissions, room, a device or a file system that can't be written.
+DENIED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Failure:
 
     def lines(self, prefix: str = "") -> str:
         """The message as printed: each of its lines is marked as an error."""
-        return "".join(f"alignx-ds: error: {prefix}{line}\n" for line in self.message.splitlines() or [""])
+        return "".join(f"{MESSAGE}{prefix}{line}\n" for line in self.message.splitlines() or [""])
 
 
 def failure_of(error: BaseException, timeout: int) -> Failure:
@@ -41,7 +46,9 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
     if missing := missing_package(error):
         return Failure(missing, EXIT_CODE)
     if isinstance(error, KeyboardInterrupt):
-        return Failure("interrupted", INTERRUPTED)
+        return Failure("interrupted", EXIT_INTERRUPTED)
+    if isinstance(error, OSError) and error.errno in DENIED:
+        return Failure(denied(error), EXIT_CODE)
     text = " ".join(str(error).split())
     if is_out_of_memory(error):
         place = _innermost_function(error.__traceback__)
@@ -53,6 +60,12 @@ def failure_of(error: BaseException, timeout: int) -> Failure:
             "others; raise launch.timeout if it is only slow"
         )
     return Failure(message, CRASHED, "".join(traceback.format_exception(error)))
+
+
+def denied(error: Exception) -> str:
+    """One line for a file that can't be read or written."""
+    what = f"{getattr(error, 'filename', None) or 'the output'}: {getattr(error, 'strerror', None) or error}"
+    return presentable(f"{what}; free disk space or correct the permissions, and give the same command again")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

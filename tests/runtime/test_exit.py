@@ -23,7 +23,7 @@ def test_one_rank_of_several_ends_without_the_interpreter_s_teardown(world_size:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=REPO,
-        env=cpu_environment(WORLD_SIZE=world_size),
+        env=cpu_environment(RANK="0", WORLD_SIZE=world_size),
         capture_output=True,
         text=True,
         timeout=120,
