@@ -12,7 +12,7 @@ from alignx_ds.data.chats import Prompt, answer_place, with_system, written
 from alignx_ds.data.literal import EncodedText, LiteralEncoder
 from alignx_ds.data.rows import Chat, Row
 from alignx_ds.models.ends import answer_end
-from alignx_ds.models.templates import template_of
+from alignx_ds.models.templates import answer_lead, template_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ def encode_prompts(
     return [encoded.ids for encoded in _encode_texts(written(chats, tokenizer), encoder)]
 
 
+def encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompts that are written already, as `prompt_texts` does."""
+    return [encoded.ids for encoded in _encode_texts(texts, LiteralEncoder(tokenizer))]
+
+
 def prompt_texts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> list[str]:
     """The text up to where each answer begins, special tokens included if the tokenizer has a chat template."""
     return written([with_system(prompt, system) for prompt in prompts], tokenizer)
@@ -93,7 +98,8 @@ def encode(
     chats = [_escaped(with_system(row.chat, system), encoder) for row in rows]
     texts = written(chats, tokenizer)
     prompts = _encode_texts(texts, encoder, offsets=every_answer)
-    answers = encoder.encode([encoder.escape(row.response) for row in rows], add_special_tokens=False)
+    lead = answer_lead(tokenizer)
+    answers = encoder.encode([lead + encoder.escape(row.response) for row in rows], add_special_tokens=False)
     examples = []
     for row, chat, text, prompt, answer in zip(rows, chats, texts, prompts, answers, strict=True):
         closed = (*answer.ids, end) if row.response else ()

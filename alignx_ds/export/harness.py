@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
 from alignx_ds.data.batches import IGNORED, collate
-from alignx_ds.data.encode import Example, pad_token
+from alignx_ds.data.encode import Example, encode_texts, pad_token
 from alignx_ds.export.fidelity import plain, routed
 
 Request = tuple[Any, list[int], list[int]]  # key in the harness's cache, token ids of the prompt, and of the answer
@@ -27,7 +27,8 @@ class AlignXLM(HFLM):
     """Any causal language model; an aligned one is routed by the prompt alone."""
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+        (prompt,) = encode_texts([context], self.tokenizer)
+        return prompt, self.tok_encode(continuation, add_special_tokens=False)
 
     @torch.no_grad()
     def _loglikelihood_tokens(

@@ -21,6 +21,7 @@ from alignx_ds.errors import DataError
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.base import local_model
 from alignx_ds.models.ends import answer_end
+from alignx_ds.models.templates import answer_lead
 from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
@@ -49,13 +50,13 @@ def export(model: str, source: str, out: Path) -> None:
 
 def documents(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """One per question: MC1's first choice is the best answer; MC2's right answers come before its wrong ones."""
-    end = str(tokenizer.convert_ids_to_tokens(answer_end(tokenizer)))
+    lead, end = answer_lead(tokenizer), str(tokenizer.convert_ids_to_tokens(answer_end(tokenizer)))
     return [
         {
             "question": row.prompt,
             "prompt": text,
-            "mc1_choices": [f"{answer}{end}" for answer in (row.response, *row.incorrect)],
-            "mc2_choices": [f"{answer}{end}" for answer in (*row.correct, *row.incorrect)],
+            "mc1_choices": [f"{lead}{answer}{end}" for answer in (row.response, *row.incorrect)],
+            "mc2_choices": [f"{lead}{answer}{end}" for answer in (*row.correct, *row.incorrect)],
             "mc2_right": len(row.correct),
         }
         for row, text in zip(rows, prompt_texts([r.chat for r in rows], tokenizer), strict=True)

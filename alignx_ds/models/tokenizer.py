@@ -41,6 +41,10 @@ def load_tokenizer(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **NO_CODE)
         tokenizer(["a"], add_special_tokens=False)
     templates = tokenizer.chat_template
+    every = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
+    if not all(isinstance(text, str) for text in every):
+        fix = f"its chat_template is {templates!r}; correct it in its tokenizer_config.json"
+        raise ConfigError(Problem(key, given, "a chat template that is a text", fix))
     if isinstance(templates, dict) and templates and DEFAULT not in templates:
         fix = f"it has several ({', '.join(sorted(templates))}); save the one to be used as {TEMPLATE}"
         raise ConfigError(Problem(key, given, f"a chat template named {DEFAULT}", fix))

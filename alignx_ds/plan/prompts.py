@@ -16,7 +16,7 @@ from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.models.base import GENERATION, BaseModel
 from alignx_ds.models.ends import answer_end, end_tokens, vocabulary_of
-from alignx_ds.models.templates import DAY, template_of
+from alignx_ds.models.templates import DAY, changes_what_is_written, template_of
 from alignx_ds.models.tokenizer import MORE_TEMPLATES, TEMPLATE
 
 SHOWN = 60  # characters of a default system prompt
@@ -33,7 +33,7 @@ def problems(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
         return
     try:
         template = template_of(base.tokenizer)
-        yield from _arguments(c, "" if template is None else template.text)
+        yield from _arguments(c, base, "" if template is None else template.text)
         yield from _ends(c, base)
         if base.tokenizer.eos_token_id is not None:
             yield from _rows(c, base)
@@ -56,15 +56,21 @@ def _values(c: RunConfig) -> Iterator[Problem]:
             yield Problem(key, value, "a text, a finite number or a truth value", "correct it")
 
 
-def _arguments(c: RunConfig, template: str) -> Iterator[Problem]:
+def _arguments(c: RunConfig, base: BaseModel, template: str) -> Iterator[Problem]:
     """An argument that the template does not read would be ignored without a word."""
-    read = {*re.findall(r"[A-Za-z_]\w*", template.partition("\n")[2] if c.model.template_args else template)}
+    if not c.model.template_args:
+        return
+    own = template.partition("\n")[2]  # without the line of the arguments
+    read = {*re.findall(r"[A-Za-z_]\w*", own)}
     for name, value in c.model.template_args.items():
-        if name not in read:
+        key, what = f"model.template_args.{name}", "an argument that the model's chat template reads"
+        if not template:
+            yield Problem(key, value, "no argument", "the model has no chat template; remove it")
+        elif name not in read:
             close = difflib.get_close_matches(name, read, n=1)
-            fix = f"did you mean {close[0]!r}?" if close else "remove it"
-            what = "an argument that the model's chat template reads" if template else "nothing: it has no template"
-            yield Problem(f"model.template_args.{name}", value, what, fix)
+            yield Problem(key, value, what, f"did you mean {close[0]!r}?" if close else "remove it")
+        elif not changes_what_is_written(name, value, own, base.tokenizer):
+            yield Problem(key, value, what, "no value of it changes what the template writes here; remove it")
 
 
 def _ends(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
@@ -115,6 +121,8 @@ def facts(base: BaseModel) -> dict[str, str]:
             text = template.default_system
             shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
             found["without a system prompt"] = f"the template writes its own: {shown!r}"
+        if template.thinking:
+            found["answers stand inside"] = f"{template.thinking}: the template opens it and leaves it open"
         if template.dated:
             found["date in the template"] = f"{DAY:%Y-%m-%d} on every day, so that the rows stay the same"
     names = tokenizer.convert_ids_to_tokens(end_tokens(tokenizer, base.generation_config, vocabulary_of(base.config)))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from alignx_ds.data.encode import encode, encode_prompts
 from alignx_ds.data.rows import Row
+from alignx_ds.data.texts import train_tokenizer
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.models.ends import answer_end, end_tokens
 from alignx_ds.models.templates import render, template_of
@@ -106,6 +107,34 @@ def test_an_argument_of_any_kind_arrives(world_tokenizer: PreTrainedTokenizerBas
     expected = direct.apply_chat_template(chat, tokenize=False, given=value)
     written = templated(world_tokenizer, with_arguments(template, {"given": value}))
     assert render([chat], written, generation_prompt=False) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("asked", "before", "lead"),
+    [(" Bot:", " Bot: ", " "), (" Bot: ", " Bot: ", ""), (" Bot:", " Bot:\n", "\n"), (" Bot:", " Bot: so ", "")],
+)
+def test_white_space_before_an_answer_is_a_part_of_it(asked: str, before: str, lead: str) -> None:
+    """So prompt and answer have the tokens of the whole dialogue in the template. A word between them stays out."""
+    tokenizer = train_tokenizer([Row("good night", "sleep well")], 300)
+    tokenizer.chat_template = (
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{{ BEFORE }}{{ m.content }}"
+            "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ASKED }}{% endif %}"
+        )
+        .replace("BEFORE", repr(before))
+        .replace("ASKED", repr(asked))
+    )
+    (example,) = encode([Row("good night", "sleep well")], tokenizer)
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == f"{lead}sleep well<|end|>"
+    if before.strip() == asked.strip():
+        chat = [{"role": "user", "content": "good night"}, {"role": "assistant", "content": "sleep well"}]
+        assert list(example.ids) == tokenizer.apply_chat_template(chat, return_dict=False)
+
+
+def test_an_open_thinking_block_is_seen(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    for tail, seen in (("<think>\\n", "<think>"), ("<think></think>", ""), ("<seed:think>", "<seed:think>"), ("", "")):
+        template = template_of(templated(world_tokenizer, LOOP + "{{ '" + tail + "' }}"))
+        assert template is not None and template.thinking == seen
 
 
 def test_of_several_templates_the_default_one_writes(world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ def said(write_recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"tokenizer_config": {"pad_token": "[PAD]"}}, "its tokenizer writes '[PAD]' as 647; resize the embedding"),
         ({"generation_config": {"eos_token_id": "2"}}, "its generation_config.json has eos_token_id='2'; correct it"),
         ({"generation_config": {"eos_token_id": [[2]]}}, "its generation_config.json has eos_token_id=[[2]]"),
+        ({"generation_config": {"cache_implementation": "mystery"}}, "its generation_config.json can't be read ("),
+        ({"template": None, "tokenizer_config": {"chat_template": 5}}, "its chat_template is 5; correct it"),
     ],
 )
 def test_what_cannot_be_trained_on_is_one_line(said: Say, traits: dict[str, Any], line: str) -> None:
@@ -66,6 +68,7 @@ def test_what_cannot_be_trained_on_is_one_line(said: Say, traits: dict[str, Any]
         ({"template": DROPPING}, "system prompts in the first user turn: the template drops a system message"),
         ({"template": DEFAULTING}, "without a system prompt the template writes its own: 'be well .'"),
         ({"template": None}, "chat template none; prompts are written in the Alpaca format"),
+        ({"template": THINKING + "{{ '<think>' }}"}, "answers stand inside <think>: the template opens it"),
         ({"generation_config": {"eos_token_id": 3}}, "answers end with <eos>; decoding also stops at <unk>"),
         ({"generation_config": {"eos_token_id": None}}, "answers end with <eos> rows"),
         ({"generation_config": {"eos_token_id": [2, 647, -1]}}, "answers end with <eos> rows"),
@@ -85,11 +88,13 @@ def test_arguments_of_the_template(said: Say, tmp_path: Path) -> None:
     ("override", "line"),
     [
         ("enable_thinkin=false", "got False, expected an argument that the model's chat template reads; did you mean"),
+        ("fixed=true", "got True, expected an argument that the model's chat template reads; no value of it changes"),
         ("enable_thinking=[1]", "got [1], expected a text, a finite number or a truth value"),
         ("enable_thinking=.nan", "got nan, expected a text, a finite number or a truth value"),
         ("messages=x", "got 'x', expected an argument of the template's own; remove it: transformers sets messages"),
     ],
 )
 def test_an_argument_that_would_do_nothing_is_refused(said: Say, override: str, line: str) -> None:
-    printed = said(f"model.template_args.{override}", template=THINKING, code=2)
+    own = "{% set fixed = false %}{% if fixed %}never{% endif %}"
+    printed = said(f"model.template_args.{override}", template=own + THINKING, code=2)
     assert f"model.template_args.{override.partition('=')[0]}: {line}" in printed
