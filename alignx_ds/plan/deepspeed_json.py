@@ -6,7 +6,6 @@ What the recipe says too must agree: one of both is wrong, and only the user kno
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from alignx_ds.config.schema import OptimizerConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.plan import deepspeed_keys as keys
-from alignx_ds.plan.deepspeed_keys import Fault, unknown
+from alignx_ds.plan.deepspeed_keys import Fault, is_number, unknown
 from alignx_ds.plan.deepspeed_optimizer import optimizer_faults, scheduler_faults
 from alignx_ds.training import engine as engines
 from alignx_ds.training.engine import AUTO
@@ -121,13 +120,13 @@ def _shapes(template: dict[str, Any]) -> Iterator[Fault]:
     """Values of the wrong type, as far as this needs no model of DeepSpeed's."""
     for name, value in template.items():
         shown = f"{name} {_shown(value)}"
-        if name in (*keys.BLOCKS, *keys.PARTS, "timers", "checkpoint") and not isinstance(value, dict):
+        if name in (*keys.BLOCKS, *keys.PARTS) and not isinstance(value, dict):
             yield shown, "a JSON object there", "see ds_configs/ for examples"
         elif value == AUTO:
             continue
-        elif name in keys.SIZES and not (_is_number(value) and value == int(value) and value > 0):
+        elif name in keys.SIZES and not (is_number(value) and value == int(value) and value > 0):
             yield shown, 'a whole number above 0, or "auto"', "correct it"
-        elif name == "gradient_clipping" and not (_is_number(value) and value >= 0):
+        elif name == "gradient_clipping" and not (is_number(value) and value >= 0):
             yield shown, 'a number from 0, or "auto"', "correct it"
         elif name == "steps_per_print" and value is not None and not (isinstance(value, int | float) and value > 0):
             yield shown, "a number above 0", "correct it"
@@ -140,10 +139,8 @@ def _shapes(template: dict[str, Any]) -> Iterator[Fault]:
         elif name in keys.PARTS:
             for part in value.keys() - keys.PARTS[name]:
                 yield unknown(f"{name}.{part}", keys.PARTS[name])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not isinstance(value.get("params", {}), dict):
+                yield f"{name}.params {_shown(value['params'])}", "a JSON object there", "write its parameters by name"
 
 
 def _shown(value: Any) -> str:
@@ -185,18 +182,21 @@ def _at(template: dict[str, Any], place: str) -> Any:
 def _model_faults(name: str, block: dict[str, Any], model: Any) -> Iterator[Fault]:
     from pydantic import ValidationError  # comes with DeepSpeed
 
-    given = {key: value for key, value in block.items() if value != AUTO and key != "stage"}
+    size = dict.fromkeys(engines.BUCKETS, 1)  # for those that the model's size gives
+    given = {k: size.get(k) if v == AUTO else v for k, v in block.items() if (v != AUTO or k in size) and k != "stage"}
     try:
         model(**given, **({"stage": block["stage"]} if block.get("stage") in (0, 1, 2, 3) else {}))
     except ValidationError as error:
         for fault in error.errors():
             place = ".".join((name, *map(str, fault["loc"])))
-            if fault["type"] == "extra_forbidden":
+            if fault["type"] == "extra_forbidden" and str(fault["loc"][-1]) in keys.names_of(model):
+                yield place, "a setting under one of its two names", "remove one of both"
+            elif fault["type"] == "extra_forbidden":
                 yield unknown(place, keys.names_of(model))
             elif fault["input"] != AUTO:  # named among the places that can't be filled
                 yield f"{place} {_shown(fault['input'])}", fault["msg"].lower(), "correct it"
-    except AssertionError as error:  # DeepSpeed's check of names that replace each other
-        yield f"{name}: {error}", "one of both names", "remove the old one"
+    except (AssertionError, OverflowError, TypeError) as error:  # from DeepSpeed's own checks of names and numbers
+        yield name, "what DeepSpeed accepts", f"correct it: {error}"
 
 
 def _monitors(template: dict[str, Any]) -> Iterator[Fault]:

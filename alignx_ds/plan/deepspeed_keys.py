@@ -7,11 +7,13 @@ taken from DeepSpeed itself where it is installed.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Any
 
 from alignx_ds.runtime.deepspeed import load_deepspeed
+from alignx_ds.training.engine import PASSED_ON
 
 Fault = tuple[str, str, str]  # what the JSON has, what is expected, the fix
 SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -36,8 +38,9 @@ PARTS = {  # blocks without a model: their keys
     "optimizer": frozenset({"type", "params"}),
     "scheduler": frozenset({"type", "params"}),
     "flops_profiler": PROFILER,
+    "timers": frozenset({"throughput"}),
 }
-WITHOUT_EFFECT = {  # at the top level and in zero_optimization
+WITHOUT_EFFECT = {  # at the top level, and those IN_ZERO in zero_optimization
     "zero_force_ds_cpu_optimizer": "it concerns optimizers that a program brings along",
     "checkpoint": "the run's own checkpoints are set by checkpoints.*",
     "aio": "nothing is offloaded to NVMe",
@@ -51,6 +54,9 @@ WITHOUT_EFFECT = {  # at the top level and in zero_optimization
     "stage3_gather_fp16_weights_on_model_save": "the run gathers what it saves by itself",
     "round_robin_gradients": "it is off: with it DeepSpeed 0.19 gives parts of the state to the wrong parameters",
     "elastic_checkpoint": "every checkpoint of the run moves between numbers of ranks",
+}
+IN_ZERO = frozenset({"round_robin_gradients", "elastic_checkpoint", "gather_16bit_weights_on_model_save"}) | {
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
 }
 IN_DTYPE = "model.dtype says how the model is computed"
 REMOVED = "DeepSpeed 0.19 no longer has it"
@@ -102,8 +108,7 @@ REFUSED_IN: dict[
     "bf16.bf16_master_weights_and_grads": (False, "checkpoints hold fp32 weights"),
     "bf16.bf16_optimizer_states": (False, "checkpoints hold fp32 states"),
 }
-OTHERS = frozenset({"gradient_clipping", "steps_per_print", "communication_data_type", "log_level", "timers"})
-TOP_LEVEL = OTHERS | {*SIZES, *SWITCHES, *BLOCKS, *PARTS, *WITHOUT_EFFECT, *REFUSED, *ONLY}
+TOP_LEVEL = PASSED_ON | {*WITHOUT_EFFECT, *REFUSED, *ONLY} - IN_ZERO
 
 
 def deepspeed_models() -> dict[str, Any]:
@@ -137,3 +142,8 @@ def nearest(name: str, known: Collection[str], otherwise: str) -> str:
     alike = {k.lower(): k for k in known}
     found = get_close_matches(name.lower(), alike, n=1)
     return f"did you mean {alike[found[0]]}? otherwise {otherwise}" if found else otherwise
+
+
+def is_number(value: Any) -> bool:
+    """Finite, and no bool, which Python counts among the integers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from alignx_ds.config.schema import OptimizerConfig
-from alignx_ds.plan.deepspeed_keys import Fault, nearest, unknown
+from alignx_ds.plan.deepspeed_keys import Fault, is_number, nearest, unknown
 from alignx_ds.training.engine import AUTO
 from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
-OF_TORCH = frozenset(inspect.signature(torch.optim.AdamW).parameters) - {"params"}
-OF_DEEPSPEED = frozenset({"lr", "betas", "eps", "weight_decay", "bias_correction", "amsgrad"}) | {
-    *("set_grad_none", "fp32_optimizer_states")
-}
+NUMBERS = frozenset({"lr", "betas", "eps", "weight_decay"})
+OF_TORCH = NUMBERS | {"amsgrad", "fused"}
+OF_DEEPSPEED = NUMBERS | {"amsgrad", "bias_correction", "set_grad_none", "fp32_optimizer_states"}
 MODES = frozenset({"torch_adam", "adam_w_mode"})
 
 
@@ -27,9 +23,6 @@ def optimizer_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) ->
     if not isinstance(kind, str) or kind.lower() not in OPTIMIZERS:
         fix = nearest(str(kind), OPTIMIZERS.values(), "remove the block: the recipe's is AdamW")
         yield f"optimizer.type {kind!r}", "Adam or AdamW, whose states the checkpoints of all ranks can hold", fix
-        return
-    if not isinstance(params, dict):
-        yield f"optimizer.params {params!r}", "a JSON object there", "see ds_configs/ for examples"
         return
     of_torch = bool(params.get("torch_adam", True))
     known = MODES | (OF_TORCH if of_torch else OF_DEEPSPEED)
@@ -41,14 +34,15 @@ def optimizer_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) ->
             yield unknown(f"optimizer.params.{name}", known)
     for name, wanted in (("lr", stage.lr), ("weight_decay", stage.weight_decay)):
         yield from _agrees(f"optimizer.params.{name}", params.get(name, AUTO), wanted, f"{key}.{name}")
-    for name in MODES & params.keys():
+    for name in sorted((known - NUMBERS) & params.keys()):
         if not isinstance(params[name], bool) and params[name] != AUTO:
             yield f"optimizer.params.{name} {params[name]!r}", "true or false", "correct it"
-    checked = {n: v for n, v in params.items() if n in OF_TORCH and v != AUTO and AUTO not in _listed(v)}
-    try:
-        torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **checked)
-    except (TypeError, ValueError, RuntimeError) as error:
-        yield f"optimizer.params {checked!r}", "parameters of AdamW", f"correct them: {error}"
+    betas, eps = params.get("betas", AUTO), params.get("eps", AUTO)
+    is_pair = isinstance(betas, list) and len(betas) == 2
+    if betas != AUTO and not (is_pair and all(beta == AUTO or (is_number(beta) and 0 <= beta < 1) for beta in betas)):
+        yield f"optimizer.params.betas {betas!r}", "two numbers from 0 to below 1", "correct them"
+    if eps != AUTO and not (is_number(eps) and eps > 0):
+        yield f"optimizer.params.eps {eps!r}", "a number above 0", "correct it"
 
 
 def scheduler_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) -> Iterator[Fault]:
@@ -61,9 +55,6 @@ def scheduler_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) ->
     if known is None:
         fix = nearest(str(kind), DEEPSPEED_SCHEDULERS, f"remove the block: the recipe's is {own}")
         yield f"scheduler.type {kind!r}", f"one of {', '.join(DEEPSPEED_SCHEDULERS)}", fix
-        return
-    if not isinstance(params, dict):
-        yield f"scheduler.params {params!r}", "a JSON object there", "see DeepSpeed's lr_schedules"
         return
     for name in sorted(params.keys() - known.keys()):
         yield unknown(f"scheduler.params.{name}", known)
@@ -78,8 +69,7 @@ def scheduler_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) ->
         yield f"scheduler.params.warmup_type {params['warmup_type']!r}", "log or linear", "correct it"
     for name, most in (("warmup_min_lr", stage.lr), ("warmup_min_ratio", 1.0), ("cos_min_ratio", 1.0)):
         value = params.get(name, AUTO)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if name in known and value != AUTO and not (is_number and 0 <= value <= most):
+        if name in known and value != AUTO and not (is_number(value) and 0 <= value <= most):
             yield f"scheduler.params.{name} {value!r}", f"a number from 0 to {most}", "correct it"
 
 
@@ -87,7 +77,3 @@ def _agrees(place: str, value: Any, wanted: Any, what: str) -> Iterator[Fault]:
     if value != AUTO and (isinstance(value, bool) or value != wanted):
         expected = f"{wanted} as in {what}" if wanted != AUTO else f'"auto": {what} is 0, so the epochs say it'
         yield f"{place} {value!r}", expected, f'write "auto" there, or set {what}={value}'
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -28,6 +28,8 @@ EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and
         "zero_allow_untested_optimizer",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
+        "disable_python_gc",
+        "timers",
         "steps_per_print",
         "wall_clock_breakdown",
         "memory_breakdown",
@@ -96,9 +98,13 @@ FILLED: dict[str, Value] = {
     "scheduler.params.warmup_num_steps": lambda plan, world, hidden: plan.warmup_steps,
     "scheduler.params.total_num_steps": lambda plan, world, hidden: plan.steps,
 }
+OTHERS = frozenset({"optimizer", "scheduler", "communication_data_type"})
 FROM_RECIPE = frozenset(  # the values that a recipe's own keys hold, so that they are in a stage's provenance already
     {"train_batch_size", "gradient_clipping", "bf16", "fp16"}
 )
+PASSED_ON = (
+    EXECUTION_ONLY | FROM_RECIPE | OTHERS
+)  # to DeepSpeed; no other key of a JSON that passes the checks has an effect
 
 
 def _replace_auto(node: Any, path: str, value_at: Callable[[str], Any]) -> Any:
@@ -129,12 +135,12 @@ def completed(template: dict[str, Any]) -> dict[str, Any]:
     made = {
         **dict.fromkeys(sizes, AUTO),
         "bf16": {"enabled": AUTO},
-        **template,
+        **{name: value for name, value in template.items() if name in PASSED_ON},
         "zero_optimization": {**zero, "stage": zero.get("stage", 0) or 1},
         "optimizer": {**optimizer, "params": params},
     }
     if scheduler := template.get("scheduler"):
-        known = DEEPSPEED_SCHEDULERS.get(scheduler.get("type"), {})
+        known = DEEPSPEED_SCHEDULERS.get(str(scheduler.get("type")), {})
         defaults = {name: AUTO if value is None else value for name, value in known.items()}
         made["scheduler"] = {**scheduler, "params": {**defaults, **scheduler.get("params", {})}}
     return made

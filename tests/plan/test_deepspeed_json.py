@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -9,16 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed_jsons import AUTO_ADAMW, JSONS, ZERO3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import AlignConfig, FusionConfig, OptimizerConfig, TrainConfig
 from alignx_ds.errors import Problem
+from alignx_ds.plan import deepspeed_keys as keys
 from alignx_ds.plan import training
 from alignx_ds.plan.deepspeed_json import StageJson, without_effect
 from alignx_ds.plan.dry_run import describe
+from alignx_ds.training import engine
 
 Found = Callable[..., list[str]]
+ZERO_KEYS = sorted(DeepSpeedZeroConfig.model_fields)
 
 
 @pytest.fixture
@@ -132,6 +140,70 @@ def test_one_line_names_what_is_wrong_and_nothing_else(
     (line,) = found({"zero_optimization": {"stage": 2}} | changes)
     for part in parts:
         assert part in line, line
+
+
+JUNK = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        3,
+        0.5,
+        1e9,
+        float("inf"),
+        float("nan"),
+        10**400,
+        "",
+        "auto",
+        "cpu",
+        "x" * 500,
+        [],
+        [1],
+    ),
+    *(
+        ["auto"],
+        {},
+        {"enabled": True},
+        {"enabled": "auto"},
+        {"device": "cpu"},
+        {"a": {"b": 1}},
+        {"type": "AdamW"},
+        "\x00",
+    ),
+]
+
+
+def places(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [(*at, key) for key in node] if isinstance(node, dict) else []
+    return found + [place for key in found for place in places(node[key[-1]], key)]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_json_holds_it_is_refused_in_a_line_or_deepspeed_accepts_it(
+    found: Found, data: st.DataObject
+) -> None:
+    spoiled = copy.deepcopy(JSONS[data.draw(st.sampled_from(sorted(JSONS)))])
+    for _ in range(data.draw(st.integers(1, 2))):
+        new = [(key,) for key in sorted(keys.TOP_LEVEL)] + [("zero_optimization", key) for key in ZERO_KEYS]
+        *path, last = data.draw(st.sampled_from(places(spoiled) + new))
+        node = spoiled
+        for key in path:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                break
+        else:
+            node[last] = copy.deepcopy(data.draw(st.sampled_from(JUNK)))
+    lines = found(spoiled)
+    assert all("\n" not in line for line in lines)
+    if not lines:
+        template, plan = json.loads(json.dumps(spoiled)), engine.Plan.of(TrainConfig(), "float32", 9)
+        filled = engine.fill(template, plan, 1, 64)
+        assert DeepSpeedConfig(filled).train_batch_size == TrainConfig().batch
+        assert all(isinstance(line, str) for line in without_effect(template))
 
 
 def test_blocks_that_are_switched_off_are_no_problem(found: Found) -> None:
