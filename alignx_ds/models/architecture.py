@@ -46,21 +46,31 @@ class Match:
     no_floats: dict[str, str] = field(default_factory=dict)  # with their dtype
 
 
-def size_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | None:
-    """Sizes with which no module can be built, whatever the architecture."""
+def value_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | None:
+    """Sizes and rates with which no module can be built or trained, whatever the architecture."""
     for name in SIZES:
         value = getattr(config, name, None)
         most = LAYERS if name == "num_hidden_layers" else None
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             allowed = f"a model whose {name} is at least 1{f' and at most {most}' if most else ''}"
             return Problem(key, given, allowed, f"its config.json has {value!r}; correct it")
+    for name, value in vars(config).items():
+        if "dropout" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
+            return Problem(
+                key, given, f"a model whose {name} is from 0 to 1", f"its config.json has {value!r}; correct it"
+            )
     return None
 
 
 def skeleton(config: PreTrainedConfig, key: str, given: str) -> PreTrainedModel:
-    """The modules without memory for their weights. Raises ConfigError where the config's values do not allow it."""
+    """The modules without memory for their weights.
+
+    Raises ConfigError where the config's values do not allow them, or a step of training or decoding with them.
+    """
     with reading(key, given, "config.json"), _unsharded(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        for training in (True, False):
+            _rehearse(model.train(training))
     return model
 
 
@@ -73,6 +83,20 @@ def _unsharded() -> Iterator[None]:
         yield
     finally:
         sharding._hf_deepspeed_config_weak_ref = alive
+
+
+@torch.no_grad()
+def _rehearse(model: PreTrainedModel) -> None:
+    """A forward pass in which no number is computed, because the tensors have shapes alone."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    try:
+        shape = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=not model.training).logits.shape
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        return  # an architecture that looks at the values of its tensors
+    if tuple(shape[:2]) != (1, 2):
+        raise ValueError(f"2 tokens give logits of {list(shape)}")
 
 
 def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
@@ -126,8 +150,8 @@ def checkpoint_problem(model: PreTrainedModel, found: Match, key: str, given: st
         )
         return Problem(key, given, allowed, f"{fix}; remove the prefix and save it again")
     if empty:
-        fix = "ZeRO-3 shards were saved without being gathered; save it with zero_to_fp32.py"
-        return Problem(key, given, allowed, f"{_listed(empty)} of its weights are empty: {fix}")
+        fix = "the shards of ZeRO-3 were not gathered before it was saved; convert its checkpoint with zero_to_fp32.py"
+        return Problem(key, given, allowed, f"{_listed(empty)} hold no values: {fix}")
     if found.missing:
         fix = "they would be random numbers; give a whole checkpoint"
         if found.missing == [output_head(model)]:
@@ -135,12 +159,12 @@ def checkpoint_problem(model: PreTrainedModel, found: Match, key: str, given: st
         return Problem(key, given, allowed, f"it lacks {_listed(found.missing)}; {fix}")
     if found.misshapen:
         name, wanted = next(iter(found.misshapen.items()))
-        stored = list(found.placed[name].shape)
-        fix = f"{_listed([*found.misshapen])} of its weights have other shapes than its config.json says"
-        return Problem(key, given, allowed, f"{fix}: {name} is {stored}, not {list(wanted)}; correct one of the two")
+        others = f", like {len(found.misshapen) - 1} more" if len(found.misshapen) > 1 else ""
+        fix = f"its {name} is {list(found.placed[name].shape)}, not {list(wanted)} as its config.json says{others}"
+        return Problem(key, given, allowed, f"{fix}; correct one of the two")
     if found.no_floats:
         name, dtype = next(iter(found.no_floats.items()))
-        fix = f"its {name} is of type {dtype}: it is quantised; give the model it was made from"
+        fix = f"its {name} is of type {dtype}, as in a quantised model; give the model that it was made from"
         return Problem(key, given, allowed, fix)
     if found.dropped:
         fix = "which its config.json has no place for, and which would be dropped; correct its config.json"

@@ -32,6 +32,10 @@ def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | s
     if missing := sorted(info["missing_keys"]):
         fix = f"it lacks {missing[0]}, which would be random numbers; give a whole checkpoint"
         raise ConfigError(Problem(key, given, MODEL, fix))
+    for name, buffer in model.named_buffers():  # computed from the config, like the frequencies of the positions
+        if not torch.isfinite(buffer).all():
+            fix = f"its config.json makes {name} NaN or infinite; correct its rope parameters"
+            raise ConfigError(Problem(key, given, MODEL, fix))
     return model
 
 
@@ -54,7 +58,13 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
         found: tuple[AlignXForCausalLM, dict[str, Any]]
         found = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
     model, info = found
+    wrong = ""
     if info["missing_keys"]:
-        fix = f"its model has no {min(info['missing_keys'])}: another version wrote it; {ALIGN_AGAIN}"
-        raise ConfigError(Problem("model", given, ALIGNED, fix))
+        wrong = f"its model has no {min(info['missing_keys'])}: another version wrote it"
+    elif info["unexpected_keys"]:
+        wrong = f"its model has {min(info['unexpected_keys'])} too: another version wrote it"
+    elif damaged := next((name for name, t in model.named_parameters() if not torch.isfinite(t).all()), ""):
+        wrong = f"its {damaged} holds NaN or infinite values: it is damaged"
+    if wrong:
+        raise ConfigError(Problem("model", given, ALIGNED, f"{wrong}; {ALIGN_AGAIN}"))
     return model

@@ -87,7 +87,7 @@ class BaseModel:
         if self._planned is not None:
             return self._planned.config
         config = pretrained.read_config(self.path, KEY, self.settings.path)
-        if problem := architecture.size_problem(config, KEY, self.settings.path):
+        if problem := architecture.value_problem(config, KEY, self.settings.path):
             raise ConfigError(problem)
         return config
 

@@ -81,8 +81,8 @@ def model_type(directory: Path, key: str, given: str) -> str:
     if not isinstance(named, str) or not named:
         fix = "its config.json has no model_type, so its architecture is unknown; write it there, e.g. 'llama'"
         raise ConfigError(Problem(key, given, "a model whose architecture is known", fix))
-    quantised = content.get("quantization_config") or content.get("compression_config")
-    if quantised:
+    quantised = content.get("quantization_config", content.get("compression_config"))
+    if quantised is not None:
         method = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
         fix = f"it is quantised ({method or 'quantization_config in its config.json'}); give the model it was made from"
         raise ConfigError(Problem(key, given, "a model in float32, bfloat16 or float16", fix))

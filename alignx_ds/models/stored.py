@@ -36,7 +36,7 @@ class Stored:
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that transformers loads the weights from; none where it finds none. The index has been checked."""
-    if (directory / SINGLE).is_file():
+    if (directory / SINGLE).is_file() or (directory / SINGLE).is_symlink():
         return [directory / SINGLE]
     if not (directory / INDEX).is_file():
         return []
@@ -65,7 +65,8 @@ def _header(file: Path, key: str, given: str) -> list[Stored]:
         return ConfigError(Problem(key, given, "whole safetensors files", fix))
 
     if not file.is_file():
-        raise refusal(f"its {file.name} is missing; download or copy the directory again")
+        what = "a link to a file that is not there" if file.is_symlink() else "missing"
+        raise refusal(f"its {file.name} is {what}; download or copy the directory again")
     if is_lfs_pointer(file):
         raise refusal(f"its {file.name} is a Git LFS pointer, not the file itself; {LFS_FIX}")
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.models.pretrained import NO_CODE, reading
+from alignx_ds.models.pretrained import LFS_FIX, NO_CODE, is_lfs_pointer, reading
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Read where there is no tokenizer.json, and converted.
@@ -37,6 +37,9 @@ def load_tokenizer(
     if not any(any(directory.glob(name)) for name in ("tokenizer.json", *VOCABULARIES)):
         fix = "it has no tokenizer.json; save the tokenizer beside the model (tokenizer.save_pretrained does)"
         raise ConfigError(Problem(key, given, WANTED, fix))
+    for file in (directory / name for name in ("tokenizer.json", "tokenizer.model")):
+        if file.is_file() and is_lfs_pointer(file):
+            raise ConfigError(Problem(key, given, WANTED, f"its {file.name} is a Git LFS pointer; {LFS_FIX}"))
     with reading(key, given, "tokenizer", WANTED):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **NO_CODE)
         tokenizer(["a"], add_special_tokens=False)

@@ -89,7 +89,8 @@ def _weights(c: RunConfig, base: BaseModel, needed: bool) -> Iterator[Problem]:
     if needed or other:
         fix = "save it with safetensors (save_pretrained does); weights in other formats are not read"
         if other:
-            fix = f"{other[0]} is not read: load it with transformers where you trust it, and call save_pretrained"
+            convert = f"AutoModelForCausalLM.from_pretrained({c.model.path!r}).save_pretrained({c.model.path!r})"
+            fix = f"its {other[0]} is not read, since such files can run code; if you trust it, convert it: {convert}"
         yield Problem("model.path", c.model.path, "a model with safetensors weights", fix)
 
 

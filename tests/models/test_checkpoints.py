@@ -178,7 +178,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "compiled": (renamed("_orig_mod."), "begin with '_orig_mod.': it was saved from a compiled model"),
     "wrapped": (renamed("module."), "begin with 'module.'"),
     "a part of another": (renamed("language_model."), "begin with 'language_model.'"),
-    "not gathered": (changed(".mlp.", lambda t: torch.empty(0)), "weights are empty"),
+    "not gathered": (changed(".mlp.", lambda t: torch.empty(0)), "hold no values: the shards of ZeRO-3"),
     "another size": (changed("1.mlp.up_proj", lambda t: t[:-1]), "up_proj.weight is [47, 32], not [48, 32]"),
     "another vocabulary": (settings(vocab_size=700), "lm_head.weight is [647, 32], not [700, 32]"),
     "fewer layers": (settings(num_hidden_layers=2), "it holds model.layers.2.input_layernorm.weight"),
@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "model.layers.0.mlp.up_proj.bias, which its config.json has no place for",
     ),
     "another architecture": (settings(model_type="qwen3"), "q_norm"),
-    "integers": (changed("0.mlp.up_proj", lambda t: t.to(torch.int8)), "is of type I8: it is quantised"),
+    "integers": (changed("0.mlp.up_proj", lambda t: t.to(torch.int8)), "is of type I8, as in a quantised"),
     "a missing shard": (without_a_shard, "model-00002-of-"),
     "cut short": (cut_short, "model.safetensors can't be read"),
     "an empty file": (empty_file, "model.safetensors can't be read"),
@@ -235,7 +235,7 @@ def test_a_dry_run_checks_what_is_there(
     assert "names and shapes of the weights" in capsys.readouterr().out
     (model / "pytorch_model.bin").touch()
     assert cli.main(["run", recipe, "--dry-run"]) == 2
-    assert "pytorch_model.bin is not read" in capsys.readouterr().err
+    assert "its pytorch_model.bin is not read, since such files can run code" in capsys.readouterr().err
     (model / "kept").rename(model / WEIGHTS)
     without("lm_head")(model)
     assert cli.main(["run", recipe, "--dry-run"]) == cli.main(["run", recipe]) == 2
