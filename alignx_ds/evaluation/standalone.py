@@ -24,10 +24,9 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict, label
-from alignx_ds.models import content, pretrained
-from alignx_ds.models.backbone import load_causal_lm
+from alignx_ds.models import content
+from alignx_ds.models.backbone import load_answering
 from alignx_ds.models.base import local_model
-from alignx_ds.models.tokenizer import load_tokenizer
 from alignx_ds.runs.manifest import fingerprint
 from alignx_ds.runtime import console, distributed
 
@@ -47,9 +46,7 @@ def answer(model_path: str, source: str, schema: str, out: Path, limit: int, bat
         raise DataError(f"{source}: no usable row")
     directory = local_model(model_path, "model")
     logging.disable_progress_bar()
-    pretrained.model_type(directory, "model", model_path)
-    tokenizer = load_tokenizer(directory, "model", model_path)
-    model = load_causal_lm(directory, "model", model_path)
+    model, tokenizer = load_answering(directory, "model", model_path)
     model.to(distributed.device())
     provenance = {"seed": 0, "model": fingerprint(content.hashes(directory)), "max_new_tokens": max_new_tokens}
     file = transcripts.AnswerFile(out, rows, provenance)

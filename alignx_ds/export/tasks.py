@@ -22,7 +22,7 @@ from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.base import local_model
 from alignx_ds.models.ends import answer_end
 from alignx_ds.models.templates import answer_lead
-from alignx_ds.models.tokenizer import load_tokenizer
+from alignx_ds.models.tokenizer import answering_tokenizer
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
 
@@ -32,7 +32,7 @@ MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"
 
 def export(model: str, source: str, out: Path) -> None:
     """Write the tasks and their rows. Raises ConfigError or DataError."""
-    tokenizer = load_tokenizer(local_model(model, "MODEL", weights=False), "MODEL", model)
+    tokenizer = answering_tokenizer(local_model(model, "MODEL", weights=False), "MODEL", model)
     records = Source(source, SCHEMA, {}).records(held_out=True, count=10**9, seed=0)
     rows = [row for row in SCHEMAS[SCHEMA].held_out(records).rows if row.correct and row.incorrect]
     if not rows:

@@ -6,15 +6,22 @@ All of them are read from safetensors, and no code of a model directory is run (
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignx_ds.config.bounds import violations
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
+from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.models.architecture import checkpoint_problem, match
 from alignx_ds.models.base import KEY, BaseModel
-from alignx_ds.models.pretrained import MODEL, NO_PICKLE, reading
+from alignx_ds.models.ends import vocabulary_of
+from alignx_ds.models.pretrained import MODEL, NO_CODE, NO_PICKLE, model_type, reading
+from alignx_ds.models.registration import MODEL_TYPE
+from alignx_ds.models.stored import not_finite, read_headers, weight_files
+from alignx_ds.models.tokenizer import answering_tokenizer, vocabulary_problem
 
 ALIGNED = "an aligned model that this version can read"
 ALIGN_AGAIN = "run `alignx-ds align` again"
@@ -39,6 +46,19 @@ def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | s
     return model
 
 
+def load_answering(directory: Path, key: str, given: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM or an aligned model that is to answer, and its tokenizer. Raises ConfigError for the key."""
+    kind = model_type(directory, key, given)
+    if damaged := not_finite(read_headers(weight_files(directory), key, given).values()):
+        fix = f"its {damaged.name} holds NaN or infinite values: it is damaged; give another"
+        raise ConfigError(Problem(key, given, "a model whose weights are numbers", fix))
+    model = load_aligned(directory) if kind == MODEL_TYPE else load_causal_lm(directory, key, given)
+    tokenizer = answering_tokenizer(directory, key, given)  # after the model, whose config it reads too
+    if problem := vocabulary_problem(tokenizer, vocabulary_of(model.config), key, given):
+        raise ConfigError(problem)
+    return model, tokenizer
+
+
 def load_backbone(base: BaseModel) -> PreTrainedModel:
     """The base model with its weights in the run's dtype; where an HfDeepSpeedConfig is alive, sharded by ZeRO-3.
 
@@ -54,17 +74,28 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     Raises ConfigError when its files can't be read, or don't hold every weight of today's modules.
     """
     given = str(directory)
-    with reading("model", given, "config.json or its weights", ALIGNED, f"another version wrote them; {ALIGN_AGAIN}"):
-        found: tuple[AlignXForCausalLM, dict[str, Any]]
-        found = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
-    model, info = found
-    wrong = ""
-    if info["missing_keys"]:
-        wrong = f"its model has no {min(info['missing_keys'])}: another version wrote it"
-    elif info["unexpected_keys"]:
-        wrong = f"its model has {min(info['unexpected_keys'])} too: another version wrote it"
-    elif damaged := next((name for name, t in model.named_parameters() if not torch.isfinite(t).all()), ""):
-        wrong = f"its {damaged} holds NaN or infinite values: it is damaged"
-    if wrong:
-        raise ConfigError(Problem("model", given, ALIGNED, f"{wrong}; {ALIGN_AGAIN}"))
+    with reading("model", given, "config.json", ALIGNED, f"another version wrote it; {ALIGN_AGAIN}"):
+        config = AlignXConfig.from_pretrained(directory, **NO_CODE)
+        _check_settings(config.gate_settings())
+        with torch.device("meta"):
+            skeleton = AlignXForCausalLM(config)
+    tensors = read_headers(weight_files(directory), "model", given)
+    if problem := checkpoint_problem(skeleton, match(skeleton, tensors.values()), "model", given):
+        fix = f"{problem.fix}; where another version wrote it, {ALIGN_AGAIN}"
+        raise ConfigError(Problem("model", given, ALIGNED, fix))
+    if damaged := not_finite(tensors.values()):
+        fix = f"its {damaged.name} holds NaN or infinite values: it is damaged; {ALIGN_AGAIN}"
+        raise ConfigError(Problem("model", given, ALIGNED, fix))
+    with reading("model", given, "weights", ALIGNED, ALIGN_AGAIN):
+        model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, **NO_PICKLE)
     return model
+
+
+def _check_settings(gate: GateSettings) -> None:
+    """Raises TypeError or ValueError for a value that a recipe could not have set."""
+    for name, kind in get_type_hints(GateSettings).items():
+        value, wanted = getattr(gate, name), get_origin(kind) or kind
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            raise TypeError(f"gate.{name} is {value!r}")
+    for problem in violations(gate, {}, "gate."):
+        raise ValueError(str(problem))

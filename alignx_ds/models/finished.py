@@ -12,7 +12,7 @@ from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.ends import set_ends
-from alignx_ds.models.tokenizer import load_tokenizer
+from alignx_ds.models.tokenizer import answering_tokenizer
 from alignx_ds.runs.finished import KEY, FinishedRun
 from alignx_ds.runtime import distributed
 
@@ -28,7 +28,7 @@ def base_of(run: FinishedRun) -> BaseModel:
 def tokenizer_of(run: FinishedRun) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with the aligned model. Raises ConfigError when it can't be read as data."""
     pretrained.check(run.out.model, KEY, str(run.root))
-    return load_tokenizer(run.out.model, KEY, str(run.root))
+    return answering_tokenizer(run.out.model, KEY, str(run.root))
 
 
 def aligned_of(run: FinishedRun) -> AlignXForCausalLM:

@@ -58,6 +58,26 @@ def load_tokenizer(
     return tokenizer
 
 
+def answering_tokenizer(directory: Path, key: str, given: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is to answer. Raises ConfigError where no token can end an answer."""
+    tokenizer = load_tokenizer(directory, key, given)
+    if tokenizer.eos_token_id is None:
+        fix = "its tokenizer has none; set eos_token in its tokenizer_config.json"
+        raise ConfigError(Problem(key, given, "a model with an end-of-sequence token", fix))
+    return tokenizer
+
+
+def vocabulary_problem(tokenizer: PreTrainedTokenizerBase, rows: int, key: str, given: str) -> Problem | None:
+    """Every token id needs its row of the embedding, which has this many."""
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    if not beyond:
+        return None
+    number, token = beyond[0]
+    more = f", and has {len(beyond) - 1} more of them" if len(beyond) > 1 else ""
+    fix = f"its tokenizer writes {token!r} as {number}{more}; resize the embedding, or remove the token"
+    return Problem(key, given, f"token ids below the embedding's {rows}", fix)
+
+
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The chat template that writes its dialogues; None where it has none."""
     found = tokenizer.chat_template

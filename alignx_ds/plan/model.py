@@ -11,8 +11,10 @@ from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.experts.adapters import WANTED, Adapter
 from alignx_ds.mocae.gate import CALIBRATORS
 from alignx_ds.models.base import BaseModel, Planned
+from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
 from alignx_ds.models.stored import other_weights
+from alignx_ds.models.tokenizer import vocabulary_problem
 
 BYTES = 256
 
@@ -62,21 +64,10 @@ def problems(c: RunConfig, base: BaseModel, weights: bool) -> Iterator[Problem]:
             yield from _adapter(c, base, f"axes.{name}.adapter", axis.adapter)
     if c.from_scratch:
         return
-    yield from _tokenizer(c, base)
+    if base.has_tokenizer:
+        problem = vocabulary_problem(base.tokenizer, vocabulary_of(base.config), "model.path", c.model.path)
+        yield from [problem] if problem else []
     yield from _weights(c, base, weights)
-
-
-def _tokenizer(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
-    """Every id needs its row of the embedding."""
-    if not base.has_tokenizer:
-        return
-    vocabulary, rows = base.tokenizer.get_vocab(), base.config.vocab_size
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
-    if beyond:
-        number, token = beyond[0]
-        more = f", and has {len(beyond) - 1} more of them" if len(beyond) > 1 else ""
-        fix = f"its tokenizer writes {token!r} as {number}{more}; resize the embedding, or remove the token"
-        yield Problem("model.path", c.model.path, f"token ids below the embedding's {rows}", fix)
 
 
 def _weights(c: RunConfig, base: BaseModel, needed: bool) -> Iterator[Problem]:

@@ -58,7 +58,7 @@ def weights(chance: random.Random, directory: Path) -> str:
         "empty": lambda: {name: torch.empty(0)},
         "flat": lambda: {name: value.flatten()},
         "turned": lambda: {name: value.mT.contiguous() if value.dim() == 2 else value[None]},
-        "cut": lambda: {name: value[1:].clone()},
+        "cut": lambda: {name: value.reshape(-1)[1:].clone()},
         "integers": lambda: {name: value.to(chance.choice((torch.int8, torch.uint8, torch.int64, torch.bool)))},
         "halves": lambda: {name: value.half()},
         "doubles": lambda: {name: value.double()},
