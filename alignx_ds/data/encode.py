@@ -58,8 +58,9 @@ class LabelledExamples:
 
     @property
     def digest(self) -> str:
-        """As of examples, with their experts."""
-        return hashlib.sha256(f"{digest(self.examples)} {self.experts}".encode()).hexdigest()
+        """As of examples, with all that is known of each."""
+        labels = [getattr(self, f.name) for f in fields(self) if f.name != "examples"]
+        return hashlib.sha256(f"{digest(self.examples)} {labels}".encode()).hexdigest()
 
     def add(self, examples: list[Example], expert: int) -> None:
         self.examples.extend(examples)

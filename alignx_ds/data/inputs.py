@@ -5,7 +5,7 @@ The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
 
+HELD_OUT = ("held_out", "references", "routed")  # fields of EncodedData that nothing is trained or fitted on
+INJECTED = "injected "  # before an axis's name, in `digests`
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
 
 
@@ -35,9 +37,10 @@ class EncodedData:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Hashes of what is trained and fitted on: each axis's rows with its system prompt, and those of stage 2."""
-        injected = {f"injected {axis}": digest(examples) for axis, examples in self.injected.items()}
-        return {"train": self.train.digest, "calibration": self.calibration_rows.digest, **injected}
+        """Hashes of what is trained and fitted on: the rows of stage 2 by field, of the axes with system prompts."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HELD_OUT}
+        stage2 = {name: rows.digest for name, rows in named.items() if isinstance(rows, LabelledExamples)}
+        return stage2 | {f"{INJECTED}{axis}": digest(examples) for axis, examples in self.injected.items()}
 
 
 @dataclass(frozen=True)

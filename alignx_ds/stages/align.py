@@ -17,6 +17,7 @@ from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.inputs import INJECTED
 from alignx_ds.experts.task_vectors import read_factors
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
@@ -52,7 +53,7 @@ def stage_of(context: StageContext, specialists: dict[str, str]) -> Stage:
     config, digests = context.config, context.data.digests
     inputs = {
         "specialists": list(specialists.items()),  # the position of an axis is the number of its expert
-        "rows": [digests["train"], digests["calibration"]],
+        "rows": {name: found for name, found in digests.items() if not name.startswith(INJECTED)},
         "align": substance(config.align),
         "gate": asdict(config.gate),
         "dtype": config.model.dtype,

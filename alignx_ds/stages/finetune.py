@@ -17,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
 from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.inputs import INJECTED
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.task_vectors import add_task_vector, layer_file, task_vectors
@@ -116,7 +117,7 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
         "train": substance(c.train),
         "deepspeed": engines.settings_of(c.train.deepspeed, "train.deepspeed"),
         "experts": asdict(c.experts) if tune.is_expert else None,
-        "rows": [[axis, data.digests[f"injected {axis}"]] for axis in tune.axes],
+        "rows": [[axis, data.digests[f"{INJECTED}{axis}"]] for axis in tune.axes],
         "start": start,
     }
 

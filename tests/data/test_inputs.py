@@ -146,4 +146,4 @@ def test_digests_depend_on_the_training_rows_alone(
     set_rows(one_axis, tmp_path, questions(41), questions(5, start=100))
     now = encoded(one_axis, world_tokenizer).digests
     assert now["injected kind"] != first["injected kind"]
-    assert (now["train"], now["calibration"]) != (first["train"], first["calibration"])
+    assert (now["train"], now["calibration_rows"]) != (first["train"], first["calibration_rows"])
