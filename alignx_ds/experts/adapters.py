@@ -7,19 +7,20 @@ lora_A [r, n], lora_B [m, r] and s = alpha / r; an expert's `up` factor is s·B.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from functools import cached_property
 from math import sqrt
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.experts.declared import ALPHA, contradictions, other_base, pattern_value
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel, local_model
+from alignx_ds.models.pretrained import reading
+from alignx_ds.models.stored import not_finite, read_headers
 from alignx_ds.runs.manifest import file_hash
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,15 +48,8 @@ class Adapter:
         if absent:
             fix = f"it has no {' and no '.join(absent)}; weights in another format are not read"
             raise ConfigError(Problem(key, path, WANTED, fix))
-        self.shapes = self._read_shapes()
-
-    def _read_shapes(self) -> dict[str, list[int]]:
-        try:
-            with safe_open(self.path / WEIGHTS, framework="pt") as file:
-                names = list(file.keys())
-                return {name: file.get_slice(name).get_shape() for name in names}
-        except SafetensorError as error:
-            raise ConfigError(Problem(self.key, self.given, WANTED, f"{WEIGHTS} can't be read ({error})")) from error
+        self.tensors = read_headers([self.path / WEIGHTS], key, path)
+        self.shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -64,9 +58,12 @@ class Adapter:
             content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(Problem(self.key, self.given, WANTED, f"{CONFIG} can't be read ({error})")) from error
-        if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-            raise ConfigError(Problem(self.key, self.given, WANTED, f"{CONFIG} is not of PEFT's type LORA"))
-        return content
+        kind = content.get("peft_type") if isinstance(content, dict) else None
+        if kind != "LORA":
+            fix = f"{CONFIG} is not of PEFT's type LORA" + (f" but of {kind!r}" if kind else "")
+            raise ConfigError(Problem(self.key, self.given, WANTED, f"{fix}, which an expert can't represent"))
+        settings: dict[str, Any] = content
+        return settings
 
     @property
     def digest(self) -> dict[str, str]:
@@ -74,8 +71,12 @@ class Adapter:
         return {name: file_hash(self.path / name) for name in (CONFIG, WEIGHTS)}
 
     def problems(self, base: BaseModel) -> Iterator[Problem]:
-        """Every reason why it can't be an expert of this base exactly as it is."""
-        yield from self._settings()
+        """Every reason why it can't be an expert of this base exactly as it is. Raises ConfigError."""
+        with reading(self.key, self.given, CONFIG, WANTED):
+            found = [*self._settings(), *self._module_problems(base)]
+            yield from found or [*self._declared(base), *self._value_problems()]
+
+    def _module_problems(self, base: BaseModel) -> Iterator[Problem]:
         modules, unknown = _modules(base), sorted({_module(name) for name in self.shapes} - set(_modules(base)))
         if unknown:
             named = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in unknown))
@@ -102,6 +103,28 @@ class Adapter:
         if start.startswith(CHANGING_THE_BASE):
             fix = f"init_lora_weights={start} changes the base model itself; convert it to plain LoRA with peft"
             yield Problem(self.key, self.given, FAITHFUL, fix)
+
+    def _declared(self, base: BaseModel) -> Iterator[Problem]:
+        """What its config says of it."""
+        ranks = {_module(name): shape[0] for name, shape in self.shapes.items() if name.endswith(HALVES[0])}
+        for fix in contradictions(self.config, ranks, base):
+            yield Problem(self.key, self.given, f"a whole adapter, as its {CONFIG} describes it", fix)
+        if other := other_base(self.config, base):
+            fix = f"its {CONFIG} names {other!r}; set model.path to that, or correct the name there if it is this model"
+            yield Problem(self.key, self.given, f"an adapter of the base model, {base.settings.path}", fix)
+
+    def _value_problems(self) -> Iterator[Problem]:
+        """A change that is not finite, or none at all."""
+        if damaged := not_finite(self.tensors.values()):
+            fix = f"its {damaged.name} holds NaN or infinite values: train it again"
+            yield Problem(self.key, self.given, "an adapter whose factors are numbers", fix)
+        elif not any(self._changes(module) for module in dict.fromkeys(map(_module, self.shapes))):
+            fix = "its factors multiply to zero, as before the first step of training: it changes nothing"
+            yield Problem(self.key, self.given, "an adapter that changes the base model", fix)
+
+    def _changes(self, module: str) -> bool:
+        a, b = (self.tensors[f"{PREFIX}{module}.{half}"].read() for half in HALVES)
+        return bool(self._scale(module, len(a)) and (b.float() @ a.float()).any())
 
     def _shape_problem(self, module: str, projection: str, base: BaseModel) -> Iterator[Problem]:
         hidden, ffn = base.config.hidden_size, base.config.intermediate_size
@@ -134,9 +157,7 @@ class Adapter:
 
     def _scale(self, module: str, rank: int) -> float:
         """PEFT's s: alpha / r, or alpha / √r if rank-stabilised; a pattern may give a module its own alpha."""
-        patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
-        own = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        alpha = float(next(own, self.config.get("lora_alpha", 8)))
+        alpha = float(pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", ALPHA)))
         return alpha / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
 

@@ -91,6 +91,10 @@ class BaseModel:
             raise ConfigError(problem)
         return config
 
+    def written(self, name: str) -> Any:
+        """A value as its config.json has it; None where it has none."""
+        return pretrained.read_object(self.path / "config.json", KEY, self.settings.path).get(name)
+
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """Its modules without memory for their weights. Raises ConfigError where its config does not allow them."""

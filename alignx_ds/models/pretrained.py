@@ -55,10 +55,10 @@ def _reason(error: Exception) -> str:
 def check(directory: Path, key: str, given: str) -> Path:
     """The directory, if its model is plain data. Raises ConfigError for the key, with the value that was given."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if "auto_map" in _read(directory / name, key, given):
+        if "auto_map" in read_object(directory / name, key, given):
             fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
             raise ConfigError(Problem(key, given, "a model without code", fix))
-    files = _read(directory / INDEX, key, given).get("weight_map", {})
+    files = read_object(directory / INDEX, key, given).get("weight_map", {})
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(Problem(key, given, "a model with its weights", f"its {INDEX} names no files; save it again"))
     leaving = sorted({file for file in files.values() if Path(file).name != file or file == ".."})
@@ -70,7 +70,7 @@ def check(directory: Path, key: str, given: str) -> Path:
 
 def model_type(directory: Path, key: str, given: str) -> str:
     """The architecture that its config.json names. Raises ConfigError where there is none, or where it is quantised."""
-    content = _read(directory / "config.json", key, given)
+    content = read_object(directory / "config.json", key, given)
     if not content:
         fix = "it has no config.json; give a directory that save_pretrained wrote, or a hub id"
         raise ConfigError(Problem(key, given, "a model with a config.json", fix))
@@ -101,7 +101,7 @@ def is_lfs_pointer(file: Path) -> bool:
         return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _read(path: Path, key: str, given: str) -> dict[str, Any]:
+def read_object(path: Path, key: str, given: str) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is no file."""
     if not path.is_file():
         return {}

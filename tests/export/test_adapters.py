@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +203,73 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path, base_dir: Path, n
 def test_an_adapter_that_is_nowhere_is_named(base_dir: Path) -> None:
     with pytest.raises((ConfigError, UnreachableError), match=r"axes\.helpful\.adapter"):
         read(Path("no/such/adapter"), base_dir)
+
+
+def change(target: Path, file: str = CONFIG, **values: Any) -> None:
+    """Set keys of the adapter's config, or replace tensors of its weights whose name ends with the keyword."""
+    if file == CONFIG:
+        (target / CONFIG).write_text(json.dumps(json.loads((target / CONFIG).read_text()) | values))
+        return
+    tensors = load_file(target / WEIGHTS)
+    for name in tensors:
+        for part, made in values.items():
+            if part in name:
+                tensors[name] = made(tensors[name])
+    save_file({name: t for name, t in tensors.items() if t is not None}, target / WEIGHTS)
+
+
+def nan(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(tensor, float("nan"))
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "untrained": (WEIGHTS, {"lora_B": torch.zeros_like}, "its factors multiply to zero"),
+    "switched off": (CONFIG, {"lora_alpha": 0}, "its factors multiply to zero"),
+    "not finite": (WEIGHTS, {"1.mlp.up_proj.lora_A": nan}, "1.mlp.up_proj.lora_A.weight holds NaN"),
+    "a part missing": (
+        WEIGHTS,
+        {"2.mlp.down_proj": lambda _: None},
+        "no factors of model.layers.2.mlp.down_proj, which",
+    ),
+    "another rank": (CONFIG, {"r": 16}, "have rank 3, its config says 16"),
+    "another rank in a pattern": (
+        CONFIG,
+        {"rank_pattern": {"1.mlp.up_proj": 5}},
+        "up_proj have rank 3, its config says 5",
+    ),
+    "no such module": (CONFIG, {"target_modules": ["gate_proj", "c_fc"]}, "'c_fc', and the base model has no such"),
+    "another base": (CONFIG, {"base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"}, "Llama-2-7b-chat-hf'; set"),
+    "another type": (CONFIG, {"peft_type": "ADALORA"}, "not of PEFT's type LORA but of 'ADALORA'"),
+    "a pattern that is none": (CONFIG, {"rank_pattern": {"(": 3}}, "can't be read ("),
+    "alpha that is a word": (CONFIG, {"lora_alpha": "much"}, "can't be read (ValueError"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_an_adapter_that_is_not_what_it_says_is_refused(tmp_path: Path, base_dir: Path, kind: str) -> None:
+    made_by_peft(tmp_path / "adapter", base_dir)
+    file, values, said = WRONG[kind]
+    change(tmp_path / "adapter", file, **values)
+    adapter, base = read(tmp_path / "adapter", base_dir)
+    try:
+        found = [str(problem) for problem in adapter.problems(base)]
+    except ConfigError as error:
+        found = [str(error)]
+    assert len(found) == 1 and said in found[0], found
+    assert found[0].startswith("axes.helpful.adapter: got ")
+
+
+def test_a_base_model_is_known_by_its_name_or_by_its_weights(tmp_path: Path, base_dir: Path) -> None:
+    made_by_peft(tmp_path / "adapter", base_dir)
+    adapter, base = read(tmp_path / "adapter", base_dir)
+    other = Path(shutil.copytree(base_dir, tmp_path / "copy"))
+    cached = tmp_path / "models--owner--base" / "snapshots" / "0123"
+    for name in ("owner/base", "BASE", "/gone/base/", str(cached), "", None, str(other)):
+        adapter.config["base_model_name_or_path"] = name
+        assert list(adapter.problems(base)) == [], name
+    base_model(seed=5).save_pretrained(other)
+    assert [p.key for p in adapter.problems(base)] == ["axes.helpful.adapter"], "the same shapes, but other weights"
+    settings = json.loads((base_dir / "config.json").read_text())
+    (base_dir / "config.json").write_text(json.dumps(settings | {"_name_or_path": "owner/Original-7b"}))
+    adapter.config["base_model_name_or_path"] = "mirror/original-7B"
+    assert list(adapter.problems(base)) == []
