@@ -3,6 +3,7 @@
 # make gpu     run the tests and benchmarks that need a GPU of 80 GB; existing results are kept; writes docs/gpu.md
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
 # make test    install everything, then run lint, types and tests, these in two processes (WORKERS=4 make test: in four)
+# make compat  run the tests of decoding and exports on the lowest and the newest supported transformers; needs the package index
 # make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   the same as make test
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
-.PHONY: install demo seeds bench gpu study test faults launchers check wheel lint format clean
+.PHONY: install demo seeds bench gpu study test compat faults launchers check wheel lint format clean
 
 install: $(READY)
 
@@ -51,6 +52,9 @@ study: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+compat: $(READY)
+	WORKERS=$(WORKERS) $(BIN)/python tests/transformers_versions.py
 
 faults: $(READY)
 	rm -f runs/faults.jsonl && mkdir -p runs

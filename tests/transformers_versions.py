@@ -1,0 +1,94 @@
+"""`make compat`: the tests of decoding, likelihoods, and saved and exported models on other versions of transformers.
+
+They are the lowest that pyproject.toml allows, and the newest on the package index.
+
+Each version is installed once, below .venv, and shadows the environment's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = (
+    *("tests/mocae/test_decoding.py", "tests/mocae/test_saved_models.py", "tests/models/test_registration.py"),
+    *("tests/evaluation/test_decode.py", "tests/evaluation/test_generate.py", "tests/evaluation/test_likelihood.py"),
+    "tests/export/test_hugging_face.py",
+)
+CHOSEN = "not transformers.models.auto"  # tests of the order of imports, which start a process each
+NO_INDEX = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError")
+
+
+class UnreachableIndexError(Exception):
+    """The package index does not answer."""
+
+
+def pip(*arguments: str) -> str:
+    """The output of `pip install`. Raises UnreachableIndexError."""
+    install = ("install", "--quiet", "--no-deps", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", *install, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and any(sign in done.stderr for sign in NO_INDEX):
+        raise UnreachableIndexError
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout
+
+
+def supported() -> Requirement:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return next(r for r in map(Requirement, project["dependencies"]) if r.name == "transformers")
+
+
+def newest(requirement: Requirement) -> str:
+    report = json.loads(pip("--dry-run", "--ignore-installed", "--report", "-", str(requirement)))
+    return str(report["install"][0]["metadata"]["version"])
+
+
+def installed(version: str) -> Path:
+    place = Path(sys.prefix) / "transformers" / version
+    if not place.is_dir():
+        partial = place.with_name(f".{version}.{os.getpid()}")
+        try:
+            pip("--no-compile", "--target", str(partial), f"transformers=={version}")
+            partial.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return place
+
+
+def passes(version: str) -> bool:
+    path = os.pathsep.join([str(installed(version)), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": path}
+    check = f"import transformers; assert transformers.__version__ == {version!r}, transformers.__file__"
+    pytest = ["-m", "pytest", "-n", os.environ.get("WORKERS", "2"), "-k", CHOSEN, *TESTS]
+    print(f"transformers {version}", flush=True)
+    return not any(
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
+        for command in (["-c", check], pytest)
+    )
+
+
+def main() -> int:
+    requirement = supported()
+    (lowest,) = [clause.version for clause in requirement.specifier if clause.operator == ">="]
+    lowest += ".0" * (2 - lowest.count("."))
+    failed = False
+    for which, find in (("lowest", lambda: lowest), ("newest", lambda: newest(requirement))):
+        try:
+            failed |= not passes(find())
+        except UnreachableIndexError:
+            print(f"skipped on the {which} transformers: the package index can't be reached", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
