@@ -3,7 +3,7 @@
 Resumes SOURCE's newest checkpoint ("-": none) and trains up to STEPS steps, with a checkpoint in TARGET after each
 EVERY steps. Reports whether what was loaded equals what was saved, tensor by tensor.
 
-KIND is stage1 or stage2; HOW is the ZeRO stage, and for stage 2 the ep_size: "3", "2 ep4".
+KIND is stage1, stage2 or "stage2, untrained experts"; HOW is the ZeRO stage, and for stage 2 the ep_size: "3", "2 ep4".
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
     return engine.start(model, groups, filled, plan), plan, language_loss, zero3
 
 
-def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
+def stage2(kind: str, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     from problems import align_config, mixture
 
     from alignx_ds.mocae.modeling import Placement
@@ -56,8 +56,9 @@ def stage2(root: Path, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     from alignx_ds.stages import align
     from alignx_ds.training import engine
 
-    config = align_config(ep_size, 1)
-    model = mixture(placement=Placement(ep_size, distributed.rank() % ep_size))
+    frozen = "untrained" in kind
+    config = align_config(ep_size, 1, 0.0 if frozen else 0.5)
+    model = mixture(placement=Placement(ep_size, distributed.rank() % ep_size), frozen=frozen)
     plan = engine.Plan.of(config.align, "float32", 6)
     template = engine.read_template(config.align.deepspeed, "align.deepspeed")
     template["zero_optimization"]["stage"] = zero
@@ -83,7 +84,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int, 
     from alignx_ds.training.manager import CheckpointManager
 
     zero, _, ep = how.partition(" ep")
-    made, plan, loss, _alive = stage1(root, int(zero)) if kind == "stage1" else stage2(root, int(zero), int(ep))
+    made, plan, loss, _alive = stage1(root, int(zero)) if kind == "stage1" else stage2(kind, int(zero), int(ep))
     inputs, same = {"kind": kind}, True
     losses: list[float | None] = []
     if source != "-":
