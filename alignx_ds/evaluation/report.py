@@ -169,7 +169,7 @@ def _samples(report: Report) -> dict[str, list[dict[str, Any]]]:
     for questions, examples in report.results["base"].samples.items():
         shown[questions] = [
             {
-                "prompt": row.prompt,
+                "prompt": row.asked,
                 "reference": row.response,
                 "answers": {name: r.samples[questions][number][1] for name, r in report.results.items()},
             }

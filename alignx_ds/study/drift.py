@@ -210,7 +210,7 @@ def _bars(plots: Any, content: dict[str, Any]) -> None:
             plot.bar(np.arange(len(SYSTEMS)) + offset, values, 0.38, color=colour, label=title)
         plot.set_title(label)
         plot.set_xticks(range(len(SYSTEMS)), [plotting.label(name) for name in SYSTEMS], rotation=35, ha="right")
-        if index == "calinski_harabasz":
+        if index == "calinski_harabasz" and any(patch.get_height() > 0 for patch in plot.patches):  # of one axis: none
             plot.set_yscale("log")
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from alignx_ds.config.schema import RunConfig, SetConfig
+from alignx_ds.data.encode import Example, encode_prompts
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.evaluate import SAMPLES, Evaluation, System
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
+from alignx_ds.evaluation.likelihood import Likelihood
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs.outputs import Outputs
 
@@ -133,3 +136,38 @@ def test_what_is_not_used_any_more_is_said(
     assert capsys.readouterr().out.count("12 of 12 answers are of another model or length") == 1
     evaluation.judge_all([base])
     assert "of 12 verdicts are of another judge, or on other answers, and not used" in capsys.readouterr().out
+
+
+def test_a_dialogue_is_answered_and_measured_with_its_earlier_turns(
+    tiny_config: RunConfig,
+    world_base: BaseModel,
+    system: Callable[..., System],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    turns = [("user", "hello"), ("assistant", "hi ."), ("user", "how are you ?"), ("assistant", "i am well .")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "r.json").write_text(json.dumps([record]))
+    pair = {"chosen": record["messages"], "rejected": [*record["messages"][:3], {"role": "gpt", "content": "no ."}]}
+    (tmp_path / "p.json").write_text(json.dumps([pair]))
+    tiny_config.evaluation.sets = {
+        "chats": SetConfig("messages", str(tmp_path / "r.json"), "refusal"),
+        "pairs": SetConfig("dpo", str(tmp_path / "p.json"), "preference"),
+    }
+    inputs = read_inputs(tiny_config, world_base)
+    asked: list[Any] = []
+    monkeypatch.setattr("alignx_ds.evaluation.evaluate.answers", lambda m, t, prompts, **rest: asked.extend(prompts))
+    measured: list[Example] = []
+
+    def likelihoods(model: Any, examples: list[Example], *rest: Any) -> list[Likelihood]:
+        measured.extend(examples)
+        return [Likelihood(-1.0, e.answer_length) for e in examples]
+
+    monkeypatch.setattr("alignx_ds.evaluation.likelihood.likelihoods", likelihoods)
+    Evaluation(tiny_config, inputs.base, inputs.data, Outputs.of(tiny_config)).evaluate_all([system("base", w=1)])
+    (row,) = inputs.data.splits.sets["chats"].rows
+    assert asked[-1] == row.chat and len(row.chat) == 3
+    chosen, rejected = measured[:2]
+    assert chosen.ids[: chosen.prompt_length] == rejected.ids[: rejected.prompt_length]
+    assert list(chosen.ids[: chosen.prompt_length]) == encode_prompts([row.chat], world_base.tokenizer)[0]
+    assert chosen.earlier == () and chosen.answer_length == 5

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from alignx_ds.study.drift import moved
+from alignx_ds.study import plotting
+from alignx_ds.study.drift import LABELS, _bars, moved
 from alignx_ds.study.studied_run import SYSTEMS
 
 AXES = ["helpful", "harmless", "honest"]
@@ -29,3 +31,11 @@ def test_moved_is_in_units_of_the_spread_and_by_axis() -> None:
     before = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 3.0], [0.0, -3.0]])  # each 3 from the centre
     after = before + np.array([[0.0, 6.0], [0.0, 0.0], [4.5, 0.0], [4.5, 0.0]])
     assert moved(before, after, ["a", "a", "b", "b"]) == pytest.approx({"a": 1.0, "b": 1.5})
+
+
+def test_one_axis_has_no_clusters_to_draw() -> None:
+    """A logarithmic scale of nothing can't be drawn."""
+    nothing = {"1": {name: dict[str, float]() for name in SYSTEMS}}
+    figure = plotting.figure(8, 3)
+    _bars(figure.subplots(1, len(LABELS)), {"drawn_layer": 1, "indices": {"axis": nothing, "harm": nothing}})
+    figure.savefig(io.BytesIO())
