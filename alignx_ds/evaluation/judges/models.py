@@ -16,6 +16,7 @@ from alignx_ds.data.batches import pad
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.pretrained import NO_CODE
 from alignx_ds.runtime.distributed import device
+from alignx_ds.runtime.failures import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -125,7 +126,9 @@ def _load(path: str, key: str, kind: Any) -> LocalModel:
         # Safetensors are preferred. Some published judges have none, so pickles are allowed, but of tensors only.
         tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE)
         network, found = kind.from_pretrained(path, dtype=dtype, **NO_CODE, weights_only=True, output_loading_info=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # spoiled files make the libraries raise anything at all
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         fix = f"give a directory that save_pretrained wrote, or a hub id that can be downloaded ({reason})"
         if "tiktoken" in reason:  # the fallback of transformers when it can't read a tokenizer.model
