@@ -16,7 +16,7 @@ from alignx_ds.models.pretrained import INDEX, LFS_FIX, is_lfs_pointer
 
 SINGLE = "model.safetensors"
 WEIGHTS = (SINGLE, INDEX)  # transformers looks for them in this order
-OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "consolidated*.safetensors")
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "consolidated*.pth")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,18 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
-def other_weights(directory: Path) -> list[str]:
-    """Names of weight files that are never read, because of their format."""
-    return sorted({file.name for pattern in OTHER_FORMATS for file in directory.glob(pattern)})
+def unread_weights(directory: Path) -> str:
+    """What there is instead of the files that are read, with the fix; empty where there are no weights at all."""
+    if shards := sorted(directory.glob("model-*.safetensors")):
+        return f"its {INDEX} is missing, so {shards[0].name} can't be found; download or copy the directory again"
+    if others := sorted(file for file in directory.glob("*.safetensors") if file.is_file()):
+        return f"its {others[0].name} is not a name that transformers reads; give the model with its {SINGLE}"
+    if pickles := sorted(file for pattern in PICKLES for file in directory.glob(pattern)):
+        convert = f"AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+        return f"its {pickles[0].name} is not read, since a pickle can run code; if you trust it, convert it: {convert}"
+    if others := sorted(file for pattern in ("*.gguf", "*.h5", "*.msgpack") for file in directory.glob(pattern)):
+        return f"its {others[0].name} is a format that is not read; give the model that it was made from"
+    return ""
 
 
 def read_headers(files: Iterable[Path], key: str, given: str) -> dict[str, Stored]:

@@ -13,7 +13,7 @@ from alignx_ds.mocae.gate import CALIBRATORS
 from alignx_ds.models.base import BaseModel, Planned
 from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
-from alignx_ds.models.stored import other_weights
+from alignx_ds.models.stored import unread_weights
 from alignx_ds.models.tokenizer import vocabulary_problem
 
 BYTES = 256
@@ -76,12 +76,9 @@ def _weights(c: RunConfig, base: BaseModel, needed: bool) -> Iterator[Problem]:
         if (needed or base.is_local) and (problem := base.checkpoint_problem()):
             yield problem
         return
-    other = other_weights(base.path)
-    if needed or other:
-        fix = "save it with safetensors (save_pretrained does); weights in other formats are not read"
-        if other:
-            convert = f"AutoModelForCausalLM.from_pretrained({c.model.path!r}).save_pretrained({c.model.path!r})"
-            fix = f"its {other[0]} is not read, since such files can run code; if you trust it, convert it: {convert}"
+    unread = unread_weights(base.path)
+    if needed or unread:
+        fix = unread or "it has none; save it with safetensors (save_pretrained does)"
         yield Problem("model.path", c.model.path, "a model with safetensors weights", fix)
 
 

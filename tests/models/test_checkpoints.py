@@ -235,7 +235,7 @@ def test_a_dry_run_checks_what_is_there(
     assert "names and shapes of the weights" in capsys.readouterr().out
     (model / "pytorch_model.bin").touch()
     assert cli.main(["run", recipe, "--dry-run"]) == 2
-    assert "its pytorch_model.bin is not read, since such files can run code" in capsys.readouterr().err
+    assert "its pytorch_model.bin is not read, since a pickle can run code" in capsys.readouterr().err
     (model / "kept").rename(model / WEIGHTS)
     without("lm_head")(model)
     assert cli.main(["run", recipe, "--dry-run"]) == cli.main(["run", recipe]) == 2
