@@ -47,10 +47,7 @@ class StageJson:
         stage, key = self.settings, self.key
         yield from _same("train_batch_size", template, stage.batch, f"{key}.batch")
         yield from _same("gradient_accumulation_steps", template, stage.accumulation, f"{key}.accumulation")
-        parts = self.world_size * max(1, stage.accumulation)
-        if stage.batch % parts == 0:  # otherwise the recipe's own check says so
-            what = f"{key}.batch={stage.batch} / {self.world_size} ranks / {key}.accumulation={stage.accumulation}"
-            yield from _same("train_micro_batch_size_per_gpu", template, stage.batch // parts, what, is_key=False)
+        yield from self._micro_batch(template)
         yield from _same("gradient_clipping", template, stage.clip, f"{key}.clip")
         for name in ("bf16", "fp16"):
             switch, wanted = template.get(name, {}).get("enabled", AUTO), name == "bf16" and self.dtype == "bfloat16"
@@ -63,6 +60,22 @@ class StageJson:
         places = [place for place in engines.unfilled(template) if place != "zero_optimization.stage"]
         if places:
             yield f"auto at {', '.join(places)}", "values there", "write them: the recipe has none"
+
+    def _micro_batch(self, template: dict[str, Any]) -> Iterator[Fault]:
+        """Beside the JSON's own accumulation, of which `_same` says whether it is the recipe's."""
+        micro, given = (template.get(name, AUTO) for name in keys.SIZES[1:])
+        accumulation = self.settings.accumulation if given == AUTO else int(given)
+        batch, parts = self.settings.batch, self.world_size * max(1, accumulation)
+        if (
+            micro == AUTO or batch % parts or micro == batch // parts
+        ):  # the recipe's own check says what does not divide
+            return
+        expected = (
+            f"{batch // parts} = {self.key}.batch={batch} / {self.world_size} ranks / {accumulation} micro batches"
+        )
+        steps, rest = divmod(batch, int(micro) * self.world_size)
+        also = f"{self.key}.batch" if rest else f"{self.key}.accumulation={steps}"
+        yield f"train_micro_batch_size_per_gpu {micro}", expected, f'write "auto" there, or set {also}'
 
     def _zero(self, template: dict[str, Any]) -> Iterator[Fault]:
         zero = template.get("zero_optimization", {})
@@ -147,12 +160,10 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _same(name: str, template: dict[str, Any], wanted: float, what: str, *, is_key: bool = True) -> Iterator[Fault]:
+def _same(name: str, template: dict[str, Any], wanted: float, what: str) -> Iterator[Fault]:
     value = template.get(name, AUTO)
     if value not in (AUTO, wanted):
-        also = f", or set {what}={value}" if is_key else f", or change {what}"
-        expected = f"{wanted} as in {what}" if is_key else f"{wanted} = {what}"
-        yield f"{name} {value}", expected, f'write "auto" there{also}'
+        yield f"{name} {value}", f"{wanted} as in {what}", f'write "auto" there, or set {what}={value}'
 
 
 def _blocks(template: dict[str, Any]) -> Iterator[Fault]:

@@ -65,7 +65,7 @@ def test_the_shipped_jsons_have_no_problem_and_nothing_without_effect(repo_root:
         # what the recipe says too: both are named
         ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps 4", "train.accumulation"]),
         ({"train_batch_size": 16}, ["train_batch_size 16", "8 as in train.batch", "train.batch=16"]),
-        ({"train_micro_batch_size_per_gpu": 4}, ["per_gpu 4", "expected 2", "train.batch=8 / 2 ranks"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["per_gpu 4", "expected 2 = train.batch=8", "train.accumulation=1"]),
         ({"gradient_clipping": 1.0}, ["gradient_clipping 1.0", "0.5 as in train.clip"]),
         ({"bf16": {"enabled": True}}, ["bf16.enabled true", "model.dtype=float32", "model.dtype=bfloat16"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled true", "model.dtype=float32", "not supported"]),
@@ -237,6 +237,10 @@ def test_a_file_that_is_no_plain_json_object(tmp_path: Path, content: str, part:
 def test_batch_sizes_that_multiply_to_the_recipe_s_are_fine(found: Found) -> None:
     sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert found(sizes) == []
+    (line,) = found({**sizes, "train_micro_batch_size_per_gpu": 1})
+    assert "per_gpu 1" in line and "expected 2 = train.batch=8 / 2 ranks / 2 micro batches" in line
+    (line,) = found({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 4})
+    assert "gradient_accumulation_steps 4" in line and line.endswith("or set train.accumulation=4")
     assert len(found({**sizes, "train_micro_batch_size_per_gpu": 3, "train_batch_size": 12})) == 2
 
 
