@@ -189,8 +189,11 @@ class Evaluation:
     def _stored_likelihoods(self, system: System, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The likelihoods on disk if they were computed from these inputs, else None."""
         path = self.out.likelihoods / f"{system.name}.json"
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content if content.get("inputs") == inputs else None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # a damaged file is written again
+            return None
+        return content if isinstance(content, dict) and content.get("inputs") == inputs else None
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         config, tokenizer = self.config, self.base.tokenizer

@@ -7,6 +7,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL
+from alignx_ds.errors import DataError
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned
@@ -18,11 +19,16 @@ from alignx_ds.runtime import distributed
 
 
 def base_of(run: FinishedRun) -> BaseModel:
-    """Raises ConfigError or UnreachableError when the base model is not where the run's config says."""
+    """Raises ConfigError or UnreachableError when the base model is not where the run's config says, DataError when it
+    is not the one that the aligned model was made from."""
     settings = run.config.model
     if settings.path == SCRATCH_MODEL:
         settings = replace(settings, path=str(run.out.base))
-    return BaseModel(settings)
+    base, made_from = BaseModel(settings), run.model_inputs.get("base")
+    if made_from and base.digest != made_from:
+        changed = sorted(name for name in {*made_from, *base.digest} if made_from.get(name) != base.digest.get(name))
+        raise DataError(f"{base.path}: {', '.join(changed)} changed since the run was made; restore the base model")
+    return base
 
 
 def tokenizer_of(run: FinishedRun) -> PreTrainedTokenizerBase:

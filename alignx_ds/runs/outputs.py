@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from alignx_ds.config.parse import to_yaml
+from alignx_ds.config.parse import load, to_yaml
 from alignx_ds.config.schema import SPREAD, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runs import lock, manifest
@@ -115,7 +116,10 @@ def changed_keys(config: RunConfig) -> list[str]:
     """
     if not Outputs.of(config).config.is_file():
         return []
-    return sorted(_differences(_recorded(config), yaml.safe_load(to_yaml(config)), ""))
+    there = _recorded(config)
+    with suppress(ConfigError):  # of a version with other keys; read as a recipe, it gets the defaults of new ones
+        there = yaml.safe_load(to_yaml(load(Outputs.of(config).config)))
+    return sorted(_differences(there, yaml.safe_load(to_yaml(config)), ""))
 
 
 def check_room(config: RunConfig, gib: float) -> None:

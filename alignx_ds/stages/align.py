@@ -48,10 +48,11 @@ def train_aligned(context: StageContext, specialists: dict[str, Path]) -> Path:
 def stage_of(context: StageContext, specialists: dict[str, str]) -> Stage:
     """The stage, with everything that its result depends on; `specialists` are the axes' fingerprints, in their order.
 
-    The base model and its layers are in the specialists' fingerprints.
+    The layers are in the specialists' fingerprints.
     """
     config, digests = context.config, context.data.digests
     inputs = {
+        "base": context.base.digest,
         "specialists": list(specialists.items()),  # the position of an axis is the number of its expert
         "rows": {name: found for name, found in digests.items() if not name.startswith(INJECTED)},
         "align": substance(config.align),

@@ -63,9 +63,11 @@ def test_a_model_is_loaded_once_and_not_again_for_what_is_stored(
     assert loaded == ["base", "other"]
     evaluation.evaluate_all([system("base", weights=3), systems[1]])
     assert loaded == ["base", "other", "base"], "other weights are another model"
-    (evaluation.out.likelihoods / "other.json").unlink()
-    evaluation.evaluate_all([systems[1]])
-    assert loaded[3:] == ["other"]
+    for number, content in enumerate((None, "[1", "1"), start=4):
+        path = evaluation.out.likelihoods / "other.json"
+        path.unlink() if content is None else path.write_text(content)
+        evaluation.evaluate_all([systems[1]])
+        assert loaded[3:] == ["other"] * (number - 3)
 
 
 def test_likelihoods_are_stale_when_their_rows_change(

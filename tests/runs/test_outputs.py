@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
@@ -128,3 +129,15 @@ def test_how_the_work_is_spread_is_no_change_of_a_stage(tiny_config: RunConfig) 
     tiny_config.train.lr *= 2
     tiny_config.axes = dict(reversed(tiny_config.axes.items()))
     assert outputs.changed_keys(tiny_config) == ["axes (their order)", "train.lr"]
+
+
+def test_a_key_that_an_earlier_version_did_not_have_has_its_default(tiny_config: RunConfig) -> None:
+    out = outputs.claim(tiny_config)
+    recorded = yaml.safe_load(out.config.read_text())
+    del recorded["train"]["clip"], recorded["judges"], recorded["axes"]["helpful"]["adapter"]
+    out.config.write_text(yaml.safe_dump(recorded, sort_keys=False))
+    assert outputs.changed_keys(tiny_config) == []
+    tiny_config.train.clip = 7.0
+    assert outputs.changed_keys(tiny_config) == ["train.clip"]
+    out.config.write_text(yaml.safe_dump(recorded | {"a key of another version": 1}, sort_keys=False))
+    assert "train.clip" in outputs.changed_keys(tiny_config)

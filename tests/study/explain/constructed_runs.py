@@ -75,4 +75,4 @@ def write_model(
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)
     made_of = {axis: manifest.fingerprint({"axis": axis}) for axis in config.axes}
-    manifest.write(directory, {"specialists": made_of}, {"losses": []})
+    manifest.write(directory, {"base": base.digest, "specialists": made_of}, {"losses": []})

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.models.base import BaseModel
+from alignx_ds.models.base import WORLD_BASE, BaseModel
 from alignx_ds.models.finished import tokenizer_of
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.serve.generate import answer
@@ -38,6 +38,17 @@ def test_every_system_answers_greedily(run: FinishedRun, world_base: BaseModel) 
         assert [e.answers[name] for e in explanation.prompts] == expected, name
     assert [e.answers["alignx"] for e in explanation.prompts] == answer(str(run.out.model), PROMPTS, 4)
     assert len({e.answers[name] for e in explanation.prompts for name in systems}) > 5, "the answers differ"
+
+
+def test_a_base_model_that_has_changed_since_is_not_taken_for_the_run_s(copied: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(WORLD_BASE, tmp_path / "base"))
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(config.replace("path: world", f"path: {base}"))
+    assert explain(FinishedRun.open(copied), PROMPTS[:1]).silent == {}, "it has only moved"
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    explanation = explain(FinishedRun.open(copied), PROMPTS[:1])
+    assert list(explanation.prompts[0].answers) == ["alignx"]
+    assert "chat_template.jinja changed since the run was made" in explanation.silent["base"]
 
 
 def test_without_specialists_the_rest_is_explained(copied: Path) -> None:
