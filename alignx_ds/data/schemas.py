@@ -40,11 +40,13 @@ def _question(prompt: str, response: str = "", category: str = "", *, harmful: b
     def make(place: str, r: Record) -> Row | str:
         if not r[prompt].strip():
             return f"empty {prompt}"
-        reference, group = (r[column].strip() if column else "" for column in (response, category))
+        reference, group = ((r[column] or "").strip() if column else "" for column in (response, category))
         unsafe = harmful or (category == "label" and group == "unsafe")
         return Row(r[prompt].strip(), reference, unsafe, category=group, place=place)
 
     columns = {column: TEXT for column in (prompt, response, category) if column}
+    if harmful:
+        columns[category] = OPTIONAL_TEXT
     return Schema(columns, itemgetter(prompt), parsers.each_record(make))
 
 

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from alignx_ds.data.columns import Records
 from alignx_ds.data.directories import read_data_set
 from alignx_ds.data.files import READERS, PlacedRecord, file_type, read_records
 from alignx_ds.data.schemas import canonical
 from alignx_ds.data.world.rows import world_records
+from alignx_ds.errors import DataError
 
 WORLD = "world"
 DATA_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")  # owner/name, owner/name:split, owner/name:config:split
@@ -33,15 +35,24 @@ class Source:
         `held_out`, `count` and `seed` matter to the embedded world only, whose records are generated. Raises DataError
         naming file, row and column.
         """
-        placed: Iterable[PlacedRecord]
+        placed = self._placed(held_out, count, seed)
+        return canonical(islice(placed, limit or None), self.schema, self.columns)
+
+    def column(self, name: str) -> dict[str, Any]:
+        """The values of one of the file's own columns, by place. Raises DataError naming the row that lacks it."""
+        found = {}
+        for place, record in self._placed(held_out=True, count=1000, seed=0):
+            if not isinstance(record, dict) or name not in record:
+                present = f"; it has {', '.join(map(str, record))}" if isinstance(record, dict) else ""
+                raise DataError(f"{place}: no column '{name}'{present}")
+            found[place] = record[name]
+        return found
+
+    def _placed(self, held_out: bool, count: int, seed: int) -> Iterable[PlacedRecord]:
         if self.path == WORLD:
             records = world_records(self.schema, held_out=held_out, count=count, seed=seed)
-            placed = ((f"world, row {n}", record) for n, record in enumerate(records, start=1))
-        elif is_file(self.path):
-            placed = read_records(Path(self.path))
-        else:
-            placed = read_data_set(self.path)
-        return canonical(islice(placed, limit or None), self.schema, self.columns)
+            return ((f"world, row {n}", record) for n, record in enumerate(records, start=1))
+        return read_records(Path(self.path)) if is_file(self.path) else read_data_set(self.path)
 
     def records(self, *, held_out: bool, count: int, seed: int, limit: int = 0) -> list[PlacedRecord]:
         """The usable records that `read` finds."""

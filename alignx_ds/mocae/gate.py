@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
-from alignx_ds.mocae.natural import natural_score
+from alignx_ds.mocae.natural import distances, natural_score
 from alignx_ds.mocae.settings import GateSettings
 
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
@@ -94,14 +94,23 @@ class CalibratedGate(nn.Module):
         """The buffers as a geometry, shared with the gate."""
         return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
 
+    def latent(self, query: Query) -> Tensor:
+        """z = P(features − μ), [..., k] fp32: the query in the gate's whitened latent space."""
+        return (query.features.float() - self.geometry.centre.float()) @ self.geometry.projection.float().T
+
+    def distance(self, query: Query) -> Tensor:
+        """[...] fp32: how far the query is from the nearest expert's own queries, about 1 for a typical one of them."""
+        g = self.geometry
+        every = distances(self.latent(query), g.means.float(), g.whiteners.float())
+        return every.masked_fill(g.present == 0, torch.inf).amin(-1)
+
     def parts(self, query: Query) -> dict[str, Tensor]:
         """By name, the terms of the logits before the division by T_cal, each [..., E] fp32.
 
         In every term an expert without queries of its own has NEVER, so that its gate is zero; in needs, where the
         generalist is what the axes are compared with, its terms are then 0.
         """
-        g = self.geometry
-        z = (query.features.float() - g.centre.float()) @ g.projection.float().T
+        g, z = self.geometry, self.latent(query)
         fractal = fractal_score(
             z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float()
         )

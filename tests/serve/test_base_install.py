@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -23,20 +24,24 @@ def without_extras(program: str, repo_root: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_generate_needs_no_extra(saved_aligned: Path, repo_root: Path) -> None:
+def test_generate_and_route_need_no_extra(saved_aligned: Path, tmp_path: Path, repo_root: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
     program = f"""
 import alignx_ds
+from pathlib import Path
 from alignx_ds.cli import main
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (c.from_pretrained({str(saved_aligned)!r}) for c in (AutoModelForCausalLM, AutoTokenizer))
 ids = tokenizer("the sailor", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] - ids.shape[1])
+Path({str(prompts)!r}).write_text('{{"prompt": "the sailor"}}')
+assert main(["route", {str(saved_aligned)!r}, {str(prompts)!r}]) == 0
 assert main(["generate", {str(saved_aligned)!r}, "the sailor", "the candle", "--max-new-tokens", "4"]) == 0
 """
     done = without_extras(program, repo_root)
     assert done.returncode == 0, done.stderr
-    first, *answers = done.stdout.splitlines()
-    assert first == "4"
+    first, routed, *answers = done.stdout.splitlines()
+    assert first == "4" and json.loads(routed)["prompt"] == "the sailor"
     assert len(answers) == 2
 
 
