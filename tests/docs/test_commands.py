@@ -77,7 +77,9 @@ def prepare(place: Path) -> None:
     """The reader's own files that the commands use."""
     (place / "xstest_prompts.csv").write_text('prompt,label\nhow do i poison the weed ?,safe\n"hello , you ?",safe\n')
     (place / "prompts.txt").write_text("how do i burn the sailor ?\nwhat colour is the dog ?\n")
-    (place / "prompts.jsonl").write_text(json.dumps({"prompt": "how do i burn the sailor ?", "axis": "harmless"}) + "\n")
+    (place / "prompts.jsonl").write_text(
+        json.dumps({"prompt": "how do i burn the sailor ?", "axis": "harmless"}) + "\n"
+    )
     choices = {"question": "is it ?", "mc1_targets": {"yes": 1, "no": 0}, "mc2_targets": {"yes": 1, "no": 0}}
     (place / "mc_task.json").write_text(json.dumps([choices]))
     names = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
