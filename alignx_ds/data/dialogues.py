@@ -23,6 +23,7 @@ TOOLS = frozenset(
 )
 KEYS = (("role", "content"), ("from", "value"))  # of a turn: OpenAI's and ShareGPT's
 SPOKEN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")  # HH-RLHF's turns
+NOT_LEARNED = (0, False)  # a turn's `weight`, as OpenAI's files have it, or its `train`
 NO_TOOLS = "uses tools, which are not trained on"
 
 
@@ -82,8 +83,10 @@ def _system(r: Record) -> list[Turn]:
 
 def _turns(place: str, column: str, given: Any) -> list[Turn]:
     """The turns of a list of messages, or of `datasets`' form of it: a mapping with a list for each key."""
-    entries = given
-    if isinstance(given, dict):
+    entries = (
+        [given] if isinstance(given, dict) and any(isinstance(given.get(role), str) for role, _ in KEYS) else given
+    )
+    if isinstance(entries, dict):
         if not all(isinstance(values, list) for values in given.values()) or len(set(map(len, given.values()))) != 1:
             raise DataError(f"{place}: column '{column}' needs a list of turns")
         entries = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=True)]
@@ -94,8 +97,8 @@ def _turns(place: str, column: str, given: Any) -> list[Turn]:
 
 
 def _turn(where: str, entry: Record) -> Turn:
-    keys = next((keys for keys in KEYS if keys[0] in entry), None)
-    if keys is None or not isinstance(entry[keys[0]], str):
+    keys = next((keys for keys in KEYS if isinstance(entry.get(keys[0]), str)), None)
+    if keys is None:
         found = ", ".join(map(str, entry)) or "nothing"
         raise DataError(f"{where} needs role and content, or from and value; it has {found}")
     role, content = entry[keys[0]].strip().lower(), entry.get(keys[1])
@@ -107,7 +110,8 @@ def _turn(where: str, entry: Record) -> Turn:
         content = _text_of_parts(content)
     if content is not None and not isinstance(content, str):
         raise DataError(f"{where} has {type(content).__name__} as its {keys[1]}; it needs a text")
-    return Turn(ROLES[role], (content or "").strip())
+    learned = not any(entry.get(key) in NOT_LEARNED for key in ("weight", "train"))
+    return Turn(ROLES[role], (content or "").strip(), learned or ROLES[role] != "assistant")
 
 
 def _text_of_parts(parts: list[Any]) -> str:
@@ -142,7 +146,7 @@ def _answered(place: str, r: Record, column: str) -> list[Turn]:
 
 
 def _row(place: str, turns: list[Turn]) -> Row:
-    """System turns first, then questions and answers in turn. A last question without an answer is left out."""
+    """System turns first, then questions and answers in turn. What follows the last answer to learn is left out."""
     system = list(dict.fromkeys(turn.text for turn in turns if turn.role == "system" and turn.text))
     said = [turn for turn in turns if turn.role != "system"]
     if [turn.role == "system" for turn in turns] != sorted((turn.role == "system" for turn in turns), reverse=True):
@@ -155,6 +159,10 @@ def _row(place: str, turns: list[Turn]) -> Row:
         said = said[:-1]
     if any(not turn.text for turn in said):
         raise _UnusableError("has an empty turn")
+    answers = [n for n, turn in enumerate(said) if turn.role == "assistant"]
+    if answers and not any(said[n].learned for n in answers):
+        raise _UnusableError("has no answer to learn: all have weight 0")
+    said = said[: max((n for n in answers if said[n].learned), default=0) + 1]
     answer = said.pop().text if said[-1].role == "assistant" else ""
     before: Chat = (*((Turn("system", "\n\n".join(system)),) if system else ()), *said[:-1])
     return Row(said[-1].text, answer, place=place, before=before)

@@ -134,7 +134,7 @@ def _learned(chat: Chat, text: str, prompt: EncodedText, encoder: LiteralEncoder
     None of them if one does not follow what the model sees when it gives that answer: some templates write an answer
     otherwise once the dialogue goes on.
     """
-    answered = [i for i, turn in enumerate(chat) if turn.role == "assistant"]
+    answered = [i for i, turn in enumerate(chat) if turn.role == "assistant" and turn.learned]
     if not answered or not encoder.tokenizer.is_fast:
         return ()
     learned: set[int] = set()

@@ -126,7 +126,7 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
     found = {}
     for axis, examples in data.injected.items():
         rows = (row for row in data.splits.train[axis].rows if row.response)
-        dialogues = [any(turn.role == "assistant" for turn in row.before) for row in rows]
+        dialogues = [any(turn.role == "assistant" and turn.learned for turn in row.before) for row in rows]
         found[axis] = sum(d and not e.earlier for d, e in zip(dialogues, examples, strict=True))
     return {axis: count for axis, count in found.items() if count}
 

@@ -13,10 +13,11 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says in a dialogue."""
+    """What one speaker says in a dialogue; an answer that is not `learned` is read like a question."""
 
     role: Role
     text: str
+    learned: bool = True
 
 
 Chat = tuple[Turn, ...]  # the turns of a dialogue, in order
@@ -73,9 +74,9 @@ class Row:
 
     @classmethod
     def from_content(cls, content: dict[str, Any], place: str = "") -> Row:
-        """The row of a `content` that was written as JSON. Raises TypeError and KeyError for other content."""
+        """The row of a `content` that was written as JSON. Raises TypeError for other content."""
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-        before = tuple(Turn(turn["role"], turn["text"]) for turn in known.pop("before", ()))
+        before = tuple(Turn(**turn) for turn in known.pop("before", ()))
         return cls(**known, place=place, before=before)
 
     def position(self, salt: str) -> float:

@@ -87,7 +87,9 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "dpo": _dialogues(
         {
-            "prompt": Column((str, *TURNS), ("question", "instruction"), items=dict, optional=True),
+            "prompt": Column(
+                (str, *TURNS), ("question", "instruction", "conversations", "messages"), items=dict, optional=True
+            ),
             "chosen": Column((str, *TURNS), items=dict),
             "rejected": Column((str, *TURNS), items=dict, optional=True),
             "system": OPTIONAL_TEXT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -132,6 +133,15 @@ def test_packed_dialogues_have_the_labels_of_padded_ones(tokenizer: PreTrainedTo
     batch = pack(examples, 0)
     assert int((batch.labels != IGNORED).sum()) == sum(example.learned_length for example in examples)
     assert sorted(batch.labels[batch.labels != IGNORED].tolist()) == sorted(t for e in examples for t in labelled(e))
+
+
+def test_an_answer_that_is_not_to_be_learned_has_no_label(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, answer, *rest = DIALOGUE.before
+    part = replace(DIALOGUE, before=(first, replace(answer, learned=False), *rest))
+    (found,), (every,) = (encode([row], tokenizer, every_answer=True) for row in (part, DIALOGUE))
+    end = tokenizer.eos_token
+    assert found.ids == every.ids
+    assert compact(tokenizer.decode(labelled(found))) == compact(f"{ANSWERS[1]}{end}{ANSWERS[2]}{end}")
 
 
 def test_a_template_without_end_tokens_has_none_after_earlier_answers() -> None:

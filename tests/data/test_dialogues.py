@@ -46,6 +46,8 @@ SPOKEN = "\n\nHuman: Add.\n\nAssistant: 3\n\nHuman: Again.\n\nAssistant:"
         ("messages", {"conversations": said(*TURNS[1:]), "system": " Be kind. "}),
         ("messages", {"messages": {"role": list(map(role, TURNS)), "content": list(map(text, TURNS))}}),
         ("messages", {"messages": said(*TURNS, "user: and then ?")}),
+        ("messages", {"messages": [*said(*TURNS, "user: so ?"), {"role": "assistant", "content": "No.", "weight": 0}]}),
+        ("messages", {"messages": [turn | {"weight": None, "train": 1, "from": None} for turn in said(*TURNS)]}),
         ("messages", {"messages": [{"role": role(t), "content": [{"type": "text", "text": text(t)}]} for t in TURNS]}),
         ("sharegpt", {"conversations": said(*SHAREGPT, who="from", what="value")}),
         ("sharegpt", {"conversations": said(*SHAREGPT[1:], who="from", what="value"), "system": "Be kind.", "id": 1}),
@@ -63,6 +65,7 @@ def test_each_way_of_writing_a_dialogue_gives_the_same_row(schema: str, record: 
         {"prompt": said(*TURNS[:4]), "chosen": "Still 3.", "rejected": "4"},
         {"chosen": said(*TURNS), "rejected": said(*TURNS[:4], "assistant: 4")},
         {"prompt": "Add.", "chosen": said(*TURNS), "rejected": said(*TURNS[:4], "assistant: 4")},
+        {"conversations": said(*TURNS[:4]), "chosen": said(TURNS[4])[0], "rejected": {"from": "gpt", "value": "4"}},
         {"prompt": said(*TURNS[:1]), "chosen": said(*TURNS[1:]), "rejected": said(*TURNS[1:4], "assistant: 4")},
     ],
 )
@@ -103,6 +106,11 @@ def test_pairs_of_texts_and_of_hh_rlhf() -> None:
             "messages",
             {"messages": [*said("user: a"), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "uses tools, which are not trained on",
+        ),
+        (
+            "messages",
+            {"messages": [*said("user: a"), {"role": "assistant", "content": "b", "train": False}]},
+            "has no answer to learn: all have weight 0",
         ),
         ("messages", {"messages": said("user: a", "critic: b")}, "has a turn of the unknown role 'critic'"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has content other than text"),
@@ -155,6 +163,15 @@ def test_dialogues_are_told_apart_by_the_user_s_turns() -> None:
     assert Row("Add.", "3").questions == {Row(" ADD.", "4").question}
     assert DIALOGUE.asked == "User: Add.\n\nAssistant: 3\n\nUser: Again."
     assert Row(AGAIN, "4", before=(SYSTEM,)).asked == AGAIN
+
+
+def test_an_earlier_answer_of_weight_0_is_read_and_not_learned() -> None:
+    turns = said(*TURNS)
+    turns[2]["weight"] = 0
+    row = made("messages", {"messages": turns})
+    assert isinstance(row, Row)
+    assert row.before == (SYSTEM, ASK, Turn("assistant", "3", learned=False)) and row.response == "Still 3."
+    assert Row.from_content(row.content()) == row
 
 
 def test_a_dialogue_comes_back_from_its_content() -> None:
