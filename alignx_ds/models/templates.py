@@ -22,6 +22,7 @@ Chat = Sequence[Message]
 DAY = datetime(2024, 7, 26)
 THOUGHTS = re.compile(r"<(/?)([\w:]*think\w*|thoughts?|reason\w*)>")
 TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
+LONGEST = 200_000  # characters of a dialogue with one short question: longer ones take minutes to encode
 SYSTEM, USER, ANSWER = "alignx-system-prompt", "alignx-question", "alignx-answer"  # found again in what is rendered
 
 
@@ -149,6 +150,8 @@ def _examined(tokenizer: PreTrainedTokenizerBase, text: str) -> Template:
         (plain,) = _rendered([[user]], tokenizer, True)
     except _RenderingError as error:
         raise DataError(f"the chat template can't be rendered ({error}); correct it") from error
+    if len(plain) > LONGEST:
+        raise DataError(f"the chat template writes {len(plain):,} characters for one short question; correct it")
     if USER not in plain:
         raise DataError("the chat template does not write the user's message when it is a text; use another template")
     try:

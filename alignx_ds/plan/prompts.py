@@ -9,15 +9,20 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.encode import encode, pad_token
+from alignx_ds.data.encode import Example, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.models.base import GENERATION, BaseModel
 from alignx_ds.models.ends import answer_end, end_tokens, vocabulary_of
+from alignx_ds.models.pretrained import reading
 from alignx_ds.models.templates import DAY, changes_what_is_written, template_of
-from alignx_ds.models.tokenizer import MORE_TEMPLATES, TEMPLATE
+from alignx_ds.models.tokenizer import MORE_TEMPLATES, TEMPLATE, load_tokenizer
 
 SHOWN = 60  # characters of a default system prompt
 # Set by transformers for every rendering, or bound to a function there.
@@ -95,15 +100,29 @@ def _ends(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
 def _rows(c: RunConfig, base: BaseModel) -> Iterator[Problem]:
     """Encodes a row with each axis's system prompt. Raises DataError where the template refuses one."""
     size, tokenizer = vocabulary_of(base.config), base.tokenizer
-    used = {answer_end(tokenizer), int(tokenizer.eos_token_id), pad_token(tokenizer)}
-    for prompt in (None, *(axis.prompt for axis in c.axes.values())):
-        (example,) = encode([ROW], tokenizer, prompt)
-        used |= set(example.ids)
-    beyond = max(used)
+    rows = _encoded(c, tokenizer)
+    beyond = max(answer_end(tokenizer), int(tokenizer.eos_token_id), pad_token(tokenizer), *(max(r.ids) for r in rows))
     if beyond >= size:
         token = tokenizer.convert_ids_to_tokens(beyond)
         fix = f"its tokenizer writes {token!r} as {beyond}; resize the embedding, or remove the token"
         yield Problem("model.path", c.model.path, f"token ids below the embedding's {size}", fix)
+    elif _encoded(c, _saved(c, tokenizer)) != rows:
+        fix = "transformers writes another tokenizer than it reads; give a directory that this release of it has saved"
+        yield Problem("model.path", c.model.path, "a tokenizer that is the same after it was saved", fix)
+
+
+def _encoded(c: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    return [encode([ROW], tokenizer, prompt)[0] for prompt in (None, *(axis.prompt for axis in c.axes.values()))]
+
+
+def _saved(c: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as it will be saved with the aligned model, which would otherwise fail after all the training."""
+    with reading("model.path", c.model.path, "tokenizer"), TemporaryDirectory() as directory:
+        try:
+            tokenizer.save_pretrained(directory)
+        except OSError:  # no room for temporary files: it stays unknown
+            return tokenizer
+        return load_tokenizer(Path(directory), "model.path", c.model.path)
 
 
 def facts(base: BaseModel) -> dict[str, str]:

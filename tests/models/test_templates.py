@@ -75,11 +75,16 @@ def test_the_date_in_a_template_is_the_same_on_every_day(world_tokenizer: PreTra
     assert render([[{"role": "user", "content": "x"}]], tokenizer)[0].startswith("26 Jul 2024")
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ messages[5].content }}", "{{ 1 / 0 }}", "{{ messages() }}", "hi"])
+@pytest.mark.parametrize(
+    "template", ["{% if %}", "{{ messages[5].content }}", "{{ 1 / 0 }}", "{{ messages() }}", "hi", "{{ 'a' * 10**8 }}"]
+)
 def test_a_template_that_cannot_be_rendered_is_one_line(
     world_tokenizer: PreTrainedTokenizerBase, template: str
 ) -> None:
-    with pytest.raises(DataError, match=r"the chat template (can't be rendered|does not write the user's message)"):
+    with pytest.raises(
+        DataError,
+        match=r"the chat template (can't be rendered|does not write the user's message|writes 100,000,000 char)",
+    ):
         encode([Row("hello", "hi")], templated(world_tokenizer, template))
 
 

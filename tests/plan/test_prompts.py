@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from model_directories import DEFAULTING, DROPPING, REFUSING, THINKING, model_directory
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds import cli
 
@@ -52,6 +54,7 @@ def said(write_recipe: WriteRecipe, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"generation_config": {"eos_token_id": "2"}}, "its generation_config.json has eos_token_id='2'; correct it"),
         ({"generation_config": {"eos_token_id": [[2]]}}, "its generation_config.json has eos_token_id=[[2]]"),
         ({"generation_config": {"cache_implementation": "mystery"}}, "its generation_config.json can't be read ("),
+        ({"tokenizer_config": {"name": "\ud800"}}, "its tokenizer can't be read (UnicodeEncodeError: "),
         ({"template": None, "tokenizer_config": {"chat_template": 5}}, "its chat_template is 5; correct it"),
     ],
 )
@@ -98,3 +101,18 @@ def test_an_argument_that_would_do_nothing_is_refused(said: Say, override: str, 
     own = "{% set fixed = false %}{% if fixed %}never{% endif %}"
     printed = said(f"model.template_args.{override}", template=own + THINKING, code=2)
     assert f"model.template_args.{override.partition('=')[0]}: {line}" in printed
+
+
+def test_a_tokenizer_that_changes_when_it_is_saved_is_refused(
+    said: Say, world_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The aligned model would be asked in other tokens than it was trained on."""
+
+    def save(self: PreTrainedTokenizerBase, directory: str, **options: Any) -> None:
+        changed = copy.deepcopy(world_tokenizer)
+        changed.chat_template = f"{changed.chat_template} again"
+        monkeypatch.undo()
+        changed.save_pretrained(directory)
+
+    monkeypatch.setattr(type(world_tokenizer), "save_pretrained", save)
+    assert "expected a tokenizer that is the same after it was saved; transformers writes another" in said(code=2)
