@@ -74,7 +74,18 @@ def build(
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
         "config": to_dict(config),
     }
-    return Report(content, losses, results)
+    shared: dict[str, Any] = shareable(content)
+    return Report(shared, losses, results)
+
+
+def shareable(value: Any) -> Any:
+    """The same value, with no more than the last part of each absolute path of this machine: reports are passed on."""
+    if isinstance(value, dict):
+        return {key: shareable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [shareable(item) for item in value]
+    local = isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
+    return Path(value).name if local else value
 
 
 def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) 
             expert = model.config.experts.index(axis)
             factors = factors_of(model, expert)
             found = dict(_differences(model, expert, factors, examples, pad_id)) if examples else {}
-            settings = config_of(factors, table, cards.base_path(run))
+            settings = config_of(factors, table, cards.base_name(run))
             (directory / axis).mkdir()
             save_file(tensors_of(factors, table), directory / axis / WEIGHTS, metadata={"format": "pt"})
             manifest.write_text(directory / axis / CONFIG, json.dumps(settings, indent=2) + "\n")

@@ -5,6 +5,7 @@ The licence is left to whoever publishes the model, since it depends on the lice
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,24 @@ import yaml
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL
 from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.export.fidelity import Fidelity
-from alignx_ds.models.base import WORLD_BASE
 from alignx_ds.runs.finished import FinishedRun
 
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 LICENCE = "# license: yours to fill in; it has to agree with the licences of the base model and of the training data\n"
 
 
-def base_path(run: FinishedRun) -> str:
-    """Where the run's base model can be loaded from: a directory, or a hub id as the recipe has it."""
+def base_name(run: FinishedRun) -> str:
+    """The base model's id on the hub as the recipe has it; of a local one no more than the directory's name."""
+    known = {WORLD_MODEL: WORLD_MODEL, SCRATCH_MODEL: run.out.base.name}
     given = run.config.model.path
-    known = {WORLD_MODEL: WORLD_BASE, SCRATCH_MODEL: run.out.base}
-    path = Path(known.get(given, given))
-    return str(path.resolve()) if given in known or path.is_dir() else given
+    return hub_id(run) or known.get(given) or Path(given).resolve().name
 
 
 def hub_id(run: FinishedRun) -> str | None:
     """The base model's name on the hub, when it comes from there."""
-    path = base_path(run)
-    return None if Path(path).is_dir() else path
+    given = run.config.model.path
+    local = given in (WORLD_MODEL, SCRATCH_MODEL) or Path(given).is_dir() or not HUB_ID.fullmatch(given)
+    return None if local else given
 
 
 def front_matter(run: FinishedRun, tags: Sequence[str], **more: str) -> str:

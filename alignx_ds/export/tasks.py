@@ -27,6 +27,16 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
 
 SCHEMA, ROWS, HELPER = "truthfulqa_mc", "rows.jsonl", "alignx_choices"
+VALIDATION = "validation"
+HELPERS = f"""\
+from pathlib import Path
+
+from alignx_ds.export.tasks import mc1, mc2, read  # noqa: F401
+
+
+def rows(**metadata):
+    return read(Path(__file__).with_name("{ROWS}"))
+"""
 MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"
 
 
@@ -40,11 +50,11 @@ def export(model: str, source: str, out: Path) -> None:
     with new_directory(out) as directory:
         lines = [json.dumps(line) + "\n" for line in documents(rows, tokenizer)]
         manifest.write_text(directory / ROWS, "".join(lines))
-        manifest.write_text(directory / f"{HELPER}.py", "from alignx_ds.export.tasks import mc1, mc2  # noqa: F401\n")
-        data = str((out / ROWS).resolve())
+        manifest.write_text(directory / f"{HELPER}.py", HELPERS)
         for name, measure in ((MC1, "mc1"), (MC2, "mc2")):
-            task = yaml.safe_dump(_task(name, data) | {"doc_to_choice": f"{measure}_choices"}, sort_keys=False)
-            manifest.write_text(directory / f"{name}.yaml", f"{task}process_results: !function {HELPER}.{measure}\n")
+            task = yaml.safe_dump(_task(name) | {"doc_to_choice": f"{measure}_choices"}, sort_keys=False)
+            task += f"custom_dataset: !function {HELPER}.rows\nprocess_results: !function {HELPER}.{measure}\n"
+            manifest.write_text(directory / f"{name}.yaml", task)
     console.say(f"{len(rows)} questions as the tasks {MC1} and {MC2}: {out}")
 
 
@@ -76,12 +86,17 @@ def mc2(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str
     return {"acc": sum(shares[: document["mc2_right"]]) / sum(shares)}
 
 
-def _task(name: str, data: str) -> dict[str, Any]:
+def read(file: Path) -> Any:
+    """The rows beside an exported task, as the harness wants them. The directory may have moved since."""
+    from datasets import load_dataset
+
+    return load_dataset("json", data_files={VALIDATION: str(file)})
+
+
+def _task(name: str) -> dict[str, Any]:
     return {
         "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"validation": data}},
-        "validation_split": "validation",
+        "validation_split": VALIDATION,
         "output_type": "multiple_choice",
         "num_fewshot": 0,
         "doc_to_text": "prompt",

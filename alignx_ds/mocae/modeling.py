@@ -52,6 +52,7 @@ class AlignXConfig(PreTrainedConfig):
         self.ranks = ranks or {}
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
         if self.text_config is not None:
+            self.text_config._name_or_path = ""  # often a path of the machine that made the model
             self.text_config.return_dict = True  # `forward` reads the backbone's output by name
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
                 kwargs.setdefault(name, getattr(self.text_config, name))

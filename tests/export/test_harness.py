@@ -90,6 +90,7 @@ def test_the_harness_finds_our_own_figures(written: Path, source: Path, template
 
 def test_documents_hold_the_template_and_the_end(written: Path, world_tokenizer: PreTrainedTokenizerBase) -> None:
     documents = [json.loads(line) for line in (written / "chat-tasks/rows.jsonl").read_text().splitlines()]
+    assert not [file for file in (written / "chat-tasks").iterdir() if str(written) in file.read_text()]
     first: dict[str, Any] = documents[0]
     chat = [{"role": "user", "content": first["question"]}]
     assert first["prompt"] == world_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

@@ -31,14 +31,21 @@ pytestmark = pytest.mark.usefixtures("no_launcher")
 Export = Callable[..., str]
 
 
+TEXTS = {".json", ".jsonl", ".md", ".yaml", ".py", ".txt", ".jinja"}
+
+
 @pytest.fixture
-def export(capsys: pytest.CaptureFixture[str]) -> Export:
-    """Runs the verb, which has to succeed; returns its output on one line."""
+def export(capsys: pytest.CaptureFixture[str], repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Runs the verb, which has to succeed and to write no path of this machine; returns its output on one line."""
+    places = (str(repo_root), str(tmp_path_factory.getbasetemp()), str(Path.home()))
 
     def run(*arguments: str | Path) -> str:
         code = cli.main(["export", *map(str, arguments)])
         printed = capsys.readouterr()
         assert code == 0, printed.err
+        for file in Path(arguments[2]).rglob("*"):
+            text = file.read_text(encoding="utf-8") if file.suffix in TEXTS else ""
+            assert not [place for place in places if place in text], file
         return " ".join(printed.out.split())
 
     return run
