@@ -135,8 +135,8 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
         ("r.jsonl", json.dumps(ROWS).encode()),
         ("r.jsonl", b"\n" + json.dumps(ROWS, indent=2).encode("utf-8-sig")),
         ("r.ndjson", LINES.encode()),
-        ("r.jsonl.gz", gzip.compress(LINES.encode())),
-        ("r.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("r.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("r.json.gz", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("r.json.xz", lzma.compress(LINES.encode())),
         ("r.csv.bz2", bz2.compress(b'prompt,response\na,\xc3\xa9\n"b\nc",\n')),
     ],
@@ -149,7 +149,7 @@ def test_content_decides_between_a_list_and_lines_and_files_may_be_compressed(
     assert is_file(str(tmp_path / name)) and names_a_source(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode() * 9)[:-20], b""])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode() * 9, mtime=0)[:-20], b""])
 def test_a_damaged_compressed_file_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "r.jsonl.gz").write_bytes(content)
     if content:
