@@ -18,6 +18,7 @@ from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
+from alignx_ds.plan.sizes import counts, disk, memory
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -127,6 +128,15 @@ def test_the_memory_estimate_shrinks_with_the_ranks(
     alone, spread = (dry_run(recipe, capsys, *o) for o in ((), ("launch.ranks=4", "align.ep_size=4")))
     for stage in ("stage 1 (ZeRO-3)", "stage 2 (ZeRO-2)", "H3Fusion, TrinityX (ZeRO-2)"):
         assert 0 < figure(spread, stage) < figure(alone, stage)
+
+
+def test_experts_that_are_not_trained_take_weights_alone(write_recipe: WriteRecipe, world_base: BaseModel) -> None:
+    overrides = ("baselines.make=[]", "checkpoints.finished=true")
+    kept, trained = (load(write_recipe(*overrides, f"align.expert_lr_scale={n}")) for n in (0, 0.1))
+    factors = counts(kept, world_base)["experts' factors"]
+    more = memory(trained, world_base, 1)["stage 2 (ZeRO-2)"] - memory(kept, world_base, 1)["stage 2 (ZeRO-2)"]
+    assert more * 2**30 == pytest.approx(factors * 4 * 3), "a gradient and Adam's two states, in fp32"
+    assert sum(disk(kept, world_base).values()) < sum(disk(trained, world_base).values())
 
 
 def test_a_fusion_that_is_not_made_takes_no_memory(
