@@ -39,9 +39,9 @@ def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | s
     if missing := sorted(info["missing_keys"]):
         fix = f"it lacks {missing[0]}, which would be random numbers; give a whole checkpoint"
         raise ConfigError(Problem(key, given, MODEL, fix))
-    for name, buffer in model.named_buffers():  # computed from the config, like the frequencies of the positions
-        if not torch.isfinite(buffer).all():
-            fix = f"its config.json makes {name} NaN or infinite; correct its rope parameters"
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not torch.isfinite(buffer).all():  # the positions' frequencies
+            fix = f"its config.json makes {name} NaN or infinite; correct its rope_parameters"
             raise ConfigError(Problem(key, given, MODEL, fix))
     return model
 

@@ -38,15 +38,16 @@ def reading(key: str, given: str, what: str, allowed: str = MODEL, fix: str = AG
         yield
     except (UserError, Stopped):
         raise
-    except Exception as error:  # a spoiled file makes libraries raise anything at all
-        if is_out_of_memory(error):
+    except BaseException as error:  # a spoiled file makes libraries raise anything at all, and those in Rust panic
+        panicked = type(error).__name__ == "PanicException"
+        if is_out_of_memory(error) or not (panicked or isinstance(error, Exception)):
             raise
         raise ConfigError(
             Problem(key, given, allowed, f"its {what} can't be read ({_reason(error)}); {fix}")
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The type of an error and the beginning of its message."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:REASON]}{'…' if len(text) > REASON else ''}" if text else repr(error)

@@ -25,6 +25,7 @@ VOCABULARIES = (
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 DEFAULT = "default"  # of several templates, the one that transformers takes
 WANTED = "a model with its tokenizer"
+PROBES = ["a", "Hello, world!", "\u00e9 \u4f60\u597d \U0001f642"]  # users' texts hold anything
 
 
 def load_tokenizer(
@@ -42,7 +43,8 @@ def load_tokenizer(
             raise ConfigError(Problem(key, given, WANTED, f"its {file.name} is a Git LFS pointer; {LFS_FIX}"))
     with reading(key, given, "tokenizer", WANTED):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, **NO_CODE)
-        tokenizer(["a"], add_special_tokens=False)
+        if not any(tokenizer(PROBES, add_special_tokens=False)["input_ids"]):
+            raise ValueError("it encodes texts as no token at all")
     templates = tokenizer.chat_template
     every = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
     if not all(isinstance(text, str) for text in every):
