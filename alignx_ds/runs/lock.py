@@ -25,9 +25,9 @@ from alignx_ds.errors import EXIT_CODE, ConfigError, Problem, presentable
 from alignx_ds.runtime import console
 from alignx_ds.runtime.exit import exit_now, forget, remember
 
-NAME = "lock.json"
+NAME = "alignx.lock"
 BEAT = 15.0  # seconds between two signs of life
-SILENCE = 300.0  # seconds without one, after which a process on another machine counts as ended
+SILENCE = 120.0  # seconds without one, after which a process on another machine counts as ended
 CLAIM = 60.0  # seconds after which a process that was about to take over the lock counts as ended
 TRIES, PAUSE = 10, 0.2  # of a take-over; seconds between two
 ZOMBIE = "Z"  # the state of a process that has ended, and whose parent has not noticed

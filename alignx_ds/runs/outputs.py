@@ -112,7 +112,7 @@ def _recorded(config: RunConfig) -> dict[str, Any]:
 def changed_keys(config: RunConfig) -> list[str]:
     """The dotted keys whose values differ from those of the last start in this directory; none where it is the first.
 
-    Keys that spread the work over ranks are left out. Raises ConfigError when config.yaml is not a run's.
+    Keys that only spread the work over ranks are left out. Raises ConfigError when config.yaml is not a run's.
     """
     if not Outputs.of(config).config.is_file():
         return []
@@ -157,7 +157,7 @@ def claim(config: RunConfig) -> Outputs:
 def _differences(a: Any, b: Any, path: str) -> list[str]:
     """Dotted keys in which two configs differ; of the axes, also their order."""
     if isinstance(a, dict) and isinstance(b, dict):
-        keys = {*a, *b} - (SPREAD if path else set())
+        keys = {*a, *b} - (SPREAD - {"deepspeed"} if path else set())  # what counts in a JSON is up to its stage
         found = [d for k in keys for d in _differences(a.get(k), b.get(k), f"{path}.{k}" if path else str(k))]
         return [*found, f"{path} (their order)"] if path == "axes" and a.keys() == b.keys() and [*a] != [*b] else found
     return [] if a == b else [path]

@@ -20,7 +20,7 @@ from alignx_ds.stages.stage import Stage, StageContext, foreign
 ROWS = ("axes", "generalist", "data", "model.max_length", "seed")  # what decides which rows are trained on, and how
 BASE = ("model.path", "model.template_args", "scratch", *ROWS)
 STAGE1 = (*BASE, "model", "train", "experts")  # all that a specialist's fingerprint covers
-KEYS: dict[str, tuple[str, ...]] = {  # by name of an input: the recipe's keys that may change it
+KEYS: dict[str, tuple[str, ...]] = {  # by name of an input of a stage: the recipe's keys that may change it
     "texts": (*ROWS, "scratch", "evaluation.sets"),
     "tokenizer": (*ROWS, "scratch", "evaluation.sets"),
     "architecture": ("scratch",),
@@ -37,7 +37,8 @@ KEYS: dict[str, tuple[str, ...]] = {  # by name of an input: the recipe's keys t
     "specialists": STAGE1,
     "align": ("align",),
     "gate": ("gate",),
-    "stage": ("baselines",),
+    "stage": ("baselines.{label}",),
+    "deepspeed": ("train.deepspeed", "align.deepspeed", "scratch.train.deepspeed", "baselines.{label}.deepspeed"),
 }
 
 
@@ -73,7 +74,7 @@ def check(context: StageContext, texts: list[Row]) -> None:
         differing = _differing(stage)
         if differing and stage.shared:
             raise foreign(stage)
-        prefixes = {prefix for name in differing for prefix in KEYS.get(name, ())}
+        prefixes = {prefix.format(label=stage.label) for name in differing for prefix in KEYS.get(name, ())}
         if blamed := [key for key in changed if any(_is_below(key, prefix) for prefix in prefixes)]:
             results.append(stage.label)
             keys += blamed

@@ -21,6 +21,7 @@ from alignx_ds.stages import results
 from alignx_ds.stages.stage import StageContext
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
+ZERO3 = Path(__file__).parents[2] / "ds_configs/stage1_zero3.json"
 AXES = ("helpful", "harmless", "honest")
 SPECIALISTS = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed"]
 EVERY = [*SPECIALISTS, "alignx", "h3fusion", "trinityx"]
@@ -80,6 +81,9 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
     spread = ("launch.ranks=2", "align.ep_size=2", "train.accumulation=2", "checkpoints.every=3", "nonfinite=skip")
     assert run.stale(*free, sets, *spread, "axes.helpful.judge=''", "baselines.ties_scale=0.3") == []
     assert run.stale("baselines.make=[ties]") == []
+    sharded = json.loads(ZERO3.read_text()) | {"zero_optimization": {"stage": 2}}
+    (run.root / "sharded.json").write_text(json.dumps(sharded))
+    assert run.stale(f"train.deepspeed={run.root / 'sharded.json'}") == []
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,7 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
         ("gate.scope=per_layer", "gate.scope", ["alignx"]),
         ("data.train_rows=20", "data.train_rows", EVERY),
         ("baselines.h3fusion.lr=0.5", "baselines.h3fusion.lr", ["h3fusion"]),
+        ("train.deepspeed={root}/sgd.json", "train.deepspeed", EVERY),
         (
             "axes.kind={prompt: be kind ., schema: alpaca, train: world, held_out: world}",
             "axes.kind",
@@ -104,8 +109,10 @@ def test_another_recipe_for_what_is_finished_is_refused(
     run: Run, snapshot: Snapshot, override: str, blamed: str, made: list[str]
 ) -> None:
     before = snapshot(run.output)
+    template = json.loads(ZERO3.read_text())
+    (run.root / "sgd.json").write_text(json.dumps(template | {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}}))
     with pytest.raises(ConfigError) as refused:
-        run.stale("evaluation.batch=3", override)
+        run.stale("evaluation.batch=3", "baselines.ties_scale=2", override.replace("{root}", str(run.root)))
     assert f"it holds {', '.join(made)}, made with another {blamed}; choose another output" in str(refused.value)
     assert snapshot(run.output) == before
 

@@ -144,14 +144,14 @@ def test_a_shared_result_that_another_run_is_making_is_left_to_it(
     context: StageContext, stage: Stage, make: Maker
 ) -> None:
     shared = replace(stage, shared=True)
-    with Lock(stage.directory.with_name("helpful.lock.json"), "specialists", "shared") as held:
+    with Lock(stage.directory.with_name("helpful.alignx.lock"), "specialists", "shared") as held:
         held.take()
         with pytest.raises(ConfigError, match=r"specialists: .*another run holds it"):
             ensure(shared, context, make)
     assert not make.jobs and not stage.directory.exists()
     ensure(shared, context, make)
     assert [path.name for path in stage.directory.parent.iterdir()] == ["helpful"]
-    with Lock(stage.directory.with_name("helpful.lock.json"), "specialists", "shared") as held:
+    with Lock(stage.directory.with_name("helpful.alignx.lock"), "specialists", "shared") as held:
         held.take()
         ensure(shared, context, make)  # to reuse it needs no lock
     assert len(make.jobs) == 1
