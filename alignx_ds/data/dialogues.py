@@ -137,6 +137,8 @@ def _answered(place: str, r: Record, column: str) -> list[Turn]:
         asked = [Turn("user", prompt.strip())]
     else:
         asked = [] if prompt is None else _turns(place, "prompt", prompt)
+    if isinstance(answer, str) and prompt is None and SPOKEN.match(answer.strip()):
+        return [*_system(r), *_spoken(answer)]  # HH-RLHF's
     if isinstance(answer, str):
         return [*_system(r), *asked, Turn("assistant", answer.strip())]
     turns = _turns(place, column, answer)

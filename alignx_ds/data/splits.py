@@ -111,7 +111,7 @@ def read_sources(config: RunConfig) -> Sources:
     """Read, parse and split every source by question. Raises DataError naming file, row and column."""
     train, held_out = {}, {}
     for name, settings in _experts(config).items():
-        train[name], held_out[name] = _read_source(settings, config)
+        train[name], held_out[name] = _read_source(name, settings, config)
     return Sources(train, held_out, {name: _read_set(name, config) for name in config.evaluation.sets})
 
 
@@ -140,7 +140,9 @@ def _experts(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:
     return {"generalist": config.generalist, **config.axes}
 
 
-def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[list[SplitRows], list[SplitRows]]:
+def _read_source(
+    name: str, s: AxisConfig | GeneralistConfig, config: RunConfig
+) -> tuple[list[SplitRows], list[SplitRows]]:
     """Training and held-out rows. Without a held-out source, a share of each source's questions is held out."""
     seed, limit, share = config.seed, config.data.records, config.data.held_out_share
     train_parts, held_out_parts = [], []
@@ -155,11 +157,23 @@ def _read_source(s: AxisConfig | GeneralistConfig, config: RunConfig) -> tuple[l
             rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
             train = Records(rest, train.dropped)
         train_parts.append(SplitRows.of(given.source, train, schema.parse(train.usable)))
-    if s.held_out:
-        source = Source(s.held_out, *s.judged_as())
-        held_out = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
-        held_out_parts = [SplitRows.of(s.held_out, held_out, SCHEMAS[s.judged_as()[0]].held_out(held_out.usable))]
-    return train_parts, held_out_parts
+    if not s.held_out:
+        _check_held_out(name, train_parts, held_out_parts, share)
+        return train_parts, [part for part in held_out_parts if part.records] or held_out_parts[:1]
+    source = Source(s.held_out, *s.judged_as())
+    held_out = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
+    parsed = SCHEMAS[s.judged_as()[0]].held_out(held_out.usable)
+    return train_parts, [SplitRows.of(s.held_out, held_out, parsed)]
+
+
+def _check_held_out(name: str, train: list[SplitRows], held_out: list[SplitRows], share: float) -> None:
+    """Raises DataError where the share of the questions that is to be held out is none."""
+    questions = {row.question for part in train for row in part.rows}
+    if questions and not any(part.records for part in held_out):
+        sources = ", ".join(part.source for part in train)
+        found = f"none of its {len(questions)} questions falls into the held-out share of {share}"
+        fix = "give more rows or a held_out source, or raise data.held_out_share"
+        raise DataError(f"{sources} ({name}): no usable row held out: {found}; {fix}")
 
 
 def _read_set(name: str, config: RunConfig) -> SplitRows:

@@ -79,7 +79,8 @@ def test_pairs_of_texts_and_of_hh_rlhf() -> None:
     )
     assert made("dpo", {"prompt": "Add.", "chosen": "3"}) == Row("Add.", "3")
     record = {"chosen": f"{SPOKEN} Still 3.", "rejected": f"{SPOKEN} 4\n\nor 5 (Human: 6)"}
-    assert made("hh_rlhf", record) == Row(AGAIN, "Still 3.", rejected="4\n\nor 5 (Human: 6)", before=(ASK, THREE))
+    for schema in ("hh_rlhf", "dpo"):
+        assert made(schema, record) == Row(AGAIN, "Still 3.", rejected="4\n\nor 5 (Human: 6)", before=(ASK, THREE))
 
 
 @pytest.mark.parametrize(

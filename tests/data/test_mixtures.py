@@ -98,6 +98,19 @@ def test_sources_may_have_schemas_and_columns_of_their_own(one_axis: RunConfig, 
         read_splits(one_axis)
 
 
+def test_a_source_too_small_to_be_held_out_is_trained_on_alone(one_axis: RunConfig, tmp_path: Path) -> None:
+    """If no question of any source falls into the share, that is said."""
+    paths = [write_lines(tmp_path / f"{n}.jsonl", questions(n)) for n in (1, 60)]
+    one_axis.axes["kind"].train = [{"source": str(path)} for path in paths]
+    held_out = read_splits(one_axis).held_out["kind"]
+    assert held_out.source == str(paths[1]) and held_out.rows
+    one_axis.axes["kind"].train = str(paths[0])
+    with pytest.raises(
+        DataError, match=r"held out: none of its 1 questions falls into the held-out share of 0\.15; give"
+    ):
+        read_splits(one_axis)
+
+
 def problems(write_recipe: WriteRecipe, train: Any) -> list[str]:
     path = write_recipe()
     values = yaml.safe_load(path.read_text())
