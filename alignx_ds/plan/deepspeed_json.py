@@ -49,12 +49,13 @@ class StageJson:
         yield from _same("gradient_accumulation_steps", template, stage.accumulation, f"{key}.accumulation")
         yield from self._micro_batch(template)
         yield from _same("gradient_clipping", template, stage.clip, f"{key}.clip")
-        for name in ("bf16", "fp16"):
-            switch, wanted = template.get(name, {}).get("enabled", AUTO), name == "bf16" and self.dtype == "bfloat16"
-            if isinstance(switch, bool) and switch != wanted:
-                fix = f'write "auto" there, or set model.dtype={"bfloat16" if name == "bf16" and switch else "float32"}'
-                fix = 'write "auto" there: float16 is not supported' if name == "fp16" else fix
-                yield f"{name}.enabled {switch}".lower(), f"what model.dtype={self.dtype} says", fix
+        bf16, fp16 = (template.get(name, {}).get("enabled", AUTO) for name in ("bf16", "fp16"))
+        says = f"what model.dtype={self.dtype} says"
+        if isinstance(bf16, bool) and bf16 != (self.dtype == "bfloat16"):
+            fix = f'write "auto" there, or set model.dtype={"bfloat16" if bf16 else "float32"}'
+            yield f"bf16.enabled {_shown(bf16)}", says, fix
+        if fp16 is True:
+            yield "fp16.enabled true", says, 'write "auto" there: float16 is not supported'
         yield from optimizer_faults(template.get("optimizer", {}), stage, key)
         yield from scheduler_faults(template.get("scheduler", {}), stage, key)
         places = [place for place in engines.unfilled(template) if place != "zero_optimization.stage"]
@@ -66,13 +67,10 @@ class StageJson:
         micro, given = (template.get(name, AUTO) for name in keys.SIZES[1:])
         accumulation = self.settings.accumulation if given == AUTO else int(given)
         batch, parts = self.settings.batch, self.world_size * max(1, accumulation)
-        if (
-            micro == AUTO or batch % parts or micro == batch // parts
-        ):  # the recipe's own check says what does not divide
-            return
-        expected = (
-            f"{batch // parts} = {self.key}.batch={batch} / {self.world_size} ranks / {accumulation} micro batches"
-        )
+        if micro == AUTO or batch % parts or micro == batch // parts:
+            return  # what does not divide is said by the recipe's own check
+        ranks = f"{self.world_size} ranks / {accumulation} micro batches"
+        expected = f"{batch // parts} = {self.key}.batch={batch} / {ranks}"
         steps, rest = divmod(batch, int(micro) * self.world_size)
         also = f"{self.key}.batch" if rest else f"{self.key}.accumulation={steps}"
         yield f"train_micro_batch_size_per_gpu {micro}", expected, f'write "auto" there, or set {also}'
@@ -83,10 +81,15 @@ class StageJson:
         if not isinstance(stage, int) or isinstance(stage, bool) or stage not in self.zero_stages:
             yield f"ZeRO stage {stage}", f"a ZeRO stage of {', '.join(map(str, self.zero_stages))}", self.zero_fix
             return
-        if stage < 3 and _active(zero.get("offload_param")):
+        devices = {
+            name: zero[name].get("device", "none")
+            for name in ("offload_param", "offload_optimizer")
+            if isinstance(zero.get(name), dict)
+        }
+        if stage < 3 and (devices.get("offload_param", "none") != "none" or zero.get("cpu_offload_param")):
             yield "zero_optimization.offload_param", "ZeRO stage 3 for it", "remove it, or raise the stage"
-        for name in ("offload_param", "offload_optimizer"):
-            if isinstance(zero.get(name), dict) and zero[name].get("device") == "nvme":
+        for name, device in devices.items():
+            if device == "nvme":
                 yield f"zero_optimization.{name}.device nvme", "cpu or none", "checkpoints can't read states on NVMe"
         if self.key == "align":
             for name in ("contiguous_gradients", "reduce_scatter"):
@@ -106,7 +109,8 @@ def without_effect(template: dict[str, Any]) -> list[str]:
     stage = zero.get("stage", 0)
     if stage == 0:
         found.append("ZeRO stage 0 runs as stage 1, whose results are the same")
-    unused = [n for n in zero if n.startswith("stage3_") and n not in keys.WITHOUT_EFFECT] if stage < 3 else []
+    others = keys.READ_UNDER_ZERO3 if stage < 3 else keys.READ_BELOW_ZERO3
+    unused = [name for name in zero if name.removeprefix("stage3_") in others]
     if unused:
         found.append(f"{', '.join(unused)} have no effect under ZeRO stage {stage}")
     return found

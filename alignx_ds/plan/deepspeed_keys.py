@@ -53,11 +53,21 @@ WITHOUT_EFFECT = {  # at the top level, and those IN_ZERO in zero_optimization
     "gather_16bit_weights_on_model_save": "the run gathers what it saves by itself",
     "stage3_gather_fp16_weights_on_model_save": "the run gathers what it saves by itself",
     "round_robin_gradients": "it is off: with it DeepSpeed 0.19 gives parts of the state to the wrong parameters",
+    "pipeline_loading_checkpoint": "models are not split into a pipeline",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is not Muon",
     "elastic_checkpoint": "every checkpoint of the run moves between numbers of ranks",
 }
 IN_ZERO = frozenset({"round_robin_gradients", "elastic_checkpoint", "gather_16bit_weights_on_model_save"}) | {
-    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save")
+    *("stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
+    *("pipeline_loading_checkpoint", "save_muon_momentum_buffer_in_memory"),
 }
+READ_BELOW_ZERO3 = frozenset({"allgather_partitions", "allgather_bucket_size", "use_multi_rank_bucket_allreduce"}) | {
+    *("ignore_unused_parameters", "parameter_alignment")
+}
+READ_UNDER_ZERO3 = frozenset({"sub_group_size", "prefetch_bucket_size", "param_persistence_threshold"}) | {
+    *("model_persistence_threshold", "max_live_parameters", "max_reuse_distance", "log_trace_cache_warnings"),
+    *("allgather_sequential", "use_all_reduce_for_fetch_params", "memory_efficient_linear", "override_module_apply"),
+}  # and the names with stage3_ before them
 IN_DTYPE = "model.dtype says how the model is computed"
 REMOVED = "DeepSpeed 0.19 no longer has it"
 REFUSED = {  # keys whose block asks for something that the run can't do

@@ -207,6 +207,8 @@ def test_whatever_a_json_holds_it_is_refused_in_a_line_or_deepspeed_accepts_it(
 
 
 def test_blocks_that_are_switched_off_are_no_problem(found: Found) -> None:
+    none = {"device": "none", "pin_memory": True}
+    assert found({"zero_optimization": {"stage": 2, "offload_param": none, "offload_optimizer": none}}) == []
     blocks = ("hybrid_engine", "autotuning", "data_efficiency", "wandb", "comet", "flops_profiler", "torch_autocast")
     assert found({block: {"enabled": False} for block in blocks}) == []
     assert (
