@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from alignx_ds.config import parse
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
 from alignx_ds.evaluation.alpaca_eval import Output
 from alignx_ds.runtime import console
+from alignx_ds.stages.finetune import MIXED
 
 
 def export(root: Path, out: Path, system: str, name: str, reference: Path | None, own: Path | None) -> None:
@@ -15,7 +17,7 @@ def export(root: Path, out: Path, system: str, name: str, reference: Path | None
 
     Raises ConfigError or DataError.
     """
-    answered = sorted((root / "answers").glob("*.jsonl"))
+    answered = _own(root)
     path = root / "answers" / f"{system}.{name}.jsonl"
     if path not in answered:
         known = ", ".join(p.stem for p in answered) or "none yet"
@@ -35,3 +37,14 @@ def export(root: Path, out: Path, system: str, name: str, reference: Path | None
     if own is not None:
         alpaca_eval.write(own, references)
         console.say(f"the rows' own references: {own}")
+
+
+def _own(root: Path) -> list[Path]:
+    """The files of answers of the systems and sets of the run's config; others are left from another recipe."""
+    there, config = sorted((root / "answers").glob("*.jsonl")), root / "config.yaml"
+    if not config.is_file():
+        return there
+    c = parse.load(config)
+    systems = ("base", *c.axes, "sequential", MIXED, *c.baselines.make, "alignx")
+    named = {f"{system}.{questions}" for system in systems for questions in (*c.axes, *c.evaluation.sets)}
+    return [path for path in there if path.stem in named]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,16 @@ def test_answers_under_published_instructions(
     assert [(m["instruction"], m["dataset"]) for m in made] == [(p["instruction"], "d") for p in published]
     (line,) = refused("answers", finished_run, tmp_path / "out.json", *chosen)
     assert "a new .json file" in line
+
+
+def test_answers_that_another_recipe_has_left_are_not_the_run_s(
+    refused: Callable[..., list[str]], finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run / "answers", tmp_path / "run/answers")
+    shutil.copy(finished_run / "config.yaml", tmp_path / "run")
+    (tmp_path / "run/answers/alignx.helpful.jsonl").rename(tmp_path / "run/answers/dare.helpful.jsonl")
+    (line,) = refused("answers", tmp_path / "run", tmp_path / "out.json", "--system", "dare", "--set", "helpful")
+    assert "base.helpful" in line and "dare.helpful," not in line
 
 
 @pytest.mark.parametrize(
