@@ -16,7 +16,7 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runs.report import read_report
+from alignx_ds.runs.report import is_current, read_report
 
 KEY = "RUN_DIR"
 
@@ -67,7 +67,7 @@ class FinishedRun:
     def report(self) -> dict[str, Any] | None:
         """What `alignx-ds run` measured of this model; None after `alignx-ds align` alone. Raises DataError."""
         found = read_report(self.root) if (self.root / "report.json").is_file() else None
-        return found if found and found.get("model") == manifest.fingerprint(self.model_inputs) else None
+        return found if found and is_current(self.root, found) else None
 
     def specialist(self, axis: str) -> Path:
         """Its directory. Raises DataError when it is missing or damaged, or when the model was made from another."""

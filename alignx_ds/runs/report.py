@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignx_ds.errors import DataError
+from alignx_ds.runs import manifest
 
 KEYS = frozenset({"systems", "router", "collapse", "perplexity", "scored"})
 
@@ -23,3 +24,11 @@ def read_report(directory: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not set(content) >= KEYS or "base" not in content["systems"]:
         raise DataError(f"{path}: not the report of a run; give the output directory of a finished run")
     return content
+
+
+def is_current(directory: Path, report: dict[str, Any]) -> bool:
+    """Whether the report is on the model beside it, and not on one that was there before. Raises DataError."""
+    model = directory / "model"
+    if "model" not in report or not (model / manifest.NAME).is_file():  # of an earlier version, or a report alone
+        return True
+    return bool(manifest.read(model)["fingerprint"] == report["model"])

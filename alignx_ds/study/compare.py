@@ -9,7 +9,7 @@ from typing import Any
 
 from alignx_ds.errors import DataError
 from alignx_ds.evaluation.judges.protocol import label
-from alignx_ds.runs.report import read_report
+from alignx_ds.runs.report import is_current, read_report
 from alignx_ds.runtime import console
 
 ROUTER_METRICS = {"accuracy": "accuracy", "ece": "ECE", "brier": "Brier score"}
@@ -47,6 +47,10 @@ def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
 def show(directories: list[Path]) -> None:
     """Print mean ± standard deviation over the runs."""
     reports = [read_report(directory) for directory in directories]
+    for directory, report in zip(directories, reports, strict=True):
+        if not is_current(directory, report):
+            fix = "give `alignx-ds run` again, which measures it"
+            raise DataError(f"{directory / 'report.json'}: on another model than the one that is there now; {fix}")
     table = summarise(reports)
     router = table.pop("router")
     measured = next(iter(table.values()))

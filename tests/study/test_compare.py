@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from alignx_ds import cli
 from alignx_ds.errors import DataError
+from alignx_ds.runs import manifest
 from alignx_ds.study.compare import Spread, read_report, summarise
 
 
@@ -109,3 +110,17 @@ def test_the_terminal_shows_runs_without_judged_axes(tmp_path: Path, capsys: pyt
     assert cli.main(["compare", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "2.00 ± 0.00" in printed and "loses" not in printed
+
+
+def test_a_report_on_a_model_that_was_made_again_since_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = manifest.fingerprint({"seed": 1})
+    run = finished(tmp_path / "run", json.dumps(content(10.0) | {"model": made}))
+    (run / "model").mkdir()
+    manifest.write(run / "model", {"seed": 1}, {})
+    assert cli.main(["compare", str(run)]) == 0
+    manifest.write(run / "model", {"seed": 2}, {})
+    capsys.readouterr()
+    assert cli.main(["compare", str(run)]) == 2
+    assert "on another model than the one that is there now" in capsys.readouterr().err
