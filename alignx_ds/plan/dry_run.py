@@ -10,6 +10,7 @@ from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import prompts, training
 from alignx_ds.plan.accounts import accounts, line, notes
+from alignx_ds.plan.deepspeed_keys import deepspeed_models
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.stages import results
@@ -23,6 +24,8 @@ def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config
     """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub."""
     rows, steps, finished, unchecked = _rows(config, base)
     written = prompts.facts(base) if base.has_tokenizer else {}
+    if not deepspeed_models():
+        unchecked = [*unchecked, "names and types within zero_optimization and the other blocks: DeepSpeed is missing"]
     sections = {
         f"plan of {config.output}": _summary(config, base, world_size),
         "prompts and answers": [f"  {name:<28}{fact}" for name, fact in written.items()],

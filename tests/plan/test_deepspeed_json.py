@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import AlignConfig, FusionConfig, OptimizerConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, FusionConfig, OptimizerConfig, RunConfig, TrainConfig
 from alignx_ds.errors import Problem
 from alignx_ds.plan import deepspeed_keys as keys
 from alignx_ds.plan import training
+from alignx_ds.plan.checks import check
 from alignx_ds.plan.deepspeed_json import StageJson, without_effect
 from alignx_ds.plan.dry_run import describe
 from alignx_ds.training import engine
@@ -267,15 +268,17 @@ def test_what_has_no_effect_is_said(write_recipe: Callable[..., Path], tmp_path:
     assert "ZeRO stage 0 runs as stage 1" in said[2]
     assert "stage3_gather_16bit_weights_on_model_save has no effect" in said[3]
     assert "stage3_max_live_parameters" in said[4] and "no effect under ZeRO stage 2" in said[4]
-    from alignx_ds.plan.checks import check
-
     assert all(line in describe(config, check(config, 1), 1) for line in said)
 
 
-def test_without_deepspeed_the_rest_is_still_checked(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deepspeed_the_rest_is_still_checked(
+    found: Found, monkeypatch: pytest.MonkeyPatch, tiny_config: RunConfig
+) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     assert found(JSONS["ds_z3_offload"]) == []
     lines = found({"optimizer": AUTO_ADAMW, "gradient_acumulation_steps": 2})
     assert len(lines) == 1 and "did you mean gradient_accumulation_steps?" in lines[0]
     (line,) = found({"zero_optimization": {"stage": 7}})
     assert "ZeRO stage 7" in line
+    printed = describe(tiny_config, check(tiny_config, 1), 1)
+    assert "zero_optimization and the other blocks: DeepSpeed is missing" in printed and "everything else" in printed
