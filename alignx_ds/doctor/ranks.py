@@ -74,10 +74,10 @@ class _Rank:
     errors: Path
 
     def steps_done(self) -> int:
-        return len(self.report.read_text().splitlines())
+        return len(self.report.read_text(encoding="utf-8").splitlines())
 
     def last_error_line(self) -> str:
-        lines = self.errors.read_text(errors="replace").split("\n")
+        lines = self.errors.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "no error message")
 
     def end(self) -> None:
@@ -169,7 +169,7 @@ def work(backend: str, report: Path) -> None:
     assert tuple(steps) == STEPS
     for name, step in steps.items():
         step()
-        with report.open("a") as lines:
+        with report.open("a", encoding="utf-8") as lines:
             lines.write(f"{name}\n")
     torch_dist.destroy_process_group()
 
