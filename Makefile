@@ -71,7 +71,9 @@ lint: $(READY)
 
 check: test
 
+# What an earlier build has left in build/ would be packed too.
 wheel: $(READY)
+	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 format: $(READY)

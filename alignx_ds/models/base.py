@@ -220,6 +220,10 @@ def local_model(
 def _further_files(directory: Path, weights: bool) -> list[str]:
     """What else transformers will read, now that the small files are there."""
     index = directory / INDEX
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shards = (
+        set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     vocabularies = () if (directory / "tokenizer.json").is_file() else tokenizers.VOCABULARIES
     return [*(sorted(shards) if weights else ()), *vocabularies]

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 save the state and end with code 75; a second signal ends at once; nothing is lost."""
+"""SIGTERM, SIGUSR1 and Ctrl-C save the state and end with their code; a second signal ends at once; nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from command import SMALL, Command, results, wait_for
 from processes import REPO, environment
 from recording import Record
 
-from alignx_ds.errors import EXIT_STOPPED
+from alignx_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 Processes = list[subprocess.Popen[bytes]]
 
@@ -72,7 +72,10 @@ def test_a_second_signal_ends_at_once_even_in_a_collective_that_hangs(tmp_path: 
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, EXIT_STOPPED), (signal.SIGINT, EXIT_INTERRUPTED)])
 def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
+    number: signal.Signals,
+    code: int,
     tmp_path: Path,
     undisturbed,  # type: ignore[no-untyped-def]
     record: Record,
@@ -83,10 +86,10 @@ def test_a_signal_to_the_command_reaches_the_ranks_behind_the_launcher(
         line, cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as run:
         wait_for(output / "checkpoints/stage1/harmless/step_00000002")
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         console = run.communicate(timeout=120)[0]
-    assert run.returncode == EXIT_STOPPED, console
+    assert run.returncode == code and "Traceback" not in console, console
     ended = Command("align", output).start()
     assert ended.well, ended.console
     assert results(output) == results(undisturbed("align"))
-    record("signal", "SIGTERM to `alignx-ds` above the deepspeed launcher", f"exit code {EXIT_STOPPED}, goes on")
+    record("signal", f"{number.name} to `alignx-ds` above the deepspeed launcher", f"exit code {code}, goes on")
