@@ -56,7 +56,7 @@ class Holder:
             return silence > SILENCE
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return True
         except PermissionError:  # it runs, as another user
             pass
@@ -142,7 +142,8 @@ class Lock:
             elif not holder.has_ended(silence):
                 raise self._held(holder, silence)
             elif self._replace(holder, offer, now):
-                console.warn(f"{self.path}: the lock of a run that has ended ({holder}); this run takes it over")
+                ended = f"{self.path}: the lock of a run that has ended ({holder}); this run takes it over"
+                console.warn(presentable(ended))
                 return
             time.sleep(PAUSE)
             os.utime(offer)
@@ -209,13 +210,16 @@ def _copy(offer: Path, path: Path) -> bool:
 def _read(path: Path) -> Holder | None:
     """None where there is no lock. Of a file with another content nothing is known, so its age decides."""
     try:
-        content = path.read_text(encoding="utf-8")  # opening it makes NFS ask the server
+        content = path.read_bytes()  # opening it makes NFS ask the server
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return Holder(**json.loads(content))
-    except (ValueError, TypeError):
+        found = Holder(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
         return UNKNOWN
+    texts = (found.host, found.machine, found.started, found.since, found.token)
+    whole = isinstance(found.pid, int) and all(isinstance(text, str) for text in texts)
+    return found if whole and found.token.isalnum() else UNKNOWN  # the token becomes part of a file's name
 
 
 def _modified(path: Path) -> float:

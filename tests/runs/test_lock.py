@@ -120,6 +120,25 @@ def test_the_lock_of_a_run_that_has_ended_is_taken_over_and_this_is_said(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 9999, b"[]", b"{}", b'{"pid": 1}', b"null", b"7"])
+def test_whatever_a_lock_file_holds_it_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / lock.NAME).write_bytes(content)
+    for attempt in (Lock.check, Lock.take):
+        with pytest.raises(ConfigError, match="process 0 on an unknown machine"):
+            attempt(lock_of(tmp_path))
+
+
+def test_a_lock_file_with_odd_values_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for changes in ({"pid": "x"}, {"host": 3}, {"started": None}, {"token": "../up"}):
+        write(tmp_path, **changes)
+        with pytest.raises(ConfigError, match="an unknown machine"):
+            lock_of(tmp_path).take()
+    write(tmp_path, pid=10**30, host="a\x1b[31m\nb")
+    with lock_of(tmp_path) as held:
+        held.take()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("case", ["another machine", "stopped here", "half a lock"])
 def test_the_lock_of_a_run_that_may_be_alive_is_respected(tmp_path: Path, case: str) -> None:
     """A process of this machine is alive as long as it exists, whenever it gave its last sign of life."""
