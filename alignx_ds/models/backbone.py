@@ -17,11 +17,11 @@ from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.models.architecture import checkpoint_problem, match
 from alignx_ds.models.base import KEY, BaseModel
-from alignx_ds.models.ends import vocabulary_of
+from alignx_ds.models.ends import answering_tokenizer, vocabulary_of
 from alignx_ds.models.pretrained import MODEL, NO_CODE, NO_PICKLE, model_type, reading
 from alignx_ds.models.registration import MODEL_TYPE
 from alignx_ds.models.stored import not_finite, read_headers, weight_files
-from alignx_ds.models.tokenizer import answering_tokenizer, vocabulary_problem
+from alignx_ds.models.tokenizer import vocabulary_problem
 
 ALIGNED = "an aligned model that this version can read"
 ALIGN_AGAIN = "run `alignx-ds align` again"

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.models.templates import template_of
+from alignx_ds.models.tokenizer import load_tokenizer
+
+
+def answering_tokenizer(directory: Path, key: str, given: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is to answer.
+
+    Raises ConfigError where its chat template can't be rendered, or no token can end an answer.
+    """
+    tokenizer = load_tokenizer(directory, key, given)
+    if tokenizer.eos_token_id is None:
+        fix = "its tokenizer has none; set eos_token in its tokenizer_config.json"
+        raise ConfigError(Problem(key, given, "a model with an end-of-sequence token", fix))
+    try:
+        template_of(tokenizer)
+    except DataError as error:
+        raise ConfigError(Problem(key, given, "a chat template that writes a dialogue", str(error))) from error
+    return tokenizer
 
 
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:

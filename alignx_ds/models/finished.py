@@ -12,8 +12,7 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
 from alignx_ds.models.backbone import load_aligned
 from alignx_ds.models.base import BaseModel
-from alignx_ds.models.ends import set_ends
-from alignx_ds.models.tokenizer import answering_tokenizer
+from alignx_ds.models.ends import answering_tokenizer, set_ends
 from alignx_ds.runs.finished import KEY, FinishedRun
 from alignx_ds.runtime import distributed
 

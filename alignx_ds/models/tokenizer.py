@@ -60,15 +60,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def answering_tokenizer(directory: Path, key: str, given: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model that is to answer. Raises ConfigError where no token can end an answer."""
-    tokenizer = load_tokenizer(directory, key, given)
-    if tokenizer.eos_token_id is None:
-        fix = "its tokenizer has none; set eos_token in its tokenizer_config.json"
-        raise ConfigError(Problem(key, given, "a model with an end-of-sequence token", fix))
-    return tokenizer
-
-
 def vocabulary_problem(tokenizer: PreTrainedTokenizerBase, rows: int, key: str, given: str) -> Problem | None:
     """Every token id needs its row of the embedding, which has this many."""
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)

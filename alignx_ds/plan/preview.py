@@ -16,6 +16,7 @@ from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.data.rows import Row
 from alignx_ds.plan import checks
 from alignx_ds.plan.accounts import accounts, notes
+from alignx_ds.plan.prompts import facts
 from alignx_ds.runtime import console, distributed
 
 
@@ -47,6 +48,9 @@ def preview(recipe: str, overrides: Sequence[str], shown: int) -> None:
 
 def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     tokenizer, data = inputs.base.tokenizer, inputs.data
+    console.heading("Prompts and answers")
+    for name, fact in facts(inputs.base).items():
+        console.say(f"{name}: {fact}")
     console.heading("Rows")
     for line in (*accounts(data.splits), *notes(config, data)):
         console.say(line)

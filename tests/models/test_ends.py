@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from model_directories import model_directory
 from tiny_models import aligned, base_model, low_rank_experts
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from alignx_ds import cli
 from alignx_ds.data.encode import encode_prompts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.export.fidelity import answered
@@ -125,3 +127,24 @@ def test_answers_that_exports_are_compared_on_end_with_the_first_end_token(
     (cut,) = answered(made, world_tokenizer, [PROMPT], LIMIT)
     first = whole.ids[whole.prompt_length :].index(middle)
     assert cut.ids == whole.ids[: whole.prompt_length + first + 1]
+
+
+@pytest.mark.parametrize(
+    ("template", "files", "line"),
+    [
+        ("{% if %}", {}, "expected a chat template that writes a dialogue; the chat template can't be rendered ("),
+        (
+            "",
+            {"tokenizer_config": {"eos_token": None}},
+            "expected a model with an end-of-sequence token; its tokenizer",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_asked_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str, files: dict[str, Any], line: str
+) -> None:
+    directory = model_directory(tmp_path / "model", template, **files)
+    asked = ["answer", str(directory), "world", "--schema", "alpaca", "--out", str(tmp_path / "a.jsonl"), "--rows", "1"]
+    assert cli.main(asked) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"alignx-ds: error: model: got '{directory}', {line}")

@@ -67,6 +67,7 @@ def test_rows_are_shown_with_what_is_masked_and_what_is_learned(
     assert shown[0] == f"{place}: {len(masked)} tokens masked, {len(learned)} learned"
     assert world_tokenizer.decode(masked) + world_tokenizer.decode(learned) in printed
     assert SYSTEM in printed
+    assert "chat template: chat_template.jinja of the model\nanswers end with: <eos>\n" in printed
     for part, ids in (("masked", masked), ("learned", learned)):
         assert f"{part} {' '.join(map(str, ids))}" in printed
 
