@@ -150,6 +150,16 @@ def test_a_template_without_end_tokens_has_none_after_earlier_answers() -> None:
     assert tokenizer.decode(labelled(example)) == "".join(ANSWERS) + "</s>"
 
 
+def test_a_token_that_is_half_prompt_and_half_answer_is_not_learned() -> None:
+    """The prompt ends with a space there, so the model is never asked for a word with the mark of a space."""
+    tokenizer = made(metaspace(), NO_END, "</s>")
+    (example,) = encode([DIALOGUE], tokenizer, every_answer=True)
+    tokens = tokenizer.convert_ids_to_tokens(list(example.ids[: example.prompt_length]))
+    earlier = [token for start, end in example.earlier for token in tokens[start:end]]
+    assert any(token.startswith("▁Three") for token in tokens)
+    assert not any(token.startswith(("▁Three", "▁Yes")) for token in earlier)
+
+
 def test_earlier_answers_are_left_out_where_the_template_writes_them_otherwise_than_the_model_would() -> None:
     tokenizer = made(byte_level(), THINKING, "<|im_end|>")
     (example,) = encode([DIALOGUE], tokenizer, every_answer=True)
