@@ -156,8 +156,18 @@ def _shapes(template: dict[str, Any]) -> Iterator[Fault]:
         elif name in keys.PARTS:
             for part in value.keys() - keys.PARTS[name]:
                 yield unknown(f"{name}.{part}", keys.PARTS[name])
+            if name == "flops_profiler":
+                yield from _profiler(value)
             if not isinstance(value.get("params", {}), dict):
                 yield f"{name}.params {_shown(value['params'])}", "a JSON object there", "write its parameters by name"
+
+
+def _profiler(block: dict[str, Any]) -> Iterator[Fault]:
+    for part, types in keys.PROFILER.items():
+        given = block.get(part, types[0]())
+        if not isinstance(given, types) or (isinstance(given, bool) and bool not in types):
+            wanted = " or ".join(kind.__name__.replace("NoneType", "null") for kind in types)
+            yield f"flops_profiler.{part} {_shown(given)}", f"a value of type {wanted}", "correct it"
 
 
 def _shown(value: Any) -> str:

@@ -31,18 +31,21 @@ BLOCKS = {  # of the JSON: module and class of DeepSpeed's model of it
     "comms_logger": ("deepspeed.comm.config", "CommsLoggerConfig"),
 }
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # the modules that they import
-PROFILER = frozenset({"enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules"}) | {
-    *("detailed", "output_file")
+PROFILER: dict[str, tuple[type, ...]] = {  # of which DeepSpeed has no model: the types
+    **dict.fromkeys(("enabled", "detailed"), (bool,)),
+    **dict.fromkeys(("profile_step", "module_depth", "top_modules"), (int,)),
+    "recompute_fwd_factor": (int, float),
+    "output_file": (str, type(None)),
 }
 PARTS = {  # blocks without a model: their keys
     "optimizer": frozenset({"type", "params"}),
     "scheduler": frozenset({"type", "params"}),
-    "flops_profiler": PROFILER,
-    "timers": frozenset({"throughput"}),
+    "flops_profiler": frozenset(PROFILER),
 }
 WITHOUT_EFFECT = {  # at the top level, and those IN_ZERO in zero_optimization
     "zero_force_ds_cpu_optimizer": "it concerns optimizers that a program brings along",
     "checkpoint": "the run's own checkpoints are set by checkpoints.*",
+    "timers": "the run times its own steps",
     "aio": "nothing is offloaded to NVMe",
     "dataloader_drop_last": "batches are made by the run itself, and all are whole",
     "disable_allgather": "DeepSpeed 0.19 does not read it",

@@ -29,7 +29,6 @@ EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "disable_python_gc",
-        "timers",
         "steps_per_print",
         "wall_clock_breakdown",
         "memory_breakdown",

@@ -112,6 +112,8 @@ def test_the_shipped_jsons_have_no_problem_and_nothing_without_effect(repo_root:
         ({"optimizer": {"params": {"betas": ["auto", 0.9]}}}, ["auto at optimizer.params.betas[0]"]),
         ({"optimizer": {"params": {"eps": "small"}}}, ["eps"]),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}}, ["warmup_type 'cubic'"]),
+        ({"flops_profiler": {"enabled": True, "output_file": 5}}, ["flops_profiler.output_file 5", "str or null"]),
+        ({"flops_profiler": {"profile_step": True}}, ["flops_profiler.profile_step true", "type int"]),
         ({"bf16": {"enabled": "yes please"}}, ["bf16.enabled 'yes please'"]),
         ({"steps_per_print": "often"}, ["steps_per_print 'often'"]),
         ({"communication_data_type": "auto"}, ["auto at communication_data_type"]),
