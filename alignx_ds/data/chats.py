@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.rows import Chat, Turn
-from alignx_ds.models.templates import render, template_of
+from alignx_ds.models.templates import answer_lead, render, template_of
 
 Prompt = str | Chat  # a question, or a dialogue up to its last user turn
 INTRO = "Below is an instruction that describes a task. Write a response that completes the request."
@@ -18,7 +18,8 @@ INTRO = "Below is an instruction that describes a task. Write a response that co
 class AnswerPlace:
     """Where an earlier answer stands in a rendered dialogue: its text, and the token that ends it, if there is one.
 
-    `prompt` is the length of what the model sees when it gives the answer; white space may follow it.
+    `prompt` is the length of what the model sees when it gives the answer. The text includes the white space before it
+    that every answer begins with, where the template writes some.
     """
 
     prompt: int
@@ -51,6 +52,9 @@ def answer_place(text: str, begin: int, answer: str, tokenizer: PreTrainedTokeni
     last = start + len(answer)
     if text[start:last] != answer:
         return None
+    lead = answer_lead(tokenizer)
+    if text.startswith(lead, begin):
+        start = min(start, begin + len(lead)) - len(lead)  # learned with every answer
     closing, end = last + _white_space(text[last:]), written_end(tokenizer)
     closed = bool(end) and text.startswith(end, closing)
     return AnswerPlace(begin, (start, last), (closing, closing + len(end)) if closed else (last, last))

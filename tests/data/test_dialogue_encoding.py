@@ -127,6 +127,15 @@ def test_the_loss_is_on_every_answer_and_its_end_alone(tokenizer: PreTrainedToke
         assert every.learned_length == len(labelled(every)) > last.learned_length == last.answer_length
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_earlier_answer_has_the_tokens_that_it_has_as_the_only_answer(template: str) -> None:
+    """With the white space that a template writes before every answer."""
+    tokenizer = made(byte_level(), *TEMPLATES[template])
+    (every,), (only,) = (encode([row], tokenizer, every_answer=True) for row in (DIALOGUE, Row("Yes ?", ANSWERS[0])))
+    answer = labelled(only)[:-1]
+    assert labelled(every)[: len(answer)] == answer
+
+
 def test_packed_dialogues_have_the_labels_of_padded_ones(tokenizer: PreTrainedTokenizerFast) -> None:
     single = Row("What is 1 + 2 ?", "Three .")
     examples = encode([single, DIALOGUE, single], tokenizer, every_answer=True)
