@@ -25,9 +25,14 @@ Spoil = Callable[[random.Random, Path], str]  # changes a directory and says wha
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
+def weights_of(directory: Path) -> Path:
+    """A model's or an adapter's."""
+    return next(directory.glob("*model.safetensors"))
+
+
 def weights(chance: random.Random, directory: Path) -> str:
     """One tensor is gone, renamed, of another shape or type, or holds what is no number."""
-    tensors = load_file(directory / WEIGHTS)
+    tensors = load_file(weights_of(directory))
     name = chance.choice(sorted(tensors))
     value = tensors[name]
     changes: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
@@ -51,13 +56,13 @@ def weights(chance: random.Random, directory: Path) -> str:
     }
     what = chance.choice(sorted(changes))
     del tensors[name]
-    save_file(tensors | changes[what](), directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors | changes[what](), weights_of(directory), metadata={"format": "pt"})
     return f"{name}: {what}"
 
 
 def header(chance: random.Random, directory: Path) -> str:
     """Bytes of the weights' file: cut off, overwritten in the header, added, or replaced by something else."""
-    file = directory / WEIGHTS
+    file = weights_of(directory)
     content = bytearray(file.read_bytes())
     length = int.from_bytes(content[:8], "little")
     what = chance.choice(("cut", "byte", "length", "more", "other", "folder", "number"))
@@ -209,6 +214,10 @@ def added(chance: random.Random, directory: Path) -> str:
     return f"{key}={content[key]!r}"
 
 
+def adapter_config(chance: random.Random, directory: Path) -> str:
+    return spoil_json(chance, directory / "adapter_config.json")
+
+
 def rope(chance: random.Random, directory: Path) -> str:
     content = json.loads((directory / "config.json").read_text())
     kind = chance.choice(("linear", "dynamic", "yarn", "longrope", "llama3", "default", "x", None, 3))
@@ -313,4 +322,9 @@ ALIGNED: dict[str, tuple[Spoil, int, int]] = {
     "generation": (generation, 10, 1),
     "tokenizer": (tokenizer, 10, 3),
     "files": (files, 10, 8),
+}
+ADAPTERS: dict[str, tuple[Spoil, int, int]] = {
+    "weights": (weights, 20, 10),
+    "header": (header, 10, 8),
+    "adapter_config": (adapter_config, 50, 15),
 }

@@ -6,6 +6,7 @@ ALIGNX_FUZZ=10 spoils ten times as many.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -15,14 +16,17 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from spoiled_models import ALIGNED, KINDS, Spoil
-from tiny_models import base_model
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from spoiled_models import ADAPTERS, ALIGNED, KINDS, Spoil
+from tiny_models import base_model, low_rank_experts, table_of
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from alignx_ds.config import parse
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.errors import ConfigError, UserError
 from alignx_ds.evaluation.generate import answers
+from alignx_ds.experts.adapters import CONFIG, WEIGHTS, Adapter
+from alignx_ds.export.adapters import config_of, tensors_of
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.plan.checks import check
 from alignx_ds.serve.generate import answer
@@ -41,6 +45,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedT
     model = base_model(vocab_size=len(world_tokenizer), max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
     model.save_pretrained(directory)
     world_tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(whole)
+    factors = {layer: by_expert[0] for layer, by_expert in low_rank_experts(base).items()}
+    save_file(tensors_of(factors, table_of(base)), directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps(config_of(factors, table_of(base), str(whole))))
     return directory
 
 
@@ -64,6 +78,13 @@ def trained(recipe: Path, directory: Path) -> None:
     rows = torch.tensor([ids])
     model.train()(input_ids=rows, labels=rows).loss.backward()
     answers(model.eval(), inputs.base.tokenizer, ["hello"], batch=1, max_new_tokens=2)
+
+
+def hosted(recipe: Path, base: Path, adapter: Path) -> None:
+    """What a run does with an adapter that is an axis's expert."""
+    loaded = parse.load(recipe, [f"model.path={base}", f"axes.helpful.adapter={adapter}"])
+    factors = Adapter(str(adapter), "axes.helpful.adapter").factors(check(loaded, 1))
+    assert all(torch.isfinite(up).all() for layer in factors.values() for up in layer.up.values())
 
 
 def refusal(work: Callable[[], object]) -> UserError | None:
@@ -96,9 +117,10 @@ def tell(kind: tuple[Spoil, int, int], name: str, whole: Path, target: Path, wor
     assert refused >= least * FUZZ
 
 
-def test_the_directories_that_are_spoiled_work(whole: Path, recipe: Path, saved_aligned: Path) -> None:
+def test_the_directories_that_are_spoiled_work(whole: Path, recipe: Path, saved_aligned: Path, adapter: Path) -> None:
     assert refusal(lambda: trained(recipe, whole)) is None
     assert refusal(lambda: answer(str(saved_aligned), ["hello"], 2)) is None
+    assert refusal(lambda: hosted(recipe, whole, adapter)) is None
 
 
 SEEN = "they work, or code 2 with one line that says what is wrong"
@@ -118,3 +140,11 @@ def test_a_spoiled_aligned_model_is_refused_in_one_line_or_works(
     kind: str, saved_aligned: Path, tmp_path: Path
 ) -> None:
     tell(ALIGNED[kind], kind, saved_aligned, tmp_path, lambda directory: answer(str(directory), ["hello"], 2))
+
+
+@pytest.mark.tried("input", "LoRA adapters with a spoiled file", SEEN)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_spoiled_adapter_is_refused_in_one_line_or_works(
+    kind: str, whole: Path, adapter: Path, recipe: Path, tmp_path: Path
+) -> None:
+    tell(ADAPTERS[kind], kind, adapter, tmp_path, lambda directory: hosted(recipe, whole, directory))
