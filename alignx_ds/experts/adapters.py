@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.experts.declared import ALPHA, contradictions, other_base, pattern_value
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.models.architecture import FLOATS
 from alignx_ds.models.base import BaseModel, local_model
 from alignx_ds.models.pretrained import reading
 from alignx_ds.models.stored import not_finite, read_headers
@@ -115,7 +116,13 @@ class Adapter:
 
     def _value_problems(self) -> Iterator[Problem]:
         """A change that is not finite, or none at all."""
-        if damaged := not_finite(self.tensors.values()):
+        kinds = {t.dtype: name for name, t in self.tensors.items() if t.dtype not in FLOATS}
+        if kinds:
+            fix = (
+                f"its {next(iter(kinds.values()))} is of type {next(iter(kinds))}: it is quantised; save it in float32"
+            )
+            yield Problem(self.key, self.given, "an adapter whose factors are plain floats", fix)
+        elif damaged := not_finite(self.tensors.values()):
             fix = f"its {damaged.name} holds NaN or infinite values: train it again"
             yield Problem(self.key, self.given, "an adapter whose factors are numbers", fix)
         elif not any(self._changes(module) for module in dict.fromkeys(map(_module, self.shapes))):

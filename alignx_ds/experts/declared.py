@@ -78,6 +78,9 @@ def contradictions(config: Settings, ranks: Mapping[str, int], base: BaseModel) 
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         yield f"it has no factors of {lacking[0]}{more}, which its target_modules name: a part of it is missing"
+    beyond = [name for name in ranks if targets is not None and not _targeted(config, name, base)]
+    if beyond:
+        yield f"it has factors of {beyond[0]}, which its config does not name, so PEFT would not use them"
     for module, rank in ranks.items():
         declared = pattern_value(config.get("rank_pattern"), module, config.get("r", RANK))
         if declared != rank:

@@ -238,6 +238,12 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
         "up_proj have rank 3, its config says 5",
     ),
     "no such module": (CONFIG, {"target_modules": ["gate_proj", "c_fc"]}, "'c_fc', and the base model has no such"),
+    "a module not named": (
+        CONFIG,
+        {"target_modules": ["gate_proj", "up_proj"]},
+        "factors of model.layers.1.mlp.down_proj, which",
+    ),
+    "integers": (WEIGHTS, {"1.mlp.up_proj.lora_A": lambda t: t.to(torch.int8)}, "is of type I8: it is quantised"),
     "another base": (CONFIG, {"base_model_name_or_path": "meta-llama/Llama-2-7b-chat-hf"}, "Llama-2-7b-chat-hf'; set"),
     "another type": (CONFIG, {"peft_type": "ADALORA"}, "not of PEFT's type LORA but of 'ADALORA'"),
     "a pattern that is none": (CONFIG, {"rank_pattern": {"(": 3}}, "can't be read ("),
