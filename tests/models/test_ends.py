@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from model_directories import model_directory
+from stage_contexts import stage_context
 from tiny_models import aligned, base_model, low_rank_experts
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds import cli
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import encode_prompts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.export.fidelity import answered
@@ -21,6 +23,9 @@ from alignx_ds.models import finished
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.ends import ends_of, set_ends
 from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.stages import align
+from alignx_ds.training.job import TrainingJob
 
 PROMPT, LIMIT = "reverse the words .\ndog cat red", 12
 
@@ -148,3 +153,16 @@ def test_a_model_that_cannot_be_asked_is_one_line(
     assert cli.main(asked) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"alignx-ds: error: model: got '{directory}', {line}")
+
+
+def test_stage_2_saves_a_model_that_names_its_end_tokens(
+    tiny_config: RunConfig, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training itself is left out."""
+    base = base_model(vocab_size=len(world_tokenizer), eos_token_id=None)
+    made = aligned(base, low_rank_experts(base))
+    monkeypatch.setattr(align, "train_mixture", lambda context, factors, job: (made, []))
+    context = stage_context(tiny_config, Outputs(tmp_path, tmp_path / "specialists"))
+    align._make(context, {}, TrainingJob("stage2"))
+    kept = GenerationConfig.from_pretrained(context.out.model)
+    assert kept.eos_token_id == world_tokenizer.eos_token_id
