@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +179,22 @@ def test_every_verb_has_help_and_work(capsys: pytest.CaptureFixture[str]) -> Non
             cli.main([verb, "--help"])
         assert stop.value.code == 0
         assert f"usage: alignx-ds {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("torch_is_loaded", [True, False])
+def test_ctrl_c_in_any_verb_is_one_line(
+    torch_is_loaded: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also while torch is imported: it can't be imported again then."""
+
+    def interrupted(arguments: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alignx_ds.config.arguments._list", interrupted)
+    if not torch_is_loaded:
+        monkeypatch.delitem(sys.modules, cli.DISTRIBUTED)
+    assert cli.main(["recipes"]) == 130
+    assert capsys.readouterr().err == "alignx-ds: error: interrupted\n"
 
 
 def test_options_may_stand_between_overrides() -> None:

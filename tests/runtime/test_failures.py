@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
@@ -29,6 +31,15 @@ def test_users_errors_have_no_traceback_and_others_have() -> None:
     assert printed(UserError("one\ntwo")) == (two_lines, 2, False)
     assert printed(KeyError("x")) == ("alignx-ds: error: rank 3: KeyError: 'x'\n", 1, True)
     assert printed(KeyboardInterrupt()) == ("alignx-ds: error: rank 3: interrupted\n", 130, False)
+
+
+def test_what_the_machine_refuses_is_one_line() -> None:
+    for error in (OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")):
+        line, code, traceback = printed(error)
+        assert line.startswith(f"alignx-ds: error: rank 3: the output: {error.strerror}; free disk space or correct ")
+        assert (code, traceback) == (2, False)
+    line, code, traceback = printed(FileNotFoundError(errno.ENOENT, "No such file or directory", "a"))
+    assert (code, traceback) == (1, True), "a programming error"
 
 
 def test_a_timeout_names_its_key() -> None:
