@@ -64,7 +64,7 @@ def _add_run_verbs(verbs: Any) -> None:
             verb, help=text, description=text, epilog=RUN_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         plan.add_recipe(run)
-        checked = "check everything that needs no weights, print the plan, write nothing"
+        checked = "check everything, of weights the headers if they are there, print the plan, write nothing"
         run.add_argument("--dry-run", action="store_true", help=checked)
         run.add_argument("--show-config", action="store_true", help="with --dry-run: print the resolved config too")
         run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it

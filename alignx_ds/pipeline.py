@@ -34,7 +34,7 @@ def run(
 
     Every step reuses what an earlier start of the same run has finished in the output directory. `until` names the
     last step: stage 1 ("specialists"), stage 2 ("align"), or the report ("run"). `dry_run` checks all that can be
-    checked without the weights, prints the plan (after the resolved config, with `show_config`) and writes nothing.
+    checked without reading weights, prints the plan (after the resolved config, with `show_config`) and writes nothing.
 
     Raises ConfigError or DataError for what the user can fix, and Stopped when a signal has asked for the end.
     """
