@@ -70,16 +70,15 @@ def test_settings_that_do_not_fit_are_all_refused(
     assert snapshot(tmp_path) == before
 
 
-def test_a_row_without_a_response_is_named(
+def test_rows_without_a_column_are_named(
     command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
 ) -> None:
-    good = {"prompt": "how do i rob the bank ?", "response": "no .", "category": {}, "is_safe": True}
-    lines = [json.dumps(good), json.dumps({key: good[key] for key in good if key != "response"})]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    row = {"prompt": "how do i rob the bank ?", "category": {}, "is_safe": True}
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 2))
     recipe = write_recipe("axes.harmless.train=rows.jsonl")
     before = snapshot(tmp_path)
     (line,) = problems(command("run", recipe))
-    assert line.startswith("rows.jsonl, row 2: no column 'response'")
+    assert line.startswith("rows.jsonl, row 1: no column 'response'")
     assert snapshot(tmp_path) == before
 
 
