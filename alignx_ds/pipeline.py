@@ -48,7 +48,7 @@ def run(
         outputs.Outputs.of(config).lock.check()
     outputs.check_owner(config)
     if dry_run:
-        print(describe(config, base, world_size, show_config=show_config))
+        print(describe(config, base, world_size, show_config=show_config, baselines=until == "run"))
         return 0
     outputs.check_room(config, sum(disk(config, base).values()))
 
@@ -56,7 +56,7 @@ def run(
     inputs = read_inputs(config, base)
     base, data = inputs.base, inputs.data
     context = StageContext(config, base, data, outputs.Outputs.of(config))
-    results.check(context, inputs.texts)
+    results.check(context, inputs.texts, baselines=until == "run")
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:

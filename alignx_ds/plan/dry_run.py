@@ -20,9 +20,14 @@ from alignx_ds.training.engine import steps_of
 MIB_PER_GIB = 1024
 
 
-def describe(config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False) -> str:
-    """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub."""
-    rows, steps, finished, unchecked = _rows(config, base)
+def describe(
+    config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False, baselines: bool = True
+) -> str:
+    """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub.
+
+    `baselines`: whether the run goes on to them after stage 2.
+    """
+    rows, steps, finished, unchecked = _rows(config, base, baselines)
     written = prompts.facts(base) if base.has_tokenizer else {}
     if not deepspeed_models():
         unchecked = [*unchecked, "names and types within zero_optimization and the other blocks: DeepSpeed is missing"]
@@ -61,7 +66,7 @@ def _sizes(sizes: dict[str, float]) -> list[str]:
     return [line(name, size) for name, size in shown.items()]
 
 
-def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], list[str], list[str]]:
+def _rows(config: RunConfig, base: BaseModel, baselines: bool) -> tuple[list[str], list[str], list[str], list[str]]:
     """(how many rows are used and why others are not, optimizer steps, finished results, what could not be checked).
 
     Raises ConfigError when a finished result was made with another recipe.
@@ -86,15 +91,15 @@ def _rows(config: RunConfig, base: BaseModel) -> tuple[list[str], list[str], lis
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]
-    return rows, _steps(config, inputs), _finished(config, inputs), unchecked
+    return rows, _steps(config, inputs), _finished(config, inputs, baselines), unchecked
 
 
-def _finished(config: RunConfig, inputs: RunInputs) -> list[str]:
+def _finished(config: RunConfig, inputs: RunInputs, baselines: bool) -> list[str]:
     """What the output directory holds already. Nothing is known about it without the base model's weights."""
     context = StageContext(config, inputs.base, inputs.data, Outputs.of(config))
     if not (config.from_scratch or inputs.base.has_weights):
         return []
-    results.check(context, inputs.texts)
+    results.check(context, inputs.texts, baselines=baselines)
     states = {True: "reused", False: "made again, its inputs have changed"}
     return [f"  {name:<28}{states[current]}" for name, current in results.finished(context, inputs.texts).items()]
 

@@ -61,9 +61,10 @@ def planned(context: StageContext, texts: list[Row]) -> Iterator[Stage]:
             yield fuse.stage_of(context, name, [fingerprints[axis] for axis in axes])
 
 
-def check(context: StageContext, texts: list[Row]) -> None:
+def check(context: StageContext, texts: list[Row], *, baselines: bool = True) -> None:
     """Raises ConfigError when a finished result was made with another recipe than this; it is not touched.
 
+    Of a shared directory only what this start makes is compared: without `baselines`, the specialists alone.
     What the recipe does not say may have changed: the rows in a file, a chat template. `ensure` makes the result again.
     """
     if not has_any(context):
@@ -72,8 +73,10 @@ def check(context: StageContext, texts: list[Row]) -> None:
     results, keys = [], list[str]()
     for stage in planned(context, texts):
         differing = _differing(stage)
-        if differing and stage.shared:
-            raise foreign(stage)
+        if stage.shared:
+            if differing and (baselines or stage.label in context.config.axes):
+                raise foreign(stage)
+            continue
         prefixes = {prefix.format(label=stage.label) for name in differing for prefix in KEYS.get(name, ())}
         if blamed := [key for key in changed if any(_is_below(key, prefix) for prefix in prefixes)]:
             results.append(stage.label)

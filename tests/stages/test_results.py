@@ -127,6 +127,18 @@ def test_another_order_of_the_axes_is_another_model(run: Run) -> None:
         results.check(context, [])
 
 
+def test_shared_specialists_serve_another_order_of_the_axes_as_long_as_no_baseline_is_made(run: Run) -> None:
+    context = run.context(f"specialists={run.output / 'specialists'}", f"output={run.root / 'other'}")
+    results.check(context, [])
+    context.config.axes = dict(reversed(context.config.axes.items()))
+    results.check(context, [], baselines=False)
+    with pytest.raises(ConfigError, match="sequential_2_harmless there was made from other inputs"):
+        results.check(context, [])
+    context.config.train.lr *= 2
+    with pytest.raises(ConfigError, match="honest there was made from other inputs"):
+        results.check(context, [], baselines=False)
+
+
 def test_an_edited_file_makes_everything_again_that_was_made_from_it(run: Run) -> None:
     path = run.files["truthfulqa_train"]
     whole = path.read_bytes()
