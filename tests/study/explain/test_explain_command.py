@@ -128,7 +128,7 @@ def with_code(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [(without_bias, "lexicon.bias"), (of_another_shape, "can't be loaded"), (with_code, "auto_map")],
+    [(without_bias, "lexicon.bias"), (of_another_shape, "as its config.json says"), (with_code, "auto_map")],
 )
 def test_a_model_that_can_not_be_loaded_is_refused_in_one_line(
     copied: Path, damage: Callable[[Path], None], named: str, capsys: pytest.CaptureFixture[str], snapshot: Snapshot
