@@ -59,7 +59,7 @@ def test_what_shares_a_model_is_set_apart_before_each_turn() -> None:
     assert made["AlignX"].models is made["AlignX, all experts"].models
     for name, k in (("AlignX, all experts", 4), ("AlignX", 1), ("AlignX, 2 experts", 2)):
         made[name].prepare()
-        assert [layer.top_k for layer in alignx_layers(made[name].models[0])] == [k, k]
+        assert [layer.settings.top_k for layer in alignx_layers(made[name].models[0])] == [k, k]
     assert len({id(m) for m in made["ensemble of 3"].models}) == 3
 
 
