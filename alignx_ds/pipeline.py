@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Literal
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import SCRATCH_MODEL
-from alignx_ds.data.inputs import read_inputs
+from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
+from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
@@ -67,15 +67,7 @@ def run(
             started, ranks = time.monotonic(), distributed.world_size()
             distributed.on_main(lock.take)
             distributed.on_main(lambda: outputs.claim(config))
-            if ranks == 1 < config.launch.ranks:
-                console.note(f"a launcher's WORLD_SIZE=1 is set, so launch.ranks={config.launch.ranks} has no effect")
-            console.heading("Rows")
-            for line in (*accounts(data.splits), *notes(config, data)):
-                console.say(line)
-            for name, fact in facts(base).items():
-                console.say(f"{name}: {fact}")
-            for line in training.without_effect(config):
-                console.say(line)
+            _say_what_is_used(config, inputs, ranks)
 
             if config.model.path == SCRATCH_MODEL:
                 console.heading("Base model from scratch")
@@ -120,3 +112,16 @@ def _process_group(timeout: int) -> Iterator[None]:
             yield
         finally:
             distributed.shutdown()
+
+
+def _say_what_is_used(config: RunConfig, inputs: RunInputs, ranks: int) -> None:
+    """Print the counts of the rows, how prompts are written and answers end, and settings without an effect."""
+    if ranks == 1 < config.launch.ranks:
+        console.note(f"a launcher's WORLD_SIZE=1 is set, so launch.ranks={config.launch.ranks} has no effect")
+    console.heading("Rows")
+    for line in (*accounts(inputs.data.splits), *notes(config, inputs.data)):
+        console.say(line)
+    for name, fact in facts(inputs.base).items():
+        console.say(f"{name}: {fact}")
+    for line in training.without_effect(config):
+        console.say(line)
