@@ -50,22 +50,27 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 RUNS = ("runs", "made", "undisturbed", "one_node", "finished_run", "furnished", "place", "run_dir")
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """With several workers (`make test`), tests that share a run go to one of them.
+
+    pytest-xdist 3.8 reads these marks after this hook, and can't use them under pytest 9.2.
+    """
+    if getattr(item.config.option, "loadgroup", False):
+        item.add_marker(pytest.mark.xdist_group(_group(item)[1]))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (`make test`), tests that share a run go to one of them, the slowest groups first."""
-    if not getattr(config.option, "loadgroup", False):
-        return
+    """The slowest groups first."""
+    if getattr(config.option, "loadgroup", False):
+        items.sort(key=_group)
 
-    def group(item: pytest.Item) -> tuple[int, str]:
-        for place, name in enumerate(RUNS):
-            if name in getattr(item, "fixturenames", ()):
-                return place, name if name == "finished_run" else f"{item.path.parent.name}: {name}"
-        starts_ranks = item.path.parent.name in ("distributed", "faults", "launchers")
-        return len(RUNS) + (not starts_ranks), str(item.path)
 
-    items.sort(key=group)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)[1]))
+def _group(item: pytest.Item) -> tuple[int, str]:
+    for place, name in enumerate(RUNS):
+        if name in getattr(item, "fixturenames", ()):
+            return place, name if name == "finished_run" else f"{item.path.parent.name}: {name}"
+    starts_ranks = item.path.parent.name in ("distributed", "faults", "launchers")
+    return len(RUNS) + (not starts_ranks), str(item.path)
 
 
 @pytest.fixture(scope="session")
