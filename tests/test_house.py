@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "alignx_ds"
 AT_THE_ROOT = {"__init__", "__main__", "cli", "errors", "pipeline"}
 # From the top to the bottom; rooms on one line may not import each other either.
@@ -98,3 +100,10 @@ def test_no_two_test_files_have_the_same_name() -> None:
     """pytest imports them by their names alone."""
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert len(names) == len(set(names))
+
+
+def test_tests_that_share_a_run_go_to_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist writes the group behind the test's name; under a pytest it does not support, runs are repeated."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith(f"@{Path(__file__)}")

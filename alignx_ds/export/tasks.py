@@ -86,7 +86,7 @@ def mc2(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str
 
 
 def read(file: Path) -> Any:
-    """The rows beside an exported task, as the harness wants them. The directory may have moved since."""
+    """The rows beside an exported task, in the harness's format. The directory may have moved since."""
     from datasets import load_dataset
 
     return load_dataset("json", data_files={VALIDATION: str(file)})

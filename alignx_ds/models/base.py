@@ -144,7 +144,7 @@ class BaseModel:
         return problem or self._tied_problem()
 
     def _tied_problem(self) -> Problem | None:
-        """transformers does not tie two stored tensors that differ, so nobody who reads the config knows of it."""
+        """transformers does not tie two stored tensors that differ, although its config says that it does."""
         for pair in architecture.tied(self.skeleton).items():
             both = [self.tensors[name].read() for name in pair if name in self.tensors]
             if len(both) == 2 and not torch.equal(*both):

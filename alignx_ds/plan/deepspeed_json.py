@@ -1,6 +1,6 @@
 """Every problem of a stage's DeepSpeed JSON, and what in it has no effect: nothing is ignored in silence.
 
-What the recipe says too must agree: one of both is wrong, and only the user knows which.
+A value that the recipe has too must be the same: which of the two is meant can not be guessed.
 """
 
 from __future__ import annotations

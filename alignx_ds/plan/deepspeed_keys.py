@@ -113,7 +113,7 @@ REFUSED_IN: dict[
     "zero_optimization.module_granularity_threshold": (0, "DeepSpeed 0.19 fails under it"),
     "zero_optimization.leaf_module": ({}, "DeepSpeed 0.19 fails under it"),
     "zero_optimization.legacy_stage1": (False, REMOVED),
-    "zero_optimization.compute_grad_norm": (True, "a step that is not finite is noticed by its norm"),
+    "zero_optimization.compute_grad_norm": (True, "a step that is not finite is found by its norm"),
     "zero_optimization.offload_optimizer.ratio": (1.0, "checkpoints need whole states"),
     "zero_optimization.offload_optimizer.super_offload": (False, "checkpoints need DeepSpeed's own states"),
     "bf16.check_grad_overflow": (True, "the recipe's nonfinite says what happens to such a step"),
@@ -147,7 +147,7 @@ def names_of(model: Any) -> set[str]:
 def unknown(place: str, known: Collection[str]) -> Fault:
     """Of a key at a dotted place where these are known."""
     fix = nearest(place.split(".")[-1], known, "remove it")
-    return f"unknown key {place}", "a key that DeepSpeed knows", fix
+    return f"unknown key {place}", "a key of DeepSpeed's configuration", fix
 
 
 def nearest(name: str, known: Collection[str], otherwise: str) -> str:

@@ -1,8 +1,8 @@
 """A lock file: one run at a time writes into a directory, also where several machines share it.
 
 The file names the process that holds the lock. It comes into being as a hard link to a file that is written already:
-of several processes that try, exactly one succeeds, on NFS too. Its modification time is the holder's last sign of
-life. Whoever finds the lock of a process that has ended takes it over and says so.
+of several processes that try, exactly one succeeds, on NFS too. Its modification time is the holder's last
+heartbeat. A process that finds the lock of one that has ended takes it over and prints so.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from alignx_ds.runtime import console
 from alignx_ds.runtime.exit import exit_now, forget, remember
 
 NAME = "alignx.lock"
-BEAT = 15.0  # seconds between two signs of life
-SILENCE = 120.0  # seconds without one, after which a process on another machine counts as ended
+BEAT = 15.0  # seconds between two heartbeats, which renew the file's modification time
+EXPIRY = 120.0  # seconds without one, after which a process on another machine counts as ended
 CLAIM = 60.0  # seconds after which a process that was about to take over the lock counts as ended
 TRIES, PAUSE = 10, 0.2  # of a take-over; seconds between two
-ZOMBIE = "Z"  # the state of a process that has ended, and whose parent has not noticed
+ZOMBIE = "Z"  # the state of a process that has ended and that its parent has not waited for
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Holder:
         pid, token = os.getpid(), secrets.token_hex(8)
         return cls(socket.gethostname(), _machine(), pid, _state_of(pid)[1], now, token)
 
-    def has_ended(self, silence: float) -> bool:
-        """`silence`: seconds since its last sign of life. On this machine the process itself tells."""
+    def has_ended(self, age: float) -> bool:
+        """`age`: seconds since its last heartbeat; on this machine the table of processes decides instead."""
         if self.machine != _machine():
-            return silence > SILENCE
+            return age > EXPIRY
         try:
             os.kill(self.pid, 0)
         except (ProcessLookupError, OverflowError):
@@ -91,12 +91,12 @@ class Lock:
     def check(self) -> None:
         """Raises ConfigError when another process holds the lock. Writes nothing."""
         try:
-            holder, silence = _read(self.path), time.time() - _modified(self.path)
+            holder, age = _read(self.path), time.time() - _modified(self.path)
         except OSError as error:
             fix = f"its {self.path.name} can't be read ({error.strerror}); choose another"
             raise ConfigError(Problem(self.key, self.given, "a directory that can be read", fix)) from error
-        if holder is not None and not holder.has_ended(silence):
-            raise self._held(holder, silence)
+        if holder is not None and not holder.has_ended(age):
+            raise self._held(holder, age)
 
     def take(self) -> None:
         """Raises ConfigError when another process holds it."""
@@ -106,7 +106,7 @@ class Lock:
                 self._take_over(offer)
         self.own = own
         remember(self.release)
-        threading.Thread(target=self._give_signs, name="lock", daemon=True).start()
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
     def release(self) -> None:
         """Does nothing where it is not held."""
@@ -132,22 +132,22 @@ class Lock:
             offer.unlink(missing_ok=True)
 
     def _take_over(self, offer: Path) -> None:
-        """Raises ConfigError unless the lock's holder has ended, and this process is the first to notice."""
+        """Raises ConfigError unless the lock's holder has ended, and this process is the first to take it over."""
         for _ in range(TRIES):
             now = _modified(offer)  # by the clock of the file system, as the lock's own time
-            holder, silence = _read(self.path), now - _modified(self.path)
+            holder, age = _read(self.path), now - _modified(self.path)
             if holder is None:  # released meanwhile
                 if _link(offer, self.path):
                     return
-            elif not holder.has_ended(silence):
-                raise self._held(holder, silence)
+            elif not holder.has_ended(age):
+                raise self._held(holder, age)
             elif self._replace(holder, offer, now):
                 ended = f"{self.path}: the lock of a run that has ended ({holder}); this run takes it over"
                 console.warn(presentable(ended))
                 return
             time.sleep(PAUSE)
             os.utime(offer)
-        raise self._held(holder or Holder.this_process(), silence)
+        raise self._held(holder or Holder.this_process(), age)
 
     def _replace(self, ended: Holder, offer: Path, now: float) -> bool:
         """Put the offer in the place of this holder's lock; of several processes that try, one succeeds."""
@@ -164,7 +164,7 @@ class Lock:
         finally:
             claim.unlink(missing_ok=True)
 
-    def _give_signs(self) -> None:
+    def _beat(self) -> None:
         """Until the lock is released. Ends the process when another one has the lock."""
         while not self._released.wait(BEAT):
             own = self.own
@@ -176,11 +176,11 @@ class Lock:
                     with self._offered(own) as offer:
                         _link(offer, self.path)
                 else:
-                    reason = f"{holder} has taken it over, because this process gave no sign of life for too long"
+                    reason = f"{holder} has taken it over, because this process sent no heartbeat for too long"
                     exit_now(EXIT_CODE, f"alignx-ds: error: {presentable(f'{self.path}: {reason}')}\n")
 
-    def _held(self, holder: Holder, silence: float) -> ConfigError:
-        seen = f"{holder}, last sign of life {max(0.0, silence):.0f} s ago"
+    def _held(self, holder: Holder, age: float) -> ConfigError:
+        seen = f"{holder}, last heartbeat {max(0.0, age):.0f} s ago"
         fix = f"another run holds it ({seen}); wait for its end or choose another, nothing was touched"
         return ConfigError(Problem(self.key, self.given, "a directory that no other run is using", fix))
 

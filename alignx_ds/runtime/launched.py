@@ -1,4 +1,4 @@
-"""What a launcher tells this process in environment variables: its rank, and the number of ranks.
+"""The environment variables that a launcher sets: the rank of this process, and the number of ranks.
 
 An earlier job or a container's image may have left some of them. Those that say no more than "one rank" are ignored;
 others that no launcher sets alone are problems.

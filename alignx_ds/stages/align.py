@@ -129,7 +129,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
 
 
 def _stand_in(model: nn.Module, config: RunConfig) -> nn.Parameter:
-    """One number that nothing uses, added to the model. DeepSpeed wants an expert's parameter of every MoE model."""
+    """One number that nothing uses, added to the model. DeepSpeed requires an expert's parameter of every MoE model."""
     made = nn.Parameter(torch.zeros(1, device=distributed.device(), dtype=dtype_of(config.model.dtype)))
     marks: Any = made
     marks.allreduce, marks.group_name = False, f"ep_size_{config.align.ep_size}"

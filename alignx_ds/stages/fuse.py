@@ -38,7 +38,7 @@ WEIGHTS = "mixtures.safetensors"  # the backbone's own weights are not saved aga
 
 
 def train_fusions(context: StageContext, specialists: dict[str, Path]) -> dict[str, Path]:
-    """By name, the directories of those fusions that the recipe asks for. Collective."""
+    """By name, the directories of those fusions that the recipe lists. Collective."""
     names = [name for name in FUSIONS if name in context.config.baselines.make]
     return {name: train_fusion(context, name, list(specialists.values())) for name in names}
 

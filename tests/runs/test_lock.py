@@ -28,7 +28,7 @@ def lock_of(root: Path) -> Lock:
 
 
 def write(root: Path, seconds_ago: float = 0.0, **changes: object) -> None:
-    """The lock that another process would have, and its last sign of life."""
+    """The lock that another process would have, and its last heartbeat."""
     own = lock.asdict(lock.Holder.this_process())
     (root / lock.NAME).write_text(json.dumps(own | changes))
     os.utime(root / lock.NAME, (time.time() - seconds_ago,) * 2)
@@ -106,7 +106,7 @@ def test_the_lock_of_a_run_that_has_ended_is_taken_over_and_this_is_said(
     elif case == "another process with its id":
         write(tmp_path, started="12345")
     elif case == "another machine, silent":
-        write(tmp_path, seconds_ago=lock.SILENCE + 5, machine="another", host="node7")
+        write(tmp_path, seconds_ago=lock.EXPIRY + 5, machine="another", host="node7")
     else:
         (tmp_path / lock.NAME).write_text("{")
         os.utime(tmp_path / lock.NAME, (0, 0))
@@ -141,11 +141,11 @@ def test_a_lock_file_with_odd_values_is_one_line(tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("case", ["another machine", "stopped here", "half a lock"])
 def test_the_lock_of_a_run_that_may_be_alive_is_respected(tmp_path: Path, case: str) -> None:
-    """A process of this machine is alive as long as it exists, whenever it gave its last sign of life."""
+    """A process of this machine is alive as long as it exists, whenever its last heartbeat was."""
     if case == "another machine":
-        write(tmp_path, seconds_ago=lock.SILENCE - 60, machine="another", host="node7", pid=1)
+        write(tmp_path, seconds_ago=lock.EXPIRY - 60, machine="another", host="node7", pid=1)
     elif case == "stopped here":
-        write(tmp_path, seconds_ago=10 * lock.SILENCE)
+        write(tmp_path, seconds_ago=10 * lock.EXPIRY)
     else:
         (tmp_path / lock.NAME).write_text('{"host": ')
     for attempt in (Lock.check, Lock.take):
@@ -187,9 +187,7 @@ def test_of_many_that_start_at_once_one_gets_it(
         assert list(tmp_path.iterdir()) == []
 
 
-def test_its_holder_gives_signs_of_life_and_notices_what_others_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_holder_sends_heartbeats_and_sees_what_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[str] = []
     monkeypatch.setattr(lock, "BEAT", 0.01)
     monkeypatch.setattr(lock, "exit_now", lambda code, text: ends.append(f"{code} {text}"))

@@ -26,66 +26,33 @@ STAGES = {
     "scratch_zero1": ScratchConfig().train,
     "fusion_zero2": FusionConfig(),
 }
-GOLDEN: dict[str, dict[str, Any]] = {
-    "stage1_zero3": {
-        "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 16,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "stage3_param_persistence_threshold": 10000,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1000000000,
-        "wall_clock_breakdown": False,
+FILLED = {  # in every stage, from the settings of `plan_of`
+    "train_batch_size": 64,
+    "train_micro_batch_size_per_gpu": 16,
+    "gradient_accumulation_steps": 2,
+    "gradient_clipping": 0.5,
+    "bf16": {"enabled": True},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
     },
-    "stage2_moe_zero2": {
-        "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 16,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
-        "zero_optimization": {
-            "stage": 2,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-        },
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1000000000,
-        "wall_clock_breakdown": False,
-    },
-    "scratch_zero1": {
-        "train_batch_size": 64,
-        "train_micro_batch_size_per_gpu": 16,
-        "gradient_accumulation_steps": 2,
-        "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 1},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1000000000,
-        "wall_clock_breakdown": False,
-    },
+    "zero_allow_untested_optimizer": True,
+    "steps_per_print": 1000000000,
+    "wall_clock_breakdown": False,
 }
-
-GOLDEN["fusion_zero2"] = GOLDEN["stage2_moe_zero2"]
+GRADIENTS = {"overlap_comm": False, "contiguous_gradients": True}
+ZERO: dict[str, dict[str, Any]] = {
+    "stage1_zero3": {
+        "stage": 3,
+        **GRADIENTS,
+        "stage3_param_persistence_threshold": 10000,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    },
+    "stage2_moe_zero2": {"stage": 2, **GRADIENTS, "reduce_scatter": True},
+    "fusion_zero2": {"stage": 2, **GRADIENTS, "reduce_scatter": True},
+    "scratch_zero1": {"stage": 1},
+}
+GOLDEN: dict[str, dict[str, Any]] = {name: FILLED | {"zero_optimization": zero} for name, zero in ZERO.items()}
 
 
 def plan_of(stage: TrainConfig | AlignConfig | FusionConfig, dtype: str = "bfloat16") -> Plan:
