@@ -35,12 +35,14 @@ class Batch:
 class MicroBatch:
     """This rank's part of one accumulation step.
 
-    `experts` [B] int64 holds the expert that each row belongs to. `lm_scale` turns this part's summed NLL into its
+    `experts` [B] int64 holds the expert that owns each row, `needs` [B, E] fp32 is 1 for those that its prompt needs:
+    for the generalist, expert 0, exactly where it needs no axis. `lm_scale` turns this part's summed NLL into its
     share of the global mean over answer tokens, given that DeepSpeed averages over ranks and accumulation steps.
     """
 
     batch: Batch
     experts: Tensor
+    needs: Tensor
     lm_scale: float
     examples: tuple[Example, ...] = ()  # the rows of the batch, and
     numbers: tuple[int, ...] = ()  # their indices among all training rows

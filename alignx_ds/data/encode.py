@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.chats import Prompt, answer_place, with_system, written
+from alignx_ds.data.labels import LabelSet, multi_hot
 from alignx_ds.data.literal import EncodedText, LiteralEncoder
 from alignx_ds.data.rows import Chat, Row
 from alignx_ds.models.ends import answer_end
@@ -51,10 +53,19 @@ def digest(examples: Sequence[Example]) -> str:
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """Examples, each with the number of the expert that it belongs to."""
+    """Examples, each with the number of the expert that owns it and the set of those that its prompt needs.
+
+    The owner is the expert whose source the row is from. Without `needs`, each row needs its owner.
+    """
 
     examples: list[Example]
     experts: list[int]
+    needs: list[LabelSet] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.needs:
+            self.needs.extend((expert,) for expert in self.experts)
+        assert len(self.examples) == len(self.experts) == len(self.needs)
 
     @property
     def digest(self) -> str:
@@ -62,9 +73,21 @@ class LabelledExamples:
         labels = [getattr(self, f.name) for f in fields(self) if f.name != "examples"]
         return hashlib.sha256(f"{digest(self.examples)} {labels}".encode()).hexdigest()
 
-    def add(self, examples: list[Example], expert: int) -> None:
+    @property
+    def width(self) -> int:
+        """The number of experts: every axis has rows, so the highest id is that of the last one."""
+        return 1 + max((*self.experts, *(expert for needed in self.needs for expert in needed)), default=0)
+
+    def multi_hot(self, experts: int) -> Tensor:
+        """The label sets [N, E] fp32, of so many experts."""
+        return multi_hot(self.needs, experts)
+
+    def add(self, examples: list[Example], expert: int, needs: Sequence[LabelSet] | None = None) -> None:
+        """More rows of one expert; `needs` are their label sets, if they are others than the expert alone."""
         self.examples.extend(examples)
         self.experts.extend([expert] * len(examples))
+        self.needs.extend([(expert,)] * len(examples) if needs is None else needs)
+        assert len(self.examples) == len(self.needs)
 
 
 def encode_prompts(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
+from alignx_ds.data.labels import label_set
 from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.data.splits import DataSplits, Sources, TooLong, Use, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
@@ -74,8 +75,10 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
     references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
         examples = encode(splits.held_out[name].rows, tokenizer)
-        references.add([e for e in examples if e.answer_length], expert)
-        routed.add([e.prompt() for e in examples], expert)
+        needs = [label_set(row, config.expert_names, expert) for row in splits.held_out[name].rows]
+        answered = [(e, needed) for e, needed in zip(examples, needs, strict=True) if e.answer_length]
+        references.add([e for e, _ in answered], expert, [needed for _, needed in answered])
+        routed.add([e.prompt() for e in examples], expert, needs)
     return EncodedData(
         splits=splits,
         injected=_injected_examples(config, splits, tokenizer),
@@ -96,7 +99,7 @@ def _training_examples(
         source = splits.train[name].source
         parts = split_by_question(splits.train[name].rows, config.data.calibration_share, CALIBRATION)
         for target, rows, use in zip((train, calibration), parts, ("train", "calibrate"), strict=True):
-            target.add(encode(rows, tokenizer), expert)
+            target.add(encode(rows, tokenizer), expert, [label_set(r, config.expert_names, expert) for r in rows])
             if source and not rows:
                 fix = "give more rows, or change data.calibration_share"
                 raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")

@@ -32,10 +32,10 @@ def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> RouterSums:
     probabilities = [d.probabilities().double() for d in model.routing.decisions.values()]
     decisions = torch.stack(probabilities, dim=1)[has_prompt]  # [B, L, E]
     gates, experts = decisions.flatten(0, 1), decisions.shape[-1]  # [B·L, E]
-    labels = part.experts[has_prompt].repeat_interleave(decisions.shape[1])
-    own, chosen = one_hot(labels, experts), one_hot(gates.argmax(-1), experts)
-    by_expert = [t.sum(0).double() for t in (gates, chosen, own, own * chosen)]
-    columns = [torch.special.entr(gates).sum().view(1), *by_expert, overconfidence(gates, labels)]
+    needed = part.needs[has_prompt].repeat_interleave(decisions.shape[1], dim=0)
+    chosen = one_hot(gates.argmax(-1), experts)
+    by_expert = [t.sum(0).double() for t in (gates, chosen, needed, needed * chosen)]
+    columns = [torch.special.entr(gates).sum().view(1), *by_expert, overconfidence(gates, needed)]
     numbers = iter(torch.cat(columns).tolist())
     slots, empty_slots = _slots(model)
     return RouterSums(
@@ -63,7 +63,7 @@ def step_scalars(experts: list[str], metrics: StepMetrics) -> dict[str, float]:
 
 
 def router_scalars(experts: list[str], sums: RouterSums) -> dict[str, float]:
-    """Entropy (nats), mean gate and share of decisions by expert, how often an expert's own rows choose it, ECE.
+    """Entropy (nats), mean gate and share of decisions by expert, how often rows that need it choose it, ECE.
 
     An expert without rows in the step has no value for its own rows; nothing is returned when gates are not finite.
     """

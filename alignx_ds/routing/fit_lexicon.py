@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.data.labels import one_by_one
 from alignx_ds.mocae.lexical import BUCKETS, bucket_counts
 
 INVERSE_REGULARISATION = 10.0  # scikit-learn's C
@@ -25,14 +26,16 @@ def fit_lexicon(rows: LabelledExamples, calibration_rows: LabelledExamples, expe
     """A `Lexicon`'s state dict, fp32, fitted on the rows' prompts.
 
     The calibration split sets only the scale: the standard deviation of its scores becomes one. Experts without rows
-    have zero weights.
+    have zero weights. A prompt that needs several experts counts for each of them in part.
     """
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples))
     weights, bias = np.zeros((experts, BUCKETS)), np.zeros(experts)
-    present = sorted(set(rows.experts))
+    lines, labels, shares = one_by_one(rows.needs)
+    present = sorted(set(labels))
     if len(present) > 1:
-        fitted = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000).fit(known, rows.experts)
+        classifier = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000)
+        fitted = classifier.fit(known[lines], labels, sample_weight=shares)
         weights[present], bias[present] = _each_class(fitted.coef_), _each_class(fitted.intercept_[:, None])[:, 0]
         scores = (weighing.transform(_counts(calibration_rows.examples)) @ weights.T + bias)[:, present]
         spread = max(float(scores.std()), 1e-6)

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.labels import label_set, multi_hot, one_by_one
 from alignx_ds.data.splits import DataSplits
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -40,7 +41,7 @@ class RouterReport:
     metrics: dict[str, float]
     uncalibrated: dict[str, float]  # the same before the post-hoc temperature
     temperature: float
-    confusion: list[list[int]]  # rows: the expert that the prompt belongs to
+    confusion: list[list[int]]  # rows: the experts that the prompts need
     ablations: dict[str, dict[str, float]]  # by the terms that are left
     surface: dict[str, float]  # of TF-IDF and logistic regression, trained and tested on the same prompts
 
@@ -50,18 +51,19 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
     pad_id, batch = pad_token(base.tokenizer), config.evaluation.batch
     lowest, gate = next(iter(gates_of(model).items()))
     fitted, tested = (gate_terms(model, rows, pad_id, batch)[lowest] for rows in (data.calibration_rows, data.routed))
-    known, labels = torch.tensor(data.calibration_rows.experts), torch.tensor(data.routed.experts)
+    kind, experts = gate.settings.kind, len(config.expert_names)
+    known, labels = data.calibration_rows.multi_hot(experts), data.routed.multi_hot(experts)
     temperature = float(gate.calibration_temperature)
     ablations = {}
     for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
-        t = fit_temperature(sum_of(fitted, *terms), known, gate.settings.kind)
-        ablations[name] = router_metrics(sum_of(tested, *terms) / t, labels)
+        t = fit_temperature(sum_of(fitted, *terms), known, kind)
+        ablations[name] = router_metrics(sum_of(tested, *terms) / t, labels, kind)
     logits = sum_of(tested)
     return RouterReport(
-        metrics=router_metrics(logits / temperature, labels),
-        uncalibrated=router_metrics(logits, labels),
+        metrics=router_metrics(logits / temperature, labels, kind),
+        uncalibrated=router_metrics(logits, labels, kind),
         temperature=temperature,
-        confusion=confusion(logits, labels),
+        confusion=confusion(logits, labels, kind),
         ablations=ablations,
         surface=surface_router(data.splits, config.expert_names),
     )
@@ -70,10 +72,11 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
 def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
     """Metrics of a router that sees the words only: scikit-learn's TF-IDF of words and pairs, logistic regression."""
     known, asked = (
-        [(row.asked, expert) for expert, name in enumerate(experts) for row in sides[name].rows]
+        [(row.asked, label_set(row, experts, owner)) for owner, name in enumerate(experts) for row in sides[name].rows]
         for sides in (rows.train, rows.held_out)
     )
-    present = sorted({expert for _, expert in known})
+    lines, labels, shares = one_by_one([needed for _, needed in known])
+    present = sorted(set(labels))
     logs = torch.full((len(asked), len(experts)), -torch.inf, dtype=torch.float64)
     logs[:, present] = 0.0  # of a single class, which needs no classifier
     if len(present) > 1:
@@ -81,6 +84,6 @@ def surface_router(rows: DataSplits, experts: list[str]) -> dict[str, float]:
         words = any(WORD.search(prompt) for prompt, _ in known)
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, analyzer="word" if words else "char")
         router = make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000))
-        router.fit([prompt for prompt, _ in known], [expert for _, expert in known])
+        router.fit([known[i][0] for i in lines], labels, logisticregression__sample_weight=shares)
         logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba([prompt for prompt, _ in asked]))
-    return router_metrics(logs, torch.tensor([expert for _, expert in asked]))
+    return router_metrics(logs, multi_hot([needed for _, needed in asked], len(experts)))

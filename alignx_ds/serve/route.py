@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.batches import pad
 from alignx_ds.data.encode import encode_prompts, pad_token
+from alignx_ds.data.labels import LabelSet, multi_hot, named_set
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
@@ -29,7 +30,7 @@ DIGITS = 4  # of the numbers in the output
 
 
 def route(directory: str, path: str, schema: str, labels: str, batch: int) -> None:
-    """Print a JSON line per prompt, as the file has them; with `labels`, a column with experts' names, metrics too.
+    """Print a JSON line per prompt, as the file has them; with `labels`, the column of what they need, metrics too.
 
     Raises ConfigError, or DataError for a file, a model or a label that can't be used.
     """
@@ -42,13 +43,13 @@ def route(directory: str, path: str, schema: str, labels: str, batch: int) -> No
     named = source.column(labels) if labels else {}
     model, tokenizer = load(directory)
     names: list[str] = model.config.experts
-    known = [_label(row, named[row.place], names) for row in rows] if labels else []
+    known = [_labels(row, named[row.place], names) for row in rows] if labels else []
     logits = []
     for line, own in routed(model, tokenizer, rows, batch):
         print(json.dumps(line, ensure_ascii=False))
         logits.append(own)
     if labels:
-        _audit(torch.stack(logits), torch.tensor(known), names)
+        _audit(torch.stack(logits), multi_hot(known, len(names)), names, model.config.gate_settings().kind)
 
 
 def routed(
@@ -83,15 +84,17 @@ def _named(names: list[str], values: Tensor) -> dict[str, float]:
     return {name: round(value, DIGITS) for name, value in zip(names, values.tolist(), strict=True)}
 
 
-def _label(row: Row, given: Any, names: list[str]) -> int:
-    if given not in names:
-        raise DataError(f"{row.place}: the label {given!r} is no expert of the model; it has {', '.join(names)}")
-    return names.index(given)
+def _labels(row: Row, given: Any, names: list[str]) -> LabelSet:
+    """The experts of a name, of names with commas between them, or of a list of names; an empty list: none."""
+    listed = [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise DataError(f"{row.place}: the label is {given!r}; give an expert's name, or a list of names")
+    return named_set(listed, names, row.place)
 
 
-def _audit(logits: Tensor, labels: Tensor, names: list[str]) -> None:
-    metrics = router_metrics(logits, labels)
+def _audit(logits: Tensor, labels: Tensor, names: list[str], kind: str) -> None:
+    metrics = router_metrics(logits, labels, kind)
     console.note(", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
-    for name, row in zip(names, confusion(logits, labels), strict=True):
+    for name, row in zip(names, confusion(logits, labels, kind), strict=True):
         counts = ", ".join(f"{chosen} {count}" for chosen, count in zip(names, row, strict=True) if count)
         console.note(f"prompts of {name} go to: {counts or 'there are none'}")

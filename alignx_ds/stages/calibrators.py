@@ -48,9 +48,9 @@ def first_of_each_expert(rows: LabelledExamples, count: int) -> LabelledExamples
     """Each expert's first `count` rows, or fewer: a geometry needs no more, and each row costs a forward pass."""
     taken: Counter[int] = Counter()
     chosen = LabelledExamples([], [])
-    for example, expert in zip(rows.examples, rows.experts, strict=True):
+    for example, expert, needed in zip(rows.examples, rows.experts, rows.needs, strict=True):
         if taken[expert] < count:
-            chosen.add([example], expert)
+            chosen.add([example], expert, [needed])
         taken[expert] += 1
     return chosen
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.data.labels import as_sets, label_set
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
-from alignx_ds.routing.metrics import BINS, router_metrics
+from alignx_ds.routing.metrics import BINS, axis_forecasts, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
@@ -85,18 +86,20 @@ def _router(
 ) -> dict[str, Any]:
     """Calibration of the lowest gate, as in the run's report."""
     names, lowest = studied.experts, min(gates_of(model))
+    kind = model.config.gate_settings().kind
     found, own = {}, 0.0
     for count in COUNTS:
         logits, labels = [], []
         for owned in (calibration, studied.held_out_rows()):
             examples = [shots.encoded(row, shots.examples(name, row, count), ())[0] for name, row in owned]
-            rows = LabelledExamples(examples, [names.index(name) for name, _ in owned])
+            needs = [label_set(row, names, names.index(name)) for name, row in owned]
+            rows = LabelledExamples(examples, [names.index(name) for name, _ in owned], needs)
             logits.append(sum_of(gate_terms(model, rows, studied.pad_id, studied.batch)[lowest]))
-            labels.append(torch.tensor(rows.experts))
-        refitted = fit_temperature(logits[0], labels[0], model.config.gate_settings().kind)
+            labels.append(rows.multi_hot(len(names)))
+        refitted = fit_temperature(logits[0], labels[0], kind)
         own = own or refitted
         found[str(count)] = calibrated(
-            logits[1], labels[1], same_for_all(labels[1], own), same_for_all(labels[1], refitted)
+            logits[1], labels[1], same_for_all(labels[1], own), same_for_all(labels[1], refitted), kind
         )
         advance()
     return found
@@ -140,14 +143,17 @@ def cross_fitted(logits: Tensor, labels: Tensor, first: Tensor) -> Tensor:
 
 def same_for_all(labels: Tensor, temperature: float) -> Tensor:
     """[N]: the same temperature for every row."""
-    return torch.full(labels.shape, temperature, dtype=torch.float64)
+    return torch.full((len(labels),), temperature, dtype=torch.float64)
 
 
-def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor) -> dict[str, Any]:
-    """Metrics and reliability without a temperature, and with each of these. logits [N, E], the others [N]."""
+def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor, kind: str = "choice") -> dict[str, Any]:
+    """Metrics and reliability without a temperature, and with each of these.
+
+    logits [N, E], labels [N] or [N, E], temperatures [N].
+    """
     temperatures = {"none": same_for_all(labels, 1.0), "own": own, "refitted": refitted}
     scaled = {name: logits.double() / t.double()[:, None] for name, t in temperatures.items()}
-    metrics = {name: router_metrics(some, labels) for name, some in scaled.items()}
+    metrics = {name: router_metrics(some, labels, kind) for name, some in scaled.items()}
     return {
         "temperatures": {name: sorted(set(t.tolist())) for name, t in temperatures.items()},
         "accuracy": metrics["none"]["accuracy"],
@@ -155,17 +161,24 @@ def calibrated(logits: Tensor, labels: Tensor, own: Tensor, refitted: Tensor) ->
         "ece_t": metrics["own"]["ece"],
         "ece_t_refitted": metrics["refitted"]["ece"],
         **{f"{metric}_{name}": metrics[name][metric] for metric in ("brier", "nll") for name in metrics},
-        "reliability": {name: reliability(some.softmax(-1), labels) for name, some in scaled.items()},
+        "reliability": {name: reliability(*forecasts(some, labels, kind)) for name, some in scaled.items()},
     }
 
 
-def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and number of rows of every bin that has rows. probabilities [N, E], labels [N].
+def forecasts(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(confidences, outcomes) [N] of a choice; in needs [N·(E − 1)], of every axis's own forecasts."""
+    sets = as_sets(labels, logits.shape[-1]).double()
+    if kind == "needs":
+        return axis_forecasts(logits, kind).flatten(), sets[:, 1:].flatten()
+    confidence, chosen = logits.softmax(-1).max(-1)
+    return confidence, sets.gather(-1, chosen[:, None])[:, 0]
+
+
+def reliability(confidence: Tensor, hit: Tensor, bins: int = BINS) -> list[dict[str, float]]:
+    """Mean confidence, accuracy and number of rows of every bin that has rows; confidences and outcomes [N] fp64.
 
     The bins are those of `expected_calibration_error`.
     """
-    confidence, chosen = probabilities.double().max(-1)
-    hit = (chosen == labels).double()
     index = (confidence * bins).long().clamp_max(bins - 1)
     return [
         {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignx_ds.data.batches import collate
 from alignx_ds.data.encode import LabelledExamples
+from alignx_ds.data.labels import one_by_one
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
@@ -30,7 +31,7 @@ class GateTerms:
     """The terms of every gate's logits, on the calibration split and on the held-out prompts."""
 
     calibration: Terms
-    calibration_labels: Tensor  # [N]: the expert that each row belongs to
+    calibration_labels: Tensor  # [N, E]: label sets
     held_out: Terms
     held_out_labels: Tensor
     kind: str  # of the gates
@@ -39,7 +40,7 @@ class GateTerms:
     def of(cls, model: AlignXForCausalLM, studied: StudiedRun) -> GateTerms:
         rows = (studied.data.calibration_rows, studied.data.routed)
         calibration, held_out = (gate_terms(model, r, studied.pad_id, studied.batch) for r in rows)
-        labels = [torch.tensor(r.experts) for r in rows]
+        labels = [r.multi_hot(len(model.config.experts)) for r in rows]
         return cls(calibration, labels[0], held_out, labels[1], model.config.gate_settings().kind)
 
     @property
@@ -60,7 +61,8 @@ class GateTerms:
     def metrics(self, parts: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL, ECE and Brier score of the lowest gate with these parts alone."""
         temperature = self.temperatures(parts)[self.lowest]
-        return router_metrics(sum_of(self.held_out[self.lowest], *parts) / temperature, self.held_out_labels)
+        logits = sum_of(self.held_out[self.lowest], *parts) / temperature
+        return router_metrics(logits, self.held_out_labels, self.kind)
 
     def with_linear(self, other: GateTerms) -> GateTerms:
         """These terms, with the other's linear ones in place of their own."""
@@ -120,10 +122,11 @@ def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, T
     The stored router was trained beside the calibrators; used alone, it is worse than a linear router can be.
     """
     rows = first_of_each_expert(studied.data.train, studied.config.gate.rows)
-    labels = np.array(rows.experts)
+    lines, labels, shares = one_by_one(rows.needs)
     found = {}
     for layer, z in _latents(model, rows, studied).items():
-        fitted = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000).fit(z.numpy(), labels)
+        classifier = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
+        fitted = classifier.fit(z.numpy()[lines], np.array(labels), sample_weight=shares)
         weight = torch.zeros(len(model.config.experts), z.shape[1])
         coefficients = torch.from_numpy(fitted.coef_).float()
         # For two classes scikit-learn fits their difference; a router has a row for each class.

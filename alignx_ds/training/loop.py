@@ -36,6 +36,7 @@ def micro_batches(
     model that does not route each row by itself.
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
+    needs = rows.multi_hot(rows.width)
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
         own = share(chosen, rank, world)
@@ -48,7 +49,8 @@ def micro_batches(
             examples = [rows.examples[i] for i in part]
             batch = pack(examples, pad_id) if packed else collate(examples, pad_id)
             experts = torch.tensor([rows.experts[i] for i in part], device=device)
-            step.append(MicroBatch(batch.to(device), experts, scale, tuple(examples), part))
+            needed = needs[list(part)].to(device)
+            step.append(MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part))
         yield step
 
 

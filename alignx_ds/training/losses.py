@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, MicroBatch
+from alignx_ds.data.labels import set_nll
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -49,7 +50,7 @@ class AlignTerms:
     """Stage 2's terms of one micro batch, fp32 scalars, unweighted; all but `lm` are means over its rows."""
 
     lm: Tensor  # this micro batch's share of the step's mean NLL per answer token
-    gating: Tensor  # cross-entropy of a row's axis, mean over the gates
+    gating: Tensor  # cross-entropy of a row's label set, mean over the gates
     drift: Tensor  # ‖ỹ − y‖²/‖y‖² over a row's tokens, mean over the layers' output calibrations
     entropy: Tensor  # of a row's gates, mean over the gates
     prior: Tensor  # KL of a row's gates from the calibrators' own, mean over the gates
@@ -70,43 +71,42 @@ class AlignTerms:
 
 
 def gating_terms(
-    gate: CalibratedGate, query: Query, decision: Decision, experts: Tensor
+    gate: CalibratedGate, query: Query, decision: Decision, needs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(cross-entropy of the axis label, entropy, KL from the calibrators' own gates) of one gate, in nats.
+    """(cross-entropy of the label set, entropy, KL from the calibrators' own gates) of one gate, in nats.
 
-    Each is a mean over B rows; `experts` [B] int64 is the expert that each row belongs to. The calibrators' own gates
-    are those of all terms of the gate but the trained linear one. A choice is one draw among the experts; needs are one
-    draw per axis, yes or no, and a row's terms are the sums over its axes.
+    Each is a mean over B rows; `needs` [B, E] fp32 is 1 for the experts that a row needs. The calibrators' own gates
+    are those of all terms of the gate but the trained linear one. A choice is one draw among the experts, and its
+    target weighs those that are needed alike; needs are one draw per axis, yes or no, and a row's terms are the sums
+    over its axes.
     """
     with torch.no_grad():
         parts = gate.parts(query)
         prior = torch.stack([term for name, term in parts.items() if name != "linear"]).sum(0)
     if gate.settings.kind == "needs":
-        needed = functional.one_hot(experts, decision.logits.shape[-1])[:, 1:]
         gates, known = need_logits(decision.logits), need_logits(prior)
         log_yes, log_no = functional.logsigmoid(gates), functional.logsigmoid(-gates)
         yes, no = log_yes.exp(), log_no.exp()
-        cross_entropy = functional.binary_cross_entropy_with_logits(gates, needed.float(), reduction="none")
+        cross_entropy = functional.binary_cross_entropy_with_logits(gates, needs[:, 1:], reduction="none")
         entropy = -(yes * log_yes + no * log_no)
         divergence = yes * (log_yes - functional.logsigmoid(known)) + no * (log_no - functional.logsigmoid(-known))
         return cross_entropy.sum(-1).mean(), entropy.sum(-1).mean(), divergence.sum(-1).mean()
     log_gates, prior = decision.logits.log_softmax(-1), prior.log_softmax(-1)
     gates = log_gates.exp()
     entropy = -(gates * log_gates).sum(-1).mean()
-    return functional.nll_loss(log_gates, experts), entropy, (gates * (log_gates - prior)).sum(-1).mean()
+    return set_nll(log_gates, needs), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 
 
-def align_terms(
-    model: AlignXForCausalLM, logits: Tensor, labels: Tensor, experts: Tensor, lm_scale: float
-) -> AlignTerms:
+def align_terms(model: AlignXForCausalLM, logits: Tensor, labels: Tensor, needs: Tensor, lm_scale: float) -> AlignTerms:
     """Stage 2's terms, after the model's forward pass of B rows.
 
-    logits [B, T, V], labels [B, T] and experts [B] int64; `lm_scale` turns the summed NLL into its share of the step's
-    mean over answer tokens. The gates' decisions and the drifts are those that the forward pass left in the model.
+    logits [B, T, V], labels [B, T] int64, needs [B, E] fp32; `lm_scale` turns the summed NLL into its share of the
+    step's mean over answer tokens. The gates' decisions and the drifts are those that the forward pass left in the
+    model.
     """
     layers, routing = alignx_layers(model), model.routing
     per_gate = [
-        gating_terms(layer.gate, routing.queries[layer.gate_layer], routing.decisions[layer.gate_layer], experts)
+        gating_terms(layer.gate, routing.queries[layer.gate_layer], routing.decisions[layer.gate_layer], needs)
         for layer in layers
         if layer.gate is not None
     ]

@@ -123,7 +123,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_padded_batch(family: str) -
     found = []
     for batch in (pack(examples, PAD), collate(examples, PAD)):
         model = base_model(family=family).train()
-        loss = language_loss(model, MicroBatch(batch, torch.zeros(len(examples)), 0.25)).loss
+        loss = language_loss(
+            model, MicroBatch(batch, torch.zeros(len(examples)), torch.ones(len(examples), 1), 0.25)
+        ).loss
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
     (packed, gradients), (padded, expected) = found

@@ -180,7 +180,7 @@ def forced_loss(config: Any) -> loop.StepLoss:
     def loss(made: Any, part: loop.MicroBatch) -> MicroBatchLoss:
         b, overruled = part.batch, torch.nn.functional.one_hot(part.experts, EXPERTS).float()
         logits = made(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
-        terms = align.align_terms(made.module, logits, b.labels, part.experts, part.lm_scale)
+        terms = align.align_terms(made.module, logits, b.labels, part.needs, part.lm_scale)
         return MicroBatchLoss(terms.total(config.align))
 
     return loss

@@ -224,11 +224,14 @@ def schedule(step: int, warmup: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-Step = list[tuple[Batch, Tensor, float]]
+Step = list[tuple[Batch, Tensor, Tensor, float]]
 
 
 def imbalanced_steps(world: int, rank: int, accumulation: int) -> list[Step]:
-    """Rows in their order: the first share of a step belongs to one expert only. (batch, experts, lm_scale) a part."""
+    """Rows in their order: the first share of a step belongs to one expert only.
+
+    A part is (batch, experts, needs, lm_scale).
+    """
     steps = []
     for chosen in (range(4), range(4, 8), range(4)):
         answers = sum(EXAMPLES[i].answer_length for i in chosen)
@@ -239,8 +242,9 @@ def imbalanced_steps(world: int, rank: int, accumulation: int) -> list[Step]:
     return steps
 
 
-def _part(chosen: list[int], scale: float) -> tuple[Batch, Tensor, float]:
-    return collate([EXAMPLES[i] for i in chosen], PAD), torch.tensor([LABELS[i] for i in chosen]), scale
+def _part(chosen: list[int], scale: float) -> tuple[Batch, Tensor, Tensor, float]:
+    labels = torch.tensor([LABELS[i] for i in chosen])
+    return collate([EXAMPLES[i] for i in chosen], PAD), labels, one_hot(labels, EXPERTS).float(), scale
 
 
 def _clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Any], clip: float, rate: float) -> float:
@@ -277,12 +281,12 @@ def align_in_plain_torch(kind: str, forced: bool = False, frozen: bool = False) 
             for chosen in global_batches(len(EXAMPLES), c.batch, c.steps, SEED)
         ]
     losses, norms, curves = [], [], []
-    for number, [(b, experts, scale)] in enumerate(steps):
+    for number, [(b, experts, needs, scale)] in enumerate(steps):
         overruled = one_hot(experts, EXPERTS).float() if forced else None
         logits = model(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
         gates = [d.probabilities().tolist() for d in model.routing.decisions.values()]
         curves.append(direct_figures(gates, experts.tolist(), NAMES))
-        loss = align_terms(model, logits, b.labels, experts, scale).total(c)
+        loss = align_terms(model, logits, b.labels, needs, scale).total(c)
         loss.backward()
         losses.append(float(loss.detach()))
         rate = schedule(number, c.warmup_steps, c.steps)

@@ -81,7 +81,7 @@ def test_the_loss_s_prior_has_it(nearest: Calibrator) -> None:
     for more in ({}, {"nearest": 3.0}):
         gate = gates.CalibratedGate(geometry, GateSettings(more=more))
         assert gate.router.weight.abs().sum() == 0
-        kept.append(gating_terms(gate, query, gate.train()(query), torch.zeros(5, dtype=torch.long)))
+        kept.append(gating_terms(gate, query, gate.train()(query), torch.eye(4)[[0] * 5]))
         assert abs(float(kept[-1][2])) < 1e-5, "an untrained router leaves the calibrators' own gates"
     assert float((kept[0][0] - kept[1][0]).abs()) > 1e-3
 

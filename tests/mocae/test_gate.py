@@ -156,7 +156,9 @@ def test_an_absent_expert_leaves_every_loss_and_gradient_as_it_was(absent: tuple
 
     def terms_of(owner: CalibratedGate, query: Query, experts: torch.Tensor) -> list[torch.Tensor]:
         decision: Decision = owner(query)
-        return list(gating_terms(owner, query, decision, experts))
+        return list(
+            gating_terms(owner, query, decision, torch.nn.functional.one_hot(experts, query.words.shape[-1]).float())
+        )
 
     found = terms_of(gate, QUERIES, torch.tensor(present)[labels])
     expected = terms_of(smaller, among(present), labels)

@@ -88,15 +88,17 @@ def test_an_axis_without_queries_is_never_needed_and_a_generalist_without_any_is
 
 
 def test_the_gating_terms_are_sums_over_independent_axes() -> None:
-    gate, labels = make(), torch.arange(64) % EXPERTS
+    gate, sets = make(), torch.nn.functional.one_hot(torch.arange(64) % EXPERTS, EXPERTS).float()
+    sets[::5, 1:3] = torch.tensor([1.0, 1.0])  # two needs
+    sets[:, 0] = (sets[:, 1:].sum(-1) == 0).float()
     decision = gate(QUERY)
-    cross_entropy, entropy, prior = gating_terms(gate, QUERY, decision, labels)
+    cross_entropy, entropy, prior = gating_terms(gate, QUERY, decision, sets)
     yes = decision.needs().detach().double()
     parts = gate.parts(QUERY)
     calibrators = sum(term for name, term in parts.items() if name != "linear")
     assert isinstance(calibrators, Tensor)
     known = (calibrators[:, 1:] - calibrators[:, :1]).detach().double().sigmoid()
-    needed = torch.nn.functional.one_hot(labels, EXPERTS)[:, 1:].double()
+    needed = sets[:, 1:].double()
     likelihood = torch.where(needed > 0, yes, 1 - yes).log().sum(-1)
     each = -(yes * yes.log() + (1 - yes) * (1 - yes).log())
     divergence = yes * (yes / known).log() + (1 - yes) * ((1 - yes) / (1 - known)).log()

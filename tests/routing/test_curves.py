@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from direct_figures import direct_figures
-from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
+from tiny_models import aligned, base_model, low_rank_experts, one_hot, padded, random_rows
 from torch import Tensor
 
 from alignx_ds.data.batches import Batch, MicroBatch, collate
@@ -38,7 +38,7 @@ def passed(model: AlignXForCausalLM, chosen: range, wide: int = 0) -> MicroBatch
         b = Batch(*(widened(t, wide) for t in (b.input_ids, b.attention_mask, b.prompt_mask, b.labels)))
     labels = torch.tensor([LABELS[i] for i in chosen] + [2] * wide)
     model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False)
-    return MicroBatch(b, labels, 1.0)
+    return MicroBatch(b, labels, one_hot(labels.tolist()), 1.0)
 
 
 def widened(t: Tensor, by: int) -> Tensor:

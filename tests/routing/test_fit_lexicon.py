@@ -25,8 +25,7 @@ def rows_of(experts: list[int], count: int, seed: int) -> LabelledExamples:
             length = int(torch.randint(4, 12, (1,), generator=source))
             prompt = topic[torch.randint(0, len(topic), (length,), generator=source)].tolist()
             answer = [99] * int(torch.randint(1, 5, (1,), generator=source))
-            made.examples.append(Example(ids=[*prompt, *answer], prompt_length=length))
-            made.experts.append(expert)
+            made.add([Example(ids=[*prompt, *answer], prompt_length=length)], expert)
     return made
 
 
@@ -92,3 +91,15 @@ def test_with_a_single_expert_all_scores_are_zero() -> None:
 def test_the_calibration_split_may_lack_an_expert() -> None:
     lexicon, _, calibration_rows = fitted([0, 2, 3], [0, 2])
     assert torch.isfinite(scores(lexicon, calibration_rows)).all()
+
+
+def test_a_prompt_of_two_needs_counts_for_both() -> None:
+    """Prompts of both topics have the scores of both experts far above the third's."""
+    known, calibration_rows = rows_of([0, 2, 3], 40, 1), rows_of([0, 2, 3], 20, 2)
+    far = [Example((*range(75, 85), 99), 10)] * 30  # words that no other prompt has
+    known.add(far, 2, [(2, 3)] * len(far))
+    lexicon = Lexicon(4)
+    lexicon.load_state_dict(fit_lexicon(known, calibration_rows, 4))
+    none, _, second, third = scores(lexicon, LabelledExamples(far[:1], [2])).squeeze(0).tolist()
+    assert second == pytest.approx(third, abs=0.3)
+    assert min(second, third) > none + 1

@@ -13,7 +13,7 @@ from sklearn import metrics
 from torch import Tensor
 from torch.nn import functional
 
-from alignx_ds.routing.metrics import BINS, confusion, expected_calibration_error, router_metrics
+from alignx_ds.routing.metrics import BINS, axis_metrics, confusion, expected_calibration_error, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
 
 CASES = given(seed=st.integers(0, 10_000), rows=st.integers(1, 300), experts=st.integers(2, 6))
@@ -139,3 +139,61 @@ def test_a_router_that_is_always_right_gets_the_lowest_temperature_it_may() -> N
     found = fit_temperature(functional.one_hot(labels, 4).float(), labels)
     assert 0 < found < 0.05
     assert math.isfinite(router_metrics(functional.one_hot(labels, 4) / found, labels)["nll"])
+
+
+TWO_NEEDS = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+FORECASTS = torch.tensor([[0.8, 0.6], [0.3, 0.1], [0.9, 0.7], [0.2, 0.4]], dtype=torch.float64)
+
+
+def odds_of(forecasts: Tensor) -> Tensor:
+    """Logits of a gate of needs with these probabilities."""
+    return torch.cat([torch.full((len(forecasts), 1), 2.5).double(), 2.5 + torch.logit(forecasts)], dim=-1)
+
+
+def test_a_gate_of_needs_is_judged_axis_by_axis() -> None:
+    logits = odds_of(FORECASTS)
+    found = router_metrics(logits, TWO_NEEDS, "needs")
+    assert found["accuracy"] == 0.5, "the first two sets are right, one has too much, the last too little"
+    # axis 1 happens in rows 0 and 3, axis 2 in rows 0 and 2; every forecast has a bin of its own
+    gaps = [[0.2, 0.3, 0.9, 0.8], [0.4, 0.1, 0.3, 0.4]]
+    by_axis = axis_metrics(logits, TWO_NEEDS, "needs")
+    assert [m["ece"] for m in by_axis] == pytest.approx([sum(g) / 4 for g in gaps])
+    assert [m["brier"] for m in by_axis] == pytest.approx([sum(x * x for x in g) / 4 for g in gaps])
+    assert found["ece"] == pytest.approx(sum(map(sum, gaps)) / 8)
+    assert found["brier"] == pytest.approx(sum(x * x for g in gaps for x in g) / 8)
+    assert found["nll"] == pytest.approx(-sum(math.log(1 - x) for g in gaps for x in g) / 8)
+    # row 3 needs axis 1 and gets nothing; row 2 needs axis 2 and gets axis 1 too
+    assert confusion(logits, TWO_NEEDS, "needs") == [[1, 0, 0], [1, 1, 0], [0, 1, 2]]
+
+
+def test_a_choice_is_right_if_it_is_in_the_set() -> None:
+    p = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.7, 0.1], [0.3, 0.3, 0.4], [0.1, 0.8, 0.1]], dtype=torch.float64)
+    found = router_metrics(p.log(), TWO_NEEDS)
+    assert found["accuracy"] == 0.75
+    assert found["ece"] == pytest.approx((0.4 + 0.7 + 0.6 + 0.2) / 4)
+    assert found["brier"] == pytest.approx(((0.01 + 0.01 + 0.04) + (0.64 + 0.49 + 0.01) + 0.54 + 0.06) / 4)
+    expected = -(0.5 * math.log(0.6 * 0.3) + math.log(0.2) + math.log(0.4) + math.log(0.8)) / 4
+    assert found["nll"] == pytest.approx(expected)
+    assert confusion(p.log(), TWO_NEEDS) == [[0, 1, 0], [0, 2, 0], [0, 1, 1]]
+    assert axis_metrics(p.log(), TWO_NEEDS)[0]["brier"] == pytest.approx((0.16 + 0.49 + 0.09 + 0.04) / 4)
+
+
+@few
+@CASES
+def test_one_hot_sets_have_the_metrics_of_their_labels(seed: int, rows: int, experts: int) -> None:
+    logits, labels = case(seed, rows, experts)
+    sets = functional.one_hot(labels, experts).float()
+    assert router_metrics(logits, sets) == router_metrics(logits, labels)
+    assert confusion(logits, sets) == confusion(logits, labels)
+    assert fit_temperature(logits, sets) == fit_temperature(logits, labels)
+
+
+def test_the_temperature_of_a_gate_of_needs_counts_every_axis() -> None:
+    """Each axis is drawn by itself, so that sets of two come with the rest."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(20_000, 3, generator=generator, dtype=torch.float64) * 2
+    odds = (logits[:, 1:] - logits[:, :1]) / 2
+    axes = (torch.rand(odds.shape, generator=generator, dtype=torch.float64) < odds.sigmoid()).double()
+    sets = torch.cat([(axes.sum(-1, keepdim=True) == 0).double(), axes], dim=-1)
+    assert (sets.sum(-1) == 2).any()
+    assert fit_temperature(logits, sets, "needs") == pytest.approx(2.0, rel=0.05)

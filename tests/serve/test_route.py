@@ -96,3 +96,17 @@ def test_what_can_t_be_routed_is_one_line(
     assert cli.main(["route", str(saved_aligned), file, *arguments]) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and said in err
+
+
+def test_a_label_may_name_several_experts_or_none(
+    saved_aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"prompt": p, "axis": "helpful"} for p in PROMPTS]
+    found, _ = lines(capsys, str(saved_aligned), write(tmp_path / "asked.jsonl", records), "--labels", "axis")
+    others = [next(n for n in ("helpful", "honest") if n != line["expert"]) for line in found]
+    chosen = [line["expert"] for line in found]
+    sets: list[Any] = [[chosen[0], others[0]], f"{others[1]}, {chosen[1]}", [others[2]], []]
+    labelled = [r | {"axis": s} for r, s in zip(records, sets, strict=True)]
+    _, notes = lines(capsys, str(saved_aligned), write(tmp_path / "sets.jsonl", labelled), "--labels", "axis")
+    right = 2 + (chosen[3] == "generalist")
+    assert any(f"accuracy {right / 4:.3f}" in note for note in notes)

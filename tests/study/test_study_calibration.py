@@ -13,7 +13,15 @@ import torch
 from alignx_ds.data.rows import Row
 from alignx_ds.routing.gate_terms import sum_of
 from alignx_ds.routing.metrics import expected_calibration_error, router_metrics
-from alignx_ds.study.calibration import calibrated, cross_fitted, halves, multiple_choice, reliability, same_for_all
+from alignx_ds.study.calibration import (
+    calibrated,
+    cross_fitted,
+    forecasts,
+    halves,
+    multiple_choice,
+    reliability,
+    same_for_all,
+)
 from alignx_ds.study.gate_parts import GateTerms
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
@@ -50,7 +58,7 @@ def test_the_reliability_diagram_s_mean_gap_is_the_ece(bins: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(500, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(4, (500,), generator=generator)
-    seen = reliability(logits.softmax(-1), labels, bins)
+    seen = reliability(*forecasts(logits, labels, "choice"), bins)
     assert sum(b["rows"] for b in seen) == 500
     gap = sum(b["rows"] / 500 * abs(b["confidence"] - b["accuracy"]) for b in seen)
     assert gap == pytest.approx(expected_calibration_error(logits.softmax(-1), labels, bins))

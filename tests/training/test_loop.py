@@ -78,7 +78,7 @@ def recorder(restored: Losses | None = None) -> Recorder:
 
 def micro_batch(number: int) -> MicroBatch:
     example = Example((5, 6, 7), 1, f"rows.json, row {number}")
-    return MicroBatch(collate([example], 0), torch.zeros(1), 1.0, (example,), (number,))
+    return MicroBatch(collate([example], 0), torch.zeros(1), torch.ones(1, 1), 1.0, (example,), (number,))
 
 
 def run(values: list[list[float]], job: TrainingJob, engine: Engine | None = None) -> Losses:

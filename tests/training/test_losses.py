@@ -15,6 +15,7 @@ from tiny_models import (
     base_model,
     generator,
     low_rank_experts,
+    one_hot,
     random_rows,
     relative,
 )
@@ -49,7 +50,7 @@ def make(path: str = "fused", scope: str = "per_layer") -> AlignXForCausalLM:
 
 def terms_of(model: AlignXForCausalLM, b: Batch, experts: Tensor, lm_scale: float) -> AlignTerms:
     logits = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
-    return align_terms(model, logits, b.labels, experts, lm_scale)
+    return align_terms(model, logits, b.labels, one_hot(experts.tolist()), lm_scale)
 
 
 def test_answer_nll_sums_over_the_answers_tokens_only() -> None:
@@ -71,7 +72,10 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str) -> N
     model, scale = base_model(family=family), 1 / ANSWER_TOKENS
     padded, packed = collate(EXAMPLES, 0), pack(EXAMPLES, 0)
     assert packed.input_ids.shape[0] < len(EXAMPLES), "otherwise nothing is packed"
-    losses = [language_loss(model, MicroBatch(batch, LABELS, scale)).loss for batch in (padded, packed)]
+    losses = [
+        language_loss(model, MicroBatch(batch, LABELS, one_hot(LABELS.tolist()), scale)).loss
+        for batch in (padded, packed)
+    ]
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-5)
     gradients = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in losses
@@ -88,7 +92,7 @@ def test_the_gating_terms() -> None:
     gate = gates_of(model)[ALIGNX_LAYERS[0]]
     query = some_query()
     decision = gate(query)
-    cross_entropy, uncertainty, prior = gating_terms(gate, query, decision, LABELS)
+    cross_entropy, uncertainty, prior = gating_terms(gate, query, decision, one_hot(LABELS.tolist()))
     log_p = log_softmax(decision.logits.detach().double().numpy(), axis=-1)
     parts = {name: t.detach().double().numpy() for name, t in gate.parts(query).items()}
     log_q = log_softmax(parts["fractal"] + parts["natural"] + parts["lexical"], axis=-1)
@@ -105,7 +109,9 @@ def test_the_prior_is_zero_where_the_router_adds_nothing() -> None:
     with torch.no_grad():
         gate.router.weight.zero_()
     query = some_query()
-    assert float(gating_terms(gate, query, gate(query), LABELS)[2].detach()) == pytest.approx(0.0, abs=1e-6)
+    assert float(gating_terms(gate, query, gate(query), one_hot(LABELS.tolist()))[2].detach()) == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 def test_the_align_terms_average_over_gates_and_layers() -> None:
@@ -113,7 +119,10 @@ def test_the_align_terms_average_over_gates_and_layers() -> None:
     terms = terms_of(model, collate(EXAMPLES, 0), LABELS, lm_scale=0.25)
     routing = model.routing
     per_gate = [
-        [float(t.detach()) for t in gating_terms(gate, routing.queries[i], routing.decisions[i], LABELS)]
+        [
+            float(t.detach())
+            for t in gating_terms(gate, routing.queries[i], routing.decisions[i], one_hot(LABELS.tolist()))
+        ]
         for i, gate in gates_of(model).items()
     ]
     assert len(per_gate) == 2
