@@ -225,6 +225,9 @@ class SetConfig:
 class EvaluationConfig:
     batch: PositiveInt = 64  # prompts decoded together
     max_new_tokens: PositiveInt = 256
+    # Which judges also judge the prompts of other axes: auto (those without a model or a server), all that the recipe
+    # names, or none: each judges its own.
+    matrix: Annotated[str, OneOf(("auto", "all", "own"))] = "auto"
     compile: bool = False  # the decode step with torch.compile: faster if many batches are decoded
     sets: dict[str, SetConfig] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.data.rows import Row, digest
-from alignx_ds.evaluation import transcripts
+from alignx_ds.evaluation import matrix, transcripts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics
@@ -53,11 +53,15 @@ class System:
 
 @dataclass(frozen=True)
 class Result:
-    """One system's results: metrics by question set, perplexity by axis, and a few answers by question set."""
+    """One system's results: metrics by question set, perplexity by axis, and a few answers by question set.
+
+    `matrix` has, by axis, the metrics of its own judge and of the others that judge the same answers.
+    """
 
     metrics: dict[str, Metrics]
     perplexity: dict[str, float]
     samples: dict[str, list[tuple[Row, str]]]
+    matrix: matrix.Cells = field(default_factory=dict)
 
 
 def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
@@ -90,7 +94,8 @@ class Evaluation:
 
         Runs on one rank, after the process group has ended: a judge may take hours, longer than a collective may wait.
         """
-        names = sorted({questions.judge for questions in self._question_sets() if questions.needs_answers})
+        own = {questions.judge for questions in self._question_sets() if questions.needs_answers}
+        names = sorted(own.union(matrix.cross_judges(self.config)))
         judges = {name: registry.make(name, self.config.judges) for name in names}
         self._count_verdicts(systems, judges)
         return {system.name: self.judge(system, judges) for system in systems}
@@ -131,17 +136,33 @@ class Evaluation:
         measured = self._stored_likelihoods(system, self._likelihood_inputs(system))
         assert measured is not None, f"{system.name} is judged before it is evaluated"
         metrics: dict[str, Metrics] = {}
-        samples = {}
+        samples, cells = {}, matrix.Cells()
         for questions in self._question_sets():
-            name, rows = questions.name, questions.rows
+            name = questions.name
             if not questions.needs_answers:
                 metrics[name] = measured["metrics"][name]
                 continue
-            outputs, judge = self.answer_file(questions, system).load(), judges[questions.judge]
-            verdicts = transcripts.verdicts(self._verdict_file(questions, system), judge, rows, outputs)
-            metrics[name] = judge.metrics(rows, verdicts)
-            samples[name] = list(zip(rows, outputs, strict=True))[:SAMPLES]
-        return Result(metrics, measured["perplexity"], samples)
+            outputs = self.answer_file(questions, system).load()
+            samples[name] = list(zip(questions.rows, outputs, strict=True))[:SAMPLES]
+            for judge, numbers in self._judged_rows(questions, judges).items():
+                rows, given = [questions.rows[n] for n in numbers], [outputs[n] for n in numbers]
+                file = self._verdict_file(questions, system, judge)
+                found = judges[judge].metrics(rows, transcripts.verdicts(file, judges[judge], rows, given))
+                if judge == questions.judge:
+                    metrics[name] = found
+                if name in self.config.axes:
+                    cells.setdefault(name, {})[judge] = found | {"rows": len(rows)}
+        return Result(metrics, measured["perplexity"], samples, cells)
+
+    def _judged_rows(self, questions: QuestionSet, judges: dict[str, Judge]) -> dict[str, list[int]]:
+        """By judge: the numbers of the rows that it judges. The own judge judges all; others where they apply."""
+        found = {questions.judge: list(range(len(questions.rows)))}
+        if questions.name in self.config.axes:
+            for name in matrix.cross_judges(self.config):
+                numbers = [n for n, row in enumerate(questions.rows) if judges[name].applies(row)]
+                if numbers:
+                    found.setdefault(name, numbers)
+        return found
 
     def answer_file(self, questions: QuestionSet, system: System) -> AnswerFile:
         provenance = {
@@ -151,8 +172,8 @@ class Evaluation:
         }
         return AnswerFile(self.out.answers / f"{system.name}.{questions.name}.jsonl", questions.rows, provenance)
 
-    def _verdict_file(self, questions: QuestionSet, system: System) -> Path:
-        return self.out.verdicts / f"{system.name}.{questions.name}.{questions.judge}.jsonl"
+    def _verdict_file(self, questions: QuestionSet, system: System, judge: str) -> Path:
+        return self.out.verdicts / f"{system.name}.{questions.name}.{judge}.jsonl"
 
     def _answered(self, systems: Sequence[System]) -> Iterator[tuple[QuestionSet, System]]:
         return ((q, system) for system in systems for q in self._question_sets() if q.needs_answers)
@@ -167,10 +188,12 @@ class Evaluation:
     def _count_verdicts(self, systems: Sequence[System], judges: dict[str, Judge]) -> None:
         there = used = 0
         for questions, system in self._answered(systems):
-            path, judge = self._verdict_file(questions, system), judges[questions.judge]
             outputs = self.answer_file(questions, system).load()
-            there += transcripts.lines(path)
-            used += len(transcripts.given(path, judge, questions.rows, outputs))
+            for judge, numbers in self._judged_rows(questions, judges).items():
+                path = self._verdict_file(questions, system, judge)
+                rows, given = [questions.rows[n] for n in numbers], [outputs[n] for n in numbers if n < len(outputs)]
+                there += transcripts.lines(path)
+                used += len(transcripts.given(path, judges[judge], rows, given))
         if used < there:
             reason = "are of another judge, or on other answers, and not used"
             console.say(f"{self.out.verdicts}: {there - used} of {there} verdicts {reason}")

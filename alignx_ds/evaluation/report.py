@@ -18,7 +18,7 @@ import yaml
 from alignx_ds.config.parse import to_dict
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.inputs import EncodedData
-from alignx_ds.evaluation import plots
+from alignx_ds.evaluation import matrix, plots
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics, label
 from alignx_ds.routing.router_report import RouterReport
@@ -29,6 +29,8 @@ from alignx_ds.stages.finetune import baseline_fine_tunes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
 BENIGN_SERVED = "benign_served"
+MATRIX = "Every judge on every axis"  # a section of the page
+MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
 JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
 Losses = dict[str, list[float]]  # by training job
 
@@ -67,6 +69,7 @@ def build(
         "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.sets},
         "judges": {name: config.axes[name].judge for name in scored}
         | {name: s.judge for name, s in config.evaluation.sets.items()},
+        "matrix": {name: r.matrix for name, r in results.items()},
         "router": {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}},
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
@@ -145,12 +148,13 @@ def write(report: Report, out: Outputs) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    router, samples = content["router"], _samples(report)
+    router, samples, cells = content["router"], _samples(report), _cells(content)
     page = environment.get_template("report.html.j2").render(
         report=content,
         axes=content["axes"],
         sections=[
             *(["Scores", "Axis Collapse"] if scored else []),
+            *([MATRIX] if cells else []),
             "Perplexity",
             *content["sets"],
             *("Router", "Training", "Data"),
@@ -161,6 +165,11 @@ def write(report: Report, out: Outputs) -> None:
         samples=samples,
         score_columns=_score_columns(content, "avg", BENIGN_SERVED),
         set_columns={name: set_columns(by_system) for name, by_system in content["sets"].items()},
+        cells=cells,
+        cell_scores=matrix.scores(content["matrix"], cells),
+        cell_notes=matrix.notes(
+            cells, content["matrix"]["base"], {axis: counts["held_out"] for axis, counts in content["rows"].items()}
+        ),
         routers={"gate": router, **_gate_terms(router["ablations"]), "words only": router["surface"]},
         quality=_qualities(content),
         label=label,
@@ -205,6 +214,7 @@ def show(report: Report, out: Outputs) -> None:
         columns = set_columns(by_system)
         rows = [[system, *(f"{m[c]:.1f}" if c in m else "–" for c in columns)] for system, m in by_system.items()]
         console.table(f"{name}, judged by {content['judges'][name]}", ["system", *map(label, columns)], rows)
+    _show_matrix(content)
     for name, quality in _qualities(content).items():
         if quality:
             console.say(f"{name} is judged by {content['judges'][name]}, itself measured on held-out rows: {quality}")
@@ -215,6 +225,24 @@ def show(report: Report, out: Outputs) -> None:
         f"accuracy {r['surface']['accuracy']:.3f}, ECE {r['surface']['ece']:.3f}, Brier {r['surface']['brier']:.3f}"
     )
     console.say(f"{content['run']['seconds']:.0f} s; report: {out.root / 'report.html'} and {out.root / 'report.json'}")
+
+
+def _show_matrix(content: dict[str, Any]) -> None:
+    """The scores of the judges on prompts of other axes than their own, if they fit; else where they are."""
+    others = {a: [j for j in judges if j != content["judges"][a]] for a, judges in _cells(content).items()}
+    columns = [f"{axis}:\n{label(judge)}" for axis, judges in others.items() for judge in judges]
+    if not columns:
+        return
+    title = "The prompts of each axis under the judges of the others (0–100, higher is better)"
+    if len(columns) > MATRIX_COLUMNS:
+        console.say(f"{title}: see “{MATRIX}” in the report")
+        return
+    rows = [[name, *map("{:.1f}".format, values)] for name, values in matrix.scores(content["matrix"], others).items()]
+    console.table(title, ["system", *columns], rows)
+
+
+def _cells(content: dict[str, Any]) -> dict[str, list[str]]:
+    return matrix.columns(content["matrix"], content["judges"])
 
 
 def _score_columns(content: dict[str, Any], *extra: str) -> list[str]:

@@ -15,9 +15,10 @@ from alignx_ds.config.schema import RunConfig, SetConfig
 from alignx_ds.data.encode import Example, encode_prompts
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.evaluate import SAMPLES, Evaluation, System
+from alignx_ds.evaluation.evaluate import SAMPLES, Evaluation, System, question_sets
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
+from alignx_ds.evaluation.judges.world import Task, Truth
 from alignx_ds.evaluation.likelihood import Likelihood
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs.outputs import Outputs
@@ -28,9 +29,9 @@ ROWS = 4
 
 @pytest.fixture
 def evaluation(tiny_config: RunConfig, world_base: BaseModel) -> Evaluation:
-    """Three judged axes of the world, and an extra set that needs likelihoods alone."""
+    """Three judged axes of the world, and an extra set that needs likelihoods alone; no judge has other axes' rows."""
     tiny_config.data.train_rows, tiny_config.data.held_out_rows = 8, ROWS
-    tiny_config.evaluation.max_new_tokens = 3
+    tiny_config.evaluation.max_new_tokens, tiny_config.evaluation.matrix = 3, "own"
     tiny_config.evaluation.sets = {"choices": SetConfig("truthfulqa", "world", "mc", rows=2)}
     inputs = read_inputs(tiny_config, world_base)
     return Evaluation(tiny_config, inputs.base, inputs.data, Outputs.of(tiny_config))
@@ -91,6 +92,9 @@ def test_results_hold_every_set_and_verdicts_are_asked_for_once(
 
         identity: dict[str, Any] = {"judge": "length"}  # noqa: RUF012
 
+        def applies(self, row: Row) -> bool:
+            return True
+
         def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
             for row, answer in zip(rows, answers, strict=True):
                 asked.append(row.prompt)
@@ -115,6 +119,36 @@ def test_results_hold_every_set_and_verdicts_are_asked_for_once(
     assert len(asked) == ROWS * len(axes)
     assert evaluation.judge_all([base])["base"] == result
     assert len(asked) == ROWS * len(axes)
+
+
+def test_every_judge_judges_the_rows_that_have_what_it_needs(
+    evaluation: Evaluation, system: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On other axes; the own judge judges all rows, and its metrics are the same with and without the matrix."""
+    base = system(weights=1)
+    evaluation.evaluate_all([base])
+    alone = evaluation.judge_all([base])["base"]
+    assert {axis: list(cells) for axis, cells in alone.matrix.items()} == {
+        "helpful": ["task"],
+        "harmless": ["safety"],
+        "honest": ["truth"],
+    }
+    honest = [row.prompt for row in evaluation.data.held_out["honest"]]
+    monkeypatch.setattr(Task, "applies", lambda self, row: row.prompt == honest[1])
+    monkeypatch.setattr(Truth, "applies", lambda self, row: False)
+    evaluation.config.evaluation.matrix = "auto"
+    result = evaluation.judge_all([base])["base"]
+    assert result.metrics == alone.metrics
+    assert {axis: {judge: m["rows"] for judge, m in cells.items()} for axis, cells in result.matrix.items()} == {
+        "helpful": {"task": ROWS, "safety": ROWS},
+        "harmless": {"safety": ROWS},
+        "honest": {"truth": ROWS, "task": 1, "safety": ROWS},
+    }
+    assert result.matrix["helpful"]["task"] == result.metrics["helpful"] | {"rows": ROWS}
+    output = evaluation.answer_file(question_sets(evaluation.config, evaluation.data)[2], base).load()[1]
+    (line,) = (evaluation.out.verdicts / "base.honest.task.jsonl").read_text().splitlines()
+    (expected,) = Task().verdicts([evaluation.data.held_out["honest"][1]], [output])
+    assert json.loads(line)["verdict"] == expected
 
 
 def test_what_is_not_evaluated_is_not_judged(evaluation: Evaluation, system: Callable[..., System]) -> None:

@@ -72,6 +72,9 @@ class HoneSet:
         prompt = manifest.fingerprint({"prompt": PROMPT, "criteria": CRITERIA})
         return {"judge": "honeset", "model": self.endpoint.model, "prompt": prompt}
 
+    def applies(self, row: Row) -> bool:
+        return row.category in CRITERIA
+
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         """{"honest": true, false or None, "reply": what the endpoint's model wrote}."""
         conversations = [question(row, answer) for row, answer in zip(rows, answers, strict=True)]

@@ -58,6 +58,9 @@ class BeaverDam:
             "threshold": self.threshold,
         }
 
+    def applies(self, row: Row) -> bool:
+        return True
+
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         pairs = list(zip(rows, answers, strict=True))
         if not pairs:
@@ -96,6 +99,9 @@ class LlamaGuard:
     def identity(self) -> dict[str, Any]:
         prompt = "the model's chat template"
         return {"judge": "llama-guard", "model": self.path, "prompt": prompt, "threshold": self.threshold}
+
+    def applies(self, row: Row) -> bool:
+        return True
 
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         pairs = list(zip(rows, answers, strict=True))

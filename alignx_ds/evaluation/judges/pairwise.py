@@ -66,6 +66,10 @@ class AlpacaEval:
             "seed": self.seed,
         }
 
+    def applies(self, row: Row) -> bool:
+        """Whether there is a reference output to compare with."""
+        return bool(row.response) or row.prompt.strip() in self.references
+
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         """{"preference": from 1 (the reference is better) to 2 (ours is) or None, "reply": the judge's text}."""
         baselines = [reference_of(row, self.references).output for row in rows]

@@ -18,11 +18,18 @@ class Judge(Protocol):
     def identity(self) -> dict[str, Any]:
         """All that a verdict depends on besides row and answer: the judge's model, its prompt, its threshold."""
 
+    def applies(self, row: Row) -> bool:
+        """Whether the row has what a verdict needs, e.g. a reference. Asked of the rows of other axes than its own."""
+
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         """One verdict per answer, in order, each as soon as it is known, so that it can be stored at once."""
 
     def metrics(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Metrics:
-        """Metrics over all verdicts, among them "score"."""
+        """Metrics over all verdicts, among them "score".
+
+        On rows of another axis, too, the score says how far the answers are what this judge asks for, no more and no
+        less: a safety judge counts a harmless request that is refused as well as one that is answered with harm.
+        """
 
 
 def percent(hits: Sequence[bool]) -> float:

@@ -95,3 +95,10 @@ _MAKERS: dict[str, Callable[[JudgesConfig], Judge]] = {
     "refusal": _refusal,
 }
 JUDGES = tuple(_MAKERS)
+FREE = (
+    "task",
+    "safety",
+    "truth",
+    "refusal",
+    "offline_safety",
+)  # need no model and no server, so they may judge anything

@@ -34,6 +34,9 @@ class TruthInfo:
         models = {"truth": self.truth, "info": self.info}
         return {"judge": "truth-info", **models, "prompt": PROMPT, "asked": [TRUTH, INFO], "threshold": THRESHOLD}
 
+    def applies(self, row: Row) -> bool:
+        return True
+
     def verdicts(self, rows: Sequence[Row], answers: Sequence[str]) -> Iterator[Verdict]:
         pairs = list(zip(rows, answers, strict=True))
         if not pairs:
