@@ -81,6 +81,11 @@ def test_confusion_agrees_with_scikit_learn(seed: int, rows: int, experts: int) 
     assert np.array_equal(confusion(logits, labels), expected)
 
 
+def laplace(right: int) -> float:
+    """The rule of succession: the probability that the next one is right too."""
+    return (right + 1) / (right + 2)
+
+
 @few
 @given(seed=st.integers(0, 10_000), sharpness=st.floats(0.3, 6.0))
 def test_no_other_temperature_has_a_lower_nll(seed: int, sharpness: float) -> None:
@@ -88,9 +93,18 @@ def test_no_other_temperature_has_a_lower_nll(seed: int, sharpness: float) -> No
     labels = torch.where(
         torch.rand(200, generator=torch.Generator().manual_seed(seed)) < 0.6, logits.argmax(-1), labels
     )
-    best = float(functional.cross_entropy(logits / fit_temperature(logits, labels), labels))
+    counts = labels.bincount(minlength=4).tolist()
+    own = [laplace(counts[c]) for c in labels.tolist()]
+    targets = torch.tensor(
+        [[p if e == c else (1 - p) / 3 for e in range(4)] for p, c in zip(own, labels.tolist(), strict=True)]
+    )
+
+    def nll(t: float) -> float:
+        return float(-(targets * (logits / t).log_softmax(-1)).sum(-1).mean())
+
+    best = nll(fit_temperature(logits, labels))
     for log_t in np.linspace(-4, 4, 81):
-        assert best <= float(functional.cross_entropy(logits / math.exp(log_t), labels)) + 1e-6
+        assert best <= nll(math.exp(log_t)) + 1e-6
 
 
 @pytest.mark.parametrize("truth", [0.5, 1.0, 3.0])
@@ -108,6 +122,9 @@ def test_the_temperature_that_made_the_labels_is_found(truth: float) -> None:
 def test_no_other_temperature_makes_a_gate_of_needs_likelier(seed: int, sharpness: float) -> None:
     logits, labels = case(seed, 200, 4, sharpness)
     needed = functional.one_hot(labels, 4)[:, 1:].double()
+    for axis in needed.unbind(-1):  # Platt's targets
+        positive = int(axis.sum())
+        axis.copy_(torch.where(axis > 0, laplace(positive), 1 - laplace(200 - positive)))
 
     def nll(t: float) -> float:
         odds = (logits[:, 1:] - logits[:, :1]).double() / t
@@ -134,11 +151,25 @@ def test_single_precision_logits_suffice() -> None:
         assert figure == pytest.approx(router_metrics(logits, labels)[name], abs=1e-5)
 
 
-def test_a_router_that_is_always_right_gets_the_lowest_temperature_it_may() -> None:
-    labels = torch.tensor([0, 1, 2, 3])
-    found = fit_temperature(functional.one_hot(labels, 4).float(), labels)
-    assert 0 < found < 0.05
-    assert math.isfinite(router_metrics(functional.one_hot(labels, 4) / found, labels)["nll"])
+@pytest.mark.parametrize("margin", [0.5, 20.0, 100.0])
+@pytest.mark.parametrize("kind", ["choice", "needs"])
+def test_a_router_that_is_always_right_is_no_surer_than_its_rows_allow(kind: str, margin: float) -> None:
+    """The likelihood of the labels themselves would grow as long as the temperature falls."""
+    labels = torch.arange(3).repeat(100) + 1
+    logits = margin * functional.one_hot(labels, 4).double()
+    logits[:, 0] = -margin if kind == "choice" else margin / 2  # in needs the generalist is the threshold
+    found = logits / fit_temperature(logits, labels, kind)
+    sure = found.softmax(-1) if kind == "choice" else (found[:, 1:] - found[:, :1]).sigmoid()
+    assert float(sure.amax(-1).mean()) == pytest.approx(laplace(100), abs=0.005)
+
+
+def test_experts_that_no_row_belongs_to_do_not_matter() -> None:
+    logits, labels = case(5, 200, 3)
+    for kind in ("choice", "needs"):
+        padded = torch.cat([logits, torch.full((200, 1), -1e4, dtype=logits.dtype)], dim=-1)
+        alone = torch.zeros(200, dtype=torch.int64)
+        assert fit_temperature(padded, labels, kind) == pytest.approx(fit_temperature(logits, labels, kind), rel=1e-3)
+        assert math.isfinite(fit_temperature(logits, alone, kind))
 
 
 TWO_NEEDS = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
