@@ -85,11 +85,10 @@ class AlignXLayer(nn.Module):
         return routing.gathered.setdefault(self.index, [])
 
     def _gates(self, x: Tensor, routing: Routing) -> Tensor:
-        """[B, 1, E] fp32 on the device of x: as forced, as decided at prefill, or decided now by this layer's gate."""
+        """[B, 1, E] fp32 on the device of x: as forced, as decided earlier, or decided now by this layer's gate."""
         if self.gate is not None and self.gate_layer not in routing.decisions:
-            query = Query(prompt_summary(x, routing.prompt_mask), routing.words.to(x.device))
-            routing.queries[self.gate_layer] = query
-            routing.decisions[self.gate_layer] = self.gate(query)
+            query = Query(prompt_summary(x, routing.query_mask), routing.words.to(x.device))
+            routing.decide(self.gate_layer, query, self.gate)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
         return gates.unsqueeze(1).to(x.device)
 

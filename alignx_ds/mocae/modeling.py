@@ -27,6 +27,7 @@ from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing
 from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.mocae.turns import from_column, query_mask, turn_start
 
 
 class AlignXConfig(PreTrainedConfig):
@@ -42,14 +43,17 @@ class AlignXConfig(PreTrainedConfig):
         layers: list[int] | None = None,
         ranks: dict[str, int] | None = None,
         gate: GateSettings | dict[str, Any] | None = None,
+        user_turn: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        """`user_turn` are the tokens that begin a user turn; without them the whole prompt is the gates' query."""
         # A copy: transformers resets the attention implementation of a nested config, which a live model may share.
         given = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else copy.deepcopy(text_config)
         self.text_config: Any = given
         self.experts = experts or []
         self.layers = layers or []
         self.ranks = ranks or {}
+        self.user_turn = list(user_turn or [])
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
         if self.text_config is not None:
             self.text_config._name_or_path = ""  # often a path of the machine that made the model
@@ -93,8 +97,13 @@ class Placement:
 class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     """A backbone with AlignX layers. Pass `prompt_mask` where `input_ids` hold an answer too (training, scoring).
 
-    Without it the whole input but its padding is the prompt, as in generation. The routing is decided at prefill and
-    kept with the KV cache.
+    Without it the whole input but its padding is the prompt, as in generation. The gates decide from the prompt's last
+    user turn, which they find by `config.user_turn`, and the routing is kept with the KV cache.
+
+    A later pass on this cache that brings a user turn is routed anew, in the rows that have one. The tokens that begin
+    the turn have to be in that pass, with others after them or before. The keys and values of the turns before stay as
+    their own experts made them. So the logits are those of one full forward pass within a turn, but not across turns
+    with different experts. The decision of a shared gate is the same in both.
     """
 
     config_class = AlignXConfig
@@ -190,18 +199,21 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         """
         assert input_ids is not None
         # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
-        flat = attention_mask is not None and attention_mask.dim() == 2
-        token_mask = attention_mask[:, -input_ids.shape[1] :] if attention_mask is not None and flat else None
+        flat = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        token_mask = flat[:, -input_ids.shape[1] :] if flat is not None else None
         cache = kv_cache(kwargs)
         routing: Routing | None = getattr(cache, "routing", None)
+        mask = prompt_mask if prompt_mask is not None else token_mask
         if routing is None:
-            seen = attention_mask.shape[1] if attention_mask is not None and flat else 0
+            seen = flat.shape[1] if flat is not None else 0
             if seen > input_ids.shape[1] or (cache is not None and int(cache.get_seq_length()) > 0):
                 raise ValueError(LOST_ROUTING)
-            mask = prompt_mask if prompt_mask is not None else token_mask
             assert mask is not None or attention_mask is None, "a 4-D attention mask needs a prompt_mask beside it"
             mask = mask if mask is not None else torch.ones_like(input_ids)
+            mask = query_mask(input_ids, mask, self.config.user_turn)
             routing = Routing(mask, self.lexicon(input_ids, mask), forced)
+        elif input_ids.shape[1] > 1 and self.config.user_turn:
+            routing = self._routed_again(input_ids, mask if mask is not None else torch.ones_like(input_ids), routing)
         self.forward_pass.routing, self.forward_pass.token_mask = routing, token_mask
         output: CausalLMOutputWithPast = self.backbone(
             input_ids=input_ids,
@@ -214,6 +226,18 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache.routing = routing
         return output
+
+    def _routed_again(self, input_ids: Tensor, mask: Tensor, routing: Routing) -> Routing:
+        """The kept routing, or a new one where these tokens, several in each row, bring a user turn.
+
+        The host waits for the device, which a decoding step of one token never does.
+        """
+        start = turn_start(input_ids, mask, self.config.user_turn)
+        asked = start >= 0
+        if not bool(asked.any()):
+            return routing
+        mask = from_column(mask, start)
+        return routing.asked_again(mask, self.lexicon(input_ids, mask), asked)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,19 +261,19 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return ids, made
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Pass the prompt's mask on until the cache holds the routing; the tokens after the prompt are not part of it.
+        """Pass the prompt's mask on, cut to the tokens of the pass; the tokens after the prompt are not part of it.
 
-        Without a cache, the masks of a rank that has finished and goes on with the others grow longer than its text:
-        they are cut.
+        So candidates of assisted decoding are never taken for a user turn. Without a cache, the masks of a rank that
+        has finished and goes on with the others grow longer than its text: they are cut.
         """
         if not kwargs.get("use_cache", True):
             for name in ("attention_mask", "position_ids"):
                 if kwargs.get(name) is not None:
                     kwargs[name] = kwargs[name][..., : input_ids.shape[1]]
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        mask = inputs.pop("prompt_mask", None)
-        if mask is not None and not hasattr(kv_cache(inputs), "routing"):
-            inputs["prompt_mask"] = pad(mask, (0, inputs["input_ids"].shape[1] - mask.shape[1]))
+        mask, width = inputs.pop("prompt_mask", None), inputs["input_ids"].shape[1]
+        if mask is not None and (width > 1 or not hasattr(kv_cache(inputs), "routing")):
+            inputs["prompt_mask"] = pad(mask, (0, input_ids.shape[1] - mask.shape[1]))[:, -width:]
         return inputs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

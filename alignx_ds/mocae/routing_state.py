@@ -1,11 +1,13 @@
-"""The routing of a model's prompts: decided in the first forward pass, kept with the KV cache, read by every layer.
+"""The routing of a model's prompts: decided at every user turn, kept with the KV cache, read by every layer.
 
 Shapes: B rows, T tokens, d hidden size, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +17,16 @@ from alignx_ds.mocae.gate import Decision, Query
 from alignx_ds.mocae.kernels import Tables
 from alignx_ds.mocae.output_calibration import GatedStep
 
+PerRow = TypeVar("PerRow", Query, Decision)
 SUMMARIES = 4  # a prompt's summary has this many times the hidden size: mean, largest, smallest, last
 
 
 @dataclass
 class Routing:
-    """What the AlignX layers know of a batch of prompts. Decided once per prompt, whatever is generated after it."""
+    """What the AlignX layers know of a batch of prompts. Decided once per user turn, whatever is generated after it."""
 
-    prompt_mask: Tensor  # [B, T] 1 on the prompt's tokens, 0 on padding and on the answer
-    words: Tensor  # [B, E] fp32, the lexical scores of the prompt
+    query_mask: Tensor  # [B, T] 1 on the tokens of the prompt's last user turn, which the gates decide from
+    words: Tensor  # [B, E] fp32, the lexical scores of these tokens
     forced: Tensor | None = None  # [B, E] gates to use instead of every gate's decision
     # By the index of the decoder layer that holds the gate:
     queries: dict[int, Query] = field(default_factory=dict)
@@ -33,10 +36,41 @@ class Routing:
     gathered: dict[int, list[RowExpert]] = field(default_factory=dict)
     steps: dict[int, list[GatedStep]] = field(default_factory=dict)
     tables: dict[int, list[Tables]] = field(default_factory=dict)
+    # Where a pass continues a KV cache with a new user turn: [B] bool, the rows that have one, and what holds for the
+    # others, by the gate's layer.
+    asked: Tensor | None = None
+    earlier: dict[int, tuple[Query, Decision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """`forced_count`: the largest number of non-zero forced gates in a row. Read from the device only once."""
         self.forced_count = None if self.forced is None else int((self.forced != 0).sum(-1).max())
+
+    def asked_again(self, query_mask: Tensor, words: Tensor, asked: Tensor) -> Routing:
+        """The routing of a pass in which the rows `asked` [B] bool begin a user turn: the others' decisions stay.
+
+        Nothing that the earlier gates determined is kept: experts, gathered factors, steps and tables are made anew.
+        """
+        earlier = {layer: (self.queries[layer], decision) for layer, decision in self.decisions.items()}
+        words = torch.where(asked.unsqueeze(-1), words, self.words.to(words.device))
+        return Routing(query_mask, words, self.forced, asked=asked, earlier=earlier)
+
+    def decide(self, layer: int, query: Query, gate: Callable[[Query], Decision]) -> None:
+        """Keep the query of the gate in this layer, and its decision; of rows that are not asked, the earlier ones."""
+        decision = gate(query)
+        if self.asked is not None:
+            kept_query, kept_decision = self.earlier.pop(layer)
+            query, decision = _rows(self.asked, query, kept_query), _rows(self.asked, decision, kept_decision)
+        self.queries[layer], self.decisions[layer] = query, decision
+
+
+def _rows(asked: Tensor, new: PerRow, kept: PerRow) -> PerRow:
+    """The rows `asked` [B] of one and the other rows of the other, tensor by tensor."""
+
+    def either(one: Tensor, other: Tensor) -> Tensor:
+        rows = asked.to(one.device).view(-1, *[1] * (one.dim() - 1))
+        return torch.where(rows, one, other.to(one.device))
+
+    return replace(new, **{f.name: either(getattr(new, f.name), getattr(kept, f.name)) for f in fields(new)})
 
 
 @dataclass
@@ -47,12 +81,12 @@ class ForwardPass:
     token_mask: Tensor | None = None  # [B, T] 0 on padding
 
 
-def prompt_summary(h: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Mean, largest, smallest and last hidden state over the prompt's tokens, which a gate sees as its query.
+def prompt_summary(h: Tensor, query_mask: Tensor) -> Tensor:
+    """Mean, largest, smallest and last hidden state over the tokens of a query (turns.py), which a gate sees.
 
-    h [B, T, d], prompt_mask [B, T] -> [B, 4d] fp32. Ours: the mean alone routes worse (docs/results.md).
+    h [B, T, d], query_mask [B, T] -> [B, 4d] fp32. Ours: the mean alone routes worse (docs/results.md).
     """
-    inside, h = prompt_mask.to(h.device).bool(), h.float()
+    inside, h = query_mask.to(h.device).bool(), h.float()
     places = torch.arange(h.shape[1], device=h.device)
     last_place = (places * inside).amax(1)[:, None, None].expand(-1, -1, h.shape[-1])
     last = h.gather(1, last_place)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.user_turn import user_turn
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
@@ -78,7 +79,12 @@ def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -
     """Every projection has one rank in all layers: the greatest that any expert needs there."""
     ranks = {p: max(f.rank(p) for experts in factors.values() for f in experts) for p in PROJECTIONS}
     return AlignXConfig(
-        text_config=base.config, experts=config.expert_names, layers=base.layers, ranks=ranks, gate=config.gate
+        text_config=base.config,
+        experts=config.expert_names,
+        layers=base.layers,
+        ranks=ranks,
+        gate=config.gate,
+        user_turn=user_turn(base.tokenizer),
     )
 
 

@@ -39,7 +39,7 @@ def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCali
 
     fitted = FittedCalibrators({}, {}, {})
     if distributed.is_main():
-        lexicon = fit_lexicon(rows, data.calibration_rows, len(c.expert_names))
+        lexicon = fit_lexicon(rows, data.calibration_rows, len(c.expert_names), model.config.user_turn)
         fitted = FittedCalibrators(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), lexicon)
     return distributed.broadcast(fitted)
 

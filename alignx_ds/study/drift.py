@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignx_ds.data.batches import collate
+from alignx_ds.data.user_turn import user_turn
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.routing_state import prompt_summary
+from alignx_ds.mocae.turns import query_mask
 from alignx_ds.runtime import console, distributed
 from alignx_ds.study import plotting
 from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
@@ -91,12 +93,13 @@ def features(model: PreTrainedModel, studied: StudiedRun, chosen: list[int]) -> 
     latest: dict[int, Tensor] = {}
     hooks = [decoder[layer].register_forward_hook(_keep(latest, layer)) for layer in studied.base.layers]
     seen: dict[int, list[Tensor]] = {layer: [] for layer in studied.base.layers}
-    prompts = [studied.data.routed.examples[i] for i in chosen]
+    prompts, turn = [studied.data.routed.examples[i] for i in chosen], user_turn(studied.base.tokenizer)
     for start in range(0, len(prompts), studied.batch):
         part = collate(prompts[start : start + studied.batch], studied.pad_id).to(distributed.device())
         model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
         for layer, hidden in latest.items():
-            seen[layer].append(prompt_summary(hidden, part.prompt_mask).cpu())
+            mask = query_mask(part.input_ids, part.prompt_mask, turn)
+            seen[layer].append(prompt_summary(hidden, mask).cpu())
     for hook in hooks:
         hook.remove()
     return {layer: torch.cat(parts).double().numpy() for layer, parts in seen.items()}

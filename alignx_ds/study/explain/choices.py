@@ -80,7 +80,7 @@ def choices(model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
     """The decision of every gate, the lowest layer's first; the prompt is encoded as for generation."""
     ids = torch.tensor(encode_prompts([prompt], tokenizer), device=model.device)
     model.eval()(ids, use_cache=False)
-    shares = model.lexicon.shares(ids, torch.ones_like(ids))[:, 0]
+    shares = model.lexicon.shares(ids, model.routing.query_mask)[:, 0]
     texts = _texts(ids[0].tolist(), tokenizer)
     return [_choice(model, layer, gate, shares, texts) for layer, gate in gates_of(model).items()]
 
