@@ -57,7 +57,7 @@ def _card(run: FinishedRun, name: str, layers: list[int], encode: str) -> str:
 
 A mixture of calibrated experts ({", ".join(run.axes)}, and a generalist), made with AlignX on DeepSpeed. The experts
 are in layers {", ".join(map(str, layers))} of the base model: {cards.base_named(run)}.
-A calibrated gate chooses experts for each prompt, once; the decision is kept with the KV cache.
+A calibrated gate chooses experts once per user turn, from the last one; the decision is kept with the KV cache.
 
 ## Load it
 

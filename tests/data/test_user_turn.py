@@ -32,7 +32,8 @@ GEMMA = """{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exceptio
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 MISTRAL = """{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('roles must alternate') }}{% endif %}
-{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"""
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"""
 ZEPHYR = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}<|assistant|>{% endif %}"""
 DEEPSEEK = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}

@@ -151,7 +151,7 @@ def test_logits_across_turns(model: AlignXForCausalLM) -> None:
         return second[more_mask.bool()], full[:, ids.shape[1] :][more_mask.bool()]
 
     assert relative(*continued(one_hot([2, 1]))) < 1e-5
-    assert 1e-3 < relative(*continued()) < 2
+    assert 0.05 < relative(*continued()) < 1
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ def test_a_word_contributes_what_the_score_loses_without_it(run: FinishedRun) ->
     """With a token's weights at zero its own contribution is gone, and no other changes."""
     model, names = aligned_of(run), run.experts
     ids = torch.tensor(encode_prompts(PROMPTS[2:], tokenizer_of(run)))
-    mask, weight = torch.ones_like(ids), run.config.gate.lexical
     choice = choices(model, tokenizer_of(run), PROMPTS[2])[0]
+    mask, weight = model.routing.query_mask, run.config.gate.lexical
     assert choice.runner_up is not None
     chosen, other = names.index(choice.chosen.name), names.index(choice.runner_up.name)
 
