@@ -16,10 +16,11 @@ from torch import Tensor
 from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.experts.adapters import CONFIG, HALVES, PREFIX, WEIGHTS
 from alignx_ds.export import cards
-from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed, without_calibration
-from alignx_ds.export.merged import backbone_with, changes_of, factors_of
+from alignx_ds.export.fidelity import Fidelity, answered, compare, mixing_weights, plain, routed, without_calibration
+from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_of
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
+from alignx_ds.export.weights import Weights, described, parse_weights
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
@@ -33,37 +34,46 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for
 WITHOUT, WITH = "without output calibration", "with output calibration"
 
 
-def export(root: Path, out: Path, prompts: Path | None, count: int, limit: int) -> None:
-    """Write a directory per axis, and print how far each adapter is from its expert. Raises ConfigError or DataError.
+def export(root: Path, out: Path, chosen: str | None, prompts: Path | None, count: int, limit: int) -> None:
+    """Write a directory per axis, or one adapter of the axes in `chosen` (see weights.py).
 
-    They are compared on answers of at most `limit` tokens to `count` prompts of each set, or of the file `prompts`.
+    Prints how far each adapter is from the aligned model with the same gates forced, on answers of at most `limit`
+    tokens to `count` prompts of each set, or of the file `prompts`. Raises ConfigError or DataError.
     """
     run = FinishedRun.open(root)
+    made = {axis: {axis: 1.0} for axis in run.axes} if chosen is None else {"": parse_weights(chosen, run.axes)}
     model, tokenizer = aligned_of(run), tokenizer_of(run)
     every = [prompt for group in prompts_of(run, prompts, count).values() for prompt in group]
     examples, pad_id = answered(model, tokenizer, every, limit), pad_token(tokenizer)
     ends = ", ".join(f"`{tokenizer.convert_ids_to_tokens(i)}` ({i})" for i in ends_of(model, tokenizer))
     table = backbone_of(model.config.text_config.model_type)
     with new_directory(out) as directory:
-        for axis in run.axes:
-            expert = model.config.experts.index(axis)
-            factors = factors_of(model, expert)
-            found = dict(_differences(model, expert, factors, examples, pad_id)) if examples else {}
+        for name, weights in made.items():
+            target = directory / name
+            target.mkdir(exist_ok=True)
+            factors = sum_of([(w, factors_of(model, run.experts.index(axis))) for axis, w in weights.items()])
+            found = dict(_differences(model, weights, factors, examples, pad_id)) if examples else {}
             settings = config_of(factors, table, cards.base_name(run))
-            (directory / axis).mkdir()
-            save_file(tensors_of(factors, table), directory / axis / WEIGHTS, metadata={"format": "pt"})
-            manifest.write_text(directory / axis / CONFIG, json.dumps(settings, indent=2) + "\n")
-            manifest.write_text(directory / axis / "README.md", _card(run, axis, int(settings["r"]), found, ends))
-            differences = "; ".join(f"{name}: {f}" for name, f in found.items()) or cards.NOT_MEASURED
-            console.say(f"{axis}: {out / axis}\n  against the forced expert, {differences}")
+            save_file(tensors_of(factors, table), target / WEIGHTS, metadata={"format": "pt"})
+            manifest.write_text(target / CONFIG, json.dumps(settings, indent=2) + "\n")
+            card = _card(run, name or out.name, weights, int(settings["r"]), found, ends)
+            manifest.write_text(target / "README.md", card)
+            differences = "; ".join(f"{what}: {f}" for what, f in found.items()) or cards.NOT_MEASURED
+            console.say(f"{described(weights)}: {out / name}")
+            console.say(f"  against the same gates, forced, {differences}")
 
 
 def _differences(
-    model: AlignXForCausalLM, expert: int, factors: dict[int, Factors], examples: list[Example], pad_id: int
+    model: AlignXForCausalLM, weights: Weights, factors: dict[int, Factors], examples: list[Example], pad_id: int
 ) -> Iterator[tuple[str, Fidelity]]:
-    """The base model with the adapter against the aligned model with this expert forced."""
-    adapted, forced = plain(backbone_with(model, changes_of([(1.0, factors)]))), routed(model, expert)
-    with without_calibration(model):
+    """The base model with the adapter against the aligned model with these gates forced.
+
+    Of several experts the aligned model mixes the weights (gate.combine) without output calibration, and what its own
+    settings say with it.
+    """
+    adapted = plain(backbone_with(model, changes_of([(1.0, factors)])))
+    forced = routed(model, [weights.get(axis, 0.0) for axis in model.config.experts[1:]])
+    with without_calibration(model), mixing_weights(model):
         yield WITHOUT, compare(adapted, forced, examples, pad_id)
     yield WITH, compare(adapted, forced, examples, pad_id)
 
@@ -110,15 +120,18 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
     }
 
 
-def _card(run: FinishedRun, axis: str, rank: int, found: dict[str, Fidelity], ends: str) -> str:
+def _card(run: FinishedRun, name: str, weights: Weights, rank: int, found: dict[str, Fidelity], ends: str) -> str:
+    several = len(weights) > 1
+    experts, these = ("Experts", "these experts") if several else ("One expert", "this expert")
+    mixed = "Without output calibration their weights are mixed, with it as the run's gate.combine says."
     served = next((r for r in VLLM_RANKS if r >= rank), None)
     limit = f"not in vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
     vllm = f"`--max-lora-rank {served}`" if served else limit
     return f"""\
-{cards.front_matter(run, ["lora", axis], library_name="peft")}
-# The {axis} expert as a LoRA adapter
+{cards.front_matter(run, ["lora", *weights], library_name="peft")}
+# {described(weights)} as a LoRA adapter
 
-One expert of an aligned model (AlignX on DeepSpeed), of rank {rank}, for the untouched base model:
+{experts} of an aligned model (AlignX on DeepSpeed), of rank {rank}, for the untouched base model:
 {cards.base_named(run)}.
 
 ```python
@@ -126,19 +139,20 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{cards.hub_id(run) or "PATH-OF-THE-BASE-MODEL"}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{axis}")
+model = PeftModel.from_pretrained(base, "{name}")
 ```
 
-vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modules {axis}=DIRECTORY`, {vllm}.
+vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modules {name}=DIRECTORY`, {vllm}.
 
 An answer ends at {ends}. Where the base model's generation config does not name all of these tokens, pass them as
 `stop_token_ids` (vLLM) or `eos_token_id` (transformers).
 
 ## What it leaves out
 
-The gate, which chooses an expert for each prompt: here every prompt is answered by this one. And the calibration of the
-experts' output, ỹ = y + R·(C(Qy) − Qy), which can't be written as a change of weights. The difference from the aligned
-model with this expert forced:
+The gate, which chooses experts for each prompt: here every prompt is answered by {these}. And the calibration of
+the experts' output, ỹ = y + R·(C(Qy) − Qy), which can't be written as a change of weights. The difference from the
+aligned model with {these} forced:
 
-{cards.comparison(found, "against the forced expert")}
+{cards.comparison(found, f"against {these}, forced")}
+{mixed if several and found else ""}
 """

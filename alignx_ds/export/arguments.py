@@ -14,12 +14,12 @@ def add_verbs(verbs: Any) -> None:
     what = export.add_subparsers(dest="what", required=True, metavar="WHAT")
     hf = _of_a_run(what, "hf", "the aligned model with its model card", "a new directory")
     hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
-    adapters = _of_a_run(what, "adapters", "each axis's expert as a LoRA adapter (PEFT, vLLM)", "a new directory")
+    text = "each axis's expert as a LoRA adapter (PEFT, vLLM), or several of them as one"
+    adapters = _of_a_run(what, "adapters", text, "a new directory")
+    _add_choice(adapters, "one adapter of the sum of", required=False)
     _add_measuring(adapters)
     dense = _of_a_run(what, "dense", "experts merged into a plain model of the backbone's own class", "a new directory")
-    chosen = dense.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--axis", help="merge this axis's expert as it is")
-    chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help="merge several experts, e.g. helpful=0.5,honest=0.5")
+    _add_choice(dense, "merge", required=True)
     _add_measuring(dense)
     answers = _of_a_run(what, "answers", "a system's answers as model outputs for alpaca_eval", "a new .json file")
     answers.add_argument("--system", default="alignx", help="whose answers (default: %(default)s)")
@@ -37,6 +37,14 @@ def _of_a_run(what: Any, name: str, text: str, out: str) -> argparse.ArgumentPar
     made.add_argument("run", type=Path, metavar="RUN_DIR", help="output directory of a finished run, e.g. runs/world")
     made.add_argument("out", type=Path, metavar="OUT", help=out)
     return made
+
+
+def _add_choice(made: argparse.ArgumentParser, what: str, *, required: bool) -> None:
+    chosen = made.add_mutually_exclusive_group(required=required)
+    text = f"{what} these axes' experts as they are, e.g. helpful or helpful,harmless"
+    chosen.add_argument("--axes", "--axis", metavar="AXIS,…", help=text)
+    text = f"{what} the experts with these weights, e.g. helpful=0.5,honest=0.5"
+    chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help=text)
 
 
 def _add_measuring(made: argparse.ArgumentParser) -> None:
@@ -70,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "adapters":
         from alignx_ds.export import adapters
 
-        adapters.export(args.run, args.out, args.prompts, args.rows, args.max_new_tokens)
+        adapters.export(args.run, args.out, args.axes or args.weights, args.prompts, args.rows, args.max_new_tokens)
     elif args.what == "dense":
         from alignx_ds.export import dense
 
-        dense.export(args.run, args.out, args.axis or args.weights, args.prompts, args.rows, args.max_new_tokens)
+        dense.export(args.run, args.out, args.axes or args.weights, args.prompts, args.rows, args.max_new_tokens)
     elif args.what == "answers":
         from alignx_ds.export import answers
 

@@ -5,32 +5,29 @@ It has no gate and loads without this package. Its card has the measured differe
 
 from __future__ import annotations
 
-from math import isfinite, nan
 from pathlib import Path
 
 from alignx_ds.data.encode import pad_token
-from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
+from alignx_ds.export.weights import Weights, described, parse_weights
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
 
-KEY, FORM = "--axis, --weights", "axis=weight pairs, as helpful=0.5,honest=0.5"
-
 
 def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int, limit: int) -> None:
     """Write the directory, and print how far it is from the aligned model. Raises ConfigError or DataError.
 
-    `chosen` is an axis, or `axis=weight` pairs. The models are compared on the answers, of at most `limit` tokens, to
+    `chosen` names axes, or `axis=weight` pairs. The models are compared on the answers, of at most `limit` tokens, to
     `count` prompts of each set, or of the file `prompts`.
     """
     run = FinishedRun.open(root)
-    merged = {chosen: 1.0} if chosen in run.axes else parse_weights(chosen, run.axes)
+    merged = parse_weights(chosen, run.axes)
     prompts_by_set = prompts_of(run, prompts, count)
     aligned, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
@@ -48,34 +45,13 @@ def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int,
     console.say(f"dense {kind}: {out}" if prompts_by_set else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
 
 
-def parse_weights(text: str, axes: list[str]) -> dict[str, float]:
-    """`helpful=0.5,honest=0.5` as weights by axis. Raises ConfigError with every problem found."""
-    found: dict[str, float] = {}
-    problems = []
-    for part in text.split(","):
-        axis, _, given = part.strip().partition("=")
-        try:
-            weight = float(given)
-        except ValueError:
-            weight = nan
-        if axis not in axes:
-            problems.append(Problem(KEY, part, f"an axis of the run ({', '.join(axes)})", "correct the name"))
-        elif not isfinite(weight) or axis in found:
-            problems.append(Problem(KEY, part, FORM, "give each axis once, with a finite number after the ="))
-        found[axis] = weight
-    if problems:
-        raise ConfigError(*problems)
-    return found
-
-
-def _card(run: FinishedRun, name: str, kind: str, merged: dict[str, float], found: dict[str, Fidelity]) -> str:
-    added = " + ".join(f"{weight:g} · {axis}" for axis, weight in merged.items())
+def _card(run: FinishedRun, name: str, kind: str, merged: Weights, found: dict[str, Fidelity]) -> str:
     return f"""\
 {cards.front_matter(run, ["merge", *merged], library_name="transformers")}
 # {name}
 
 Experts of an aligned model (AlignX on DeepSpeed), merged into the base model's feed-forward weights:
-base + {added}. The base model is {cards.base_named(run)}. The result is a plain
+base + {described(merged)}. The base model is {cards.base_named(run)}. The result is a plain
 `{kind}`:
 
 ```python

@@ -17,6 +17,7 @@ from alignx_ds.data.batches import IGNORED, Batch, collate, pad
 from alignx_ds.data.chats import Prompt
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
+from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.ends import ends_of
@@ -64,14 +65,14 @@ def plain(model: PreTrainedModel) -> Predict:
     return lambda b: model(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False).logits
 
 
-def routed(model: AlignXForCausalLM, expert: int | None = None) -> Predict:
-    """An aligned model's predictions, routed by the prompt alone; with `expert`, that one serves every row."""
+def routed(model: AlignXForCausalLM, weights: Sequence[float] | None = None) -> Predict:
+    """An aligned model's predictions, routed by the prompt alone; or every row with these weights of the axes."""
 
     def predict(b: Batch) -> Tensor:
         forced = None
-        if expert is not None:
-            chosen = torch.full((len(b.input_ids),), expert, device=b.input_ids.device)
-            forced = torch.nn.functional.one_hot(chosen, len(model.config.experts)).float()
+        if weights is not None:
+            gates = torch.tensor([1.0 - sum(weights), *weights], device=b.input_ids.device)
+            forced = gates.expand(len(b.input_ids), -1)
         logits: Tensor = model(b.input_ids, b.attention_mask, b.prompt_mask, forced, use_cache=False).logits
         return logits
 
@@ -92,6 +93,20 @@ def without_calibration(model: AlignXForCausalLM) -> Iterator[None]:
         with torch.no_grad():
             for r, value in zip(reinjections, before, strict=True):
                 r.copy_(value)
+
+
+@contextmanager
+def mixing_weights(model: AlignXForCausalLM) -> Iterator[None]:
+    """Within it the layers mix the weights of experts, whatever `gate.combine` says."""
+    mixtures = [layer.mixture for layer in alignx_layers(model) if isinstance(layer.mixture, FusedMixture)]
+    before = [mixture.merge for mixture in mixtures]
+    for mixture in mixtures:
+        mixture.merge = True
+    try:
+        yield
+    finally:
+        for mixture, merge in zip(mixtures, before, strict=True):
+            mixture.merge = merge
 
 
 @torch.no_grad()

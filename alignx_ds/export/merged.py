@@ -22,6 +22,18 @@ def factors_of(model: AlignXForCausalLM, expert: int) -> dict[int, Factors]:
     return {index: _trimmed(layer.mixture.factors()[expert]) for index, layer in layers}
 
 
+def sum_of(experts: list[tuple[float, dict[int, Factors]]]) -> dict[int, Factors]:
+    """By layer: the factors of Σ weight · U·D over these experts, side by side, so that their ranks add up."""
+    made = {}
+    for layer in experts[0][1]:
+        parts = [(weight, by_layer[layer]) for weight, by_layer in experts]
+        made[layer] = Factors(
+            down={p: torch.cat([f.down[p] for _, f in parts]) for p in PROJECTIONS},
+            up={p: torch.cat([weight * f.up[p] for weight, f in parts], dim=1) for p in PROJECTIONS},
+        )
+    return made
+
+
 def _trimmed(factors: Factors) -> Factors:
     """Without the trailing rank dimensions in which both factors are zero; at least one is kept."""
     down, up = {}, {}

@@ -30,8 +30,8 @@ from alignx_ds.config.schema import ModelConfig
 from alignx_ds.errors import ConfigError, UnreachableError
 from alignx_ds.experts.adapters import CONFIG, WEIGHTS, Adapter
 from alignx_ds.export.adapters import config_of, tensors_of
-from alignx_ds.export.fidelity import without_calibration
-from alignx_ds.export.merged import backbone_with, changes_of, factors_of
+from alignx_ds.export.fidelity import mixing_weights, without_calibration
+from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
@@ -74,6 +74,23 @@ def test_peft_loads_an_expert_onto_the_base_with_its_logits(tmp_path: Path, fami
             assert relative(logits(adapted), logits(model, forced=forced)) < 1e-5
         assert relative(logits(adapted), logits(model, forced=forced)) > 1e-3, "the calibration is left out"
         assert relative(logits(adapted), logits(base)) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["choice", "needs"])
+def test_a_fixed_set_is_the_model_with_these_gates_forced_and_its_weights_mixed(tmp_path: Path, kind: str) -> None:
+    base, weights = base_model(), {1: 1.0, 2: 1.0, 3: 0.25}
+    model = aligned(base, uneven(base), kind=kind)
+    factors = sum_of([(weight, factors_of(model, expert)) for expert, weight in weights.items()])
+    write(tmp_path, factors, base)
+    adapted = PeftModel.from_pretrained(base_model(), tmp_path).eval()
+    dense = backbone_with(model, changes_of([(weight, factors_of(model, e)) for e, weight in weights.items()]))
+    forced = torch.tensor([[-1.25, 1.0, 1.0, 0.25]] * 2)
+    with without_calibration(model):
+        with mixing_weights(model):
+            expected = logits(model, forced=forced)
+        assert relative(logits(model, forced=forced), expected) > 1e-3, "the outputs are mixed again"
+    assert relative(logits(adapted), expected) < 1e-5
+    assert relative(logits(dense), expected) < 1e-5
 
 
 def test_an_adapter_holds_no_padding(tmp_path: Path) -> None:

@@ -146,6 +146,23 @@ def test_adapters_are_the_forced_experts(
     assert "with output calibration | 48 |" in card and "--max-lora-rank 8" in card
 
 
+def test_one_adapter_of_several_experts(
+    export: Export, finished_run: Path, tmp_path: Path, world_base: BaseModel
+) -> None:
+    printed = export("adapters", finished_run, tmp_path / "out", "--axes", "helpful,honest")
+    (without, same), (with_calibration, _) = comparisons(printed)
+    assert without < 1e-5 < with_calibration and same == 1
+    export("dense", finished_run, tmp_path / "dense", "--axes", "helpful,honest")
+    base = AutoModelForCausalLM.from_pretrained(world_base.path)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    dense = LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert error(logits(adapted, finished_run), logits(dense, finished_run)) < 1e-5
+    card = (tmp_path / "out/README.md").read_text()
+    assert (
+        "# helpful + honest as a LoRA adapter" in card and "--max-lora-rank 8" in card and "--lora-modules out=" in card
+    )
+
+
 def test_a_dense_model_loads_without_this_package(
     export: Export, finished_run: Path, tmp_path: Path, aligned_model: AlignXForCausalLM
 ) -> None:
@@ -242,6 +259,7 @@ def test_answers_that_another_recipe_has_left_are_not_the_run_s(
     [
         (("dense", "RUN", "OUT", "--axis", "helpfl"), ["'helpfl'", "helpful, harmless, honest"]),
         (("dense", "RUN", "OUT", "--weights", "helpful=much"), ["helpful=much", "number"]),
+        (("adapters", "RUN", "OUT", "--axes", "helpful,,honest"), ["''", "helpful, harmless, honest"]),
         (("dense", "RUN", "OUT", "--weights", "helpful=1,helpful=2"), ["each axis once"]),
         (("dense", "RUN", "OUT", "--axis", "helpful", "--prompts", "RUN"), ["one prompt per line"]),
         (("hf", "NOWHERE", "OUT"), ["RUN_DIR", "no such directory"]),
