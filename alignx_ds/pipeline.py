@@ -11,7 +11,7 @@ from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.evaluation import report
-from alignx_ds.evaluation.compared import Trained, compared_systems, load_aligned
+from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks, training
 from alignx_ds.plan.accounts import accounts, notes
@@ -89,6 +89,7 @@ def run(
 
             console.heading("Evaluation")
             systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
+            systems += ablated_systems(config, base, aligned)
             evaluation = Evaluation(config, base, data, context.out)
             evaluation.evaluate_all(systems)
             router = router_report(load_aligned(base, aligned), data, base, config)

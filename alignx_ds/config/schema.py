@@ -18,6 +18,7 @@ WORLD_MODEL = "world"  # model.path of the base model that is shipped with the p
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
+NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
 # Keys of a stage that spread its work over ranks and do not change its result. For a DeepSpeed JSON see `engine`.
 SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
 

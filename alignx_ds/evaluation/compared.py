@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
-from alignx_ds.config.schema import MERGES, RunConfig
+from alignx_ds.config.schema import MERGES, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.evaluation.evaluate import System
 from alignx_ds.experts.task_vectors import add_task_vector
+from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import backbone
 from alignx_ds.models.base import BaseModel
@@ -51,6 +53,13 @@ def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> li
     return [*systems, System("alignx", provenance, partial(load_aligned, base, trained.aligned))]
 
 
+def ablated_systems(config: RunConfig, base: BaseModel, aligned: Path) -> list[System]:
+    """The aligned model without a part of it, for the report's ablations."""
+    provenance = {"base": base.digest, "dtype": config.model.dtype, "aligned": _fingerprint(aligned)}
+    load = partial(load_without_output_calibration, base, aligned)
+    return [System(NO_OUTPUT_CALIBRATION, provenance | {"ablation": NO_OUTPUT_CALIBRATION}, load)]
+
+
 def _fingerprint(directory: Path) -> str:
     found: str = manifest.read(directory)["fingerprint"]
     return found
@@ -84,4 +93,13 @@ def load_aligned(base: BaseModel, directory: Path) -> AlignXForCausalLM:
     """The aligned model, ready to answer."""
     model = backbone.load_aligned(directory, base.dtype)
     model.to(distributed.device()).eval()
+    return model
+
+
+@torch.no_grad()
+def load_without_output_calibration(base: BaseModel, directory: Path) -> AlignXForCausalLM:
+    """The aligned model with R = 0: its layers return the experts' mixture as it is."""
+    model = load_aligned(base, directory)
+    for layer in alignx_layers(model):
+        layer.calibration.reinjection.zero_()
     return model

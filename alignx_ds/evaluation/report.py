@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from alignx_ds.config.parse import to_dict
-from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.evaluation import matrix, plots
 from alignx_ds.evaluation.evaluate import Result
@@ -32,6 +32,7 @@ BENIGN_SERVED = "benign_served"
 MATRIX = "Every judge on every axis"  # a section of the page
 MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
 JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
+ABLATIONS = {NO_OUTPUT_CALIBRATION: "alignx, R = 0"}  # of the aligned model, by system
 Losses = dict[str, list[float]]  # by training job
 
 
@@ -51,8 +52,13 @@ def build(
     seconds: float,
     ranks: int,
 ) -> Report:
-    """Put together what the judges, the router and the training jobs have left; nothing is written."""
+    """Put together what the judges, the router and the training jobs have left; nothing is written.
+
+    `results` are those of the systems that the run compares, and of the ablations, which have tables of their own.
+    """
     axes = list(config.axes)
+    ablated = {name: results[name] for name in ABLATIONS if name in results}
+    results = {name: result for name, result in results.items() if name not in ablated}
     fine_tunes = sorted([*axes, *(tune.name for tune in baseline_fine_tunes(axes))])  # others' may lie beside them
     stage1 = {name: manifest.read(out.specialists / name) for name in fine_tunes}
     fusions = {name: manifest.read(out.baselines / name) for name in sorted(set(FUSIONS) & set(config.baselines.make))}
@@ -69,6 +75,9 @@ def build(
         "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.sets},
         "judges": {name: config.axes[name].judge for name in scored}
         | {name: s.judge for name, s in config.evaluation.sets.items()},
+        "ablations": {
+            name: {"scores": _scores(r, axes, scored), "perplexity": r.perplexity} for name, r in ablated.items()
+        },
         "matrix": {name: r.matrix for name, r in results.items()},
         "router": {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}},
         "experts": config.expert_names,
@@ -157,6 +166,7 @@ def write(report: Report, out: Outputs) -> None:
             *([MATRIX] if cells else []),
             "Perplexity",
             *content["sets"],
+            *(["Ablations"] if content["ablations"] else []),
             *("Router", "Training", "Data"),
             *(["Answers"] if samples else []),
             "Settings",
@@ -165,6 +175,7 @@ def write(report: Report, out: Outputs) -> None:
         samples=samples,
         score_columns=_score_columns(content, "avg", BENIGN_SERVED),
         set_columns={name: set_columns(by_system) for name, by_system in content["sets"].items()},
+        ablations=_ablations(content),
         cells=cells,
         cell_scores=matrix.scores(content["matrix"], cells),
         cell_notes=matrix.notes(
@@ -215,6 +226,9 @@ def show(report: Report, out: Outputs) -> None:
         rows = [[system, *(f"{m[c]:.1f}" if c in m else "–" for c in columns)] for system, m in by_system.items()]
         console.table(f"{name}, judged by {content['judges'][name]}", ["system", *map(label, columns)], rows)
     _show_matrix(content)
+    if content["ablations"]:
+        columns, rows = _ablations(content)
+        console.table("The aligned model with and without output calibration (R = 0)", ["system", *columns], rows)
     for name, quality in _qualities(content).items():
         if quality:
             console.say(f"{name} is judged by {content['judges'][name]}, itself measured on held-out rows: {quality}")
@@ -225,6 +239,21 @@ def show(report: Report, out: Outputs) -> None:
         f"accuracy {r['surface']['accuracy']:.3f}, ECE {r['surface']['ece']:.3f}, Brier {r['surface']['brier']:.3f}"
     )
     console.say(f"{content['run']['seconds']:.0f} s; report: {out.root / 'report.html'} and {out.root / 'report.json'}")
+
+
+def _ablations(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of the scores and perplexities of the aligned model, whole and without a part of it."""
+    scored, measured = _score_columns(content, "avg", BENIGN_SERVED), list(content["perplexity"]["base"])
+    whole = {"scores": content["systems"]["alignx"], "perplexity": content["perplexity"]["alignx"]}
+    rows = [
+        [
+            ABLATIONS.get(name, name),
+            *(f"{found['scores'][c]:.1f}" if c in found["scores"] else "–" for c in scored),
+            *(f"{found['perplexity'][axis]:.4f}" for axis in measured),
+        ]
+        for name, found in {"alignx": whole, **content["ablations"]}.items()
+    ]
+    return [*map(label, scored), *(f"perplexity:\n{axis}" for axis in measured)], rows
 
 
 def _show_matrix(content: dict[str, Any]) -> None:

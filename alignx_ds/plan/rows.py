@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignx_ds.config.bounds import violations
-from alignx_ds.config.schema import FUSIONS, MERGES, AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.config.schema import FUSIONS, MERGES, NO_OUTPUT_CALIBRATION, AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.config.sources import training_sources
 from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
 from alignx_ds.data.sources import WORLD, names_a_source
@@ -15,7 +15,7 @@ from alignx_ds.errors import Problem
 from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
-RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", *MERGES, *FUSIONS})
+RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", NO_OUTPUT_CALIBRATION, *MERGES, *FUSIONS})
 
 
 def problems(c: RunConfig) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.data.rows import Dropped, Row
@@ -128,8 +128,13 @@ def inputs(settings: RunConfig) -> EncodedData:
     return EncodedData(DataSplits(train, held_out, {}, frozenset()), {}, none, none, {}, none, none)
 
 
-def finish(root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] | None = None) -> tuple[Report, Outputs]:
-    """A report on a run with these settings, written; `metrics` by system and extra set come on top."""
+def finish(
+    root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] | None = None, ablated: Result | None = None
+) -> tuple[Report, Outputs]:
+    """A report on a run with these settings, written; `metrics` by system and extra set come on top.
+
+    `ablated` is what the aligned model has reached without output calibration.
+    """
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
     fusions = [name for name in FUSIONS if name in settings.baselines.make]
@@ -141,6 +146,8 @@ def finish(root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] |
     out.model.mkdir(parents=True)
     manifest.write(out.model, {}, {"losses": [3.0, 2.0, 1.0]})
     results = {name: result(name, settings, (metrics or {}).get(name, {})) for name in SCORES}
+    if ablated is not None:
+        results[NO_OUTPUT_CALIBRATION] = ablated
     confusion = [[7, 1, 0, 0], [0, 8, 0, 0], [0, 0, 6, 2], [1, 0, 0, 7]]
     ablations = {"linear": ROUTER, "natural": ROUTER}
     router = RouterReport(ROUTER, ROUTER | {"ece": 0.2}, 0.5, confusion, ablations, SURFACE)

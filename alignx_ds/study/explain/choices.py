@@ -1,4 +1,8 @@
-"""The decision of every gate about a prompt, term by term, and the words that its lexical term comes from."""
+"""The decision of every gate about a prompt, term by term, and the words that its lexical term comes from.
+
+In a choice the candidates are the experts, compared with the runner-up. In needs they are the axes, each compared with
+the generalist: terms are differences from the generalist's, and the logit is the log-odds that the axis is needed.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +22,23 @@ from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 
 MOST_WORDS = 8  # words that are listed; the others are summed
+NEEDED = 0.5  # an axis that is at least as likely to be needed counts as needed
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An expert, with its logit and gate."""
+    """An expert, with its logit and gate; in needs an axis, with terms and logit less the generalist's."""
 
     name: str
     parts: dict[str, float]  # the terms of its logit, before the post-hoc temperature
     logit: float  # the sum of the terms, divided by the temperature
-    confidence: float  # softmax of the logits
+    confidence: float  # softmax of the logits; in needs the probability that the axis is needed
     gate: float  # its weight in the output; 0 for all but the best `gate.top_k`
 
 
 @dataclass(frozen=True)
 class Word:
-    """A token or a pair of adjacent tokens, and what it adds to the chosen expert's margin over the runner-up."""
+    """A token or a pair of adjacent tokens, and what it adds to the chosen expert's margin."""
 
     text: str
     pull: float  # in the lexical term, before the post-hoc temperature
@@ -50,6 +55,12 @@ class Choice:
     never: list[str]  # experts without training rows, which no gate can choose
     words: list[Word]  # by falling absolute contribution
     other_words: float  # the contribution of all other words and of the lexicon's bias
+    kind: str = "choice"  # or needs
+
+    @property
+    def serving(self) -> list[Candidate]:
+        """The experts that serve the prompt; in needs, the axes that are needed and served."""
+        return [c for c in self.candidates if c.gate > 0 and (self.kind == "choice" or c.confidence >= NEEDED)]
 
     @property
     def chosen(self) -> Candidate:
@@ -57,19 +68,26 @@ class Choice:
 
     @property
     def runner_up(self) -> Candidate | None:
-        return self.candidates[1] if len(self.candidates) > 1 else None
+        """The second of a choice; in needs the axes do not compete."""
+        return self.candidates[1] if len(self.candidates) > 1 and self.kind == "choice" else None
 
     @cached_property
     def entropy(self) -> float:
-        """Of the confidences, in bits: 0 when one is 1, `most_entropy` when all are equal."""
-        return sum(-c.confidence * math.log2(c.confidence) for c in self.candidates if c.confidence > 0)
+        """Of the decision, in bits: 0 when it is certain, `most_entropy` when all confidences are equal (needs: ½)."""
+        shares = [c.confidence for c in self.candidates]
+        if self.kind == "needs":
+            shares += [1 - share for share in shares]
+        return sum(-share * math.log2(share) for share in shares if share > 0)
 
     @property
     def most_entropy(self) -> float:
-        return math.log2(len(self.candidates))
+        return float(len(self.candidates)) if self.kind == "needs" else math.log2(len(self.candidates))
 
     def margins(self) -> dict[str, float]:
-        """The chosen expert's margin over the runner-up by term, before the post-hoc temperature."""
+        """By term, before the post-hoc temperature: the margin of the chosen expert over the runner-up, or in needs
+        that of the axis that is needed most over the generalist."""
+        if self.kind == "needs":
+            return self.chosen.parts
         if self.runner_up is None:
             return {}
         return {term: part - self.runner_up.parts[term] for term, part in self.chosen.parts.items()}
@@ -87,32 +105,38 @@ def choices(model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt
 
 def _choice(model: AlignXForCausalLM, layer: int, gate: CalibratedGate, shares: Tensor, texts: list[str]) -> Choice:
     names, decision = model.config.experts, model.routing.decisions[layer]
-    parts = {term: part[0].tolist() for term, part in gate.parts(model.routing.queries[layer]).items()}
-    confidence = decision.probabilities()[0].tolist()
-    present = [e for e in range(len(names)) if gate.geometry.present[e]]
-    order = sorted(present, key=lambda e: -confidence[e])
+    needs = gate.settings.kind == "needs"
+    parts = {term: part[0] for term, part in gate.parts(model.routing.queries[layer]).items()}
+    logits, confidence = decision.logits[0], decision.probabilities()[0]
+    if needs:
+        parts, logits = {term: part - part[0] for term, part in parts.items()}, logits - logits[0]
+        confidence = torch.cat([confidence[:1], decision.needs()[0]])
+    present = [e for e in range(needs, len(names)) if gate.geometry.present[e]]
+    order = sorted(present, key=lambda e: -float(logits[e]))
     words, others = [], 0.0
-    if len(order) > 1:
-        weight, bias = gate.settings.lexical, model.lexicon.bias.float()
-        words = _words(texts, weight * (shares[order[0]] - shares[order[1]]))
-        others = weight * float(bias[order[0]] - bias[order[1]]) + sum(word.pull for word in words[MOST_WORDS:])
+    if needs or len(order) > 1:
+        weight, bias, other = gate.settings.lexical, model.lexicon.bias.float(), 0 if needs else order[1]
+        kept = float(gate.geometry.present[other])  # a generalist without rows has no score to subtract
+        words = _words(texts, weight * (shares[order[0]] - kept * shares[other]))
+        others = weight * float(bias[order[0]] - kept * bias[other]) + sum(word.pull for word in words[MOST_WORDS:])
     return Choice(
         layer=layer,
-        layers=[other.index for other in alignx_layers(model) if other.gate_layer == layer],
+        layers=[user.index for user in alignx_layers(model) if user.gate_layer == layer],
         temperature=float(gate.calibration_temperature),
         candidates=[
             Candidate(
                 names[e],
-                {term: part[e] for term, part in parts.items()},
-                float(decision.logits[0, e]),
-                confidence[e],
+                {term: float(part[e]) for term, part in parts.items()},
+                float(logits[e]),
+                float(confidence[e]),
                 float(decision.gates[0, e]),
             )
             for e in order
         ],
-        never=[name for e, name in enumerate(names) if e not in present],
+        never=[name for e, name in enumerate(names) if not gate.geometry.present[e]],
         words=words[:MOST_WORDS],
         other_words=others,
+        kind=gate.settings.kind,
     )
 
 

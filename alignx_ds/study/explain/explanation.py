@@ -79,6 +79,7 @@ def as_data(explanation: Explanation) -> dict[str, Any]:
         for choice, entry in zip(explained.choices, content["choices"], strict=True):
             entry |= {
                 "chosen": choice.chosen.name,
+                "serving": [candidate.name for candidate in choice.serving],
                 "runner_up": choice.runner_up.name if choice.runner_up else None,
                 "entropy_bits": choice.entropy,
                 "most_entropy_bits": choice.most_entropy,

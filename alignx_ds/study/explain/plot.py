@@ -54,8 +54,10 @@ def draw(prompts: list[str], choices: list[Choice]) -> Figure:
         _share_scale([line[0] for line in grid])
         for plot in grid[:-1].flat:
             plot.tick_params(axis="x", labelbottom=False)
-        grid[-1][0].set_xlabel("contribution to the expert's logit, relative to the mean over the experts")
-        grid[-1][1].set_xlabel("calibrated confidence")
+        needs = choices[0].kind == "needs"
+        logit = "expert's logit, relative to the mean over the experts"
+        grid[-1][0].set_xlabel(f"contribution to the {'log-odds that the axis is needed' if needs else logit}")
+        grid[-1][1].set_xlabel("calibrated probability of need" if needs else "calibrated confidence")
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(
             handles[1:] + handles[:1], labels[1:] + labels[:1], loc="outside upper left", ncols=6, frameon=False
@@ -76,13 +78,13 @@ def _lines(choice: Choice) -> list[Candidate]:
 def _terms(plot: Axes, choice: Choice) -> None:
     """Stacked bars: positive contributions to the right, negative ones to the left, and a mark at their sum.
 
-    A contribution is a term minus its mean over the experts, divided by the post-hoc temperature: the softmax depends
-    on differences alone.
+    A contribution is a term divided by the post-hoc temperature. In a choice its mean over the experts is subtracted
+    before, since the softmax depends on differences alone; in needs the terms are differences already.
     """
     lines = _lines(choice)
     right, left = [0.0] * len(lines), [0.0] * len(lines)
     for term in choice.chosen.parts:
-        mean = sum(c.parts[term] for c in lines) / len(lines)
+        mean = 0.0 if choice.kind == "needs" else sum(c.parts[term] for c in lines) / len(lines)
         widths = [(c.parts[term] - mean) / choice.temperature for c in lines]
         starts = [right[i] if w > 0 else left[i] for i, w in enumerate(widths)]
         plot.barh(range(len(lines)), widths, left=starts, height=0.62, color=COLOURS.get(term, MUTED), label=term)
@@ -95,14 +97,14 @@ def _terms(plot: Axes, choice: Choice) -> None:
     plot.set_axisbelow(True)
     plot.set_yticks(range(len(lines)), [c.name for c in lines], parse_math=False)
     for label, candidate in zip(plot.get_yticklabels(), lines, strict=True):
-        label.set_fontweight("bold" if candidate.gate > 0 else "normal")
+        label.set_fontweight("bold" if candidate in choice.serving else "normal")
     plot.tick_params(axis="y", length=0)
     plot.spines["left"].set_visible(False)
 
 
 def _confidences(plot: Axes, choice: Choice) -> None:
     lines = _lines(choice)
-    colours = ["#222222" if c.gate > 0 else MUTED for c in lines]
+    colours = ["#222222" if c in choice.serving else MUTED for c in lines]
     bars = plot.barh(range(len(lines)), [c.confidence for c in lines], height=0.62, color=colours)
     plot.bar_label(bars, [percent(c.confidence) for c in lines], padding=3, fontsize=9)
     plot.set_xlim(0, 1.35)

@@ -28,6 +28,13 @@ def run(request: pytest.FixtureRequest, made: dict[str, Path]) -> FinishedRun:
     return FinishedRun.open(made[request.param])
 
 
+@pytest.fixture(scope="session")
+def needs_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose axes have probabilities of being needed."""
+    settings = settings_of("needs")
+    return write_run(settings, BaseModel(settings.model), tmp_path_factory.mktemp("needs") / "run")
+
+
 @pytest.fixture
 def copied(made: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(made["shared"], tmp_path / "run"))

@@ -33,12 +33,13 @@ SETTINGS = {
     "shared": ["gate.scope=shared"],
     "per_layer": ["gate.scope=per_layer", "gate.lexical=0.7", "generalist.train=''", "generalist.held_out=''"],
 }
+NEEDS = ["gate.kind=needs", "gate.scope=shared"]
 
 
 def settings_of(scope: str) -> RunConfig:
     small = ["model.layers=[3, 4]", "data.train_rows=80", "data.held_out_rows=8", "gate.latent=8", "gate.anchors=8"]
     rest = ["gate.output_latent=8", "evaluation.max_new_tokens=4", "output=where/it/was/made", "align.ep_size=1"]
-    return parse.load(ROOT / "launch/recipes/world.yaml", [*small, *rest, *SETTINGS[scope]])
+    return parse.load(ROOT / "launch/recipes/world.yaml", [*small, *rest, *(SETTINGS | {"needs": NEEDS})[scope]])
 
 
 def write_run(config: RunConfig, base: BaseModel, root: Path) -> Path:
@@ -71,6 +72,8 @@ def write_model(
     for gate in gates_of(model).values():
         weight = 0.2 * torch.randn(gate.router.weight.shape, generator=source)
         gate.router.weight.data.copy_(weight)
+        if gate.router.bias is not None:
+            gate.router.bias.data.copy_(torch.randn(len(weight), generator=source))
     fit_temperatures(model, data.calibration_rows, 0, 64)
     model.save_pretrained(directory)
     base.tokenizer.save_pretrained(directory)

@@ -15,3 +15,13 @@ def chosen(*confidences: float, top: int = 1) -> Choice:
         for i, (n, c) in enumerate(zip(names, confidences, strict=False))
     ]
     return Choice(2, [2, 3], 0.5, made, [], [Word(" dog", 0.5), Word("cat", -0.25)], 0.125)
+
+
+def needed(*needs: float) -> Choice:
+    """A decision with these probabilities of need, whose logits are 2·parts."""
+    odds = [math.log(need / (1 - need)) for need in needs]
+    made = [
+        Candidate(name, {"linear": logit / 2 - 1, "lexical": 1.0}, logit, need, need)
+        for name, logit, need in zip(("helpful", "harmless", "honest"), odds, needs, strict=False)
+    ]
+    return Choice(2, [2, 3], 0.5, made, [], [Word("dog", 0.75)], 0.25, "needs")
