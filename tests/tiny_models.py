@@ -169,20 +169,24 @@ def aligned(
     combine: str = "outputs",
     placement: Placement | None = None,
     trained: bool = True,
+    floors: dict[str, float] | None = None,
+    **gate: Any,
 ) -> AlignXForCausalLM:
     """An aligned model of these specialists (by layer, without the generalist), with arbitrary geometries.
 
     `trained` gives routers and reinjections random weights; otherwise they are what stage 2 starts from.
     """
     ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in PROJECTIONS}
-    config, table = aligned_config(base, ranks, scope=scope, top_k=top_k, kind=kind, combine=combine), table_of(base)
+    gate |= {"scope": scope, "top_k": top_k, "kind": kind, "combine": combine}
+    config, table = aligned_config(base, ranks, **gate), table_of(base)
+    config.floors = floors or {}
     settings = config.gate_settings()
     parts = {}
     for layer in ALIGNX_LAYERS:
         generalist = Factors.zeros(table.view(table.ffn_of(base, layer)), ranks)
-        gate = query_geometry(settings.latent, seed=100 + layer) if config.gate_layer(layer) == layer else None
+        query = query_geometry(settings.latent, seed=100 + layer) if config.gate_layer(layer) == layer else None
         output = random_geometry(settings.output_latent, seed=200 + layer)
-        parts[layer] = LayerParts([generalist, *experts[layer]], gate, output)
+        parts[layer] = LayerParts([generalist, *experts[layer]], query, output)
     model = AlignXForCausalLM(config, backbone=copy.deepcopy(base), parts=parts, placement=placement)
     source = generator(7)
     if trained:

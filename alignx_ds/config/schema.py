@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from alignx_ds.config.bounds import AnyText, NameIn
 from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
-from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.mocae.settings import GateSettings, Probability
 
 WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
@@ -60,6 +60,7 @@ class AxisConfig:
     columns: dict[str, Text] = field(default_factory=dict)  # the schema's column -> the source's, where they differ
     judge: OptionalJudgeName = ""  # of the answers to the held-out rows; empty: only perplexity is measured
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
+    floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
@@ -162,6 +163,7 @@ class ExpertsConfig:
 class GateConfig(GateSettings):
     """The gate's settings, and those that only fitting its geometry needs."""
 
+    unsure: Text = ""  # checked in plan/
     rows: PositiveInt = 4096  # per expert, at most, that the geometries are fitted on
     granularity: PositiveFloat = 0.05  # ε, the unit of the kernel widths
 

@@ -12,18 +12,22 @@ Shapes: ... any leading dimensions, d size of a query's features (4 hidden sizes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import distances, natural_score
+from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 
+TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
+DOUBT = "doubt"  # a further term in needs: what a gate without an opinion would say
+FARTHEST = 1e4  # a distance is not taken for more
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
 
 
@@ -48,6 +52,15 @@ class Decision:
 
     gates: Tensor
     logits: Tensor
+    kind: str = "choice"
+
+    def confidence(self) -> Tensor:
+        """[...]: the probability of what is most likely: of an expert in a choice; in needs of an axis, or of none."""
+        if self.kind == "choice":
+            return self.probabilities().amax(-1)
+        odds = need_logits(self.logits)
+        none = logsigmoid(-odds).sum(-1).exp()
+        return torch.maximum(odds.sigmoid().amax(-1), none)
 
     def probabilities(self) -> Tensor:
         """softmax(logits) [..., E]: of each expert, if exactly one is right."""
@@ -71,16 +84,21 @@ class CalibratedGate(nn.Module):
     ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. W_r is trained
     and starts at zero; the geometry (P, μ and the scores' constants) and T_cal, the post-hoc temperature, are fitted
     buffers. Raises ConfigError for a further calibrator that is not in CALIBRATORS.
+
+    Far from all that it was fitted on, the gate doubts: every term is divided by 1 + κ·max(0, distance − d₀), and what
+    is missing to one is given to a prior that takes all experts with queries for equally likely. `doubt` = (d₀, κ) is
+    fitted after T_cal (routing/doubt.py). `rules` say what serves beside that.
     """
 
     calibration_temperature: Tensor
+    doubt: Tensor
 
-    def __init__(self, geometry: Geometry, settings: GateSettings) -> None:
+    def __init__(self, geometry: Geometry, settings: GateSettings, rules: ServingRules | None = None) -> None:
         super().__init__()
         for name in settings.more.keys() - CALIBRATORS.keys():
             fix = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
             raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", fix))
-        self.settings = settings
+        self.settings, self.rules = settings, rules or ServingRules()
         needs = settings.kind == "needs"
         self.router = Router(geometry.latent_size, geometry.num_experts, bias=needs, dtype=torch.float32)
         for parameter in self.router.parameters():
@@ -88,6 +106,7 @@ class CalibratedGate(nn.Module):
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
         self.register_buffer("calibration_temperature", torch.ones((), dtype=torch.float32))
+        self.register_buffer("doubt", torch.zeros(2, dtype=torch.float32))
 
     @property
     def geometry(self) -> Geometry:
@@ -103,6 +122,19 @@ class CalibratedGate(nn.Module):
         g = self.geometry
         every = distances(self.latent(query), g.means.float(), g.whiteners.float())
         return every.masked_fill(g.present == 0, torch.inf).amin(-1)
+
+    @torch.no_grad()
+    def trust(self, query: Query) -> Tensor:
+        """[...] fp32 in (0, 1]: 1 near the prompts that the gate was fitted on, less the farther from all of them."""
+        start, slope = self.doubt.float()
+        trust: Tensor = 1 / (1 + slope * (self.distance(query) - start).clamp(0, FARTHEST))
+        return trust
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of the terms of the logits."""
+        doubt = (DOUBT,) if self.settings.kind == "needs" else ()
+        return (*TERMS, *self.settings.more, *doubt)
 
     def parts(self, query: Query) -> dict[str, Tensor]:
         """By name, the terms of the logits before the division by T_cal, each [..., E] fp32.
@@ -122,18 +154,32 @@ class CalibratedGate(nn.Module):
             "lexical": self.settings.lexical * query.words.float(),
         }
         terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
+        trust = self.trust(query).unsqueeze(-1)
+        terms = {name: trust * term for name, term in terms.items()}
+        if self.settings.kind == "needs":
+            terms[DOUBT] = (1 - trust) * self._alike() * self.calibration_temperature.float()
         without_queries = torch.full_like(g.present, NEVER)
         if self.settings.kind == "needs":
             without_queries[0] = 0.0
         return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
 
+    def _alike(self) -> Tensor:
+        """[E], the logits of needs whose probabilities are 1/n each, of n experts with queries."""
+        present = self.geometry.present.float()
+        odds = -(present.sum() - 1).clamp_min(1).log()
+        return torch.cat([torch.zeros_like(present[:1]), odds.expand(len(present) - 1)])
+
     def forward(self, query: Query) -> Decision:
-        """The decision on a query: in training all experts keep their gates, otherwise the largest ones."""
+        """The decision on a query: all gates in training, otherwise the largest ones, and then the rules."""
         logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
-        experts = logits.shape[-1]
+        experts, kind = logits.shape[-1], self.settings.kind
         k = experts if self.training else self.settings.chosen(experts)
-        needs = self.settings.kind == "needs"
-        return Decision(gates=keep_needed(logits, k) if needs else keep_top(logits.softmax(-1), k), logits=logits)
+        gates = keep_needed(logits, k) if kind == "needs" else keep_top(logits.softmax(-1), k)
+        decision = Decision(gates, logits, kind)
+        if self.training:
+            return decision
+        served = self.rules(gates, decision.confidence(), self.geometry.present, kind)
+        return replace(decision, gates=served)
 
 
 def keep_top(gates: Tensor, k: int) -> Tensor:

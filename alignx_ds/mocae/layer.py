@@ -14,6 +14,7 @@ from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing_state import ForwardPass, Routing, prompt_summary
+from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 
 
@@ -34,6 +35,7 @@ class AlignXLayer(nn.Module):
         settings: GateSettings,
         gate_layer: int,
         forward_pass: ForwardPass,
+        rules: ServingRules,
     ) -> None:
         super().__init__()
         self.ffn = ffn  # the backbone's own module: the generalist, and what every expert shares
@@ -41,7 +43,7 @@ class AlignXLayer(nn.Module):
         self.calibration = calibration
         self.gate = gate
         self.index, self.gate_layer = index, gate_layer
-        self.settings = settings
+        self.settings, self.rules = settings, rules
         self._forward_pass = forward_pass
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +52,8 @@ class AlignXLayer(nn.Module):
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
         gates = self._gates(x, routing)
         mask = self._forward_pass.token_mask
-        count = routing.forced_count or (None if self.training else self.settings.served_by(gates.shape[-1]))
+        served = None if self.training else self.rules.served_by(self.settings, gates.shape[-1])
+        count = routing.forced_count or served
         experts = self._only_experts(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):

@@ -26,6 +26,7 @@ from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing
+from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.mocae.turns import from_column, query_mask, turn_start
 
@@ -44,6 +45,7 @@ class AlignXConfig(PreTrainedConfig):
         ranks: dict[str, int] | None = None,
         gate: GateSettings | dict[str, Any] | None = None,
         user_turn: list[int] | None = None,
+        floors: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         """`user_turn` are the tokens that begin a user turn; without them the whole prompt is the gates' query."""
@@ -54,6 +56,7 @@ class AlignXConfig(PreTrainedConfig):
         self.layers = layers or []
         self.ranks = ranks or {}
         self.user_turn = list(user_turn or [])
+        self.floors = floors or {}  # least gates when it serves, by axis
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
         if self.text_config is not None:
             self.text_config._name_or_path = ""  # often a path of the machine that made the model
@@ -65,6 +68,10 @@ class AlignXConfig(PreTrainedConfig):
     def gate_settings(self) -> GateSettings:
         """The settings of all gates and output calibrations."""
         return GateSettings(**self.gate)
+
+    def serving_rules(self) -> ServingRules:
+        """What serves beside what the gates decide. Raises ValueError for a name that no expert has."""
+        return ServingRules.of(self.gate_settings(), self.floors, self.experts)
 
     def gate_layer(self, layer: int) -> int:
         """The layer whose gate decides for `layer`: the lowest AlignX layer, or the layer itself."""
@@ -157,7 +164,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return parts
 
     def _build_layer(self, index: int, ffn: nn.Module, parts: LayerParts, placement: Placement | None) -> AlignXLayer:
-        settings = self.config.gate_settings()
+        settings, rules = self.config.gate_settings(), self.config.serving_rules()
         view = backbone_of(self.config.text_config.model_type).view(ffn)
         mixture: FusedMixture | ParallelMixture
         if placement is None:
@@ -168,11 +175,12 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             ffn=ffn,
             mixture=mixture,
             calibration=OutputCalibration(parts.output, settings.fractal, settings.natural),
-            gate=CalibratedGate(parts.gate, settings) if parts.gate is not None else None,
+            gate=CalibratedGate(parts.gate, settings, rules) if parts.gate is not None else None,
             index=index,
             settings=settings,
             gate_layer=self.config.gate_layer(index),
             forward_pass=self.forward_pass,
+            rules=rules,
         )
 
     def get_input_embeddings(self) -> Any:

@@ -9,10 +9,13 @@ from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, Posi
 
 Kind = Annotated[str, OneOf(("choice", "needs"))]
 Combine = Annotated[str, OneOf(("outputs", "weights"))]
+Probability = Annotated[float, Range(least=0, most=1)]
 Scope = Annotated[str, OneOf(("shared", "per_layer"))]
 Scales = Annotated[
     int, Range(least=2, most=32, fix="a slope over scales needs two of them, and each doubles the kernel's width")
 ]
+
+ALL = "all"  # gate.unsure: every axis to the same share
 
 
 @dataclass
@@ -29,6 +32,8 @@ class GateSettings:
     kind: Kind = "choice"  # experts compete for a query, or each axis has its own probability of being needed by it
     combine: Combine = "outputs"  # mix the experts' outputs, or their weights, which costs one activation for all
     top_k: NonNegativeInt = 0  # experts that serve a query; 0: one in a choice, all axes that are needed in needs
+    unsure: str = ""  # serves what the gate is unsure of: "generalist", an axis, or "all" axes; empty: as decided
+    unsure_below: Probability = 0.5  # the confidence below which the gate is unsure
     more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names
     scope: Scope = "shared"  # one decision at the lowest AlignX layer, or one per layer
     latent: PositiveInt = 64  # k, dimensions of a gate's whitened latent space
@@ -40,10 +45,6 @@ class GateSettings:
     def chosen(self, experts: int) -> int:
         """How many gates are kept when a query is served: of all experts in a choice, of the axes in needs."""
         return min(self.top_k or experts - 1, experts - 1) if self.kind == "needs" else self.top_k or 1
-
-    def served_by(self, experts: int) -> int:
-        """How many gates of a query can be non-zero when it is served: in needs the generalist's is one of them."""
-        return self.chosen(experts) + (self.kind == "needs")
 
     def as_dict(self) -> dict[str, Any]:
         """These settings alone, without what a subclass adds."""

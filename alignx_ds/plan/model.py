@@ -10,6 +10,7 @@ from alignx_ds.data.texts import SPECIAL, planned
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.experts.adapters import WANTED, Adapter
 from alignx_ds.mocae.gate import CALIBRATORS
+from alignx_ds.mocae.settings import ALL
 from alignx_ds.models.base import BaseModel, Planned
 from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
@@ -38,6 +39,13 @@ def settings_problems(c: RunConfig) -> Iterator[Problem]:
     """What can be known without the base model."""
     if c.gate.top_k > len(c.expert_names):
         yield Problem("gate.top_k", c.gate.top_k, f"at most the {len(c.expert_names)} experts", "lower it")
+    if c.gate.unsure not in ("", ALL, *c.expert_names):
+        allowed = f"empty, {ALL}, or one of {', '.join(c.expert_names)}"
+        yield Problem("gate.unsure", c.gate.unsure, allowed, "choose one of them")
+    floors = sum(axis.floor for axis in c.axes.values())
+    if c.gate.kind == "choice" and floors > 1:
+        fix = "lower them, or set gate.kind to needs, where gates need not share one"
+        yield Problem("axes.*.floor", floors, "floors that add up to at most 1 in a choice", fix)
     for name in sorted(c.gate.more.keys() - CALIBRATORS.keys()):
         known = f"a calibrator of {', '.join(CALIBRATORS) or 'CALIBRATORS, which is empty'}"
         yield Problem(f"gate.more.{name}", c.gate.more[name], known, "see docs/extending.md for how to add one")

@@ -16,8 +16,6 @@ from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import distributed
 
-TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
-
 
 @torch.no_grad()
 def gate_terms(
@@ -31,7 +29,7 @@ def gate_terms(
     device, gates = distributed.device(), gates_of(model)
     own = distributed.rank_share(list(range(len(rows.examples))))
     made: dict[int, list[Tensor]] = {index: [] for index in gates}
-    names = (*TERMS, *next(iter(gates.values())).settings.more)
+    names = next(iter(gates.values())).terms
     for start in range(0, len(own), batch):
         prompts = [rows.examples[i] for i in own[start : start + batch]]
         part = collate([replace(e, ids=e.ids[: e.prompt_length]) for e in prompts], pad_id)

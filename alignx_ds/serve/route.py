@@ -64,13 +64,14 @@ def routed(
             model(ids.to(model.device), mask.to(model.device), use_cache=False)
             layer, gate = next(iter(gates_of(model).items()))
             decision, distances = model.routing.decisions[layer], gate.distance(model.routing.queries[layer])
-        columns = (decision.probabilities(), decision.gates, decision.needs(), decision.logits, distances)
-        for row, p, gates, needs, own, distance in zip(part, *(c.cpu() for c in columns), strict=True):
+        sure = decision.confidence()
+        columns = (decision.probabilities(), decision.gates, decision.needs(), decision.logits, sure, distances)
+        for row, p, gates, needs, own, confidence, distance in zip(part, *(c.cpu() for c in columns), strict=True):
             line = {
                 "row": row.place,
                 "prompt": row.asked,
                 "expert": names[int(p.argmax())],
-                "confidence": round(float(p.max()), DIGITS),
+                "confidence": round(float(confidence), DIGITS),
                 "distance": round(float(distance), DIGITS),
                 "probabilities": _named(names, p),
                 "gates": _named(names, gates),

@@ -29,7 +29,7 @@ from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
-from alignx_ds.stages.assembly import ExpertFactors, assemble
+from alignx_ds.stages.assembly import ExpertFactors, assemble, floors
 from alignx_ds.stages.calibrators import fit_calibrators, saved_calibrators
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
@@ -57,6 +57,7 @@ def stage_of(context: StageContext, specialists: dict[str, str]) -> Stage:
         "rows": {name: found for name, found in digests.items() if not name.startswith(INJECTED)},
         "align": substance(config.align),
         "gate": asdict(config.gate),
+        "floors": floors(config),
         "dtype": config.model.dtype,
         "seed": config.seed,
         "deepspeed": engines.settings_of(config.align.deepspeed, "align.deepspeed"),

@@ -85,7 +85,13 @@ def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -
         ranks=ranks,
         gate=config.gate,
         user_turn=user_turn(base.tokenizer),
+        floors=floors(config),
     )
+
+
+def floors(config: RunConfig) -> dict[str, float]:
+    """The least gates by axis, of those that have one."""
+    return {name: axis.floor for name, axis in config.axes.items() if axis.floor > 0}
 
 
 def _blank(c: RunConfig, d: int, latent: int) -> Geometry:

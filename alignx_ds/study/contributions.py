@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from alignx_ds.data.rows import Row
+from alignx_ds.mocae.gate import DOUBT, TERMS
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.routing.gate_terms import TERMS, sum_of
+from alignx_ds.routing.gate_terms import sum_of
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
 from alignx_ds.study.gate_parts import GateTerms, gate_with, linear_routers
@@ -38,7 +39,7 @@ MOST_TYPES = 6  # categories of one axis that get a row of their own: the most f
 
 def ladder(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """The combinations of a gate's parts that are measured; `names` are all of them, those of `gate.more` last."""
-    more = {f"linear + {name}": ("linear", name) for name in names if name not in TERMS}
+    more = {f"linear + {name}": ("linear", name) for name in names if name not in (*TERMS, DOUBT)}
     return LADDER | more | {ALL: names}
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from alignx_ds.mocae import gate as gates
+from alignx_ds.mocae.gate import TERMS
 from alignx_ds.mocae.layer import alignx_layers, gates_of
-from alignx_ds.routing.gate_terms import TERMS, gate_terms, sum_of
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.router_report import router_report
 from alignx_ds.study.contributions import ALL, ladder
 from alignx_ds.study.gate_parts import GateTerms, gate_with

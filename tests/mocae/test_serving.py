@@ -1,0 +1,146 @@
+"""Doubt far from everything, what serves an unsure prompt, and least gates: on both paths, in both kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    EXPERTS,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    padded,
+    random_geometry,
+    random_rows,
+    relative,
+)
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.serving import ServingRules
+from alignx_ds.mocae.settings import ALL, GateSettings
+
+KINDS = ("choice", "needs")
+NAMES = ("generalist", "helpful", "harmless", "honest")
+BASE = base_model()
+IDS, MASK = padded(random_rows([5, 12, 8]))
+QUERY = Query(torch.randn(64, 32, generator=generator(3)), torch.randn(64, EXPERTS, generator=generator(4)))
+
+
+def make(kind: str, absent: tuple[int, ...] = (), **rules: object) -> CalibratedGate:
+    geometry = random_geometry(6, 1)
+    geometry.present[list(absent)] = 0
+    gate = CalibratedGate(geometry, GateSettings(kind=kind), ServingRules(**rules)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        gate.router.weight.copy_(torch.randn(gate.router.weight.shape, generator=generator(2)))
+        gate.calibration_temperature.fill_(0.7)
+    return gate
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_gate_doubts_what_is_far_and_nothing_else(kind: str) -> None:
+    gate, plain = make(kind, absent=(2,)), make(kind, absent=(2,))
+    distance = gate.distance(QUERY)
+    start = float(distance.median())
+    gate.doubt.copy_(torch.tensor([start, 3.0]))
+    found, before = gate(QUERY), plain(QUERY)
+    near = distance <= start
+    assert torch.equal(found.logits[near], before.logits[near]) and near.any() and not near.all()
+    share = 1 / (1 + 3.0 * (distance[~near] - start))
+    raw, present = before.logits[~near], [0, 1, 3]
+    if kind == "needs":
+        odds = share[:, None] * (raw[:, 1:] - raw[:, :1]) - (1 - share)[:, None] * torch.log(torch.tensor(2.0))
+        torch.testing.assert_close(found.needs()[~near][:, [0, 2]], odds.sigmoid()[:, [0, 2]])
+    else:
+        expected = (share[:, None] * raw[:, present]).softmax(-1)
+        torch.testing.assert_close(found.probabilities()[~near][:, present], expected)
+    gate.doubt.copy_(torch.tensor([0.0, 1e9]))
+    nothing = gate(QUERY)
+    even = nothing.needs() if kind == "needs" else nothing.probabilities()
+    at = [0, 2] if kind == "needs" else present
+    torch.testing.assert_close(even[:, at], torch.full_like(even[:, at], 1 / 3), rtol=1e-3, atol=1e-4)
+    assert not nothing.gates[:, 2].any(), "an axis without queries stays closed, however great the doubt is"
+
+
+@torch.no_grad()
+def test_needs_are_sure_of_two_axes_or_of_none() -> None:
+    gate = make("needs")
+    decision = gate(QUERY)
+    needs = decision.needs()
+    expected = torch.maximum(needs.amax(-1), (1 - needs).prod(-1))
+    torch.testing.assert_close(decision.confidence(), expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(make("choice")(QUERY).confidence(), make("choice")(QUERY).probabilities().amax(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("unsure", "instead"),
+    [(0, [1.0, 0, 0, 0]), (2, [0, 0, 1.0, 0]), (ALL, [0, 1 / 3, 1 / 3, 1 / 3])],
+)
+@torch.no_grad()
+def test_what_serves_where_the_gate_is_unsure(kind: str, unsure: int | str, instead: list[float]) -> None:
+    plain = make(kind)(QUERY)
+    below = float(plain.confidence().median()) + 1e-4
+    decision = make(kind, unsure=unsure, below=below)(QUERY)
+    doubtful = plain.confidence() < below
+    assert doubtful.any() and not doubtful.all()
+    assert torch.equal(decision.gates[~doubtful], plain.gates[~doubtful])
+    torch.testing.assert_close(decision.gates[doubtful], torch.tensor(instead).expand(int(doubtful.sum()), -1))
+
+
+@torch.no_grad()
+def test_all_axes_are_those_that_have_queries() -> None:
+    gates = make("choice", absent=(1,), unsure=ALL, below=1.1)(QUERY).gates
+    torch.testing.assert_close(gates, torch.tensor([0, 0, 0.5, 0.5]).expand(64, -1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_floors_are_least_gates_and_training_knows_none(kind: str) -> None:
+    floors = (0.0, 0.0, 0.3, 0.1)
+    gate, plain = make(kind, floors=floors), make(kind)(QUERY).gates
+    gates = gate(QUERY).gates
+    assert (gates >= torch.tensor([-9.0, 0.0, 0.3, 0.1]) - 1e-6).all()
+    torch.testing.assert_close(gates.sum(-1), torch.ones(64))
+    for row, before in zip(gates.tolist(), plain.tolist(), strict=True):
+        pairs = list(zip(before[1:], floors[1:], strict=True))
+        axes = [max(g, f) for g, f in pairs] if kind == "needs" else [f + 0.6 * g for g, f in pairs]
+        assert row[1:] == pytest.approx(axes, abs=1e-6)
+    assert torch.equal(gate.train()(QUERY).gates, make(kind).train()(QUERY).gates)
+
+
+@pytest.mark.parametrize("unsure", ["", "harmless", ALL])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_both_paths_and_a_saved_model_keep_the_rules(kind: str, unsure: str, tmp_path: Path) -> None:
+    def made(placement: Placement | None) -> AlignXForCausalLM:
+        rules = {"unsure": unsure, "unsure_below": 0.9, "floors": {"harmless": 0.3}}
+        return aligned(BASE, low_rank_experts(BASE), kind=kind, placement=placement, **rules)  # type: ignore[arg-type]
+
+    fused = made(None)
+    logits = fused(IDS, MASK).logits
+    gates: Tensor = next(iter(fused.routing.decisions.values())).gates
+    assert (gates[:, 2] >= 0.3 - 1e-6).all()
+    expected = aligned(BASE, low_rank_experts(BASE), kind=kind)(IDS, MASK, forced=gates).logits
+    assert relative(logits[MASK.bool()], expected[MASK.bool()]) < 1e-5, "no gate is left out by a count"
+    assert relative(made(Placement(1, 0))(IDS, MASK).logits[MASK.bool()], logits[MASK.bool()]) < 1e-5
+    for gate in gates_of(fused).values():
+        gate.doubt.copy_(torch.tensor([0.1, 2.0]))
+    fused.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(IDS, MASK).logits, fused(IDS, MASK).logits)
+
+
+def test_a_rule_for_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="none"):
+        ServingRules.of(GateSettings(unsure="none"), {}, NAMES)
+    for floors in ({"generalist": 0.1}, {"helpful": 1.5}):
+        with pytest.raises(ValueError, match="floors has"):
+            ServingRules.of(GateSettings(), floors, NAMES)
