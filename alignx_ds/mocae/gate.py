@@ -86,8 +86,8 @@ class CalibratedGate(nn.Module):
     buffers. Raises ConfigError for a further calibrator that is not in CALIBRATORS.
 
     Far from all that it was fitted on, the gate doubts: every term is divided by 1 + κ·max(0, distance − d₀), and what
-    is missing to one is given to a prior that takes all experts with queries for equally likely. `doubt` = (d₀, κ) is
-    fitted after T_cal (routing/doubt.py). `rules` say what serves beside that.
+    is missing to one is given to a prior that takes all experts with queries for equally likely. The buffer `doubt` is
+    (d₀, κ); it is zero, no doubt, unless it is set. `rules` say what serves beside that.
     """
 
     calibration_temperature: Tensor

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,9 @@ def _rows(asked: Tensor, new: PerRow, kept: PerRow) -> PerRow:
         rows = asked.to(one.device).view(-1, *[1] * (one.dim() - 1))
         return torch.where(rows, one, other.to(one.device))
 
-    return replace(new, **{f.name: either(getattr(new, f.name), getattr(kept, f.name)) for f in fields(new)})
+    both = {f.name: (getattr(new, f.name), getattr(kept, f.name)) for f in fields(new)}
+    changed: dict[str, Any] = {name: either(*pair) for name, pair in both.items() if isinstance(pair[0], Tensor)}
+    return replace(new, **changed)
 
 
 @dataclass
