@@ -10,10 +10,11 @@ import torch
 from constructed_runs import LAYERS, PROMPTS
 
 from alignx_ds.data.encode import Example, LabelledExamples, encode_prompts, pad_token
+from alignx_ds.mocae.gate import TERMS
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.lexical import ngrams
 from alignx_ds.models.finished import aligned_of, tokenizer_of
-from alignx_ds.routing.gate_terms import TERMS, gate_terms
+from alignx_ds.routing.gate_terms import gate_terms
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.study.explain.choices import MOST_WORDS, choices
 
