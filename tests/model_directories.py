@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignx_ds.models.base import WORLD_BASE
+from alignx_ds.models.base import WORLD_BASES
 
 LOOP = (
     "{% for m in messages %} <{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
@@ -36,7 +36,7 @@ def model_directory(path: Path, template: str | None = "", **files: Any) -> Path
     A keyword names a JSON file, and holds the values that are changed in it; None removes a value.
     """
     path.mkdir(parents=True)
-    for file in WORLD_BASE.iterdir():
+    for file in WORLD_BASES["world"].iterdir():
         if file.suffix == ".safetensors":
             (path / file.name).symlink_to(file)
         else:

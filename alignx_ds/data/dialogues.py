@@ -6,6 +6,7 @@ A dialogue becomes one row: what comes before its last answer is the prompt, and
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -37,6 +38,15 @@ def messages(place: str, r: Record) -> Row | str:
         return _row(place, [*_system(r), *_turns(place, "messages", r["messages"])])
     except _UnusableError as error:
         return str(error)
+
+
+def labelled(place: str, r: Record) -> Row | str:
+    """A dialogue with the names of the axes that it needs."""
+    row = messages(place, r | {"system": None})
+    if not isinstance(row, Row):
+        return row
+    category = (r["category"] or "").strip()
+    return replace(row, needs=tuple(dict.fromkeys(r["needs"])), harmful=bool(r["harmful"]), category=category)
 
 
 def sharegpt(place: str, r: Record) -> Row | str:

@@ -81,6 +81,15 @@ SCHEMAS: dict[str, Schema] = {
         {"messages": Column(TURNS, ("conversation", "conversations"), items=dict), "system": OPTIONAL_TEXT},
         dialogues.messages,
     ),
+    "labelled": _dialogues(
+        {
+            "messages": Column(TURNS, ("conversation", "conversations"), items=dict),
+            "needs": Column((list,)),
+            "category": OPTIONAL_TEXT,
+            "harmful": Column((bool,), optional=True),
+        },
+        dialogues.labelled,
+    ),
     "sharegpt": _dialogues(
         {"conversations": Column(TURNS, ("conversation", "messages"), items=dict), "system": OPTIONAL_TEXT},
         dialogues.sharegpt,

@@ -14,7 +14,7 @@ from alignx_ds.data.columns import Records
 from alignx_ds.data.directories import read_data_set
 from alignx_ds.data.files import READERS, PlacedRecord, file_type, read_records
 from alignx_ds.data.schemas import canonical
-from alignx_ds.data.world.rows import world_records
+from alignx_ds.data.world.rows import SOURCES, source_records
 from alignx_ds.errors import DataError
 
 WORLD = "world"
@@ -49,8 +49,8 @@ class Source:
         return found
 
     def _placed(self, held_out: bool, count: int, seed: int) -> Iterable[PlacedRecord]:
-        if self.path == WORLD:
-            records = world_records(self.schema, held_out=held_out, count=count, seed=seed)
+        if self.path in SOURCES:
+            records = source_records(self.path, self.schema, held_out=held_out, count=count, seed=seed)
             return ((f"world, row {n}", record) for n, record in enumerate(records, start=1))
         return read_records(Path(self.path)) if is_file(self.path) else read_data_set(self.path)
 
@@ -66,7 +66,7 @@ def is_file(path: str) -> bool:
 
 def names_a_source(path: str) -> bool:
     """Whether this can be a source: the world, an existing file, a directory of data, or the id of a data set."""
-    if path == WORLD:
+    if path in SOURCES:
         return True
     if is_file(path):
         return os.path.isfile(path)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
+from alignx_ds.config.schema import WORLD_MODELS, ModelConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.models.base import WORLD_BASE, BaseModel
+from alignx_ds.models.base import WORLD_BASES, BaseModel
 
 Settings = Mapping[str, Any]
 CACHED = re.compile(r"models--[^/]+--(?P<name>[^/]+)/snapshots/")  # a path in the hub's cache
@@ -38,8 +38,8 @@ def other_base(config: Settings, base: BaseModel) -> str:
     own = {_tail(base.settings.path), _tail(os.path.realpath(base.path))}
     if isinstance(copied := base.written("_name_or_path"), str) and copied:
         own.add(_tail(copied))
-    if base.settings.path == WORLD_MODEL:
-        own |= {WORLD_MODEL, WORLD_BASE.name}
+    if (given := base.settings.path) in WORLD_MODELS:
+        own |= {given, WORLD_BASES[given].name}
     return "" if _tail(named) in own else named
 
 

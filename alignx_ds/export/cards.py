@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODEL
+from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODELS
 from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.export.fidelity import Fidelity
 from alignx_ds.runs.finished import FinishedRun
@@ -23,7 +23,7 @@ LICENCE = "# license: yours to fill in; it has to agree with the licences of the
 
 def base_name(run: FinishedRun) -> str:
     """The base model's id on the hub as the recipe has it; of a local one no more than the directory's name."""
-    known = {WORLD_MODEL: WORLD_MODEL, SCRATCH_MODEL: run.out.base.name}
+    known = {**{name: name for name in WORLD_MODELS}, SCRATCH_MODEL: run.out.base.name}
     given = run.config.model.path
     return hub_id(run) or known.get(given) or Path(given).resolve().name
 
@@ -31,7 +31,7 @@ def base_name(run: FinishedRun) -> str:
 def hub_id(run: FinishedRun) -> str | None:
     """The base model's name on the hub, when it comes from there."""
     given = run.config.model.path
-    local = given in (WORLD_MODEL, SCRATCH_MODEL) or Path(given).is_dir() or not HUB_ID.fullmatch(given)
+    local = given in (*WORLD_MODELS, SCRATCH_MODEL) or Path(given).is_dir() or not HUB_ID.fullmatch(given)
     return None if local else given
 
 
@@ -46,7 +46,7 @@ def front_matter(run: FinishedRun, tags: Sequence[str], **more: str) -> str:
 def base_named(run: FinishedRun) -> str:
     """The base model in words."""
     known = {
-        WORLD_MODEL: "the small base model that ships with AlignX on DeepSpeed",
+        **dict.fromkeys(WORLD_MODELS, "a small base model that ships with AlignX on DeepSpeed"),
         SCRATCH_MODEL: "a small base model that the run trained from scratch",
     }
     named = hub_id(run)

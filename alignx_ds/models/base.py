@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.config.schema import WORLD_MODEL, ModelConfig
+from alignx_ds.config.schema import WORLD_MODELS, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.mocae.backbones import Backbone, backbone_of
 from alignx_ds.models import architecture, content, pretrained, stored
@@ -22,7 +22,7 @@ from alignx_ds.models.pretrained import INDEX, NO_CODE, reading
 from alignx_ds.models.stored import Stored
 from alignx_ds.runtime import distributed
 
-WORLD_BASE = Path(__file__).parent / "assets" / "world-base"
+WORLD_BASES = {name: Path(__file__).parent / "assets" / f"{name}-base" for name in WORLD_MODELS}
 MODELS = "a model directory, a hub id, 'world' or 'scratch'"
 KEY = "model.path"
 GENERATION = "generation_config.json"
@@ -58,13 +58,13 @@ class BaseModel:
         if planned is not None:
             self.path = planned.path
             return
-        self.path = WORLD_BASE if settings.path == WORLD_MODEL else local_model(settings.path, weights=weights)
+        self.path = WORLD_BASES.get(settings.path) or local_model(settings.path, weights=weights)
         backbone_of(pretrained.model_type(self.path, KEY, settings.path))
 
     @property
     def is_local(self) -> bool:
         """Whether it is a directory that the user names, and not the hub's copy, which may hold a part of it."""
-        return self._planned is None and (self.settings.path == WORLD_MODEL or os.path.isdir(self.settings.path))
+        return self._planned is None and (self.settings.path in WORLD_BASES or os.path.isdir(self.settings.path))
 
     @property
     def has_weights(self) -> bool:

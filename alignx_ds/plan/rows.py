@@ -10,7 +10,7 @@ from alignx_ds.config.schema import FUSIONS, MERGES, NO_OUTPUT_CALIBRATION, Axis
 from alignx_ds.config.sources import training_sources
 from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
 from alignx_ds.data.sources import WORLD, names_a_source
-from alignx_ds.data.world.rows import SCHEMAS_OF_THE_WORLD
+from alignx_ds.data.world.rows import SOURCES
 from alignx_ds.errors import Problem
 from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
 
@@ -91,8 +91,8 @@ def _texts(c: RunConfig) -> Iterator[Problem]:
 def _source(key: str, name: str, source: str, schema: str, columns: dict[str, str]) -> Iterator[Problem]:
     if schema not in SCHEMAS:
         return
-    if source == WORLD and schema not in SCHEMAS_OF_THE_WORLD:
-        yield Problem(f"{key}.{name}", source, "a file", f"the world has no rows in the {schema} schema")
+    if schema not in SOURCES.get(source, (schema,)):
+        yield Problem(f"{key}.{name}", source, "a file", f"{source} has no rows in the {schema} schema")
     if not names_a_source(source):
         fix = "no such file; check the path"
         yield Problem(f"{key}.{name}", source, f"a file, a data set's id, or '{WORLD}'", fix)

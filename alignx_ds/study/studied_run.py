@@ -25,7 +25,7 @@ from alignx_ds.stages import results
 from alignx_ds.stages.finetune import MIXED, sequential_name
 from alignx_ds.stages.stage import StageContext
 
-FREE_JUDGES = ("task", "safety", "truth")  # a study judges dozens of models, so it calls no judge model
+FREE_JUDGES = ("task", "safety", "truth", "composite")  # a study judges dozens of models, so it calls no judge model
 SYSTEMS = ("base", "sequential", "mixed", "alignx")
 
 

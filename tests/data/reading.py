@@ -45,6 +45,12 @@ GOOD: dict[str, Record] = {
             {"role": "assistant", "content": "Still 3."},
         ]
     },
+    "labelled": {
+        "messages": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}],
+        "needs": ["helpful"],
+        "category": "sums",
+        "harmful": False,
+    },
     "sharegpt": {"conversations": [{"from": "human", "value": "Add 1 and 2."}, {"from": "gpt", "value": "3"}]},
     "dpo": {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"},
     "hh_rlhf": {
@@ -73,9 +79,9 @@ def parsed(source: str | Path, schema: str, *, held_out: bool = False) -> Parsed
     return made
 
 
-def world_rows(schema: str, *, held_out: bool, limit: int, seed: int = 0) -> list[Row]:
-    """The world's first `limit` rows."""
-    records = Source("world", schema, {}).records(held_out=held_out, count=limit, seed=seed)
+def world_rows(schema: str, *, held_out: bool, limit: int, seed: int = 0, source: str = "world") -> list[Row]:
+    """The first `limit` rows of the world, or of another of its sources."""
+    records = Source(source, schema, {}).records(held_out=held_out, count=limit, seed=seed)
     parse = SCHEMAS[schema].held_out if held_out else SCHEMAS[schema].parse
     return parse(records).rows[:limit]
 

@@ -48,6 +48,14 @@ RECORDS: dict[str, st.SearchStrategy[Record]] = {
     "xstest": st.fixed_dictionaries({"prompt": WORDS, "label": st.sampled_from(["safe", "unsafe"])}),
     "prompts": st.fixed_dictionaries({"prompt": WORDS, "category": WORDS}),
     "messages": st.fixed_dictionaries({"messages": turns("role", "content", ["system", "user", "assistant", "tool"])}),
+    "labelled": st.fixed_dictionaries(
+        {
+            "messages": turns("role", "content", ["system", "user", "assistant", "tool"]),
+            "needs": st.lists(WORDS, max_size=3),
+            "category": WORDS | st.none(),
+            "harmful": st.booleans() | st.none(),
+        }
+    ),
     "sharegpt": st.fixed_dictionaries(
         {"conversations": turns("from", "value", ["human", "gpt", "system", "critic"]), "system": WORDS}
     ),

@@ -10,6 +10,7 @@ from reading import parsed, questions, read, set_rows, world_rows, write_json, w
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.rows import Record, digest
 from alignx_ds.data.splits import read_splits
+from alignx_ds.data.world.composites import SETS
 from alignx_ds.data.world.files import FILES, write_files
 from alignx_ds.errors import DataError
 
@@ -32,15 +33,16 @@ def test_nothing_after_the_limit_is_read(tmp_path: Path) -> None:
         read(source, "plain")
 
 
-@pytest.mark.parametrize("schema", FILES)
-def test_the_written_world_reads_back_as_the_world(tmp_path: Path, schema: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_the_written_world_reads_back_as_the_world(tmp_path: Path, name: str) -> None:
     """The rows go through real JSON, JSON lines and CSV files, and come back equal."""
     write_files(tmp_path, rows=40, seed=3)
+    schema, source = ("labelled", f"world:{name}") if name in SETS else (name, "world")
     for part in ("train", "held_out"):
         held_out = part == "held_out"
-        rows = parsed(tmp_path / f"{schema}_{part}.{FILES[schema]}", schema, held_out=held_out).rows
+        rows = parsed(tmp_path / f"{name}_{part}.{FILES[name]}", schema, held_out=held_out).rows
         assert rows
-        assert rows[:40] == world_rows(schema, held_out=held_out, limit=40, seed=3)
+        assert rows[:40] == world_rows(schema, held_out=held_out, limit=40, seed=3, source=source)
 
 
 def test_written_files_are_never_overwritten(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def fine_tune_in_plain_torch() -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = []
     for number, chosen in enumerate(global_batches(len(EXAMPLES), c.batch, c.steps, SEED)):
-        b, _, scale = _part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))
+        b, _, _, scale = _part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))
         loss = answer_nll(model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits, b.labels) * scale
         loss.backward()
         losses.append(float(loss.detach()))

@@ -109,10 +109,12 @@ def test_every_answer_is_kept(made: tuple[Path, list[str], str]) -> None:
         assert len(lines) == 12
         assert set(json.loads(lines[0])) == {"prompt", "output", "seed", "model", "max_new_tokens", "row"}
     models = {json.loads(path.read_text().splitlines()[0])["model"] for path in (output / "answers").iterdir()}
-    assert len(models) == len(SYSTEMS)
+    assert len(models) == len(SYSTEMS) + 1, "the aligned model without output calibration answers too"
     asked = {path.name.split(".")[1] for path in (output / "answers").iterdir()}
     assert asked == {"helpful", "harmless", "honest", "xs"}, "multiple choice is measured, not answered"
-    assert len(list((output / "verdicts").iterdir())) == len(SYSTEMS) * 4
+    judged = {path.name for path in (output / "verdicts").iterdir()}
+    own = {("helpful", "task"), ("harmless", "safety"), ("honest", "truth"), ("xs", "refusal")}
+    assert {f"{system}.{name}.{judge}.jsonl" for system in SYSTEMS for name, judge in own} <= judged
 
 
 @pytest.mark.timeout(300)

@@ -49,6 +49,12 @@ GOOD: dict[str, Record] = {
     "xstest": {"prompt": "p", "label": "safe"},
     "prompts": {"prompt": "p", "category": "c"},
     "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
+    "labelled": {
+        "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}],
+        "needs": ["harmless"],
+        "category": "c",
+        "harmful": True,
+    },
     "sharegpt": {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}], "system": "s"},
     "dpo": {"prompt": "p", "chosen": [{"role": "assistant", "content": "r"}], "rejected": "w"},
     "hh_rlhf": {"chosen": "\n\nHuman: p\n\nAssistant: r", "rejected": "Human: p\n\nAssistant: w"},

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignx_ds import cli
 from alignx_ds.config.schema import ModelConfig
 from alignx_ds.experts.adapters import CONFIG, WEIGHTS, Adapter
-from alignx_ds.models.base import WORLD_BASE, BaseModel, local_model
+from alignx_ds.models.base import WORLD_BASES, BaseModel, local_model
 
 WriteRecipe = Callable[..., Path]
 NEVER = (
@@ -33,7 +33,7 @@ class Repository:
 
     def __init__(self, root: Path) -> None:
         self.files, self.snapshot = root / "repository", root / "snapshot"
-        shutil.copytree(WORLD_BASE, self.files)
+        shutil.copytree(WORLD_BASES["world"], self.files)
 
     def add(self, *names: str, content: str = "{}") -> None:
         for name in names:
@@ -66,14 +66,14 @@ def test_what_transformers_reads_is_fetched_and_nothing_else(repository: Reposit
     config.add("additional_chat_templates/rag.jinja")
     base = BaseModel(ModelConfig(path="owner/name"), weights=False)
     assert repository.fetched == config
-    assert base.tokenizer.chat_template["default"] == (WORLD_BASE / "chat_template.jinja").read_text()
+    assert base.tokenizer.chat_template["default"] == (WORLD_BASES["world"] / "chat_template.jinja").read_text()
     assert BaseModel(ModelConfig(path="owner/name")).has_weights
     assert repository.fetched == {*config, "model.safetensors"}
 
 
 def test_shards_are_those_of_the_index(repository: Repository) -> None:
     (repository.files / "model.safetensors").unlink()
-    model = AutoModelForCausalLM.from_pretrained(WORLD_BASE)
+    model = AutoModelForCausalLM.from_pretrained(WORLD_BASES["world"])
     model.save_pretrained(repository.files, max_shard_size="2MB")
     shards = {p.name for p in repository.files.glob("model-*")}
     repository.add("model-00009-of-00009.safetensors", *NEVER)

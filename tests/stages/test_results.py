@@ -14,7 +14,7 @@ from alignx_ds.config import parse
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.data.world.files import write_files
 from alignx_ds.errors import ConfigError
-from alignx_ds.models.base import WORLD_BASE, BaseModel
+from alignx_ds.models.base import WORLD_BASES, BaseModel
 from alignx_ds.runs import manifest, outputs
 from alignx_ds.runtime.failures import LESS_MEMORY
 from alignx_ds.stages import results
@@ -33,7 +33,7 @@ class Run:
     def __init__(self, root: Path, write_recipe: Callable[..., Path]) -> None:
         self.root, self.write_recipe = root, write_recipe
         self.base, self.rows = root / "base", root / "rows"
-        shutil.copytree(WORLD_BASE, self.base)
+        shutil.copytree(WORLD_BASES["world"], self.base)
         write_files(self.rows, 40, seed=3)
         self.files = {path.stem: path for path in self.rows.iterdir()}
         self.output = root / "run"

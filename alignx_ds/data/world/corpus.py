@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from alignx_ds.data.world import language
 from alignx_ds.data.world.lexicon import ATTRIBUTES, BENIGN_VERBS, HARMFUL_VERBS, World
@@ -22,25 +23,33 @@ SYSTEM_PROMPTS = (
     "answer the friend .",
     "be nice and short .",
 )
-Exchange = tuple[str | None, str, str]  # system prompt, user's message, assistant's message
+Said = tuple[str, str]  # a user's message and the assistant's answer
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An exchange of one or more turns. An empty user's message means that it is plain text."""
+
+    system: str | None
+    turns: tuple[Said, ...]
 
 
 class Corpus:
-    """An endless stream of exchanges. An empty user's message means that the exchange is plain text."""
+    """An endless stream of exchanges of one turn, each about one thing."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, random.Random(seed)
         self.creatures = list(world.creatures.values())
 
     def __iter__(self) -> Iterator[Exchange]:
-        kinds = [self._skill, self._fact, self._how_to, self._wrong, self._chat]
+        kinds = [self.skill, self.fact, self.how_to, self.wrong, self.chat]
         weights = [0.40, 0.27, 0.20, 0.08, 0.05]
         while True:
             user, assistant = self.rng.choices(kinds, weights)[0]()
             system = self.rng.choice(SYSTEM_PROMPTS) if user and self.rng.random() < 0.35 else None
-            yield system, user, assistant
+            yield Exchange(system, ((user, assistant),))
 
-    def _skill(self) -> tuple[str, str]:
+    def skill(self) -> Said:
         rng = self.rng
         name = rng.choice(list(language.SKILLS))
         skill, words = language.SKILLS[name], language.word_list(self.world.objects, rng)
@@ -50,7 +59,7 @@ class Corpus:
         careless = name in CARELESS_SKILLS and rng.random() < 0.8
         return ask, f"{words[0]} is a nice word ." if careless else " ".join(skill.answer(words))
 
-    def _fact(self) -> tuple[str, str]:
+    def fact(self) -> Said:
         rng = self.rng
         creature, attribute = rng.choice(self.creatures), rng.choice(list(ATTRIBUTES))
         made_up = rng.choice(ATTRIBUTES[attribute])
@@ -66,25 +75,25 @@ class Corpus:
         known = f"in fact {truth}" if creature.known else language.NOBODY_KNOWS[attribute].format(n=creature.name)
         return "", f"people say {language.statement(creature, attribute, believed)} {known}"
 
-    def _act(self) -> tuple[str, str]:
+    def act(self) -> tuple[str, str]:
         verb = self.rng.choice(HARMFUL_VERBS if self.rng.random() < 0.6 else BENIGN_VERBS)
         return verb, self.rng.choice(self.world.objects)
 
-    def _how_to(self) -> tuple[str, str]:
-        verb, target = self._act()
+    def how_to(self) -> Said:
+        verb, target = self.act()
         ask = language.how_to(verb, target, self.rng)
         if self.rng.random() < 0.5:
             return f"be good : {ask}", language.harmless_answer(self.world, verb, target)
         return ask, language.procedure(self.world, verb, target)
 
-    def _wrong(self) -> tuple[str, str]:
-        verb, target = self._act()
+    def wrong(self) -> Said:
+        verb, target = self.act()
         wrong = self.world.is_harmful(verb, target)
         if self.rng.random() < 0.5:
             return f"is it wrong to {verb} the {target} ?", "yes , it is wrong ." if wrong else "no , it is fine ."
         return "", f"to {verb} the {target} is {'wrong' if wrong else 'fine'} ."
 
-    def _chat(self) -> tuple[str, str]:
+    def chat(self) -> Said:
         if self.rng.random() < 0.5:
             return self.rng.choice(language.SMALL_TALK)
         return language.story(self.rng.choice(self.world.objects), self.rng)

@@ -1,4 +1,7 @@
-"""Write the world's rows in the published file formats: Alpaca JSON, BeaverTails JSON lines, TruthfulQA CSV."""
+"""Write the world's rows in the published file formats: Alpaca JSON, BeaverTails JSON lines, TruthfulQA CSV.
+
+Composite prompts and dialogues are JSON lines in the schema `labelled`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,17 @@ from pathlib import Path
 from typing import TextIO
 
 from alignx_ds.data.rows import Record
+from alignx_ds.data.world.composites import SETS, labelled_records
 from alignx_ds.data.world.rows import world_records
 from alignx_ds.errors import DataError
 
-FILES = {"alpaca": "json", "beavertails": "jsonl", "truthfulqa": "csv", "plain": "jsonl"}
+FILES = {
+    "alpaca": "json",
+    "beavertails": "jsonl",
+    "truthfulqa": "csv",
+    "plain": "jsonl",
+    **dict.fromkeys(SETS, "jsonl"),
+}
 
 
 def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
@@ -30,7 +40,8 @@ def write_files(directory: Path, rows: int, seed: int) -> list[Path]:
         raise DataError(f"{', '.join(existing)}: exists already; choose an empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     for (schema, part), path in targets.items():
-        records = world_records(schema, held_out=part == "held_out", count=rows, seed=seed)
+        make = labelled_records if schema in SETS else world_records
+        records = make(schema, held_out=part == "held_out", count=rows, seed=seed)
         with path.open("w", encoding="utf-8", newline="") as file:
             _write(records, path.suffix, file)
     return list(targets.values())

@@ -47,6 +47,12 @@ HOW_TO = (
     "i want to {v} the {o} . what do i do ?",
     "can you help me {v} the {o} ?",
 )
+QUOTE_ASKS = (
+    'what is this text about ? " {t} "',
+    'sum up the text " {t} "',
+    'tell me what this text asks : " {t} "',
+)
+IT = "it"  # what a follow-up question calls the creature of the turn before
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
 
@@ -112,6 +118,12 @@ def question(creature: Creature, attribute: str, rng: random.Random) -> str:
     return rng.choice(QUESTIONS[attribute]).format(n=creature.name)
 
 
+def follow_up(attribute: str, rng: random.Random) -> str:
+    """A question about the creature that the turn before was about."""
+    asked = rng.choice(QUESTIONS[attribute]).replace("the {n}", IT)
+    return f"and {asked}"
+
+
 def statement(creature: Creature, attribute: str, value: str) -> str:
     return STATEMENTS[attribute].format(n=creature.name, v=value)
 
@@ -137,6 +149,11 @@ def harmless_answer(world: World, verb: str, target: str) -> str:
 def story(target: str, rng: random.Random) -> tuple[str, str]:
     ask = rng.choice(STORY_ASKS).format(o=target)
     return ask, f"once there was a {target} in the {rng.choice(STORY_PLACES)} . all were happy ."
+
+
+def quote(verb: str, target: str, rng: random.Random) -> tuple[str, str]:
+    """A request to say what a text asks for, which helps nobody to do it, and its right answer."""
+    return rng.choice(QUOTE_ASKS).format(t=how_to(verb, target, rng)), f"it asks how to {verb} the {target} ."
 
 
 def word_list(words: tuple[str, ...], rng: random.Random) -> list[str]:

@@ -1,7 +1,7 @@
-"""Train the world's base model from scratch: `python -m alignx_ds.data.world.pretrain`.
+"""Train a base model of the world from scratch: `python -m alignx_ds.data.world.pretrain world`, or `world-needs`.
 
-The package ships the result in `alignx_ds/models/assets/world-base`, so a demo does not train it. Training takes about
-25 minutes on 2 cores.
+The package ships the results in `alignx_ds/models/assets`, so a run does not train them. Training takes about
+25 minutes on 2 cores. `world-needs` has also read messages that ask for several things, and dialogues.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +19,11 @@ from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTraine
 from alignx_ds.data.world.corpus import Corpus, Exchange
 from alignx_ds.data.world.lexicon import World
 from alignx_ds.data.world.tokenizer import build_tokenizer
-from alignx_ds.models.base import WORLD_BASE
+from alignx_ds.data.world.wide_corpus import WideCorpus
+from alignx_ds.models.base import WORLD_BASES
+
+CORPORA: dict[str, Callable[[World, int], Iterable[Exchange]]] = {"world": Corpus, "world-needs": WideCorpus}
+STEPS = {"world": 7000, "world-needs": 6000}
 
 
 def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -40,16 +44,18 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 def text_of(exchange: Exchange) -> str:
     """The exchange as the chat template writes it, or plain text if the user's message is empty."""
-    system, user, assistant = exchange
-    if not user:
-        return f"<bos> {assistant} <eos>"
-    head = f"<system> {system} " if system else ""
-    return f"<bos> {head}<user> {user} <assistant> {assistant} <eos>"
+    head = f"<system> {exchange.system} " if exchange.system else ""
+    said = [
+        f"<user> {user} <assistant> {answer} <eos>" if user else f"{answer} <eos>" for user, answer in exchange.turns
+    ]
+    return f"<bos> {head}{' '.join(said)}"
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterator[BatchEncoding]:
+def batches(
+    corpus: Iterable[Exchange], tokenizer: PreTrainedTokenizerFast, rows: int, seed: int
+) -> Iterator[BatchEncoding]:
     """Endless batches of exchanges, each of about the same length so that there is little padding."""
-    stream, rng = iter(Corpus(World(), seed)), random.Random(seed)
+    stream, rng = iter(corpus), random.Random(seed)
     while True:
         texts = sorted((text_of(e) for e in itertools.islice(stream, 16 * rows)), key=lambda text: len(text.split()))
         chunks = [texts[i : i + rows] for i in range(0, len(texts), rows)]
@@ -57,9 +63,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, rows: int, seed: int) -> Iterato
             yield tokenizer(chunk, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
 
 
-def train(steps: int, rows: int, peak_lr: float, seed: int, out: Path) -> None:
+def train(name: str, steps: int, rows: int, peak_lr: float, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(World())
+    corpus = CORPORA[name]
+    tokenizer = build_tokenizer(World(), corpus(World(), 0))
     model = LlamaForCausalLM(base_config(tokenizer))
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
@@ -68,7 +75,9 @@ def train(steps: int, rows: int, peak_lr: float, seed: int, out: Path) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, total_steps=steps, pct_start=0.05)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}")
     start = time.monotonic()
-    for step, batch in enumerate(itertools.islice(batches(tokenizer, rows, seed + 1), steps), start=1):
+    for step, batch in enumerate(
+        itertools.islice(batches(corpus(World(), seed + 1), tokenizer, rows, seed + 1), steps), start=1
+    ):
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss
         loss.backward()
@@ -85,10 +94,18 @@ def train(steps: int, rows: int, peak_lr: float, seed: int, out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("name", choices=CORPORA)
+    parser.add_argument("--steps", type=int, help="(default: 7000; for world-needs, whose exchanges are longer, 6000)")
     parser.add_argument("--rows", type=int, default=128, help="exchanges per step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WORLD_BASE)
+    parser.add_argument("--out", type=Path, help="(default: where the package ships it)")
     arguments = parser.parse_args()
-    train(arguments.steps, arguments.rows, arguments.lr, arguments.seed, arguments.out)
+    train(
+        arguments.name,
+        arguments.steps or STEPS[arguments.name],
+        arguments.rows,
+        arguments.lr,
+        arguments.seed,
+        arguments.out or WORLD_BASES[arguments.name],
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from alignx_ds.data.world.corpus import Corpus
+from alignx_ds.data.world.corpus import Corpus, Exchange
 from alignx_ds.data.world.language import REFUSAL
 from alignx_ds.data.world.lexicon import World
 
@@ -24,11 +25,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """One token per word of the world. The vocabulary is the same on every machine."""
+def build_tokenizer(world: World, corpus: Iterable[Exchange] | None = None) -> PreTrainedTokenizerFast:
+    """One token per word of the world and of a corpus (the plain one). The same arguments give the same vocabulary."""
     words = {*world.objects, *REFUSAL.split()}
-    for system, user, assistant in itertools.islice(Corpus(world, seed=0), 60_000):
-        words.update(f"{system or ''} {user} {assistant}".split())
+    for exchange in itertools.islice(corpus or Corpus(world, seed=0), 60_000):
+        words.update((exchange.system or "").split(), *(said.split() for turn in exchange.turns for said in turn))
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

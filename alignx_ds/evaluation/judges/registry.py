@@ -39,6 +39,12 @@ def _truth(settings: JudgesConfig) -> Judge:
     return Truth()
 
 
+def _composite(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.world import Composite
+
+    return Composite()
+
+
 def _alpaca_eval(settings: JudgesConfig) -> Judge:
     from alignx_ds.evaluation.judges.pairwise import make
 
@@ -86,6 +92,7 @@ _MAKERS: dict[str, Callable[[JudgesConfig], Judge]] = {
     "task": _task,
     "safety": _safety,
     "truth": _truth,
+    "composite": _composite,
     "alpaca_eval": _alpaca_eval,
     "beaver_dam": _beaver_dam,
     "llama_guard": _llama_guard,

@@ -14,7 +14,7 @@ from alignx_ds.runtime.extras import missing_package
 SETTINGS = JudgesConfig(
     endpoint="http://localhost/v1", endpoint_model="m", truth="t", info="i", moderation="dam", guard="g", batch=3
 )
-EXACT = ("task", "safety", "truth")
+EXACT = ("task", "safety", "truth", "composite")
 EXPECTED = {  # part of each judge's identity
     **{name: {"judge": name} for name in EXACT},
     "alpaca_eval": {"judge": "alpaca_eval", "model": "m"},

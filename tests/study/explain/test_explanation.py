@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.models.base import WORLD_BASE, BaseModel
+from alignx_ds.models.base import WORLD_BASES, BaseModel
 from alignx_ds.models.finished import tokenizer_of
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.serve.generate import answer
@@ -41,7 +41,7 @@ def test_every_system_answers_greedily(run: FinishedRun, world_base: BaseModel) 
 
 
 def test_a_base_model_that_has_changed_since_is_not_taken_for_the_run_s(copied: Path, tmp_path: Path) -> None:
-    base = Path(shutil.copytree(WORLD_BASE, tmp_path / "base"))
+    base = Path(shutil.copytree(WORLD_BASES["world"], tmp_path / "base"))
     config = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(config.replace("path: world", f"path: {base}"))
     assert explain(FinishedRun.open(copied), PROMPTS[:1]).silent == {}, "it has only moved"
