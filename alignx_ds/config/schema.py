@@ -14,7 +14,7 @@ from alignx_ds.config.bounds import AnyText, NameIn
 from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
 from alignx_ds.mocae.settings import GateSettings, Probability
 
-WORLD_MODEL = "world"  # model.path of the base model that is shipped with the package
+WORLD_MODELS = ("world", "world-needs")  # model.path of the base models that are shipped with the package
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
@@ -45,6 +45,19 @@ class SourceConfig:
 
 
 @dataclass
+class JoinConfig:
+    """Rows in company: copies of an axis's rows, each joined with rows of other experts or of its own.
+
+    The company stands before or after the row's prompt in one message, or is an earlier turn of a dialogue.
+    """
+
+    share: NonNegativeFloat = 0.0  # joined rows, relative to the axis's rows
+    # What is answered in one message: `refuse`: everything in order, but of a message that asks for harm the refusal
+    # alone; `both`: everything in order; `own`: the axis's own part.
+    answer: Annotated[str, OneOf(("refuse", "both", "own"))] = "refuse"
+
+
+@dataclass
 class AxisConfig:
     """One alignment goal. An axis is a config entry: add one here and it becomes an expert.
 
@@ -61,6 +74,7 @@ class AxisConfig:
     judge: OptionalJudgeName = ""  # of the answers to the held-out rows; empty: only perplexity is measured
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
     floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
+    join: JoinConfig = field(default_factory=JoinConfig)  # teaches the axis prompts that ask for several things
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
@@ -83,7 +97,7 @@ class GeneralistConfig:
 
 @dataclass
 class ModelConfig:
-    path: Text = MISSING  # local directory or hub id of the base model, "world", or "scratch" to train one
+    path: Text = MISSING  # local directory or hub id of the base model, one of WORLD_MODELS, or "scratch" to train one
     layers: list[NonNegativeInt] = field(default_factory=list)  # that become AlignX layers; empty: the upper half
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     max_length: PositiveInt = 2048  # tokens of a row, prompt and answer

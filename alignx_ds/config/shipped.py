@@ -24,7 +24,8 @@ def _folder(name: str) -> Path:
 
 def recipes() -> dict[str, Path]:
     """The shipped recipes by name."""
-    return {path.stem: path for path in sorted(_folder("recipes").glob("*.yaml"))}
+    found = {path.stem: path for path in _folder("recipes").glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def summary(recipe: Path) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
+from alignx_ds.data.join import Joiner
 from alignx_ds.data.labels import label_set
 from alignx_ds.data.rows import Row, split_by_question
 from alignx_ds.data.splits import DataSplits, Sources, TooLong, Use, limited, read_sources
@@ -21,6 +22,7 @@ from alignx_ds.models.base import BaseModel
 
 HELD_OUT = ("held_out", "references", "routed")  # fields of EncodedData that nothing is trained or fitted on
 INJECTED = "injected "  # before an axis's name, in `digests`
+Joined = dict[str, tuple[list[Row], list[Row]]]
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
 
 
@@ -70,8 +72,10 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
 
     Raises DataError when an axis is left without rows for one of its uses.
     """
-    splits = limited(sources, config, _too_long(config, tokenizer))
-    train, calibration = _training_examples(config, splits, tokenizer)
+    too_long = _too_long(config, tokenizer)
+    splits = limited(sources, config, too_long)
+    joined = _joined_rows(config, splits, too_long)
+    train, calibration = _training_examples(config, splits, joined, tokenizer)
     references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
         examples = encode(splits.held_out[name].rows, tokenizer)
@@ -81,7 +85,7 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
         routed.add([e.prompt() for e in examples], expert, needs)
     return EncodedData(
         splits=splits,
-        injected=_injected_examples(config, splits, tokenizer),
+        injected=_injected_examples(config, splits, joined, tokenizer),
         train=train,
         calibration_rows=calibration,
         held_out={axis: splits.held_out[axis].rows for axis in config.axes},
@@ -90,16 +94,37 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
     )
 
 
+def _cut(config: RunConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(to train on, the calibration split) of training rows."""
+    return split_by_question(rows, config.data.calibration_share, CALIBRATION)
+
+
+def _joined_rows(config: RunConfig, splits: DataSplits, too_long: TooLong) -> Joined:
+    """By axis, its joined rows (to train on, for the calibration split), each made of rows of the same of the two."""
+    cut = {name: _cut(config, split.rows) for name, split in splits.train.items()}
+    joiners = [Joiner({name: parts[i] for name, parts in cut.items()}, config.seed) for i in (0, 1)]
+    found: Joined = {}
+    for axis, settings in config.axes.items():
+        made = [joiner.joined(axis, rows, settings.join) for joiner, rows in zip(joiners, cut[axis], strict=True)]
+        train, calibration = (
+            [row for row, reason in zip(rows, too_long("train", axis, rows), strict=True) if not reason]
+            for rows in made
+        )
+        found[axis] = train, calibration
+    return found
+
+
 def _training_examples(
-    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: Joined, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LabelledExamples, LabelledExamples]:
     """All experts' training rows, without any system prompt: (to train on, the calibration split)."""
     train, calibration = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
         source = splits.train[name].source
-        parts = split_by_question(splits.train[name].rows, config.data.calibration_share, CALIBRATION)
-        for target, rows, use in zip((train, calibration), parts, ("train", "calibrate"), strict=True):
-            target.add(encode(rows, tokenizer), expert, [label_set(r, config.expert_names, expert) for r in rows])
+        parts, company = _cut(config, splits.train[name].rows), joined.get(name, ([], []))
+        for target, rows, more, use in zip((train, calibration), parts, company, ("train", "calibrate"), strict=True):
+            used = [*rows, *more]
+            target.add(encode(used, tokenizer), expert, [label_set(row, config.expert_names, expert) for row in used])
             if source and not rows:
                 fix = "give more rows, or change data.calibration_share"
                 raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")
@@ -107,9 +132,9 @@ def _training_examples(
 
 
 def _injected_examples(
-    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: Joined, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Example]]:
-    """Each axis's training rows that have an answer, with the axis's system prompt."""
+    """Each axis's training rows that have an answer, then its joined rows, with the axis's system prompt."""
     injected = {}
     for axis, settings in config.axes.items():
         answered = [row for row in splits.train[axis].rows if row.response]
@@ -118,7 +143,8 @@ def _injected_examples(
                 f"{splits.train[axis].source} ({axis}): no row has an answer to imitate; give rows with one"
             )
         every = config.data.answers == "all"
-        injected[axis] = encode(answered, tokenizer, settings.prompt, every_answer=every)
+        rows = [*answered, *(row for part in joined[axis] for row in part)]
+        injected[axis] = encode(rows, tokenizer, settings.prompt, every_answer=every)
     return injected
 
 
@@ -130,7 +156,7 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
     for axis, examples in data.injected.items():
         rows = (row for row in data.splits.train[axis].rows if row.response)
         dialogues = [any(turn.role == "assistant" and turn.learned for turn in row.before) for row in rows]
-        found[axis] = sum(d and not e.earlier for d, e in zip(dialogues, examples, strict=True))
+        found[axis] = sum(d and not e.earlier for d, e in zip(dialogues, examples, strict=False))  # joined rows follow
     return {axis: count for axis, count in found.items() if count}
 
 

@@ -27,9 +27,10 @@ def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCali
     c, data = context.config, context.data
     model = assemble(c, context.base, factors, None, None).to(distributed.device())
     pad_id = pad_token(context.base.tokenizer)
-    rows = first_of_each_expert(data.train, c.gate.rows)
-    seen = collect(model, rows, pad_id, c.evaluation.batch)
-    unseen = collect(model, data.calibration_rows, pad_id, c.evaluation.batch)
+    seen, unseen = (
+        collect(model, rows, pad_id, c.evaluation.batch)
+        for rows in (first_of_each_expert(data.train, c.gate.rows), first_of_each_expert(data.calibration_rows))
+    )
 
     def geometries(kind: int, latent: int) -> dict[int, Geometry]:
         return {
@@ -39,19 +40,23 @@ def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCali
 
     fitted = FittedCalibrators({}, {}, {})
     if distributed.is_main():
-        lexicon = fit_lexicon(rows, data.calibration_rows, len(c.expert_names), model.config.user_turn)
+        lexicon = fit_lexicon(data.train, data.calibration_rows, len(c.expert_names), model.config.user_turn)
         fitted = FittedCalibrators(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), lexicon)
     return distributed.broadcast(fitted)
 
 
-def first_of_each_expert(rows: LabelledExamples, count: int) -> LabelledExamples:
-    """Each expert's first `count` rows, or fewer: a geometry needs no more, and each row costs a forward pass."""
+def first_of_each_expert(rows: LabelledExamples, count: int = 0) -> LabelledExamples:
+    """Each expert's first `count` rows (0: all) that need it and no other, or fewer.
+
+    A geometry needs no more, and each row costs a forward pass. Rows that need several experts lie between these: with
+    them, the geometries of the experts would be hard to tell apart.
+    """
     taken: Counter[int] = Counter()
     chosen = LabelledExamples([], [])
     for example, expert, needed in zip(rows.examples, rows.experts, rows.needs, strict=True):
-        if taken[expert] < count:
+        if needed == (expert,) and (not count or taken[expert] < count):
             chosen.add([example], expert, [needed])
-        taken[expert] += 1
+            taken[expert] += 1
     return chosen
 
 
