@@ -45,6 +45,24 @@ class SourceConfig:
 
 
 @dataclass
+class RoutingSourceConfig:
+    """A source of prompts that the gate alone learns from: nothing of them is imitated, so they need no answers."""
+
+    source: Text = MISSING
+    schema: OptionalSchemaName = ""  # any, also one of questions alone; empty: the axis's
+    columns: dict[str, Text] = field(default_factory=dict)  # empty: the axis's, if the schema is the axis's too
+    only: Annotated[str, OneOf(("", "safe", "unsafe"))] = ""  # of a schema that tells which prompts ask for harm
+
+
+@dataclass
+class RoutingConfig:
+    """Prompts for the gate that are no axis's; each axis has a list of its own (`axes.X.routing`)."""
+
+    # They need no axis, and are routed to the generalist: requests that merely look like an axis's.
+    negatives: list[RoutingSourceConfig] = field(default_factory=list)
+
+
+@dataclass
 class AxisConfig:
     """One alignment goal. An axis is a config entry: add one here and it becomes an expert.
 
@@ -61,6 +79,7 @@ class AxisConfig:
     judge: OptionalJudgeName = ""  # of the answers to the held-out rows; empty: only perplexity is measured
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
     floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
+    routing: list[RoutingSourceConfig] = field(default_factory=list)  # more prompts that need the axis, for the gate
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
@@ -222,6 +241,7 @@ class SetConfig:
     judge: JudgeName = MISSING
     columns: dict[str, Text] = field(default_factory=dict)
     rows: NonNegativeInt = 0  # at most; 0: data.held_out_rows
+    needs: list[Text] = field(default_factory=list)  # axes that its prompts need, to measure the gate on it
 
 
 @dataclass
@@ -277,6 +297,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     axes: dict[str, AxisConfig] = field(default_factory=dict)
     generalist: GeneralistConfig = field(default_factory=GeneralistConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.labels import source_quotas
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.routing.fit_geometry import collect, fit
@@ -45,13 +46,20 @@ def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCali
 
 
 def first_of_each_expert(rows: LabelledExamples, count: int) -> LabelledExamples:
-    """Each expert's first `count` rows, or fewer: a geometry needs no more, and each row costs a forward pass."""
-    taken: Counter[int] = Counter()
+    """Each expert's first `count` rows, or fewer: a geometry needs no more, and each row costs a forward pass.
+
+    Of an expert with several sources, as many of each as the root of its size.
+    """
+    sizes = Counter(zip(rows.experts, rows.sources, strict=True))
+    left: dict[tuple[int, int], int] = {}
+    for expert in sorted(set(rows.experts)):
+        own = [pair for pair in sizes if pair[0] == expert]
+        left |= zip(own, source_quotas([sizes[pair] for pair in own], count), strict=True)
     chosen = LabelledExamples([], [])
-    for example, expert, needed in zip(rows.examples, rows.experts, rows.needs, strict=True):
-        if taken[expert] < count:
-            chosen.add([example], expert, [needed])
-        taken[expert] += 1
+    for example, expert, needed, source in zip(rows.examples, rows.experts, rows.needs, rows.sources, strict=True):
+        if left[expert, source]:
+            chosen.add([example], expert, [needed], [source])
+            left[expert, source] -= 1
     return chosen
 
 

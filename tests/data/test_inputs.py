@@ -13,7 +13,8 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import encode
 from alignx_ds.data.inputs import CALIBRATION, EncodedData, encode_splits
 from alignx_ds.data.rows import Row
-from alignx_ds.data.splits import HELD_OUT, read_sources
+from alignx_ds.data.split_rows import HELD_OUT
+from alignx_ds.data.splits import read_sources
 from alignx_ds.errors import DataError
 
 
