@@ -143,12 +143,16 @@ def gated(
     that is left without a row to fit the gate on.
     """
     own = {name: {row.question for row in split.rows} for name, split in train.items()}
-    of_axes = {q for name, questions in own.items() if name != GENERALIST for q in questions}
+    trained_by: Needs = defaultdict(set)
+    for name, questions in own.items():
+        for question in questions if name != GENERALIST else ():
+            trained_by[question].add(name)
     measured = judged | {row.question for part in routing for row in part.held_out.rows}
     used = []
     for part in routing:
-        known = own[part.owner] | (of_axes if part.owner == GENERALIST else set())
+        known = own[part.owner] | (trained_by.keys() if part.owner == GENERALIST else set())
         rows = _without(part.train, known, "its question is a training row's")
+        rows = replace(rows, rows=list(_with_needs(rows.rows, trained_by)))
         rows = rows.without(leaked(rows, measured))
         fitted = first_rows(rows, config.data.train_rows, "routing", part.owner, too_long)
         used.append(replace(part, train=fitted))

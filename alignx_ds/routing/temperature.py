@@ -27,13 +27,15 @@ def fit_temperature(logits: Tensor, labels: Tensor, kind: str = "choice", weight
     """
     sets = as_sets(labels, logits.shape[-1]).double()
     targets = smoothed_needs(sets[:, 1:]) if kind == "needs" else smoothed_choice(sets)
-    each = torch.ones(len(sets), dtype=torch.double) if weights is None else weights.double()
 
     def nll(log_t: float) -> float:
         divided = logits.double() / math.exp(log_t)
+        reduction = "mean" if weights is None else "none"
         if kind == "needs":
-            return float(functional.binary_cross_entropy_with_logits(need_logits(divided), targets, each[:, None]))
-        return float((functional.cross_entropy(divided, targets, reduction="none") * each).mean())
+            found = functional.binary_cross_entropy_with_logits(need_logits(divided), targets, reduction=reduction)
+        else:
+            found = functional.cross_entropy(divided, targets, reduction=reduction)
+        return float(found if weights is None else (found.view(len(sets), -1).mean(-1) * weights).mean())
 
     return math.exp(float(minimize_scalar(nll, bounds=(-4.0, 4.0), method="bounded").x))
 
