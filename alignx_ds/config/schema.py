@@ -241,7 +241,6 @@ class SetConfig:
     judge: JudgeName = MISSING
     columns: dict[str, Text] = field(default_factory=dict)
     rows: NonNegativeInt = 0  # at most; 0: data.held_out_rows
-    needs: list[Text] = field(default_factory=list)  # axes that its prompts need, to measure the gate on it
 
 
 @dataclass

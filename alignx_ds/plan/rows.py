@@ -96,10 +96,6 @@ def _sets(c: RunConfig) -> Iterator[Problem]:
         if name in RESERVED or name in c.axes or not name.isidentifier():
             fix = "rename the set; an axis or a system may have this name already"
             yield Problem(f"evaluation.sets.{name}", name, "a plain word of its own", fix)
-        for need in s.needs:
-            if need not in c.expert_names:
-                known = ", ".join(c.expert_names)
-                yield Problem(f"evaluation.sets.{name}.needs", need, f"one of {known}", "correct or remove it")
         yield from _source(f"evaluation.sets.{name}", "source", s.source, s.schema, s.columns)
 
 

@@ -188,12 +188,11 @@ def test_a_source_without_a_row_for_the_gate_is_an_error(two_axes: RunConfig, tm
         ("axes.honest.routing", "{source: FILE, schema: xstest, columns: {promt: a}}", "axes.honest.routing.0.columns"),
         ("axes.honest.routing", "{schema: xstest}", "axes.honest.routing.0.source: got None"),
         ("axes.honest.routing", "{sorce: a}", "axes.honest.routing.0.sorce: got 'a', expected a known key"),
-        ("evaluation.sets.more", None, "evaluation.sets.more.needs: got 'kind', expected one of generalist, helpful"),
     ],
 )
-def test_what_is_wrong_with_routing_rows_is_one_line(key: str, entry: str | None, said: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_routing_rows_is_one_line(key: str, entry: str, said: str, tmp_path: Path) -> None:
     file = write_json(tmp_path / "file.json", asked(range(4)))
-    value = f"[{entry}]" if entry else f"{{schema: xstest, source: {file}, judge: refusal, needs: [kind]}}"
+    value = f"[{entry}]"
     with pytest.raises(ConfigError) as caught:  # noqa: PT012
         config = parse.load("world", [f"{key}={value.replace('FILE', str(file))}"])
         raise ConfigError(*[*plan.problems(config), *violations(config, TABLES)])
