@@ -71,8 +71,9 @@ def _under(key: str, value: Any, hint: Any) -> Iterator[tuple[str, Any, Mark]]:
         for name, entry in value.items():
             yield from _under(f"{key}.{name}", entry, get_args(hint)[1])
     elif get_origin(hint) is list:
-        for entry in value:
-            yield from _under(key, entry, get_args(hint)[0])
+        inner = get_args(hint)[0]
+        for number, entry in enumerate(value):
+            yield from _under(f"{key}.{number}" if is_dataclass(inner) else key, entry, inner)
     elif get_origin(hint) is Annotated and isinstance(value, (list, dict)):  # of a setting that may be anything
         for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _under(f"{key}.{name}", entry, hint)

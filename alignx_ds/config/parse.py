@@ -114,7 +114,10 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
                     leaves.append((place, inner()))
                 leaves += _nested(entry, inner, place, problems)
         elif hint is Any:
-            leaves.append((key, _sources(value, key, problems)))
+            leaves.append((key, value if isinstance(value, str) else _sources(value, key, SourceConfig, problems)))
+        elif get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
+            listed = [value] if isinstance(value, str) else value
+            leaves.append((key, _sources(listed, key, get_args(hint)[0], problems) if listed != [] else []))
         elif _fits(value, hint):
             leaves.append((key, value))
         else:
@@ -122,20 +125,16 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
     return leaves
 
 
-def _sources(value: Any, key: str, problems: list[Problem]) -> Any:
-    """A source, or the keys of each of several sources."""
-    if isinstance(value, str):
-        return value
+def _sources(value: Any, key: str, kind: type, problems: list[Problem]) -> list[Any]:
+    """The keys of each of several sources, settings of this kind; one that is a text alone is the source."""
     if not isinstance(value, list) or not value:
         fix = "write a path, an id, or a list of them"
         problems.append(Problem(key, value, "a source, or a list of sources", fix))
-        return ""
+        return []
     found = []
     for number, entry in enumerate(value):
-        place, typed = f"{key}.{number}", OmegaConf.structured(SourceConfig)
-        for name, given in _nested(
-            {"source": entry} if isinstance(entry, str) else entry, SourceConfig, place, problems
-        ):
+        place, typed = f"{key}.{number}", OmegaConf.structured(kind)
+        for name, given in _nested({"source": entry} if isinstance(entry, str) else entry, kind, place, problems):
             try:
                 OmegaConf.update(typed, name.removeprefix(f"{place}."), given, force_add=True)
             except (OmegaConfBaseException, OverflowError) as error:

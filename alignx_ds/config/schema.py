@@ -58,6 +58,24 @@ class JoinConfig:
 
 
 @dataclass
+class RoutingSourceConfig:
+    """A source of prompts that the gate alone learns from: nothing of them is imitated, so they need no answers."""
+
+    source: Text = MISSING
+    schema: OptionalSchemaName = ""  # any, also one of questions alone; empty: the axis's
+    columns: dict[str, Text] = field(default_factory=dict)  # empty: the axis's, if the schema is the axis's too
+    only: Annotated[str, OneOf(("", "safe", "unsafe"))] = ""  # of a schema that tells which prompts ask for harm
+
+
+@dataclass
+class RoutingConfig:
+    """Prompts for the gate that are no axis's; each axis has a list of its own (`axes.X.routing`)."""
+
+    # They need no axis, and are routed to the generalist: requests that merely look like an axis's.
+    negatives: list[RoutingSourceConfig] = field(default_factory=list)
+
+
+@dataclass
 class AxisConfig:
     """One alignment goal. An axis is a config entry: add one here and it becomes an expert.
 
@@ -75,6 +93,7 @@ class AxisConfig:
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
     floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
     join: JoinConfig = field(default_factory=JoinConfig)  # teaches the axis prompts that ask for several things
+    routing: list[RoutingSourceConfig] = field(default_factory=list)  # more prompts that need the axis, for the gate
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:
@@ -291,6 +310,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     axes: dict[str, AxisConfig] = field(default_factory=dict)
     generalist: GeneralistConfig = field(default_factory=GeneralistConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)

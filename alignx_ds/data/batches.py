@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -38,12 +38,14 @@ class MicroBatch:
     `experts` [B] int64 holds the expert that owns each row, `needs` [B, E] fp32 is 1 for those that its prompt needs:
     for the generalist, expert 0, exactly where it needs no axis. `lm_scale` turns this part's summed NLL into its
     share of the global mean over answer tokens, given that DeepSpeed averages over ranks and accumulation steps.
+    `gate_weights` [B] fp32 is what each row counts when the gate is fitted, 1 if it is None.
     """
 
     batch: Batch
     experts: Tensor
     needs: Tensor
     lm_scale: float
+    gate_weights: Tensor | None = field(default=None, kw_only=True)
     examples: tuple[Example, ...] = ()  # the rows of the batch, and
     numbers: tuple[int, ...] = ()  # their indices among all training rows
 

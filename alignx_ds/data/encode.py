@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.chats import Prompt, answer_place, with_system, written
-from alignx_ds.data.labels import LabelSet, multi_hot
+from alignx_ds.data.labels import LabelSet, multi_hot, source_weights
 from alignx_ds.data.literal import EncodedText, LiteralEncoder
 from alignx_ds.data.rows import Chat, Row
 from alignx_ds.models.ends import answer_end
@@ -55,17 +55,24 @@ def digest(examples: Sequence[Example]) -> str:
 class LabelledExamples:
     """Examples, each with the number of the expert that owns it and the set of those that its prompt needs.
 
-    The owner is the expert whose source the row is from. Without `needs`, each row needs its owner.
+    The owner is the expert whose source the row is from; `sources` number its sources. Without `needs`, each row needs
+    its owner; without `sources`, each expert has a single one.
     """
 
     examples: list[Example]
     experts: list[int]
     needs: list[LabelSet] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.needs:
             self.needs.extend((expert,) for expert in self.experts)
-        assert len(self.examples) == len(self.experts) == len(self.needs)
+        if not self.sources:
+            self.sources.extend([0] * len(self.experts))
+        self._check()
+
+    def _check(self) -> None:
+        assert len(self.examples) == len(self.experts) == len(self.needs) == len(self.sources)
 
     @property
     def digest(self) -> str:
@@ -82,12 +89,23 @@ class LabelledExamples:
         """The label sets [N, E] fp32, of so many experts."""
         return multi_hot(self.needs, experts)
 
-    def add(self, examples: list[Example], expert: int, needs: Sequence[LabelSet] | None = None) -> None:
-        """More rows of one expert; `needs` are their label sets, if they are others than the expert alone."""
+    def weights(self) -> Tensor | None:
+        """[N] fp32: what each row counts when a gate is fitted; None where every expert has a single source."""
+        return source_weights(self.experts, self.sources)
+
+    def add(
+        self,
+        examples: list[Example],
+        expert: int,
+        needs: Sequence[LabelSet] | None = None,
+        sources: Sequence[int] | None = None,
+    ) -> None:
+        """More rows of one expert; without `needs` each needs this expert alone, without `sources` there is one."""
         self.examples.extend(examples)
         self.experts.extend([expert] * len(examples))
         self.needs.extend([(expert,)] * len(examples) if needs is None else needs)
-        assert len(self.examples) == len(self.needs)
+        self.sources.extend([0] * len(examples) if sources is None else sources)
+        self._check()
 
 
 def encode_prompts(

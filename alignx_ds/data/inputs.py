@@ -5,7 +5,7 @@ The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
@@ -15,12 +15,13 @@ from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
 from alignx_ds.data.join import Joiner
 from alignx_ds.data.labels import label_set
 from alignx_ds.data.rows import Row, split_by_question
-from alignx_ds.data.splits import DataSplits, Sources, TooLong, Use, limited, read_sources
+from alignx_ds.data.split_rows import TooLong, Use
+from alignx_ds.data.splits import DataSplits, Sources, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
 
-HELD_OUT = ("held_out", "references", "routed")  # fields of EncodedData that nothing is trained or fitted on
+HELD_OUT = ("held_out", "references", "routed", "routing")  # fields of EncodedData that nothing is trained or fitted on
 INJECTED = "injected "  # before an axis's name, in `digests`
 Joined = dict[str, tuple[list[Row], list[Row]]]
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
@@ -37,6 +38,7 @@ class EncodedData:
     held_out: dict[str, list[Row]]  # judged, never trained on
     references: LabelledExamples  # held-out rows with a reference answer, without any system prompt: perplexity
     routed: LabelledExamples  # held-out prompts alone: the router is measured on them
+    routing: dict[str, LabelledExamples] = field(default_factory=dict)  # held-out prompts by source of routing rows
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -91,6 +93,7 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
         held_out={axis: splits.held_out[axis].rows for axis in config.axes},
         references=references,
         routed=routed,
+        routing=_add_routing(config, splits, tokenizer, train, calibration),
     )
 
 
@@ -114,6 +117,31 @@ def _joined_rows(config: RunConfig, splits: DataSplits, too_long: TooLong) -> Jo
     return found
 
 
+def _add_routing(
+    config: RunConfig,
+    splits: DataSplits,
+    tokenizer: PreTrainedTokenizerBase,
+    train: LabelledExamples,
+    calibration: LabelledExamples,
+) -> dict[str, LabelledExamples]:
+    """Append the routing rows to what the gate is fitted on; returns the held-out ones by source."""
+    held_out: dict[str, LabelledExamples] = {}
+    for part in splits.routing:
+        owner = config.expert_names.index(part.owner)
+        parts = split_by_question(part.train.rows, config.data.calibration_share, CALIBRATION)
+        measured = held_out[part.name] = LabelledExamples([], [])
+        for target, rows in zip((train, calibration, measured), (*parts, part.held_out.rows), strict=True):
+            _add(target, rows, owner, config, tokenizer)
+    return {name: rows for name, rows in held_out.items() if rows.examples}
+
+
+def _add(
+    target: LabelledExamples, rows: list[Row], owner: int, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    needs = [label_set(row, config.expert_names, owner) for row in rows]
+    target.add(encode(rows, tokenizer), owner, needs, [row.source for row in rows])
+
+
 def _training_examples(
     config: RunConfig, splits: DataSplits, joined: Joined, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LabelledExamples, LabelledExamples]:
@@ -123,8 +151,7 @@ def _training_examples(
         source = splits.train[name].source
         parts, company = _cut(config, splits.train[name].rows), joined.get(name, ([], []))
         for target, rows, more, use in zip((train, calibration), parts, company, ("train", "calibrate"), strict=True):
-            used = [*rows, *more]
-            target.add(encode(used, tokenizer), expert, [label_set(row, config.expert_names, expert) for row in used])
+            _add(target, [*rows, *more], expert, config, tokenizer)
             if source and not rows:
                 fix = "give more rows, or change data.calibration_share"
                 raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")
@@ -163,13 +190,13 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
 def _too_long(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TooLong:
     """Training rows have to fit with and without their system prompt: without one, a template may add a longer default.
 
-    Of the extra sets' rows only the prompts have to fit.
+    Of the extra sets' rows and of routing rows only the prompts have to fit.
     """
     limit = config.model.max_length
 
     def reasons(use: Use, name: str, rows: list[Row]) -> list[str]:
         examples = encode(rows, tokenizer)
-        lengths = [e.prompt_length if use == "set" else len(e.ids) for e in examples]
+        lengths = [e.prompt_length if use in ("set", "routing") else len(e.ids) for e in examples]
         if use == "train" and name in config.axes and config.axes[name].prompt:
             injected = encode(rows, tokenizer, config.axes[name].prompt)
             lengths = [max(plain, len(e.ids)) for plain, e in zip(lengths, injected, strict=True)]

@@ -41,6 +41,7 @@ class Row:
     category: str = ""  # the data set's own grouping of its questions
     place: str = field(default="", compare=False)  # file and row, for error messages
     before: Chat = ()  # earlier turns of a dialogue, and a system prompt of the row's own
+    source: int = field(default=0, compare=False)  # its number among the sources of its expert
     needs: tuple[str, ...] = ()  # the experts whose work the prompt asks for; empty: the one of its source
 
     @property
@@ -70,8 +71,9 @@ class Row:
         return "\n\n".join(f"{SPEAKERS[turn.role]}: {turn.text}" for turn in self.chat if turn.role in SPEAKERS)
 
     def content(self) -> dict[str, Any]:
-        """Every field but the place, and no `before` or `needs` that is empty. Hashes of rows are made of it."""
-        return {k: v for k, v in asdict(self).items() if k != "place" and (k not in ("before", "needs") or v)}
+        """What the row says, with no `before` or `needs` that is empty; not where it is from. Hashes are made of it."""
+        given = {k: v for k, v in asdict(self).items() if k not in ("place", "source")}
+        return {k: v for k, v in given.items() if k not in ("before", "needs") or v}
 
     @classmethod
     def from_content(cls, content: dict[str, Any], place: str = "") -> Row:

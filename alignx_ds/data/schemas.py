@@ -127,6 +127,7 @@ SCHEMAS: dict[str, Schema] = {
     "xstest": _question("prompt", category="label"),
     "prompts": _question("prompt", category="category", harmful=True),  # BeaverTails-Evaluation
 }
+LABELS_HARM = frozenset({"beavertails", "xstest"})  # with rows that say whether their prompts ask for harm
 QUESTIONS_ONLY = frozenset({"truthfulqa_mc", "alpaca_eval", "honeset", "xstest", "prompts"})  # nothing to train on
 
 

@@ -1,83 +1,21 @@
-"""Read every source of a run and split its rows: training and held-out rows by expert, and the extra evaluation sets.
+"""Read every source of a run and split its rows: training, held-out and routing rows by expert, and the extra sets.
 
 Every record is accounted for: it becomes a row, or it is dropped with a reason.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.config.sources import training_sources
 from alignx_ds.data.columns import Records
-from alignx_ds.data.parsers import Parsed
-from alignx_ds.data.rows import Dropped, Row
+from alignx_ds.data.routing import RoutingRows, gated, more_needs, read_routing
+from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, used
 from alignx_ds.errors import DataError
-
-Use = Literal["train", "held out", "set"]
-# Of rows of an expert or a set, and their use: why each is too long, or nothing.
-TooLong = Callable[[Use, str, list[Row]], list[str]]
-CHUNK = 1000  # rows that are encoded at a time, until there are as many as a limit allows
-HELD_OUT = "held out"  # the salt of the hash that cuts a source into training and held-out rows
-
-
-@dataclass(frozen=True)
-class SplitRows:
-    """The rows of one split of a source, or of several, and the records that were dropped."""
-
-    source: str
-    records: int  # before any was dropped
-    rows: list[Row]
-    dropped: list[Dropped]
-    by_source: tuple[tuple[str, int], ...] = ()  # where there are several sources: the number of rows of each
-
-    def reasons(self) -> Counter[str]:
-        return Counter(d.reason for d in self.dropped)
-
-    def without(self, unwanted: dict[int, str]) -> SplitRows:
-        """The split less the rows at these indices; each is recorded as dropped for the reason given with it."""
-        remaining = [row for i, row in enumerate(self.rows) if i not in unwanted]
-        removed = [Dropped(self.rows[i].place, reason) for i, reason in unwanted.items()]
-        return replace(self, rows=remaining, dropped=[*self.dropped, *removed])
-
-    @classmethod
-    def of(cls, source: str, records: Records, parsed: Parsed) -> SplitRows:
-        count = len(records.usable) + len(records.dropped)
-        return cls(source, count, parsed.rows, [*records.dropped, *parsed.dropped])
-
-
-def mixed(parts: Sequence[SplitRows], weights: Sequence[float], limit: int, *, exact: bool) -> SplitRows:
-    """One split of several sources, in turn and in the proportion of their weights, with `limit` rows at most.
-
-    If the proportion is to be `exact`, it ends with the source that is used up first. Otherwise the others go on.
-    """
-    turns = sorted(
-        ((n + 0.5) / weight, number, n)
-        for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
-        for n in range(len(part.rows))
-    )
-    last = min(len(part.rows) / weight for part, weight in zip(parts, weights, strict=True)) if exact else math.inf
-    rows: list[Row] = []
-    counts = [0] * len(parts)
-    dropped = [dropped for part in parts for dropped in part.dropped]
-    for turn, number, n in turns:
-        row = parts[number].rows[n]
-        if turn > last:
-            dropped.append(Dropped(row.place, "more than its source's weight allows"))
-        elif len(rows) == limit:
-            dropped.append(Dropped(row.place, f"more than {limit} rows"))
-        else:
-            rows.append(row)
-            counts[number] += 1
-    names = [part.source for part in parts]
-    records = sum(part.records for part in parts)
-    return SplitRows(", ".join(names), records, rows, dropped, tuple(zip(names, counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +25,7 @@ class Sources:
     train: dict[str, list[SplitRows]]
     held_out: dict[str, list[SplitRows]]
     sets: dict[str, SplitRows]
+    routing: list[RoutingRows]
 
 
 @dataclass(frozen=True)
@@ -100,6 +39,7 @@ class DataSplits:
     held_out: dict[str, SplitRows]
     sets: dict[str, SplitRows]
     judged_questions: frozenset[str]  # of all held-out rows, those beyond data.held_out_rows too: never trained on
+    routing: tuple[RoutingRows, ...] = ()  # by source: prompts that the gate alone learns from
 
 
 def read_splits(config: RunConfig) -> DataSplits:
@@ -112,7 +52,8 @@ def read_sources(config: RunConfig) -> Sources:
     train, held_out = {}, {}
     for name, settings in _experts(config).items():
         train[name], held_out[name] = _read_source(name, settings, config)
-    return Sources(train, held_out, {name: _read_set(name, config) for name in config.evaluation.sets})
+    sets = {name: _read_set(name, config) for name in config.evaluation.sets}
+    return Sources(train, held_out, sets, read_routing(config))
 
 
 def limited(sources: Sources, config: RunConfig, too_long: TooLong | None = None) -> DataSplits:
@@ -123,17 +64,20 @@ def limited(sources: Sources, config: RunConfig, too_long: TooLong | None = None
     judged = frozenset(row.question for parts in sources.held_out.values() for part in parts for row in part.rows)
     train, held_out = {}, {}
     for name, settings in _experts(config).items():
-        parts = [part.without(_leaked(part, judged)) for part in sources.train[name]]
+        parts = [part.without(leaked(part, judged)) for part in sources.train[name]]
         weights = [source.weight for source in training_sources(settings)]
-        train[name] = _used(parts, _train_limit(settings, config), "train", name, too_long, weights)
-        held_out[name] = _used(sources.held_out[name], config.data.held_out_rows, "held out", name, too_long)
-    trained = frozenset(question for split in train.values() for row in split.rows for question in row.questions)
+        train[name] = used(parts, _train_limit(settings, config), "train", name, too_long, weights)
+        held_out[name] = used(sources.held_out[name], config.data.held_out_rows, "held out", name, too_long)
+    routing = gated(sources.routing, train, judged, config, too_long)
+    train, held_out = more_needs(train, sources.routing), more_needs(held_out, sources.routing)
+    gate_rows = [part.train for part in routing]
+    trained = frozenset(q for split in (*train.values(), *gate_rows) for row in split.rows for q in row.questions)
     sets = {}
     for name, split in sources.sets.items():
         known = {i: "its question is trained on" for i, row in enumerate(split.rows) if row.question in trained}
-        sets[name] = _used([split.without(known)], _set_limit(name, config), "set", name, too_long)
+        sets[name] = used([split.without(known)], _set_limit(name, config), "set", name, too_long)
     judged |= {row.question for split in sets.values() for row in split.rows}
-    return DataSplits(train, held_out, sets, judged)
+    return DataSplits(train, held_out, sets, judged, tuple(routing))
 
 
 def _experts(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:
@@ -190,52 +134,3 @@ def _train_limit(s: AxisConfig | GeneralistConfig, config: RunConfig) -> int:
 
 def _set_limit(name: str, config: RunConfig) -> int:
     return config.evaluation.sets[name].rows or config.data.held_out_rows
-
-
-def _leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
-    """The rows with a question that is held out, also as an earlier turn."""
-    rows = enumerate(split.rows)
-    return {i: "its question is held out" for i, row in rows if not judged.isdisjoint(row.questions)}
-
-
-def _used(
-    parts: Sequence[SplitRows],
-    limit: int,
-    use: Use,
-    name: str,
-    too_long: TooLong | None,
-    weights: Sequence[float] = (),
-) -> SplitRows:
-    """The first rows of an expert's sources that are not too long. Raises DataError for a source without any."""
-    fitting = [_first_rows(part, limit, use, name, too_long) for part in parts]
-    if len(fitting) < 2:
-        return fitting[0] if fitting else SplitRows("", 0, [], [])
-    return mixed(fitting, weights if any(weights) else [len(part.rows) for part in parts], limit, exact=any(weights))
-
-
-def _first_rows(split: SplitRows, limit: int, use: Use, name: str, too_long: TooLong | None) -> SplitRows:
-    """The first `limit` rows that are not too long."""
-    unwanted: dict[int, str] = {}
-    used = 0
-    for start in range(0, len(split.rows), CHUNK):
-        rows = split.rows[start : start + CHUNK]
-        reasons = too_long(use, name, rows) if too_long is not None and used < limit else [""] * len(rows)
-        for i, reason in enumerate(reasons, start=start):
-            if reason or used == limit:
-                unwanted[i] = reason or f"more than {limit} rows"
-            else:
-                used += 1
-    left = split.without(unwanted)
-    if used:
-        return left
-    where = f"{split.source} ({name})"
-    if split.rows:
-        raise DataError(f"{where}: all {len(split.rows)} rows are {unwanted[0]}; raise model.max_length")
-    what = {"train": " to train on", "held out": " held out", "set": ""}[use]
-    raise DataError(f"{where}: no usable row{what}{_why_empty(left)}")
-
-
-def _why_empty(split: SplitRows) -> str:
-    counts = ", ".join(f"{count} × {reason}" for reason, count in split.reasons().most_common())
-    why = f" of {split.records} records ({counts})" if counts else ": the source is empty"
-    return f"{why}; give a source with usable rows"

@@ -7,8 +7,10 @@ from itertools import combinations
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.inputs import EncodedData, unlearned_answers
+from alignx_ds.data.routing import GENERALIST
 from alignx_ds.data.rows import Row
-from alignx_ds.data.splits import DataSplits, SplitRows
+from alignx_ds.data.split_rows import SplitRows
+from alignx_ds.data.splits import DataSplits
 
 ODD = 0.01  # share of an axis's rows that another axis has too, from which on it is said
 
@@ -22,15 +24,22 @@ def accounts(rows: DataSplits) -> list[str]:
     lines = []
     named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
     for name, side in [*named, *((f"set {name}", side) for name, side in rows.sets.items())]:
-        if not side.source:
-            continue
-        questions = sum(not row.response for row in side.rows)
-        note = f" ({questions:,} of them without an answer to imitate)" if questions else ""
-        lines.append(line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}"))
-        lines += [line("", f"{count:,}", f" of them from {source}") for source, count in side.by_source]
-        for reason, count in side.reasons().most_common():
-            place = next(d.place for d in side.dropped if d.reason == reason)
-            lines.append(line("", f"{-count:,}", f" {reason}, e.g. {place}"))
+        if side.source:
+            questions = sum(not row.response for row in side.rows)
+            lines += _account(name, side, f" ({questions:,} of them without an answer to imitate)" if questions else "")
+    for part in rows.routing:
+        name = "negatives" if part.owner == GENERALIST else f"{part.owner}, routing"
+        for what, side in (("for the gate", part.train), ("held out", part.held_out)):
+            lines += _account(f"{name}, {what}", side, f" of {side.source}")
+    return lines
+
+
+def _account(name: str, side: SplitRows, note: str) -> list[str]:
+    lines = [line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}")]
+    lines += [line("", f"{count:,}", f" of them from {source}") for source, count in side.by_source]
+    for reason, count in side.reasons().most_common():
+        place = next(d.place for d in side.dropped if d.reason == reason)
+        lines.append(line("", f"{-count:,}", f" {reason}, e.g. {place}"))
     return lines
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from alignx_ds.config.bounds import violations
 from alignx_ds.config.schema import FUSIONS, MERGES, NO_OUTPUT_CALIBRATION, AxisConfig, GeneralistConfig, RunConfig
-from alignx_ds.config.sources import training_sources
-from alignx_ds.data.schemas import QUESTIONS_ONLY, SCHEMAS, schema_problem
+from alignx_ds.config.sources import routing_sources, training_sources
+from alignx_ds.data.schemas import LABELS_HARM, QUESTIONS_ONLY, SCHEMAS, schema_problem
 from alignx_ds.data.sources import WORLD, names_a_source
 from alignx_ds.data.world.rows import SOURCES
 from alignx_ds.errors import Problem
@@ -21,6 +21,7 @@ RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", NO_
 def problems(c: RunConfig) -> Iterator[Problem]:
     yield from _axes(c)
     yield from _generalist(c.generalist)
+    yield from _routing(c)
     yield from _sets(c)
     yield from _texts(c)
     yield from _judges(c)
@@ -62,6 +63,25 @@ def _trained_on(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[P
     if len({(s.source, s.schema) for s in sources}) < len(sources):
         yield Problem(f"{key}.train", [s.source for s in sources], "different sources", "remove one of the two")
     yield from _held_out(key, settings)
+
+
+def _routing(c: RunConfig) -> Iterator[Problem]:
+    known: set[tuple[str, str, str, str]] = set()
+    for given in routing_sources(c):
+        key, s = given.key, given.settings
+        negative = given.owner == "generalist"
+        if not s.schema and negative:
+            yield Problem(f"{key}.schema", "", "a schema", f"say how {s.source} is written; any schema has prompts")
+        if s.only and s.schema in SCHEMAS and s.schema not in LABELS_HARM:
+            fix = f"remove it: rows of the {s.schema} schema do not say whether their prompts ask for harm"
+            yield Problem(f"{key}.only", s.only, "nothing", fix)
+        elif negative and s.schema in LABELS_HARM and s.only != "safe":
+            fix = "add only: safe; prompts that ask for harm are no negatives"
+            yield Problem(f"{key}.only", s.only, "safe", fix)
+        yield from _source(key, "source", s.source, s.schema, s.columns)
+        if (what := (given.owner, s.source, s.schema, s.only)) in known:
+            yield Problem(f"{key}.source", s.source, "different sources", "remove one of the two")
+        known.add(what)
 
 
 def _held_out(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:

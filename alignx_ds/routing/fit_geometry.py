@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from alignx_ds.config.schema import GateConfig
 from alignx_ds.data.batches import collate
 from alignx_ds.data.encode import LabelledExamples
+from alignx_ds.data.labels import source_repeats
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.fractal import fractal_score, local_dimension, log_mass
 from alignx_ds.mocae.geometry import Geometry
@@ -49,7 +50,8 @@ def collect(
 ) -> tuple[dict[int, Features], dict[int, Features]]:
     """(queries of each gate, sampled outputs of each layer's mixture), both by decoder layer. Collective.
 
-    Every rank runs its share of the rows, with the rows' true experts forced, and returns the features of all ranks.
+    Every rank runs its share of the rows, with the experts that own them forced, and returns the features of all ranks.
+    Of an expert with several sources, the features of the smaller ones are repeated, so that they weigh more.
     """
     device, experts = distributed.device(), len(model.config.experts)
     queries: dict[int, Seen] = {i: [] for i in model.config.layers}
@@ -81,8 +83,8 @@ def collect(
     for hook in hooks:
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
-    pooled_queries = {i: _pool(queries[i], rows.experts, experts) for i in gates}
-    return pooled_queries, {i: _pool(outputs[i], rows.experts, experts) for i in model.config.layers}
+    pooled_queries = {i: _pool(queries[i], rows, experts) for i in gates}
+    return pooled_queries, {i: _pool(outputs[i], rows, experts) for i in model.config.layers}
 
 
 def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
@@ -107,10 +109,11 @@ def _parts(features: Tensor, sizes: list[int]) -> list[Tensor]:
     return [part.clone() for part in torch.split(features.float().cpu(), sizes)]
 
 
-def _pool(seen: Seen, expert_of: list[int], experts: int) -> Features:
+def _pool(seen: Seen, rows: LabelledExamples, experts: int) -> Features:
     """All ranks' features by expert, in the order of the rows: k-means depends on it, and ranks must not change it."""
     whole = sorted((item for share in distributed.gather(seen) for item in share), key=lambda item: item[0])
-    by_expert = [[tensor for row, tensor in whole if expert_of[row] == e] for e in range(experts)]
+    repeats = source_repeats(rows.experts, rows.sources)
+    by_expert = [[t for row, t in whole if rows.experts[row] == e for _ in range(repeats[row])] for e in range(experts)]
     return Features([torch.cat(p) if p else torch.zeros(0, 0) for p in by_expert])
 
 

@@ -35,7 +35,7 @@ def fit_lexicon(
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples, user_turn))
     weights, bias = np.zeros((experts, BUCKETS)), np.zeros(experts)
-    lines, labels, shares = one_by_one(rows.needs)
+    lines, labels, shares = one_by_one(rows.needs, rows.weights())
     present = sorted(set(labels))
     if len(present) > 1:
         classifier = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000)

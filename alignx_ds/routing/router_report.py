@@ -56,7 +56,7 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
     temperature = float(gate.calibration_temperature)
     ablations = {}
     for name, terms in (ABLATIONS | {name: (name,) for name in gate.settings.more}).items():
-        t = fit_temperature(sum_of(fitted, *terms), known, kind)
+        t = fit_temperature(sum_of(fitted, *terms), known, kind, data.calibration_rows.weights())
         ablations[name] = router_metrics(sum_of(tested, *terms) / t, labels, kind)
     logits = sum_of(tested)
     return RouterReport(

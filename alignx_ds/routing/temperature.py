@@ -19,20 +19,23 @@ from alignx_ds.data.labels import as_sets
 from alignx_ds.mocae.gate import need_logits
 
 
-def fit_temperature(logits: Tensor, labels: Tensor, kind: str = "choice") -> float:
+def fit_temperature(logits: Tensor, labels: Tensor, kind: str = "choice", weights: Tensor | None = None) -> float:
     """The T in (e⁻⁴, e⁴) that minimises the mean NLL of a gate of this kind, whose logits are divided by T.
 
-    logits [N, E]; labels [N] int64, one expert for each prompt, or [N, E] multi-hot. In needs every axis counts for
-    itself.
+    logits [N, E]; labels [N] int64, one expert for each prompt, or [N, E] multi-hot; weights [N], 1 if not given. In
+    needs every axis counts for itself.
     """
     sets = as_sets(labels, logits.shape[-1]).double()
     targets = smoothed_needs(sets[:, 1:]) if kind == "needs" else smoothed_choice(sets)
 
     def nll(log_t: float) -> float:
         divided = logits.double() / math.exp(log_t)
+        reduction = "mean" if weights is None else "none"
         if kind == "needs":
-            return float(functional.binary_cross_entropy_with_logits(need_logits(divided), targets))
-        return float(functional.cross_entropy(divided, targets))
+            found = functional.binary_cross_entropy_with_logits(need_logits(divided), targets, reduction=reduction)
+        else:
+            found = functional.cross_entropy(divided, targets, reduction=reduction)
+        return float(found if weights is None else (found.view(len(sets), -1).mean(-1) * weights).mean())
 
     return math.exp(float(minimize_scalar(nll, bounds=(-4.0, 4.0), method="bounded").x))
 

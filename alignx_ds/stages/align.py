@@ -146,7 +146,7 @@ def step_loss(config: RunConfig) -> StepLoss:
         output = engine(
             input_ids=b.input_ids, attention_mask=b.attention_mask, prompt_mask=b.prompt_mask, use_cache=False
         )
-        terms = align_terms(engine.module, output.logits, b.labels, part.needs, part.lm_scale)
+        terms = align_terms(engine.module, output.logits, b.labels, part.needs, part.lm_scale, part.gate_weights)
         return MicroBatchLoss(terms.total(config.align), terms.scalars(), router_sums(engine.module, part))
 
     return loss
@@ -157,4 +157,6 @@ def fit_temperatures(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: i
     labels = rows.multi_hot(len(model.config.experts))
     terms = gate_terms(model, rows, pad_id, batch)
     for index, gate in gates_of(model).items():
-        gate.calibration_temperature.fill_(fit_temperature(sum_of(terms[index]), labels, gate.settings.kind))
+        gate.calibration_temperature.fill_(
+            fit_temperature(sum_of(terms[index]), labels, gate.settings.kind, rows.weights())
+        )

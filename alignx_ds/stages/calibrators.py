@@ -10,6 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.labels import source_quotas
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.routing.fit_geometry import collect, fit
@@ -49,14 +50,22 @@ def first_of_each_expert(rows: LabelledExamples, count: int = 0) -> LabelledExam
     """Each expert's first `count` rows (0: all) that need it and no other, or fewer.
 
     A geometry needs no more, and each row costs a forward pass. Rows that need several experts lie between these: with
-    them, the geometries of the experts would be hard to tell apart.
+    them, the geometries of the experts would be hard to tell apart. Of an expert with several sources, as many of each
+    as the root of its size.
     """
-    taken: Counter[int] = Counter()
+    alone = [i for i, needed in enumerate(rows.needs) if needed == (rows.experts[i],)]
+    sizes = Counter((rows.experts[i], rows.sources[i]) for i in alone)
+    left: dict[tuple[int, int], int] = {}
+    for expert in sorted({expert for expert, _ in sizes}):
+        own = [pair for pair in sizes if pair[0] == expert]
+        counts = [sizes[pair] for pair in own]
+        left |= zip(own, source_quotas(counts, count or sum(counts)), strict=True)
     chosen = LabelledExamples([], [])
-    for example, expert, needed in zip(rows.examples, rows.experts, rows.needs, strict=True):
-        if needed == (expert,) and (not count or taken[expert] < count):
-            chosen.add([example], expert, [needed])
-            taken[expert] += 1
+    for i in alone:
+        expert, source = rows.experts[i], rows.sources[i]
+        if left[expert, source]:
+            chosen.add([rows.examples[i]], expert, [rows.needs[i]], [source])
+            left[expert, source] -= 1
     return chosen
 
 

@@ -35,13 +35,14 @@ class GateTerms:
     held_out: Terms
     held_out_labels: Tensor
     kind: str  # of the gates
+    weights: Tensor | None  # of the calibration split's rows
 
     @classmethod
     def of(cls, model: AlignXForCausalLM, studied: StudiedRun) -> GateTerms:
         rows = (studied.data.calibration_rows, studied.data.routed)
         calibration, held_out = (gate_terms(model, r, studied.pad_id, studied.batch) for r in rows)
         labels = [r.multi_hot(len(model.config.experts)) for r in rows]
-        return cls(calibration, labels[0], held_out, labels[1], model.config.gate_settings().kind)
+        return cls(calibration, labels[0], held_out, labels[1], model.config.gate_settings().kind, rows[0].weights())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -55,8 +56,10 @@ class GateTerms:
 
     def temperatures(self, parts: Sequence[str]) -> dict[int, float]:
         """By gate layer: the post-hoc temperature of a gate with these parts alone, fitted on the calibration split."""
-        labels, kind = self.calibration_labels, self.kind
-        return {i: fit_temperature(sum_of(terms, *parts), labels, kind) for i, terms in self.calibration.items()}
+        labels, kind, weights = self.calibration_labels, self.kind, self.weights
+        return {
+            i: fit_temperature(sum_of(terms, *parts), labels, kind, weights) for i, terms in self.calibration.items()
+        }
 
     def metrics(self, parts: Sequence[str]) -> dict[str, float]:
         """Accuracy, NLL, ECE and Brier score of the lowest gate with these parts alone."""
@@ -122,7 +125,7 @@ def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, T
     The stored router was trained beside the calibrators; used alone, it is worse than a linear router can be.
     """
     rows = first_of_each_expert(studied.data.train, studied.config.gate.rows)
-    lines, labels, shares = one_by_one(rows.needs)
+    lines, labels, shares = one_by_one(rows.needs, rows.weights())
     found = {}
     for layer, z in _latents(model, rows, studied).items():
         classifier = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)

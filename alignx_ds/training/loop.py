@@ -36,7 +36,7 @@ def micro_batches(
     model that does not route each row by itself.
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
-    needs = rows.multi_hot(rows.width)
+    needs, weights = rows.multi_hot(rows.width), rows.weights()
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
         own = share(chosen, rank, world)
@@ -50,7 +50,10 @@ def micro_batches(
             batch = pack(examples, pad_id) if packed else collate(examples, pad_id)
             experts = torch.tensor([rows.experts[i] for i in part], device=device)
             needed = needs[list(part)].to(device)
-            step.append(MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part))
+            weight = None if weights is None else weights[list(part)].to(device)
+            step.append(
+                MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part, gate_weights=weight)
+            )
         yield step
 
 

@@ -71,14 +71,14 @@ class AlignTerms:
 
 
 def gating_terms(
-    gate: CalibratedGate, query: Query, decision: Decision, needs: Tensor
+    gate: CalibratedGate, query: Query, decision: Decision, needs: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(cross-entropy of the label set, entropy, KL from the calibrators' own gates) of one gate, in nats.
 
-    Each is a mean over B rows; `needs` [B, E] fp32 is 1 for the experts that a row needs. The calibrators' own gates
-    are those of all terms of the gate but the trained linear one. A choice is one draw among the experts, and its
-    target weighs those that are needed alike; needs are one draw per axis, yes or no, and a row's terms are the sums
-    over its axes.
+    Each is a mean over B rows; `needs` [B, E] fp32 is 1 for the experts that a row needs, and `weights` [B] is what
+    each row counts in the cross-entropy. The calibrators' own gates are those of all terms of the gate but the trained
+    linear one. A choice is one draw among the experts, and its target weighs those that are needed alike; needs are one
+    draw per axis, yes or no, and a row's terms are the sums over its axes.
     """
     with torch.no_grad():
         parts = gate.parts(query)
@@ -90,23 +90,33 @@ def gating_terms(
         cross_entropy = functional.binary_cross_entropy_with_logits(gates, needs[:, 1:], reduction="none")
         entropy = -(yes * log_yes + no * log_no)
         divergence = yes * (log_yes - functional.logsigmoid(known)) + no * (log_no - functional.logsigmoid(-known))
-        return cross_entropy.sum(-1).mean(), entropy.sum(-1).mean(), divergence.sum(-1).mean()
+        summed = cross_entropy.sum(-1) if weights is None else cross_entropy.sum(-1) * weights
+        return summed.mean(), entropy.sum(-1).mean(), divergence.sum(-1).mean()
     log_gates, prior = decision.logits.log_softmax(-1), prior.log_softmax(-1)
     gates = log_gates.exp()
     entropy = -(gates * log_gates).sum(-1).mean()
-    return set_nll(log_gates, needs), entropy, (gates * (log_gates - prior)).sum(-1).mean()
+    return set_nll(log_gates, needs, weights), entropy, (gates * (log_gates - prior)).sum(-1).mean()
 
 
-def align_terms(model: AlignXForCausalLM, logits: Tensor, labels: Tensor, needs: Tensor, lm_scale: float) -> AlignTerms:
+def align_terms(
+    model: AlignXForCausalLM,
+    logits: Tensor,
+    labels: Tensor,
+    needs: Tensor,
+    lm_scale: float,
+    gate_weights: Tensor | None = None,
+) -> AlignTerms:
     """Stage 2's terms, after the model's forward pass of B rows.
 
-    logits [B, T, V], labels [B, T] int64, needs [B, E] fp32; `lm_scale` turns the summed NLL into its share of the
-    step's mean over answer tokens. The gates' decisions and the drifts are those that the forward pass left in the
-    model.
+    logits [B, T, V], labels [B, T] int64, needs [B, E] and gate_weights [B] fp32; `lm_scale` turns the summed NLL into
+    its share of the step's mean over answer tokens. The gates' decisions and the drifts are those that the forward pass
+    left in the model.
     """
     layers, routing = alignx_layers(model), model.routing
     per_gate = [
-        gating_terms(layer.gate, routing.queries[layer.gate_layer], routing.decisions[layer.gate_layer], needs)
+        gating_terms(
+            layer.gate, routing.queries[layer.gate_layer], routing.decisions[layer.gate_layer], needs, gate_weights
+        )
         for layer in layers
         if layer.gate is not None
     ]

@@ -66,7 +66,11 @@ def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_
     recipe = write_recipe()
     before = dict(leaves(parse.to_dict(parse.load(recipe))))
     other = {int: 7, float: 0.75, str: "other", bool: True}
-    changes = {k: [other[type(v[0])]] if isinstance(v, list) else other[type(v)] for k, v in before.items()}
+    source = {"source": "other", "schema": "", "columns": {}, "only": ""}  # of routing rows, of which there are none
+    changes = {
+        k: ([other[type(v[0])]] if v else [source]) if isinstance(v, list) else other[type(v)]
+        for k, v in before.items()
+    }
     for bit, side in itertools.product(range(len(before).bit_length()), (0, 1)):
         chosen = {key: value for n, (key, value) in enumerate(changes.items()) if n >> bit & 1 == side}
         loaded = parse.load(recipe, [f"{key}={value}" for key, value in chosen.items()])

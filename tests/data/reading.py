@@ -12,7 +12,8 @@ from alignx_ds.data.parsers import Parsed
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
-from alignx_ds.data.splits import DataSplits, SplitRows
+from alignx_ds.data.split_rows import SplitRows
+from alignx_ds.data.splits import DataSplits
 
 SYSTEM = "you are a helpful assistant . do the task with care ."
 WORDS = "cat dog the give word first how are you hello good night sleep well".split()

@@ -13,7 +13,8 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import encode
 from alignx_ds.data.inputs import CALIBRATION, EncodedData, encode_splits
 from alignx_ds.data.rows import Row
-from alignx_ds.data.splits import HELD_OUT, read_sources
+from alignx_ds.data.split_rows import HELD_OUT
+from alignx_ds.data.splits import read_sources
 from alignx_ds.errors import DataError
 
 
@@ -64,7 +65,7 @@ def test_rows_that_are_too_long_do_not_count_towards_the_limits(
     set_rows(one_axis, tmp_path, train, held_out)
     one_axis.model.max_length, one_axis.data.train_rows, one_axis.data.held_out_rows = 60, 10, 4
     for chunk in (1, 7, 1000):
-        monkeypatch.setattr("alignx_ds.data.splits.CHUNK", chunk)
+        monkeypatch.setattr("alignx_ds.data.split_rows.CHUNK", chunk)
         splits = encoded(one_axis, world_tokenizer).splits
         assert [row.prompt for row in splits.train["kind"].rows] == [
             r["prompt"] for r in train if r["response"] == "hello"

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
 from alignx_ds.data.inputs import encode_splits
 from alignx_ds.data.rows import Record, Row
-from alignx_ds.data.splits import HELD_OUT, DataSplits, SplitRows, read_sources, read_splits
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows
+from alignx_ds.data.splits import DataSplits, read_sources, read_splits
 from alignx_ds.errors import DataError
 from alignx_ds.plan.accounts import accounts, notes
 

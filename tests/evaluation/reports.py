@@ -11,7 +11,8 @@ from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.data.rows import Dropped, Row
-from alignx_ds.data.splits import DataSplits, SplitRows
+from alignx_ds.data.split_rows import SplitRows
+from alignx_ds.data.splits import DataSplits
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics

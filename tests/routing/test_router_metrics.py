@@ -228,3 +228,14 @@ def test_the_temperature_of_a_gate_of_needs_counts_every_axis() -> None:
     sets = torch.cat([(axes.sum(-1, keepdim=True) == 0).double(), axes], dim=-1)
     assert (sets.sum(-1) == 2).any()
     assert fit_temperature(logits, sets, "needs") == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["choice", "needs"])
+def test_a_temperature_of_weighed_rows_is_that_of_repeated_ones(kind: str) -> None:
+    logits, labels = case(8, 300, 4)
+    labels = torch.where(torch.rand(300, generator=torch.Generator().manual_seed(8)) < 0.5, logits.argmax(-1), labels)
+    weights = torch.where(torch.arange(300) < 100, 2.0, 0.5)
+    numbers = torch.tensor([i for i in range(300) for _ in range(4 if i < 100 else 1)])
+    weighed = fit_temperature(logits, labels, kind, weights)
+    assert weighed == pytest.approx(fit_temperature(logits[numbers], labels[numbers], kind), rel=0.03)
+    assert abs(weighed / fit_temperature(logits, labels, kind) - 1) > 1e-3

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from alignx_ds.data.rows import Row
-from alignx_ds.data.splits import DataSplits, SplitRows
+from alignx_ds.data.split_rows import SplitRows
+from alignx_ds.data.splits import DataSplits
 from alignx_ds.routing.router_report import surface_router
 
 EXPERTS = ["generalist", "helpful", "harmless", "honest"]

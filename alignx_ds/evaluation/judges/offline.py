@@ -30,7 +30,7 @@ from sklearn.svm import SVC
 from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import WORLD, Source, names_a_source
-from alignx_ds.data.splits import HELD_OUT
+from alignx_ds.data.split_rows import HELD_OUT
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics, Verdict, percent
 from alignx_ds.evaluation.judges.refusal import SENTENCE_END, classify
