@@ -128,7 +128,7 @@ def _add_routing(
     held_out: dict[str, LabelledExamples] = {}
     for part in splits.routing:
         owner = config.expert_names.index(part.owner)
-        parts = split_by_question(part.train.rows, config.data.calibration_share, CALIBRATION)
+        parts = _cut(config, part.train.rows)
         measured = held_out[part.name] = LabelledExamples([], [])
         for target, rows in zip((train, calibration, measured), (*parts, part.held_out.rows), strict=True):
             _add(target, rows, owner, config, tokenizer)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from alignx_ds.config.schema import RoutingSourceConfig, RunConfig
 from alignx_ds.config.sources import RoutingSource, routing_sources, training_sources
-from alignx_ds.data.rows import Dropped, Row
+from alignx_ds.data.rows import Dropped, Row, split_by_question
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, first_rows, leaked
@@ -45,7 +45,9 @@ def read_routing(config: RunConfig) -> list[RoutingRows]:
         kept = _kept(read, given, first_number(given.owner, config) + number)
         parts = [
             replace(kept, rows=rows, dropped=kept.dropped if part == "train" else [])
-            for part, rows in zip(("train", HELD_OUT), _cut(kept.rows, config.data.held_out_share), strict=True)
+            for part, rows in zip(
+                ("train", HELD_OUT), split_by_question(kept.rows, config.data.held_out_share, HELD_OUT), strict=True
+            )
         ]
         train, held_out = (replace(p, records=len(p.rows) + len(p.dropped)) for p in parts)
         made.append(RoutingRows(given.owner, _name(settings, given.owner), train, held_out))
@@ -83,14 +85,6 @@ def _unwanted(row: Row, given: RoutingSource) -> str:
     if given.owner == GENERALIST and set(row.needs) - {GENERALIST}:
         return "its prompt needs an axis"
     return ""
-
-
-def _cut(rows: list[Row], share: float) -> tuple[list[Row], list[Row]]:
-    positions = [row.position(HELD_OUT) for row in rows]
-    return (
-        [row for row, position in zip(rows, positions, strict=True) if position >= share],
-        [row for row, position in zip(rows, positions, strict=True) if position < share],
-    )
 
 
 def _labelled(parts: list[RoutingRows]) -> list[RoutingRows]:
