@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import RunConfig
+from alignx_ds.config.schema import RoutingSourceConfig, RunConfig
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.plan.checks import check
 from alignx_ds.runs import outputs
@@ -39,6 +39,9 @@ WRONG: dict[Any, list[Any]] = {
           [{"source": "world", "weight": nan}, "a"], [{"source": "world", "columns": 3}], True, nan],
     list[int]: [3, "a", None, {"a": 1}, [None], [[1]], [-1], [10**30], [0.5]],
     list[str]: [3, None, {"a": 1}, [None], [["ties"]], [{"a": 1}]],
+    list[RoutingSourceConfig]: [3, "a", None, {"source": "world"}, [None], ["a"], [{}], [{"source": None}],
+          [{"sorce": "a"}], [{"source": "world", "schema": "chat"}], [{"source": "world", "only": "harmful"}],
+          [{"source": "nowhere.csv"}]],
     dict: [3, "a", None, [1], {"a.b": "x"}, {"": 3}],
 }  # fmt: skip
 Change = tuple[str, Any]  # dotted key, value that it can't have
