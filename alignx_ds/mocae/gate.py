@@ -26,8 +26,6 @@ from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
-DOUBT = "doubt"  # a further term in needs: what a gate without an opinion would say
-FARTHEST = 1e4  # a distance is not taken for more
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
 
 
@@ -85,13 +83,12 @@ class CalibratedGate(nn.Module):
     and starts at zero; the geometry (P, μ and the scores' constants) and T_cal, the post-hoc temperature, are fitted
     buffers. Raises ConfigError for a further calibrator that is not in CALIBRATORS.
 
-    Far from all that it was fitted on, the gate doubts: every term is divided by 1 + κ·max(0, distance − d₀), and what
-    is missing to one is given to a prior that takes all experts with queries for equally likely. The buffer `doubt` is
-    (d₀, κ); it is zero, no doubt, unless it is set. `rules` say what serves beside that.
+    `rules` say what serves beside that. A distance from what the gate was fitted on does not make it less sure: on a
+    real model's features no such distance finds prompts of unknown sources better than the gate's own confidence
+    (docs/results.md).
     """
 
     calibration_temperature: Tensor
-    doubt: Tensor
 
     def __init__(self, geometry: Geometry, settings: GateSettings, rules: ServingRules | None = None) -> None:
         super().__init__()
@@ -106,7 +103,6 @@ class CalibratedGate(nn.Module):
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
         self.register_buffer("calibration_temperature", torch.ones((), dtype=torch.float32))
-        self.register_buffer("doubt", torch.zeros(2, dtype=torch.float32))
 
     @property
     def geometry(self) -> Geometry:
@@ -123,18 +119,10 @@ class CalibratedGate(nn.Module):
         every = distances(self.latent(query), g.means.float(), g.whiteners.float())
         return every.masked_fill(g.present == 0, torch.inf).amin(-1)
 
-    @torch.no_grad()
-    def trust(self, query: Query) -> Tensor:
-        """[...] fp32 in (0, 1]: 1 near the prompts that the gate was fitted on, less the farther from all of them."""
-        start, slope = self.doubt.float()
-        trust: Tensor = 1 / (1 + slope * (self.distance(query) - start).clamp(0, FARTHEST))
-        return trust
-
     @property
     def terms(self) -> tuple[str, ...]:
         """The names of the terms of the logits."""
-        doubt = (DOUBT,) if self.settings.kind == "needs" else ()
-        return (*TERMS, *self.settings.more, *doubt)
+        return (*TERMS, *self.settings.more)
 
     def parts(self, query: Query) -> dict[str, Tensor]:
         """By name, the terms of the logits before the division by T_cal, each [..., E] fp32.
@@ -154,20 +142,10 @@ class CalibratedGate(nn.Module):
             "lexical": self.settings.lexical * query.words.float(),
         }
         terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
-        trust = self.trust(query).unsqueeze(-1)
-        terms = {name: trust * term for name, term in terms.items()}
-        if self.settings.kind == "needs":
-            terms[DOUBT] = (1 - trust) * self._alike() * self.calibration_temperature.float()
         without_queries = torch.full_like(g.present, NEVER)
         if self.settings.kind == "needs":
             without_queries[0] = 0.0
         return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
-
-    def _alike(self) -> Tensor:
-        """[E], the logits of needs whose probabilities are 1/n each, of n experts with queries."""
-        present = self.geometry.present.float()
-        odds = -(present.sum() - 1).clamp_min(1).log()
-        return torch.cat([torch.zeros_like(present[:1]), odds.expand(len(present) - 1)])
 
     def forward(self, query: Query) -> Decision:
         """The decision on a query: all gates in training, otherwise the largest ones, and then the rules."""

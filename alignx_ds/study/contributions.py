@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from alignx_ds.data.rows import Row
-from alignx_ds.mocae.gate import DOUBT, TERMS
+from alignx_ds.mocae.gate import TERMS
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.routing.gate_terms import sum_of
 from alignx_ds.runtime import console
@@ -39,7 +39,7 @@ MOST_TYPES = 6  # categories of one axis that get a row of their own: the most f
 
 def ladder(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """The combinations of a gate's parts that are measured; `names` are all of them, those of `gate.more` last."""
-    more = {f"linear + {name}": ("linear", name) for name in names if name not in (*TERMS, DOUBT)}
+    more = {f"linear + {name}": ("linear", name) for name in names if name not in TERMS}
     return LADDER | more | {ALL: names}
 
 
