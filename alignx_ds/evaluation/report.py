@@ -76,7 +76,12 @@ def build(
         "judges": {name: config.axes[name].judge for name in scored}
         | {name: s.judge for name, s in config.evaluation.sets.items()},
         "ablations": {
-            name: {"scores": _scores(r, axes, scored), "perplexity": r.perplexity} for name, r in ablated.items()
+            name: {
+                "scores": _scores(r, axes, scored),
+                "perplexity": r.perplexity,
+                "sets": {s: r.metrics[s] for s in config.evaluation.sets},
+            }
+            for name, r in ablated.items()
         },
         "matrix": {name: r.matrix for name, r in results.items()},
         "router": {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}},
@@ -244,16 +249,22 @@ def show(report: Report, out: Outputs) -> None:
 def _ablations(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the scores and perplexities of the aligned model, whole and without a part of it."""
     scored, measured = _score_columns(content, "avg", BENIGN_SERVED), list(content["perplexity"]["base"])
-    whole = {"scores": content["systems"]["alignx"], "perplexity": content["perplexity"]["alignx"]}
+    sets = [name for name, by_system in content["sets"].items() if "score" in by_system["alignx"]]
+    whole = {
+        "scores": content["systems"]["alignx"],
+        "perplexity": content["perplexity"]["alignx"],
+        "sets": {name: by_system["alignx"] for name, by_system in content["sets"].items()},
+    }
     rows = [
         [
             ABLATIONS.get(name, name),
             *(f"{found['scores'][c]:.1f}" if c in found["scores"] else "–" for c in scored),
+            *(f"{found['sets'][name]['score']:.1f}" for name in sets),
             *(f"{found['perplexity'][axis]:.4f}" for axis in measured),
         ]
         for name, found in {"alignx": whole, **content["ablations"]}.items()
     ]
-    return [*map(label, scored), *(f"perplexity:\n{axis}" for axis in measured)], rows
+    return [*map(label, scored), *sets, *(f"perplexity:\n{axis}" for axis in measured)], rows
 
 
 def _show_matrix(content: dict[str, Any]) -> None:

@@ -55,6 +55,15 @@ def test_the_report_has_it_beside_the_whole_model_and_in_no_other_table(
     assert "alignx, R = 0" in capsys.readouterr().out
 
 
+def test_extra_sets_that_have_a_score_are_in_its_table(tmp_path: Path) -> None:
+    sets = "evaluation.sets={xs: {schema: xstest, source: x.jsonl, judge: refusal}}"
+    ablated = Result(ABLATED.metrics | {"xs": {"score": 61.5}}, ABLATED.perplexity, {})
+    built, out = finish(tmp_path, sets, metrics={name: {"xs": {"score": 64.5}} for name in SCORES}, ablated=ablated)
+    assert built.content["ablations"]["no_output_calibration"]["sets"] == {"xs": {"score": 61.5}}
+    rows = [row for row in Page.of(out).rows if row[:1] == ["alignx, R = 0"]]
+    assert rows == [["alignx, R = 0", "70.0", "71.0", "72.0", "71.0", "–", "61.5", "1.2500", "1.2500", "1.2500"]]
+
+
 def test_no_axis_may_have_its_name(tmp_path: Path) -> None:
     axis = "{prompt: p, schema: plain, train: world, held_out: world}"
     config = parse.load("launch/recipes/world.yaml", [f"axes.no_output_calibration={axis}", f"output={tmp_path}"])
