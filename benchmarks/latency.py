@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from suite import ceilings, plots, record
 from suite.record import Target
-from suite.systems import KINDS, Setting, System, systems
+from suite.systems import KINDS, NEEDS, Setting, System, systems
 from suite.timing import WARM_UP, Times, interleaved
 from suite.work import STEPS, WAYS, Pool, bytes_of_step, decode_work, prefill_work
 
@@ -62,7 +62,7 @@ def floors(made: list[System], args: argparse.Namespace) -> dict[str, Any]:
             },
         }
         for batch, length in product(args.batches, args.lengths)
-        for own in [[s for s in made if s.name in (BASE, OURS)]]
+        for own in [[s for s in made if s.name in (BASE, OURS, *NEEDS)]]
     ]
     return {
         "copy_gb_s": rate,
@@ -76,7 +76,7 @@ def stream_targets(grid: Grid, floor: dict[str, Any]) -> list[Target]:
     found = []
     for cell in floor["cells"]:
         times = grid.get(("decode", cell["batch"], cell["length"]), {})
-        for name in cell["milliseconds"] if times and cell["batch"] == 1 else ():
+        for name in (BASE, OURS) if {BASE, OURS} <= times.keys() and cell["batch"] == 1 else ():
             what = f"decode, batch 1, length {cell['length']}: {name}, floor of its weights over its time"
             share = cell["milliseconds"][name]["weights"] / times[name].median
             found.append(Target(what, share, 0.70, at_least=True))
@@ -96,6 +96,8 @@ def targets(grid: Grid, device: str) -> list[Target]:
             continue
         where = f"{phase}, batch {batch}, length {length}"
         found.append(Target(f"{where}: AlignX over dense", times[OURS].over(times[BASE]), limits[phase]))
+        for name in (n for n in NEEDS if n in times):
+            found.append(Target(f"{where}: {name} over AlignX", times[name].over(times[OURS]), 1.02))
         for name in (n for n in THEIRS if n in times):
             theirs, ours = times[name].over(times[BASE]), times[OURS].over(times[BASE])
             if device == "cpu":
@@ -141,7 +143,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128])
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
     parser.add_argument(
-        "--systems", nargs="+", choices=KINDS, default=list(KINDS), metavar="NAME", help=", ".join(KINDS)
+        "--systems",
+        nargs="+",
+        choices=KINDS,
+        default=[name for name in KINDS if name not in NEEDS],
+        metavar="NAME",
+        help=f"{', '.join(KINDS)} (default: all but those of needs)",
     )
     parser.add_argument("--steps", choices=WAYS, default="captured", help="how decode steps run (default: %(default)s)")
     args = parser.parse_args()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from alignx_ds.mocae import kv_cache
+from alignx_ds.mocae.modeling import AlignXForCausalLM
 
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
@@ -116,6 +117,8 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[StaticCache, Tensor]:
         """Read the prompts [B, T]. Returns the cache, with room for `new_tokens` more, and the first tokens [B, 1]."""
+        if isinstance(self.model, AlignXForCausalLM):
+            self.model.forward_pass.fixed = self.compiled
         cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=ids.shape[1] + new_tokens)
         token = self._step(ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), cache)
         return cache, token

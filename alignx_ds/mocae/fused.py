@@ -7,6 +7,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -76,48 +77,59 @@ class FusedMixture(nn.Module):
         count: int | None = None,
         gathered: list[RowExpert] | None = None,
         experts: Tensor | None = None,
+        axes: int | None = None,
     ) -> Tensor:
         """x [B, T, d], gates [B, T or 1, E] fp32 that sum to one over E -> [B, T, d] in the dtype of x.
 
-        `count` is an upper bound of the non-zero gates per row, None where it is not known. `gathered` is what `gather`
-        returned for these gates, or an empty list, which is filled with it. `experts` [B] int32 holds the only expert
-        of each row; with it the Triton kernels run, so it is for calls that `kernels.supported` accepts.
+        `count` is an upper bound of the non-zero gates per row, `axes` of the specialists' among them; None where it is
+        not known. `gathered` is what `gather` returned for these gates, or an empty list, which is filled with it.
+        `experts` [B] int32 holds the only expert of each row; with it the Triton kernels run, so it is for calls that
+        `kernels.supported` accepts.
         """
         if experts is not None:
             return kernels.mixture(x, self._base[0], self, experts)
         if count is None:
             count = self.num_experts
-        if gathered is None and self._gathering_pays(x, gates, count):
+        few = self.fewer_by_row(1, count, axes)
+        if gathered is None and gates.shape[1] == 1 and x.shape[1] > 1 and few:
             gathered = []
         if gathered is not None and not gathered:
-            gathered += self.gather(gates, count)
+            gathered += self.gather(gates, count, axes)
         gates = gates.to(x.dtype)
-        if gathered is not None:
-            return self._by_row(x, gathered)
-        return self._merged(x, gates) if count == 1 or self.merge else self._every_expert(x, gates)
+        if gathered is None:
+            return self._merged(x, gates) if count == 1 or self.merge else self._every_expert(x, gates)
+        if count == 1:
+            return self._one_by_row(x, gathered[0])
+        if self.merge:
+            return self._merged_by_row(x, gathered[0])
+        return self._several_by_row(x, gathered, None if axes is None else gates[..., :1])
 
-    def fewer_by_row(self, rows: int, count: int) -> bool:
-        """Whether `rows` rows with `count` experts each read fewer factors than all experts have.
+    def fewer_by_row(self, rows: int, count: int, axes: int | None = None) -> bool:
+        """Whether `rows` rows read fewer factors, each its own `count` experts' or `axes` specialists', than all have.
 
         Decoding is bound by memory bandwidth, so that fewer bytes mean less time.
         """
-        return rows * count < self.num_experts - 1 and not self._merges(count)
+        return rows * self._slots(count, axes) < self.num_experts - 1
 
-    def _gathering_pays(self, x: Tensor, gates: Tensor, count: int) -> bool:
-        """Whether a row's gates hold for several tokens and leave some expert out."""
-        few = count < self.num_experts - 1 and not self._merges(count)
-        return gates.shape[1] == 1 and x.shape[1] > 1 and few
+    def _slots(self, count: int, axes: int | None) -> int:
+        """The number of experts per row whose factors are gathered."""
+        return count if count == 1 or axes is None else axes
 
-    def _merges(self, count: int) -> bool:
-        """Whether the weights of several experts are mixed, for which `gather` has no factors."""
-        return self.merge and count > 1
+    def gather(self, gates: Tensor, count: int, axes: int | None = None) -> list[RowExpert]:
+        """gates [B, 1, E] -> the `count` best experts of each row; the device is not synchronised with the host.
 
-    def gather(self, gates: Tensor, count: int) -> list[RowExpert]:
-        """gates [B, 1, E] -> the `count` best experts of each row; the device is not synchronised with the host."""
-        gates = gates.squeeze(1)
-        experts = gates.abs().topk(count, dim=-1).indices  # the generalist's gate may be negative (gate.py)
-        weights = gates.gather(-1, experts)
-        dtype, gathered = self.down_in.dtype, []
+        If `axes` is given and `count` is not 1, the `axes` best specialists, without the generalist, which has no
+        factors. With `merge`, several are one expert with their changes' weighted sum, whose rank is the ranks' sum.
+        """
+        gates, slots = gates.squeeze(1), self._slots(count, axes)
+        if count > 1 and (self.merge or axes is not None):
+            experts = 1 + gates[:, 1:].abs().topk(min(slots, self.num_experts - 1), dim=-1).indices
+        else:
+            experts = gates.abs().topk(slots, dim=-1).indices  # the generalist's gate may be negative (gate.py)
+        weights, dtype = gates.gather(-1, experts), self.down_in.dtype
+        if count > 1 and self.merge:
+            return [self._sum(experts - 1, weights.to(dtype))]
+        gathered = []
         for weight, expert in zip(weights.unbind(-1), experts.unbind(-1), strict=True):
             place, kept = (expert - 1).clamp_min(0), (expert > 0).to(dtype)[:, None, None]
             gathered.append(
@@ -131,18 +143,46 @@ class FusedMixture(nn.Module):
             )
         return gathered
 
-    def _by_row(self, x: Tensor, gathered: list[RowExpert]) -> Tensor:
-        """The mixture of each row's own experts, [B, T, d]."""
+    def _sum(self, places: Tensor, weights: Tensor) -> RowExpert:
+        """The weighted sum of several specialists' changes: places, weights [B, K] -> factors of rank K r."""
+        down_in = self.down_in[:, places] * weights[..., None, None]  # [2, B, K, r, d]
+        return RowExpert(
+            weight=torch.ones_like(weights[:, :1, None]),
+            down_in=down_in.transpose(0, 1).flatten(1, 3),
+            up_in=self.up_in[:, places].flatten(2, 3),
+            down_out=(self.down_out[places] * weights[..., None, None]).flatten(1, 2),
+            up_out=self.up_out[places].flatten(1, 2),
+        )
+
+    def _one_by_row(self, x: Tensor, own: RowExpert) -> Tensor:
+        """The output of each row's only expert, [B, T, d]."""
+        base = self._base[0]
+        act = self._own_activation(x, base.gate(x), base.up(x), own, in_place=True)
+        out: Tensor = base.down(act)
+        return out.baddbmm_(act @ own.down_out.mT, own.up_out)
+
+    def _merged_by_row(self, x: Tensor, own: RowExpert) -> Tensor:
+        """The same, of the weighted sum of a row's experts; both pre-activations at once, as in `_merged`."""
+        base = self._base[0]
+        latent = torch.unflatten(x @ own.down_in.mT, -1, (2, -1)).movedim(-2, 0).flatten(0, 1)  # [2 B, T, K r]
+        inward = torch.stack([base.gate(x), base.up(x)]).flatten(0, 1)
+        gate, up = inward.baddbmm_(latent, own.up_in.flatten(0, 1)).chunk(2)
+        act = base.activation(gate) * up
+        out: Tensor = base.down(act)
+        return out.baddbmm_(act @ own.down_out.mT, own.up_out)
+
+    def _several_by_row(self, x: Tensor, gathered: list[RowExpert], generalist: Tensor | None) -> Tensor:
+        """The mixture of each row's own experts' outputs, and of the generalist's with this weight [B, 1, 1]."""
         base = self._base[0]
         gate, up = base.gate(x), base.up(x)
-        if len(gathered) == 1:
-            act = self._own_activation(x, gate, up, gathered[0], in_place=True)
-            out: Tensor = base.down(act)
-            return out.baddbmm_(act @ gathered[0].down_out.mT, gathered[0].up_out)
         acts = [self._own_activation(x, gate, up, own) for own in gathered]
-        y: Tensor = base.down(torch.stack([a * p.weight for a, p in zip(acts, gathered, strict=True)]).sum(0))
-        for act, own in zip(acts, gathered, strict=True):
-            y.baddbmm_((act @ own.down_out.mT) * own.weight, own.up_out)
+        latents = [(act @ own.down_out.mT) * own.weight for act, own in zip(acts, gathered, strict=True)]
+        weighted = [_times(act, own.weight) for act, own in zip(acts, gathered, strict=True)]
+        if generalist is not None:
+            weighted.append(_times(base.activation(gate) * up, generalist))
+        y: Tensor = base.down(functools.reduce(_add, weighted))
+        for latent, own in zip(latents, gathered, strict=True):
+            y.baddbmm_(latent, own.up_out)
         return y
 
     def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, own: RowExpert, in_place: bool = False) -> Tensor:
@@ -168,21 +208,31 @@ class FusedMixture(nn.Module):
         gate, up = base.gate(x), base.up(x)
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
         weights = gates.unsqueeze(-1).unbind(-2)  # E of [B, T or 1, 1]
-        mixed, latents = weights[0] * (base.activation(gate) * up), []
+        mixed, latents = _times(base.activation(gate) * up, weights[0]), []
         for s, weight in enumerate(weights[1:]):
             to_gate, to_up = latent[..., s, :].unbind(-2)
             pre_gate, pre_up = (
                 torch.addmm(shared.flatten(0, -2), own.flatten(0, -2), factor).view_as(shared)
                 for shared, own, factor in ((gate, to_gate, self.up_in[0, s]), (up, to_up, self.up_in[1, s]))
             )
-            act = base.activation(pre_gate) * pre_up
-            mixed = mixed + weight * act
+            act = _times(base.activation(pre_gate), pre_up)
             latents.append(weight * linear(act, self.down_out[s]))
+            mixed = _add(mixed, _times(act, weight))
         return _plus(base.down(mixed), torch.stack(latents, dim=-2), self.up_out)
 
     def _outward(self, act: Tensor) -> Tensor:
         """act [B, T, f] -> D_d,i act of every specialist i, [B, T, S, r]."""
         return torch.unflatten(linear(act, self.down_out.flatten(0, 1)), -1, self.down_out.shape[:2])
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in place of a where no gradients need it: a new tensor of activations costs as much time as the product."""
+    return a * b if torch.is_grad_enabled() else a.mul_(b)
+
+
+def _add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, in place of a likewise."""
+    return a + b if torch.is_grad_enabled() else a.add_(b)
 
 
 def _plus(shared: Tensor, latent: Tensor, up: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
+NEGLIGIBLE = 0.01  # when it serves: a need below is served as none, one above 1 − NEGLIGIBLE as a whole one
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
 
 
@@ -148,7 +149,10 @@ class CalibratedGate(nn.Module):
         return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
 
     def forward(self, query: Query) -> Decision:
-        """The decision on a query: all gates in training, otherwise the largest ones, and then the rules."""
+        """The decision on a query: all gates in training, otherwise the largest ones, and then the rules.
+
+        Outside training, needs within NEGLIGIBLE of none or of a whole one are rounded to it before the rules.
+        """
         logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
         experts, kind = logits.shape[-1], self.settings.kind
         k = experts if self.training else self.settings.chosen(experts)
@@ -156,6 +160,7 @@ class CalibratedGate(nn.Module):
         decision = Decision(gates, logits, kind)
         if self.training:
             return decision
+        gates = round_needs(gates) if kind == "needs" else gates
         served = self.rules(gates, decision.confidence(), self.geometry.present, kind)
         return replace(decision, gates=served)
 
@@ -182,4 +187,15 @@ def keep_needed(logits: Tensor, k: int) -> Tensor:
     if k < needed.shape[-1]:
         best = needed.topk(k, dim=-1)
         needed = torch.zeros_like(needed).scatter(-1, best.indices, best.values)
+    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)
+
+
+def round_needs(gates: Tensor) -> Tensor:
+    """Gates of needs [..., E] with every axis's that is below NEGLIGIBLE as 0, and above 1 − NEGLIGIBLE as 1.
+
+    They still sum to one. Most prompts need one axis; so rounded, its expert alone serves them, at a choice's cost.
+    """
+    needed = gates[..., 1:]
+    needed = torch.where(needed < NEGLIGIBLE, 0.0, needed)
+    needed = torch.where(needed > 1 - NEGLIGIBLE, 1.0, needed)
     return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)

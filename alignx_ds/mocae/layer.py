@@ -13,7 +13,7 @@ from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing_state import ForwardPass, Routing, prompt_summary
+from alignx_ds.mocae.routing_state import Counts, ForwardPass, Routing, prompt_summary
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 
@@ -52,8 +52,7 @@ class AlignXLayer(nn.Module):
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
         gates = self._gates(x, routing)
         mask = self._forward_pass.token_mask
-        served = None if self.training else self.rules.served_by(self.settings, gates.shape[-1])
-        count = routing.forced_count or served
+        count, axes = self._counts(gates, routing)
         experts = self._only_experts(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):
@@ -61,11 +60,12 @@ class AlignXLayer(nn.Module):
         elif experts is not None:
             y = self.mixture(x, gates, count, experts=experts)
         else:
-            y = self.mixture(x, gates, count, self._gathered(gates, count, routing))
+            y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         tables = routing.tables.setdefault(self.index, []) if experts is not None else None
-        shares = _shares(gates) if self.settings.kind == "needs" else gates
+        # With one expert per row, the gates are one-hot in needs too.
+        shares = _shares(gates) if self.settings.kind == "needs" and count != 1 and not steps else gates
         calibrated: Tensor = self.calibration(y, shares, mask, count, steps, experts, tables)
         return calibrated
 
@@ -80,10 +80,24 @@ class AlignXLayer(nn.Module):
             routing.experts[self.gate_layer] = found
         return found
 
-    def _gathered(self, gates: Tensor, count: int | None, routing: Routing) -> list[RowExpert] | None:
+    def _counts(self, gates: Tensor, routing: Routing) -> tuple[int | None, int | None]:
+        """Upper bounds of a row's non-zero gates and, in needs, of the axes among them; None where they are unknown."""
+        experts, needs = gates.shape[-1], self.settings.kind == "needs"
+        if routing.forced_counts is not None and routing.forced_counts.gates:
+            counts = routing.forced_counts
+        elif self.training:
+            return None, None
+        else:
+            most = self.rules.served_by(self.settings, experts)
+            if not needs:
+                return most, None
+            counts = routing.counted(self.gate_layer, Counts(most, min(most, experts - 1)), self._forward_pass.fixed)
+        return counts.gates, counts.axes if needs else None
+
+    def _gathered(self, gates: Tensor, count: int | None, axes: int | None, routing: Routing) -> list[RowExpert] | None:
         """Each row's own factors, gathered at prefill and kept with the KV cache, where they are fewer than all."""
         assert isinstance(self.mixture, FusedMixture)
-        if torch.is_grad_enabled() or count is None or not self.mixture.fewer_by_row(len(gates), count):
+        if torch.is_grad_enabled() or count is None or not self.mixture.fewer_by_row(len(gates), count, axes):
             return None
         return routing.gathered.setdefault(self.index, [])
 

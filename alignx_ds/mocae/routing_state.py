@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,19 @@ PerRow = TypeVar("PerRow", Query, Decision)
 SUMMARIES = 4  # a prompt's summary has this many times the hidden size: mean, largest, smallest, last
 
 
+class Counts(NamedTuple):
+    """Upper bounds, for every row of a batch."""
+
+    gates: int  # of the gates that are not zero
+    axes: int  # of those among them that are not the generalist's
+
+    @classmethod
+    def read(cls, gates: Tensor) -> Counts:
+        """Of gates [B, E]; the host waits for the device."""
+        used = gates != 0
+        return cls(*torch.stack([used.sum(-1).max(), used[:, 1:].sum(-1).max()]).tolist())
+
+
 @dataclass
 class Routing:
     """What the AlignX layers know of a batch of prompts. Decided once per user turn, whatever is generated after it."""
@@ -32,6 +45,7 @@ class Routing:
     queries: dict[int, Query] = field(default_factory=dict)
     decisions: dict[int, Decision] = field(default_factory=dict)
     experts: dict[int, Tensor] = field(default_factory=dict)  # [B] int32, the only expert of each row
+    counts: dict[int, Counts] = field(default_factory=dict)
     # By the index of the AlignX layer, while decoding: what its gates alone determine.
     gathered: dict[int, list[RowExpert]] = field(default_factory=dict)
     steps: dict[int, list[GatedStep]] = field(default_factory=dict)
@@ -42,13 +56,13 @@ class Routing:
     earlier: dict[int, tuple[Query, Decision]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """`forced_count`: the largest number of non-zero forced gates in a row. Read from the device only once."""
-        self.forced_count = None if self.forced is None else int((self.forced != 0).sum(-1).max())
+        """`forced_counts`: those of the forced gates. Read from the device only once."""
+        self.forced_counts = None if self.forced is None else Counts.read(self.forced)
 
     def asked_again(self, query_mask: Tensor, words: Tensor, asked: Tensor) -> Routing:
         """The routing of a pass in which the rows `asked` [B] bool begin a user turn: the others' decisions stay.
 
-        Nothing that the earlier gates determined is kept: experts, gathered factors, steps and tables are made anew.
+        Nothing that the earlier gates determined is kept: counts, experts, gathered factors, steps and tables.
         """
         earlier = {layer: (self.queries[layer], decision) for layer, decision in self.decisions.items()}
         words = torch.where(asked.unsqueeze(-1), words, self.words.to(words.device))
@@ -61,6 +75,18 @@ class Routing:
             kept_query, kept_decision = self.earlier.pop(layer)
             query, decision = _rows(self.asked, query, kept_query), _rows(self.asked, decision, kept_decision)
         self.queries[layer], self.decisions[layer] = query, decision
+
+    def counted(self, layer: int, most: Counts, fixed: bool) -> Counts:
+        """Of the gates that were decided in this layer: read once per decision, or `most` where that is not permitted.
+
+        It is not while a step is compiled or captured. With `fixed` it is not either: steps that are compiled later
+        would be compiled anew for every number.
+        """
+        if layer not in self.counts:
+            gates = self.decisions[layer].gates
+            capturing = torch.compiler.is_compiling() or (gates.is_cuda and torch.cuda.is_current_stream_capturing())
+            self.counts[layer] = most if fixed or capturing else Counts.read(gates)
+        return self.counts[layer]
 
 
 def _rows(asked: Tensor, new: PerRow, kept: PerRow) -> PerRow:
@@ -81,6 +107,7 @@ class ForwardPass:
 
     routing: Routing | None = None
     token_mask: Tensor | None = None  # [B, T] 0 on padding
+    fixed: bool = False  # whether no shape may depend on what the gates decide
 
 
 def prompt_summary(h: Tensor, query_mask: Tensor) -> Tensor:

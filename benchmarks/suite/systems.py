@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, replace_ffns
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
+from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
@@ -57,6 +58,7 @@ class System:
 
     name: str
     models: list[PreTrainedModel]
+    experts: int = 1  # whose factors a row of AlignX needs
     prepare: Callable[[], None] = field(default=lambda: None)
 
 
@@ -114,7 +116,9 @@ def twin(s: Setting, base: PreTrainedModel | None) -> PreTrainedModel:
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
-def alignx(s: Setting, base: PreTrainedModel | None = None, placement: Placement | None = None) -> PreTrainedModel:
+def alignx(
+    s: Setting, base: PreTrainedModel | None = None, placement: Placement | None = None, **gate: Any
+) -> PreTrainedModel:
     """Fused, or with its experts spread over the ranks of DeepSpeed's expert-parallel groups."""
     backbone, table = twin(s, base), backbone_of(s.config.model_type)
     layers = list(range(s.config.num_hidden_layers))
@@ -129,6 +133,7 @@ def alignx(s: Setting, base: PreTrainedModel | None = None, placement: Placement
             fractal_dimensions=FRACTAL_DIMENSIONS,
             anchors=ANCHORS,
             scales=SCALES,
+            **gate,
         ),
     )
     d, parts = s.config.hidden_size, {}
@@ -196,9 +201,9 @@ def systems(s: Setting, names: list[str]) -> list[System]:
 
     made = []
     for name in names:
-        kind, prepare = KINDS[name]
+        kind, experts, prepare = KINDS[name]
         models = once(kind, lambda kind=kind: BUILD[kind](s, base))  # type: ignore[misc]
-        made.append(System(name, models, lambda models=models, prepare=prepare: prepare(models)))  # type: ignore[misc]
+        made.append(System(name, models, experts, lambda models=models, prepare=prepare: prepare(models)))  # type: ignore[misc]
     return made
 
 
@@ -208,6 +213,22 @@ def _top_k(k: int) -> Callable[[list[PreTrainedModel]], None]:
             layer.settings = GateSettings(top_k=k)
             if layer.gate is not None:
                 layer.gate.settings = layer.settings
+
+    return prepare
+
+
+def _needs(axes: int, combine: str) -> Callable[[list[PreTrainedModel]], None]:
+    """Every prompt needs one axis, and no other, or several to 0.73 each. The gate's other terms have no weight."""
+
+    def prepare(models: list[PreTrainedModel]) -> None:
+        for layer in alignx_layers(models[0]):
+            assert isinstance(layer.mixture, FusedMixture)
+            layer.mixture.merge = combine == "weights"
+            if layer.gate is not None:
+                layer.gate.router.weight.zero_()
+                layer.gate.router.bias.fill_(-10.0)
+                layer.gate.router.bias[0] = 0.0
+                layer.gate.router.bias[1 : 1 + axes] = 10.0 if axes == 1 else 1.0
 
     return prepare
 
@@ -235,19 +256,26 @@ def _nothing(models: list[PreTrainedModel]) -> None:
 BUILD: dict[str, Callable[..., list[Any]]] = {
     "dense": lambda s, base=None: [base if base is not None else dense(s)],
     "alignx": lambda s, base=None: [alignx(s, base)],
+    "needs": lambda s, base=None: [alignx(s, base, kind="needs", fractal=0.0, natural=0.0, lexical=0.0)],
     "h3fusion": lambda s, base=None: [fusion(s, H3FUSION, base)],
     "trinityx": lambda s, base=None: [fusion(s, TRINITYX, base)],
     "stock": lambda s, base=None: [stock_moe(s, base)],
     "ensemble": lambda s, base=None: [twin(s, base) for _ in range(AXES)],
 }
-KINDS: dict[str, tuple[str, Callable[[list[PreTrainedModel]], None]]] = {
-    "dense base": ("dense", _nothing),
-    "AlignX": ("alignx", _top_k(1)),
-    "AlignX, 2 experts": ("alignx", _top_k(2)),
-    "AlignX, all experts": ("alignx", _top_k(AXES + 1)),
-    "H3Fusion, loop": ("h3fusion", _full_experts(H3FUSION, False)),
-    "H3Fusion, grouped": ("h3fusion", _full_experts(H3FUSION, True)),
-    "TrinityX": ("h3fusion", _full_experts(TRINITYX, True)),
-    "DeepSpeed MoE": ("stock", _nothing),
-    "ensemble of 3": ("ensemble", _nothing),
+NEEDS = {
+    f"AlignX, {number} need{'s' * (axes > 1)}, {combine}": ("needs", axes, _needs(axes, combine))
+    for number, axes in (("one", 1), ("two", 2), ("three", 3))
+    for combine in ("outputs", "weights")
+}
+KINDS: dict[str, tuple[str, int, Callable[[list[PreTrainedModel]], None]]] = {
+    "dense base": ("dense", 0, _nothing),
+    "AlignX": ("alignx", 1, _top_k(1)),
+    "AlignX, 2 experts": ("alignx", 2, _top_k(2)),
+    "AlignX, all experts": ("alignx", AXES, _top_k(AXES + 1)),
+    **NEEDS,
+    "H3Fusion, loop": ("h3fusion", 0, _full_experts(H3FUSION, False)),
+    "H3Fusion, grouped": ("h3fusion", 0, _full_experts(H3FUSION, True)),
+    "TrinityX": ("h3fusion", 0, _full_experts(TRINITYX, True)),
+    "DeepSpeed MoE": ("stock", 0, _nothing),
+    "ensemble of 3": ("ensemble", 0, _nothing),
 }

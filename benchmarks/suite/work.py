@@ -88,8 +88,7 @@ def bytes_of_step(system: System, batch: int, length: int) -> dict[str, float]:
         found["weights"] += sum(_size(p) for p in rest if id(p) not in factors and p is not table)
         for mixture in mixtures:
             own = sum(_size(p) for p in mixture.parameters())
-            few = mixture.fewer_by_row(batch, 1)
-            found["weights"] += own * batch / (mixture.num_experts - 1) if few else own
+            found["weights"] += own * min(batch * system.experts / (mixture.num_experts - 1), 1.0)
         c = model.config.get_text_config()
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         element = table.element_size()

@@ -25,9 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from alignx_ds.mocae.experts import PROJECTIONS
-from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.fused import FusedMixture, RowExpert
+from alignx_ds.mocae.gate import NEGLIGIBLE, CalibratedGate, Query, round_needs
+from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.routing_state import Counts
+from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.training.losses import gating_terms
 
@@ -46,6 +50,10 @@ def make(top_k: int = 0, absent: tuple[int, ...] = ()) -> CalibratedGate:
     return gate
 
 
+def rounded(need: float) -> float:
+    return 0.0 if need < NEGLIGIBLE else 1.0 if need > 1 - NEGLIGIBLE else need
+
+
 QUERY = Query(torch.randn(64, 32, generator=generator(3)), torch.randn(64, EXPERTS, generator=generator(4)))
 
 
@@ -54,7 +62,7 @@ def test_a_need_is_the_logistic_function_of_a_logit_less_the_generalist_s() -> N
     logits = decision.logits.detach().double().numpy()
     needs = expit(logits[:, 1:] - logits[:, :1])
     torch.testing.assert_close(decision.needs().double(), torch.from_numpy(needs), rtol=1e-5, atol=1e-7)
-    assert torch.equal(decision.gates[:, 1:], decision.needs())
+    assert decision.gates[:, 1:].tolist() == [[rounded(n) for n in row] for row in decision.needs().tolist()]
     torch.testing.assert_close(decision.gates.sum(-1), torch.ones(64))
     assert (decision.gates[:, 0] < 0).any() and (decision.gates[:, 0] > 0).any()
 
@@ -74,8 +82,8 @@ def test_serving_keeps_the_axes_that_are_needed_most(top_k: int) -> None:
     assert torch.equal(trained.gates[:, 1:], trained.needs())
     for row, every in zip(served.gates.tolist(), trained.needs().tolist(), strict=True):
         kept = sorted(every, reverse=True)[:top_k]
-        assert row[1:] == [need if need in kept else 0.0 for need in every]
-        assert row[0] == pytest.approx(1 - sum(kept), abs=1e-6)
+        assert row[1:] == [rounded(need) if need in kept else 0.0 for need in every]
+        assert row[0] == pytest.approx(1 - sum(map(rounded, kept)), abs=1e-6)
 
 
 def test_an_axis_without_queries_is_never_needed_and_a_generalist_without_any_is_the_zero() -> None:
@@ -124,7 +132,69 @@ def test_outputs_are_mixed_in_differences_from_the_base() -> None:
     each = [mixture(x, torch.eye(EXPERTS)[e].expand(2, 1, -1)) for e in range(EXPERTS)]
     expected = each[0] + sum(needs[:, i, None, None] * (each[i + 1] - each[0]) for i in range(3))
     assert relative(mixture(x, gates), expected) < 1e-5
-    assert relative(mixture(x, gates, EXPERTS), expected) < 1e-5
+    for axes in (None, 3):
+        assert relative(mixture(x, gates, EXPERTS, axes=axes), expected) < 1e-5
+
+
+@pytest.mark.parametrize("combine", ["outputs", "weights"])
+@pytest.mark.parametrize(
+    "needs",
+    [[[0.0, 0.6, 0.0], [0.3, 0.0, 0.0]], [[0.9, 0.0, 0.8], [0.0, 0.4, 0.0]], [[0.4, 0.0, 0.6], [0.0, 1.0, 0.0]]],
+    ids=["one partly", "two", "two that sum to one"],
+)
+@torch.no_grad()
+def test_the_gathered_factors_of_a_few_axes_give_what_all_factors_give(combine: str, needs: list[list[float]]) -> None:
+    mixture = alignx_layers(needs_model(combine=combine))[0].mixture
+    assert isinstance(mixture, FusedMixture)
+    x, needed = torch.randn(2, 5, 32, generator=generator(1)), torch.tensor(needs)
+    gates = torch.cat([1 - needed.sum(-1, keepdim=True), needed], -1).unsqueeze(1)
+    every = mixture(x, gates)
+    counts = Counts.read(gates.squeeze(1))
+    gathered: list[RowExpert] = []
+    for tokens in (5, 1):  # a prefill, and a decode step with what it has left
+        one = mixture(x[:, :tokens], gates, counts.gates, gathered, axes=counts.axes)
+        assert relative(one, every[:, :tokens]) < 1e-5
+    ranks = sum(own.up_out.shape[1] for own in gathered)
+    assert ranks == counts.axes * mixture.up_out.shape[1], "the generalist has no factors to read"
+
+
+@torch.no_grad()
+def test_needs_are_rounded_when_they_serve_and_floors_stay() -> None:
+    gates = torch.tensor([[0.0, 0.997, 0.002, 0.001], [0.0, 0.5, 0.989, 0.011]])
+    served = round_needs(gates)
+    expected = torch.tensor([[0.0, 1.0, 0.0, 0.0], [-0.5, 0.5, 0.989, 0.011]])
+    torch.testing.assert_close(served, expected)
+    assert torch.equal(served[0], expected[0]), "one-hot to the last bit"
+    geometry = random_geometry(6, 1)
+    floored = CalibratedGate(geometry, GateSettings(kind="needs"), ServingRules(floors=(0, 0, 0.005, 0))).eval()
+    with torch.no_grad():
+        floored.router.weight.normal_(generator=generator(2)).mul_(3)
+    found = floored(QUERY).gates
+    assert (found[:, 2] >= 0.005).all() and (found[:, 2] == 0.005).any()
+    assert torch.equal(floored.train()(QUERY).gates[:, 1:], floored(QUERY).needs())
+
+
+@pytest.mark.parametrize("combine", ["outputs", "weights"])
+@torch.no_grad()
+def test_a_prompt_that_needs_one_axis_takes_a_choice_s_path(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its expert's factors alone are gathered, and how many serve it is read once, at prefill."""
+    model, reads, read = needs_model(combine=combine), [], Counts.read
+    monkeypatch.setattr(Counts, "read", lambda gates: reads.append(1) or read(gates))
+    (gate,) = gates_of(model).values()
+    gate.router.bias += torch.tensor([0.0, -200.0, 200.0, -200.0])
+    choice = aligned(BASE, low_rank_experts(BASE))
+    ids, answer = torch.tensor(random_rows([6])), torch.tensor(random_rows([3], seed=2))
+    forced = torch.eye(EXPERTS)[[2]]
+    out, other = model(ids, use_cache=True), choice(ids, forced=forced, use_cache=True)
+    assert torch.equal(out.logits, other.logits)
+    decoded = model(answer, use_cache=True, **{ARGUMENT: kv_cache(out)})
+    expected = choice(answer, forced=forced, use_cache=True, **{ARGUMENT: kv_cache(other)})
+    assert torch.equal(decoded.logits, expected.logits)
+    assert model.routing.counts == {ALIGNX_LAYERS[0]: Counts(1, 1)} and len(reads) == 2  # the other are the forced
+    assert [len(g) for g in model.routing.gathered.values()] == [1, 1]
+    model.forward_pass.fixed = True
+    model(ids, use_cache=True)
+    assert model.routing.counts == {ALIGNX_LAYERS[0]: Counts(4, 3)} and len(reads) == 2
 
 
 @torch.no_grad()
