@@ -30,6 +30,7 @@ def add_verbs(verbs: Any) -> None:
         metavar="RUN_DIR",
         help="finished runs of one recipe, e.g. with several seeds",
     )
+    compare.add_argument("--out", type=Path, metavar="FILE", help="write all figures to this file too, as JSON")
     compare.set_defaults(work=_compare)
     study = verbs.add_parser(
         "study",
@@ -52,7 +53,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from alignx_ds.study import compare
 
-    compare.show(args.runs)
+    compare.show(args.runs, args.out)
     return 0
 
 

@@ -27,6 +27,9 @@ def content(score: float, axes: tuple[str, ...] = ("helpful", "honest"), judged:
         "perplexity": {name: dict.fromkeys(axes, score / 10 + n) for n, name in enumerate(("base", "alignx"))},
         "collapse": lost if judged else {},
         "router": {"accuracy": score / 100, "ece": 0.1, "brier": 0.2, "nll": 0.3},
+        "sets": {},
+        "ablations": {},
+        "run": {"seed": int(score)},
     }
 
 
@@ -110,6 +113,29 @@ def test_the_terminal_shows_runs_without_judged_axes(tmp_path: Path, capsys: pyt
     assert cli.main(["compare", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "2.00 ± 0.00" in printed and "loses" not in printed
+
+
+def test_extra_sets_are_compared_by_kind_and_written_with_their_ablation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for n, score in enumerate((60.0, 80.0)):
+        run = content(score)
+        kinds = {"base": (70.0, 10.0), "honest": (90.0, 20.0), "alignx": (score, 40.0)}
+        run["sets"]["both"] = {s: {"score": a, "kind/a": a, "kind/b": b} for s, (a, b) in kinds.items()}
+        ablated = {"scores": {}, "sets": {"both": {"score": score - 5, "kind/a": 0.0, "kind/b": 99.0}}}
+        run["ablations"]["no_output_calibration"] = ablated
+        runs.append(finished(tmp_path / f"seed{n}", json.dumps(run)))
+    assert cli.main(["compare", *map(str, runs), "--out", str(tmp_path / "all.json")]) == 0
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a", *"70.0 ± 14.1".split(), *"90.0 ± 0.0".split(), "honest", "0.78"] in lines
+    assert ["b", *"40.0 ± 0.0".split(), *"20.0 ± 0.0".split(), "honest", "2.00"] in lines, (
+        "an ablation does not compete"
+    )
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert written["sets"]["both"]["no_output_calibration"]["score"]["mean"] == 65.0
+    assert written["systems"]["alignx"]["avg"]["deviation"] == pytest.approx(np.std([60, 80], ddof=1))
+    assert [run["seed"] for run in written["runs"]] == [60, 80]
 
 
 def test_a_report_on_a_model_that_was_made_again_since_is_refused(
