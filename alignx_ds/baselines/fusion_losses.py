@@ -23,7 +23,7 @@ class FusionTerms:
     """fp32 scalars, unweighted. Entropy and `uniform` add up to log E: only the difference of their weights counts."""
 
     lm: Tensor  # this micro batch's share of the step's mean NLL per answer token
-    gating: Tensor  # cross-entropy of a row's axis under its mean gates
+    gating: Tensor  # cross-entropy of the axes that a row needs under its mean gates
     drift: Tensor  # relative squared distance of the experts from where they started
     entropy: Tensor  # of a token's gates
     uniform: Tensor  # KL of a token's gates from uniform ones
@@ -43,18 +43,22 @@ class FusionTerms:
         return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
 
 
-def gate_terms(logits: Tensor, mask: Tensor, axes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(cross-entropy of the axis under a row's mean gates, mean entropy of a token's gates), in nats, of one layer.
+def gate_terms(
+    logits: Tensor, mask: Tensor, axes: Tensor, temperature: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cross-entropy of a row's axes under its mean gates, mean entropy of a token's gates), in nats, of one layer.
 
-    `logits` [B, T, E]; `mask` [B, T] is 1 for real tokens and 0 for padding; `axes` [B] int64 is the expert of each
-    row's axis. It is −1 for a generalist row: there is no expert for it, so its gating loss is 0.
+    `logits` [B, T, E]; `mask` [B, T] is 1 for real tokens and 0 for padding; `axes` [B, E] is 1 for the experts of the
+    axes that a row needs, which weigh alike. A row that needs none has no expert, so its gating loss is 0. `weights`
+    [B] is what each row counts in the cross-entropy, as when AlignX's gate is fitted; 1 if not given.
     """
     log_gates = (logits.float() / temperature).log_softmax(-1)
     real = mask.unsqueeze(-1).bool()
     tokens = real.sum((1, 2))
     summed = log_gates.masked_fill(~real, -torch.inf).logsumexp(1)  # [B, E], of the gates: no gate is too small for it
-    own = summed.gather(1, axes.clamp(min=0).unsqueeze(1)).squeeze(1)
-    missed = (tokens.log() - own) * (axes >= 0)
+    shares = axes / axes.sum(1, keepdim=True).clamp(min=1)
+    missed = torch.where(shares > 0, shares * (tokens.log().unsqueeze(1) - summed), 0.0).sum(1)
+    missed = missed if weights is None else missed * weights
     entropy = -(log_gates.exp() * log_gates * real).sum((1, 2)) / tokens
     return missed.mean(), entropy.mean()
 
@@ -76,15 +80,17 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
     return [w for layer in fusion_layers(model) for w in layer.weights.parameters()]
 
 
-def fusion_terms(layers: list[FullExperts], lm: Tensor, drift: Tensor, mask: Tensor, axes: Tensor) -> FusionTerms:
+def fusion_terms(
+    layers: list[FullExperts], lm: Tensor, drift: Tensor, mask: Tensor, axes: Tensor, weights: Tensor | None = None
+) -> FusionTerms:
     """All terms, after the model's forward pass in training mode of rows with this mask [B, T]: means over the layers.
 
-    `lm` and `drift` are passed through; `axes` [B] as in `gate_terms`.
+    `lm` and `drift` are passed through; `axes` [B, E] and `weights` [B] as in `gate_terms`.
     """
     per_layer = []
     for layer in layers:
         assert layer.logits is not None, "the gates' logits are kept in training only"
         logits = layer.logits.view(*mask.shape, -1)
-        per_layer.append(gate_terms(logits, mask, axes, layer.settings.temperature))
+        per_layer.append(gate_terms(logits, mask, axes, layer.settings.temperature, weights))
     gating, entropy = (torch.stack(column).mean() for column in zip(*per_layer, strict=True))
     return FusionTerms(lm, gating, drift, entropy, math.log(layers[0].num_experts) - entropy)

@@ -1,5 +1,7 @@
 """Train H3Fusion and TrinityX: they start from the specialists' FFNs and see the same rows as stage 2.
 
+Their gating loss learns from the same labels as AlignX's gate, with the same weights, and from routing rows too.
+
 The mixtures themselves and their losses are in baselines/.
 """
 
@@ -160,8 +162,8 @@ def step_loss(model: nn.Module, stage: FusionConfig) -> StepLoss:
         output = engine(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
         lm = answer_nll(output.logits, b.labels) * part.lm_scale
         drift = start.of(engine.module) if start else lm.new_zeros(())
-        axes = part.experts - 1  # no copy for the generalist, expert 0
-        terms = fusion_terms(layers, lm, drift, b.attention_mask, axes)
+        axes = part.needs[:, 1:]  # no copy for the generalist, expert 0
+        terms = fusion_terms(layers, lm, drift, b.attention_mask, axes, part.gate_weights)
         return MicroBatchLoss(terms.total(stage), terms.scalars())
 
     return loss

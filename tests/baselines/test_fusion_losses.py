@@ -14,7 +14,8 @@ from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, fusion_l
 from alignx_ds.baselines.fusion_losses import Drift, FusionTerms, fusion_terms, gate_terms
 from alignx_ds.config.schema import FusionConfig
 
-LENGTHS, AXES = [5, 9, 3, 7], torch.tensor([2, -1, 0, 1])
+LENGTHS, OWN = [5, 9, 3, 7], [2, None, 0, 1]  # the second row needs no axis
+AXES = torch.tensor([[float(expert == own) for expert in range(3)] for own in OWN])
 MASK = (torch.arange(9) < torch.tensor(LENGTHS).unsqueeze(1)).long()
 
 
@@ -28,8 +29,7 @@ def test_gate_terms_row_by_row(temperature: float) -> None:
     missed, entropies = [], []
     for row, length in enumerate(LENGTHS):
         gates = (logits()[row, :length].double() / temperature).softmax(-1)
-        axis = int(AXES[row])
-        missed.append(-math.log(float(gates.mean(0)[axis])) if axis >= 0 else 0.0)
+        missed.append(0.0 if OWN[row] is None else -math.log(float(gates.mean(0)[OWN[row]])))
         entropies.append(float(-(gates * gates.log()).sum(-1).mean()))
     assert float(gating) == pytest.approx(sum(missed) / 4, rel=1e-5)
     assert float(entropy) == pytest.approx(sum(entropies) / 4, rel=1e-5)
@@ -50,6 +50,18 @@ def test_parts_of_a_batch_average_to_the_whole_batch() -> None:
         assert float(whole[n]) == pytest.approx(float(parts[0][n] + parts[1][n]) / 2, rel=1e-5)
 
 
+def test_several_axes_weigh_alike_and_rows_as_they_are_told() -> None:
+    axes = AXES.clone()
+    axes[0] = torch.tensor([1.0, 0.0, 1.0])
+    each = [gate_terms(logits(), MASK, torch.eye(3)[[n] * 4], 1.0)[0] for n in range(3)]
+    first = [float(gate_terms(logits()[:1], MASK[:1], torch.eye(3)[[n]], 1.0)[0]) for n in (0, 2)]
+    rest = float(gate_terms(logits()[1:], MASK[1:], AXES[1:], 1.0)[0]) * 3
+    assert float(gate_terms(logits(), MASK, axes, 1.0)[0]) == pytest.approx((sum(first) / 2 + rest) / 4, rel=1e-5)
+    weights = torch.tensor([2.0, 1.0, 0.0, 0.0])
+    assert float(gate_terms(logits(), MASK, axes, 1.0, weights)[0]) == pytest.approx(sum(first) / 4, rel=1e-5)
+    assert float(gate_terms(logits(), MASK, torch.ones(4, 3), 1.0)[0]) == pytest.approx(float(sum(each)) / 3, rel=1e-5)
+
+
 def test_a_row_that_no_axis_claims_moves_no_gate() -> None:
     given = logits().requires_grad_()
     gate_terms(given, MASK, AXES, 1.0)[0].backward()
@@ -60,7 +72,7 @@ def test_a_row_that_no_axis_claims_moves_no_gate() -> None:
 
 def test_a_certain_miss_has_a_finite_loss_and_gradient() -> None:
     given = torch.tensor([[[200.0, 0.0, 0.0]]], requires_grad=True)
-    gating, entropy = gate_terms(given, torch.ones(1, 1), torch.tensor([1]), 1.0)
+    gating, entropy = gate_terms(given, torch.ones(1, 1), torch.tensor([[0.0, 1.0, 0.0]]), 1.0)
     (gating + entropy).backward()
     assert float(gating.detach()) == pytest.approx(200.0)
     assert given.grad is not None and torch.isfinite(given.grad).all()
