@@ -1,5 +1,7 @@
 """`alignx-ds route MODEL FILE`: how an aligned model's gate routes the prompts of a file, one JSON line for each.
 
+The line of a dialogue has the decision at its last user turn, and a list of those at every one.
+
 With labels it is an audit of the routing on a user's own traffic.
 """
 
@@ -7,6 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -45,11 +49,27 @@ def route(directory: str, path: str, schema: str, labels: str, batch: int) -> No
     names: list[str] = model.config.experts
     known = [_labels(row, named[row.place], names) for row in rows] if labels else []
     logits = []
-    for line, own in routed(model, tokenizer, rows, batch):
+    dialogues = [user_turns(row) for row in rows]
+    decisions = routed(model, tokenizer, [turn for turns in dialogues for turn in turns], batch)
+    for turns in dialogues:
+        made = list(islice(decisions, len(turns)))
+        line, own = made[-1]
+        if len(turns) > 1:
+            line["turns"] = [_of_turn(turn.prompt, decided) for turn, (decided, _) in zip(turns, made, strict=True)]
         print(json.dumps(line, ensure_ascii=False))
         logits.append(own)
     if labels:
         _audit(torch.stack(logits), multi_hot(known, len(names)), names, model.config.gate_settings().kind)
+
+
+def user_turns(row: Row) -> list[Row]:
+    """The dialogue up to each of its user turns, at which the gate is asked anew; the row itself is the last."""
+    earlier = [n for n, turn in enumerate(row.before) if turn.role == "user"]
+    return [*(replace(row, prompt=row.before[n].text, before=row.before[:n]) for n in earlier), row]
+
+
+def _of_turn(asked: str, line: dict[str, Any]) -> dict[str, Any]:
+    return {name: asked if name == "prompt" else value for name, value in line.items() if name != "row"}
 
 
 def routed(

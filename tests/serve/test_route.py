@@ -63,6 +63,22 @@ def test_a_dialogue_is_routed_as_a_whole(
     assert found[0]["probabilities"] != found[1]["probabilities"]
 
 
+def test_every_user_turn_of_a_dialogue_has_its_decision(
+    saved_aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of the dialogue up to this turn."""
+    turns = [("system", "be kind ."), ("user", PROMPTS[1]), ("assistant", "red ."), ("user", PROMPTS[0])]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    answer = {"role": "assistant", "content": "no ."}
+    records = [{"messages": [*messages[:2], answer]}, {"messages": [*messages, answer]}]
+    found, _ = lines(capsys, str(saved_aligned), write(tmp_path / "d.jsonl", records), "--schema", "messages")
+    assert "turns" not in found[0]
+    first, last = found[1].pop("turns")
+    assert (first.pop("prompt"), last.pop("prompt")) == (PROMPTS[1], PROMPTS[0])
+    assert first == {key: pytest.approx(found[0][key], abs=2e-4) for key in first}
+    assert last == {key: found[1][key] for key in last} and last["distance"] != first["distance"]
+
+
 def test_labels_are_audited(saved_aligned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = ["harmless", "honest", "helpful", "helpful"]
     records = [{"prompt": prompt, "axis": label} for prompt, label in zip(PROMPTS, labels, strict=True)]
