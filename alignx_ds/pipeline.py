@@ -120,7 +120,7 @@ def _say_what_is_used(config: RunConfig, inputs: RunInputs, ranks: int) -> None:
     if ranks == 1 < config.launch.ranks:
         console.note(f"a launcher's WORLD_SIZE=1 is set, so launch.ranks={config.launch.ranks} has no effect")
     console.heading("Rows")
-    for line in (*accounts(inputs.data.splits), *notes(config, inputs.data)):
+    for line in (*accounts(inputs.data.splits, inputs.data.joined), *notes(config, inputs.data)):
         console.say(line)
     for name, fact in facts(inputs.base).items():
         console.say(f"{name}: {fact}")

@@ -255,6 +255,9 @@ class SetConfig:
     judge: JudgeName = MISSING
     columns: dict[str, Text] = field(default_factory=dict)
     rows: NonNegativeInt = 0  # at most; 0: data.held_out_rows
+    only: Annotated[str, OneOf(("", "safe", "unsafe"))] = ""  # of a schema that tells which prompts ask for harm
+    # The axes that its prompts need ([generalist]: none), where the rows do not say: the gate is measured on them.
+    needs: list[Text] = field(default_factory=list)
 
 
 @dataclass

@@ -5,6 +5,7 @@ The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
@@ -13,18 +14,37 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
 from alignx_ds.data.join import Joiner
-from alignx_ds.data.labels import label_set
-from alignx_ds.data.rows import Row, split_by_question
+from alignx_ds.data.labels import known_set, label_set
+from alignx_ds.data.rows import Dropped, Row, split_by_question
 from alignx_ds.data.split_rows import TooLong, Use
 from alignx_ds.data.splits import DataSplits, Sources, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
 from alignx_ds.models.base import BaseModel
 
-HELD_OUT = ("held_out", "references", "routed", "routing")  # fields of EncodedData that nothing is trained or fitted on
+# Fields of EncodedData that nothing is trained or fitted on.
+HELD_OUT = ("held_out", "references", "routed", "routing", "sets")
 INJECTED = "injected "  # before an axis's name, in `digests`
-Joined = dict[str, tuple[list[Row], list[Row]]]
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """The joined rows of an axis (`axes.X.join`): those to train on, those for the calibration split, the others."""
+
+    train: list[Row]
+    calibration: list[Row]
+    dropped: list[Dropped]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.train, *self.calibration]
+
+    def reasons(self) -> Counter[str]:
+        return Counter(d.reason for d in self.dropped)
+
+
+NOTHING_JOINED = JoinedRows([], [], [])
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,8 @@ class EncodedData:
     references: LabelledExamples  # held-out rows with a reference answer, without any system prompt: perplexity
     routed: LabelledExamples  # held-out prompts alone: the router is measured on them
     routing: dict[str, LabelledExamples] = field(default_factory=dict)  # held-out prompts by source of routing rows
+    sets: dict[str, LabelledExamples] = field(default_factory=dict)  # by extra set: prompts whose needs are known
+    joined: dict[str, JoinedRows] = field(default_factory=dict)  # by axis that has some
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -94,6 +116,8 @@ def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedToke
         references=references,
         routed=routed,
         routing=_add_routing(config, splits, tokenizer, train, calibration),
+        sets=_known_sets(config, splits, tokenizer),
+        joined=joined,
     )
 
 
@@ -102,18 +126,18 @@ def _cut(config: RunConfig, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     return split_by_question(rows, config.data.calibration_share, CALIBRATION)
 
 
-def _joined_rows(config: RunConfig, splits: DataSplits, too_long: TooLong) -> Joined:
-    """By axis, its joined rows (to train on, for the calibration split), each made of rows of the same of the two."""
+def _joined_rows(config: RunConfig, splits: DataSplits, too_long: TooLong) -> dict[str, JoinedRows]:
+    """By axis, its joined rows; each is made of rows to train on alone, or of rows of the calibration split alone."""
     cut = {name: _cut(config, split.rows) for name, split in splits.train.items()}
     joiners = [Joiner({name: parts[i] for name, parts in cut.items()}, config.seed) for i in (0, 1)]
-    found: Joined = {}
+    found = {}
     for axis, settings in config.axes.items():
         made = [joiner.joined(axis, rows, settings.join) for joiner, rows in zip(joiners, cut[axis], strict=True)]
-        train, calibration = (
-            [row for row, reason in zip(rows, too_long("train", axis, rows), strict=True) if not reason]
-            for rows in made
-        )
-        found[axis] = train, calibration
+        checked = [list(zip(rows, too_long("train", axis, rows), strict=True)) for rows in made]
+        train, calibration = ([row for row, reason in rows if not reason] for rows in checked)
+        dropped = [Dropped(row.place, reason) for rows in checked for row, reason in rows if reason]
+        if any(made):
+            found[axis] = JoinedRows(train, calibration, dropped)
     return found
 
 
@@ -135,6 +159,21 @@ def _add_routing(
     return {name: rows for name, rows in held_out.items() if rows.examples}
 
 
+def _known_sets(
+    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, LabelledExamples]:
+    """The prompts of the extra sets whose needs are known. A set without any is left out."""
+    found = {}
+    for name, settings in config.evaluation.sets.items():
+        rows = [(row, known_set(row, settings.needs, config.expert_names)) for row in splits.sets[name].rows]
+        known = [(row, needed) for row, needed in rows if needed is not None]
+        if known:
+            examples = [example.prompt() for example in encode([row for row, _ in known], tokenizer)]
+            needs = [needed for _, needed in known]
+            found[name] = LabelledExamples(examples, [needed[0] for needed in needs], needs)
+    return found
+
+
 def _add(
     target: LabelledExamples, rows: list[Row], owner: int, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -143,13 +182,14 @@ def _add(
 
 
 def _training_examples(
-    config: RunConfig, splits: DataSplits, joined: Joined, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[LabelledExamples, LabelledExamples]:
     """All experts' training rows, without any system prompt: (to train on, the calibration split)."""
     train, calibration = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
         source = splits.train[name].source
-        parts, company = _cut(config, splits.train[name].rows), joined.get(name, ([], []))
+        parts, made = _cut(config, splits.train[name].rows), joined.get(name, NOTHING_JOINED)
+        company = made.train, made.calibration
         for target, rows, more, use in zip((train, calibration), parts, company, ("train", "calibrate"), strict=True):
             _add(target, [*rows, *more], expert, config, tokenizer)
             if source and not rows:
@@ -159,7 +199,7 @@ def _training_examples(
 
 
 def _injected_examples(
-    config: RunConfig, splits: DataSplits, joined: Joined, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[Example]]:
     """Each axis's training rows that have an answer, then its joined rows, with the axis's system prompt."""
     injected = {}
@@ -170,7 +210,7 @@ def _injected_examples(
                 f"{splits.train[axis].source} ({axis}): no row has an answer to imitate; give rows with one"
             )
         every = config.data.answers == "all"
-        rows = [*answered, *(row for part in joined[axis] for row in part)]
+        rows = [*answered, *joined.get(axis, NOTHING_JOINED).rows]
         injected[axis] = encode(rows, tokenizer, settings.prompt, every_answer=every)
     return injected
 

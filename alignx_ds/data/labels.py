@@ -32,6 +32,16 @@ def named_set(needs: Sequence[str], names: Sequence[str], place: str) -> LabelSe
     return tuple(sorted({names.index(name) for name in needs} - {0})) or (0,)
 
 
+def known_set(row: Row, otherwise: Sequence[str], names: Sequence[str]) -> LabelSet | None:
+    """The experts that a row of an evaluation set needs: what it says itself, otherwise these, None if neither does.
+
+    It is None too where one of them is none of those with these `names`: nothing is fitted on a set, so its labels may
+    be those of other axes.
+    """
+    needs = row.needs or otherwise
+    return named_set(needs, names, row.place) if needs and set(needs) <= set(names) else None
+
+
 def multi_hot(sets: Sequence[LabelSet], experts: int) -> Tensor:
     """[N, E] fp32: 1 where a prompt needs an expert; column 0 is 1 exactly where it needs no axis."""
     made = torch.zeros(len(sets), experts)

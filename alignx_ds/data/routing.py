@@ -6,6 +6,7 @@ several axes: then it needs all of them.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from alignx_ds.config.sources import RoutingSource, routing_sources, training_so
 from alignx_ds.data.rows import Dropped, Row, split_by_question
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
-from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, first_rows, leaked
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, first_rows, leaked, of_wrong_kind
 
 GENERALIST = "generalist"
 Needs = dict[str, set[str]]  # by question: the axes for which it is listed
@@ -33,7 +34,7 @@ class RoutingRows:
 
 def read_routing(config: RunConfig) -> list[RoutingRows]:
     """Read and split the sources of routing rows. Raises DataError naming file, row and column."""
-    made = []
+    made: list[RoutingRows] = []
     numbers: dict[str, int] = defaultdict(int)
     for given in routing_sources(config):
         settings = given.settings
@@ -50,7 +51,8 @@ def read_routing(config: RunConfig) -> list[RoutingRows]:
             )
         ]
         train, held_out = (replace(p, records=len(p.rows) + len(p.dropped)) for p in parts)
-        made.append(RoutingRows(given.owner, _name(settings, given.owner), train, held_out))
+        name = _name(settings, given.owner, [part.name for part in made])
+        made.append(RoutingRows(given.owner, name, train, held_out))
     return _labelled(made)
 
 
@@ -60,8 +62,11 @@ def first_number(owner: str, config: RunConfig) -> int:
     return len(training_sources(settings)) - 1
 
 
-def _name(settings: RoutingSourceConfig, owner: str) -> str:
-    return f"{settings.source}{f', {settings.only}' if settings.only else ''} ({owner})"
+def _name(settings: RoutingSourceConfig, owner: str, taken: Sequence[str]) -> str:
+    """Of a source, unlike those `taken`. Reports are passed on, so it has no absolute path of this machine."""
+    source = os.path.basename(settings.source) if os.path.isabs(settings.source) else settings.source
+    name = f"{source}{f', {settings.only}' if settings.only else ''} ({owner})"
+    return name if name not in taken else f"{name} {1 + sum(other.startswith(name) for other in taken)}"
 
 
 def _kept(read: SplitRows, given: RoutingSource, number: int) -> SplitRows:
@@ -80,8 +85,8 @@ def _kept(read: SplitRows, given: RoutingSource, number: int) -> SplitRows:
 
 
 def _unwanted(row: Row, given: RoutingSource) -> str:
-    if given.settings.only and row.harmful != (given.settings.only == "unsafe"):
-        return f"its prompt is {'unsafe' if row.harmful else 'safe'}"
+    if reason := of_wrong_kind(row, given.settings.only):
+        return reason
     if given.owner == GENERALIST and set(row.needs) - {GENERALIST}:
         return "its prompt needs an axis"
     return ""

@@ -73,6 +73,11 @@ def mixed(parts: Sequence[SplitRows], weights: Sequence[float], limit: int, *, e
     return SplitRows(", ".join(names), records, rows, dropped, tuple(zip(names, counts, strict=True)))
 
 
+def of_wrong_kind(row: Row, only: str) -> str:
+    """Why a row is not one of those that are wanted, `only` the "safe" or the "unsafe" ones; nothing if it is."""
+    return f"its prompt is {'unsafe' if row.harmful else 'safe'}" if only and row.harmful != (only == "unsafe") else ""
+
+
 def leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
     """The rows with a question that is held out, also as an earlier turn."""
     rows = enumerate(split.rows)

@@ -14,7 +14,7 @@ from alignx_ds.data.routing import RoutingRows, gated, more_needs, read_routing
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
-from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, used
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, of_wrong_kind, used
 from alignx_ds.errors import DataError
 
 
@@ -125,7 +125,8 @@ def _read_set(name: str, config: RunConfig) -> SplitRows:
     s = config.evaluation.sets[name]
     source = Source(s.source, s.schema, s.columns)
     records = source.read(held_out=True, count=_set_limit(name, config), seed=config.seed)
-    return SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records.usable))
+    split = SplitRows.of(s.source, records, SCHEMAS[s.schema].held_out(records.usable))
+    return split.without({i: why for i, row in enumerate(split.rows) if (why := of_wrong_kind(row, s.only))})
 
 
 def _train_limit(s: AxisConfig | GeneralistConfig, config: RunConfig) -> int:

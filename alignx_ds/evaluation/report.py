@@ -17,7 +17,8 @@ import yaml
 
 from alignx_ds.config.parse import to_dict
 from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
-from alignx_ds.data.inputs import EncodedData
+from alignx_ds.data.inputs import NOTHING_JOINED, EncodedData
+from alignx_ds.data.routing import RoutingRows
 from alignx_ds.evaluation import matrix, plots
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics, label
@@ -33,6 +34,8 @@ MATRIX = "Every judge on every axis"  # a section of the page
 MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
 JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
 ABLATIONS = {NO_OUTPUT_CALIBRATION: "alignx, R = 0"}  # of the aligned model, by system
+SOURCE_KINDS = {"own": "own prompts", "routing": "routing rows", "set": "extra set"}  # of the gate's prompts
+SHOWN_SOURCES = 8  # at most, other than the experts' own, on the terminal
 Losses = dict[str, list[float]]  # by training job
 
 
@@ -84,10 +87,11 @@ def build(
             for name, r in ablated.items()
         },
         "matrix": {name: r.matrix for name, r in results.items()},
-        "router": {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}},
+        "router": _router(router),
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
         "rows": {name: _row_counts(data, name) for name in config.expert_names if data.splits.train[name].source},
+        "routing_rows": {part.name: _routing_counts(part) for part in data.splits.routing},
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
         "config": to_dict(config),
     }
@@ -103,6 +107,12 @@ def shareable(value: Any) -> Any:
         return [shareable(item) for item in value]
     local = isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
     return Path(value).name if local else value
+
+
+def _router(router: RouterReport) -> dict[str, Any]:
+    """All fields, and the metrics among them."""
+    sources = {name: source.content() for name, source in router.sources.items()}
+    return {**router.metrics, **{k: v for k, v in asdict(router).items() if k != "metrics"}, "sources": sources}
 
 
 def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any]:
@@ -125,12 +135,26 @@ def _collapse(results: dict[str, Result], axis: str) -> dict[str, float]:
 def _row_counts(data: EncodedData, name: str) -> dict[str, Any]:
     """How many of an expert's records are used, and why the others are not."""
     train, held_out = data.splits.train[name], data.splits.held_out[name]
+    made = data.joined.get(name, NOTHING_JOINED)
     return {
         "train": len(train.rows),
         "imitated": sum(bool(row.response) for row in train.rows),
+        "joined": len(made.rows),
         "held_out": len(held_out.rows),
         "not_trained_on": dict(train.reasons()),
         "not_judged": dict(held_out.reasons()),
+        "not_joined": dict(made.reasons()),
+    }
+
+
+def _routing_counts(part: RoutingRows) -> dict[str, Any]:
+    """How many prompts of a source of routing rows are used, and why the others are not."""
+    return {
+        "expert": part.owner,
+        "train": len(part.train.rows),
+        "held_out": len(part.held_out.rows),
+        "not_trained_on": dict(part.train.reasons()),
+        "not_measured": dict(part.held_out.reasons()),
     }
 
 
@@ -188,6 +212,8 @@ def write(report: Report, out: Outputs) -> None:
         ),
         routers={"gate": router, **_gate_terms(router["ablations"]), "words only": router["surface"]},
         quality=_qualities(content),
+        source_kinds=SOURCE_KINDS,
+        joins=any(counts["joined"] for counts in content["rows"].values()),
         label=label,
         settings=yaml.safe_dump(content["config"], sort_keys=False),
     )
@@ -243,7 +269,22 @@ def show(report: Report, out: Outputs) -> None:
         f"{r['uncalibrated']['ece']:.3f}), Brier {r['brier']:.3f}; TF-IDF + logistic regression on the same prompts: "
         f"accuracy {r['surface']['accuracy']:.3f}, ECE {r['surface']['ece']:.3f}, Brier {r['surface']['brier']:.3f}"
     )
+    _show_sources(r["sources"])
     console.say(f"{content['run']['seconds']:.0f} s; report: {out.root / 'report.html'} and {out.root / 'report.json'}")
+
+
+def _show_sources(sources: dict[str, Any]) -> None:
+    """The router on routing rows and extra sets, if they fit; else where they are."""
+    others = {name: source for name, source in sources.items() if source["kind"] != "own"}
+    title = "The router on prompts of other sources than the axes' own"
+    if len(others) > SHOWN_SOURCES:
+        console.say(f"{title}: see “Router” in the report")
+    elif others:
+        rows = [
+            [name, f"{s['prompts']:,}", *(f"{s[key]:.3f}" for key in ("accuracy", "confidence", "ece", "brier"))]
+            for name, s in others.items()
+        ]
+        console.table(title, ["source", "prompts", "accuracy", "confidence", "ECE", "Brier"], rows)
 
 
 def _ablations(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

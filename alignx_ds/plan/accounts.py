@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import combinations
+from types import MappingProxyType
 
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.inputs import EncodedData, unlearned_answers
+from alignx_ds.data.inputs import EncodedData, JoinedRows, unlearned_answers
 from alignx_ds.data.routing import GENERALIST
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import SplitRows
@@ -19,14 +20,21 @@ def line(name: str, value: str, note: str = "") -> str:
     return f"  {name:<28}{value:>14}{note}"
 
 
-def accounts(rows: DataSplits) -> list[str]:
-    """A line for each split of each expert's rows, and one for every reason why records are not used."""
+def accounts(rows: DataSplits, joined: Mapping[str, JoinedRows] = MappingProxyType({})) -> list[str]:
+    """A line for each split of each expert's rows, and one for every reason why records are not used.
+
+    `joined` are known where the rows are encoded.
+    """
     lines = []
     named = [(f"{name}, {what}", sides[name]) for name in rows.train for what, sides in _sides(rows) if name in sides]
     for name, side in [*named, *((f"set {name}", side) for name, side in rows.sets.items())]:
         if side.source:
             questions = sum(not row.response for row in side.rows)
             lines += _account(name, side, f" ({questions:,} of them without an answer to imitate)" if questions else "")
+    for name, made in joined.items():
+        where = f" to train on, {len(made.calibration):,} in the calibration split"
+        lines.append(line(f"{name}, joined", f"{len(made.train):,}", where))
+        lines += _not_used(made)
     for part in rows.routing:
         name = "negatives" if part.owner == GENERALIST else f"{part.owner}, routing"
         for what, side in (("for the gate", part.train), ("held out", part.held_out)):
@@ -37,18 +45,32 @@ def accounts(rows: DataSplits) -> list[str]:
 def _account(name: str, side: SplitRows, note: str) -> list[str]:
     lines = [line(name, f"{len(side.rows):,}", f" of {side.records:,} records{note}")]
     lines += [line("", f"{count:,}", f" of them from {source}") for source, count in side.by_source]
-    for reason, count in side.reasons().most_common():
-        place = next(d.place for d in side.dropped if d.reason == reason)
-        lines.append(line("", f"{-count:,}", f" {reason}, e.g. {place}"))
-    return lines
+    return lines + _not_used(side)
+
+
+def _not_used(side: SplitRows | JoinedRows) -> list[str]:
+    places = {d.reason: d.place for d in reversed(side.dropped)}
+    reasons = side.reasons().most_common()
+    return [line("", f"{-count:,}", f" {reason}, e.g. {places[reason]}") for reason, count in reasons]
 
 
 def notes(config: RunConfig, data: EncodedData) -> list[str]:
-    """Answers that can't be learned, and rows that two experts share."""
+    """Answers that can't be learned, prompts that the gate can't be measured on, and rows that two experts share."""
     reason = "the chat template writes them otherwise once a dialogue goes on"
     unlearned = unlearned_answers(config, data).items()
     lines = [f"  {name}: of {count:,} dialogues only the last answer is learned: {reason}" for name, count in unlearned]
+    lines += [f"  {unmeasured}" for unmeasured in _unmeasured(config, data)]
     return lines + [f"  warning: {overlap}" for overlap in overlaps(data.splits)]
+
+
+def _unmeasured(config: RunConfig, data: EncodedData) -> Iterator[str]:
+    """Of sets with labels: the prompts without one, or with one that is no axis of the run."""
+    for name, split in data.splits.sets.items():
+        labelled = name in data.sets or any(row.needs for row in split.rows)
+        known = len(data.sets[name].examples) if name in data.sets else 0
+        if labelled and known < len(split.rows):
+            reason = f"the others' needs are not given, or not among {', '.join(config.expert_names)}"
+            yield f"set {name}: the gate is measured on {known:,} of its {len(split.rows):,} prompts; {reason}"
 
 
 def overlaps(splits: DataSplits) -> Iterator[str]:

@@ -87,7 +87,7 @@ def _rows(config: RunConfig, base: BaseModel, baselines: bool) -> tuple[list[str
     data = inputs.data
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
     rows = [
-        *accounts(data.splits),
+        *accounts(data.splits, data.joined),
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]

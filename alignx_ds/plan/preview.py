@@ -52,7 +52,7 @@ def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     for name, fact in facts(inputs.base).items():
         console.say(f"{name}: {fact}")
     console.heading("Rows")
-    for line in (*accounts(data.splits), *notes(config, data)):
+    for line in (*accounts(data.splits, data.joined), *notes(config, data)):
         console.say(line)
     rows = []
     for axis, examples in data.injected.items():
@@ -61,11 +61,14 @@ def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     columns = ["tokens of the training rows", "min", "median", "95 %", "max", "total"]
     console.table("Lengths", columns, rows)
     for axis, settings in config.axes.items():
-        console.heading(f"{axis}: training rows, as stage 1 reads them")
-        imitated = [row for row in data.splits.train[axis].rows if row.response][:shown]
-        examples = encode(imitated, tokenizer, settings.prompt, every_answer=config.data.answers == "all")
-        for row, example in zip(imitated, examples, strict=True):
-            _row(row, example, tokenizer)
+        kinds = {"training rows": [row for row in data.splits.train[axis].rows if row.response]}
+        if axis in data.joined:
+            kinds["joined rows"] = data.joined[axis].rows
+        for kind, rows_of in kinds.items():
+            console.heading(f"{axis}: {kind}, as stage 1 reads them")
+            examples = encode(rows_of[:shown], tokenizer, settings.prompt, every_answer=config.data.answers == "all")
+            for row, example in zip(rows_of, examples, strict=False):
+                _row(row, example, tokenizer)
 
 
 def _parts(examples: list[Example]) -> dict[str, list[int]]:

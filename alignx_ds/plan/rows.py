@@ -72,16 +72,20 @@ def _routing(c: RunConfig) -> Iterator[Problem]:
         negative = given.owner == "generalist"
         if not s.schema and negative:
             yield Problem(f"{key}.schema", "", "a schema", f"say how {s.source} is written; any schema has prompts")
-        if s.only and s.schema in SCHEMAS and s.schema not in LABELS_HARM:
-            fix = f"remove it: rows of the {s.schema} schema do not say whether their prompts ask for harm"
-            yield Problem(f"{key}.only", s.only, "nothing", fix)
-        elif negative and s.schema in LABELS_HARM and s.only != "safe":
+        yield from _only(f"{key}.only", s.only, s.schema)
+        if negative and s.schema in LABELS_HARM and s.only != "safe":
             fix = "add only: safe; prompts that ask for harm are no negatives"
             yield Problem(f"{key}.only", s.only, "safe", fix)
         yield from _source(key, "source", s.source, s.schema, s.columns)
         if (what := (given.owner, s.source, s.schema, s.only)) in known:
             yield Problem(f"{key}.source", s.source, "different sources", "remove one of the two")
         known.add(what)
+
+
+def _only(key: str, only: str, schema: str) -> Iterator[Problem]:
+    if only and schema in SCHEMAS and schema not in LABELS_HARM:
+        fix = f"remove it: rows of the {schema} schema do not say whether their prompts ask for harm"
+        yield Problem(key, only, "nothing", fix)
 
 
 def _held_out(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:
@@ -97,6 +101,16 @@ def _sets(c: RunConfig) -> Iterator[Problem]:
             fix = "rename the set; an axis or a system may have this name already"
             yield Problem(f"evaluation.sets.{name}", name, "a plain word of its own", fix)
         yield from _source(f"evaluation.sets.{name}", "source", s.source, s.schema, s.columns)
+        yield from _only(f"evaluation.sets.{name}.only", s.only, s.schema)
+        yield from _needs(f"evaluation.sets.{name}.needs", s.needs, c)
+
+
+def _needs(key: str, needs: list[str], c: RunConfig) -> Iterator[Problem]:
+    for need in needs:
+        if need not in c.expert_names:
+            yield Problem(key, need, f"one of {', '.join(c.expert_names)}", "name axes, or generalist for none")
+    if "generalist" in needs and len(needs) > 1:
+        yield Problem(key, needs, "axes, or generalist alone", "generalist means that no axis is needed; remove one")
 
 
 def _texts(c: RunConfig) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignx_ds.data.labels import as_sets, set_nll
-from alignx_ds.mocae.gate import need_logits
+from alignx_ds.mocae.gate import Decision, need_logits
 
 BINS = 15  # equal-width confidence bins of the ECE
 
@@ -39,6 +39,11 @@ def _gaps(forecasts: Tensor, outcomes: Tensor, bins: int) -> Tensor:
     """Σ (forecast − outcome) by bin of the forecast: [N] fp64 each -> [bins] fp64."""
     index = (forecasts * bins).long().clamp(0, bins - 1)  # a NaN falls into some bin and shows there
     return forecasts.new_zeros(bins).index_add_(0, index, forecasts - outcomes)
+
+
+def mean_confidence(logits: Tensor, kind: str = "choice") -> float:
+    """The mean, over prompts, of a gate's confidence in what it takes for most likely: logits [N, E]."""
+    return float(Decision(logits, logits.double(), kind).confidence().mean())
 
 
 def axis_forecasts(logits: Tensor, kind: str = "choice") -> Tensor:

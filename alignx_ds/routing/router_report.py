@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -18,6 +18,7 @@ from alignx_ds.data.splits import DataSplits
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
+from alignx_ds.routing.by_source import SourceMetrics, by_source
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import confusion, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
@@ -44,6 +45,7 @@ class RouterReport:
     confusion: list[list[int]]  # rows: the experts that the prompts need
     ablations: dict[str, dict[str, float]]  # by the terms that are left
     surface: dict[str, float]  # of TF-IDF and logistic regression, trained and tested on the same prompts
+    sources: dict[str, SourceMetrics] = field(default_factory=dict)
 
 
 def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, config: RunConfig) -> RouterReport:
@@ -66,6 +68,7 @@ def router_report(model: AlignXForCausalLM, data: EncodedData, base: BaseModel, 
         confusion=confusion(logits, labels, kind),
         ablations=ablations,
         surface=surface_router(data.splits, config.expert_names),
+        sources=by_source(model, data, logits / temperature, config.expert_names, pad_id, batch),
     )
 
 

@@ -28,6 +28,7 @@ from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.routing.by_source import by_source
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import BINS, axis_forecasts, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
@@ -59,6 +60,7 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
             if name == "alignx":
                 assert isinstance(model, AlignXForCausalLM)
                 router = _router(model, studied, shots, calibration, bar.advance)
+                sources = _sources(model, studied)
             if len(questions) > 1:
                 answers[name] = _calibration_of(
                     {count: _choices(model, studied, g) for count, g in groups.items()}, questions
@@ -72,6 +74,7 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
             "answers": {"held out": len(questions)},
         },
         "router": router,
+        "sources": sources,
         "answers": answers,
     }
 
@@ -103,6 +106,15 @@ def _router(
         )
         advance()
     return found
+
+
+def _sources(model: AlignXForCausalLM, studied: StudiedRun) -> dict[str, Any]:
+    """The router on every source of prompts, with the temperature that the model has, as in the run's report."""
+    rows = (studied.data.routed, studied.pad_id, studied.batch)
+    lowest, gate = next(iter(gates_of(model).items()))
+    routed = sum_of(gate_terms(model, *rows)[lowest]) / float(gate.calibration_temperature)
+    found = by_source(model, studied.data, routed, studied.experts, studied.pad_id, studied.batch)
+    return {name: source.content() for name, source in found.items()}
 
 
 def _answers(owned: OwnedRows, shots: FewShotPrompts, count: int) -> list[list[Example]]:
@@ -198,6 +210,9 @@ def show(content: dict[str, Any]) -> None:
     for name, by_count in tables.items():
         rows = [[count, *(f"{metrics[key]:.4f}" for key in keys)] for count, metrics in by_count.items()]
         console.table(f"Calibration of {name}", columns, rows)
+    of_source = ("accuracy", "confidence", "ece", "brier")
+    rows = [[name, str(s["prompts"]), *(f"{s[k]:.4f}" for k in of_source)] for name, s in content["sources"].items()]
+    console.table("The router by source of the prompts", ["source", "prompts", *of_source], rows)
     console.say("-t: with the temperature fitted zero-shot; refitted: fitted on prompts with as many examples")
 
 

@@ -17,6 +17,7 @@ from alignx_ds.evaluation import report
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import Metrics
 from alignx_ds.evaluation.report import Report
+from alignx_ds.routing.by_source import SourceMetrics
 from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -130,11 +131,17 @@ def inputs(settings: RunConfig) -> EncodedData:
 
 
 def finish(
-    root: Path, *overrides: str, metrics: dict[str, dict[str, Metrics]] | None = None, ablated: Result | None = None
+    root: Path,
+    *overrides: str,
+    metrics: dict[str, dict[str, Metrics]] | None = None,
+    ablated: Result | None = None,
+    sources: dict[str, SourceMetrics] | None = None,
+    data: EncodedData | None = None,
 ) -> tuple[Report, Outputs]:
     """A report on a run with these settings, written; `metrics` by system and extra set come on top.
 
-    `ablated` is what the aligned model has reached without output calibration.
+    `ablated` is what the aligned model has reached without output calibration, `sources` is the router by source, and
+    `data` are other rows than `inputs`.
     """
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
@@ -151,7 +158,7 @@ def finish(
         results[NO_OUTPUT_CALIBRATION] = ablated
     confusion = [[7, 1, 0, 0], [0, 8, 0, 0], [0, 0, 6, 2], [1, 0, 0, 7]]
     ablations = {"linear": ROUTER, "natural": ROUTER}
-    router = RouterReport(ROUTER, ROUTER | {"ece": 0.2}, 0.5, confusion, ablations, SURFACE)
-    built = report.build(settings, inputs(settings), results, router, out, 61.5, 2)
+    router = RouterReport(ROUTER, ROUTER | {"ece": 0.2}, 0.5, confusion, ablations, SURFACE, sources or {})
+    built = report.build(settings, data or inputs(settings), results, router, out, 61.5, 2)
     report.write(built, out)
     return built, out

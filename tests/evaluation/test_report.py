@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from reports import AXES, HOSTILE, PERPLEXITY, SCORES, Page, finish
+from reports import AXES, HOSTILE, PERPLEXITY, SCORES, Page, finish, inputs
 
 from alignx_ds.config.parse import load as load_config
 from alignx_ds.config.parse import to_dict
-from alignx_ds.data.rows import Row
+from alignx_ds.data.inputs import JoinedRows
+from alignx_ds.data.routing import RoutingRows
+from alignx_ds.data.rows import Dropped, Row
+from alignx_ds.data.split_rows import SplitRows
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.judges.protocol import label
 from alignx_ds.evaluation.report import Report, judge_quality
+from alignx_ds.routing.by_source import Kind, SourceMetrics
 from alignx_ds.runs.outputs import Outputs
 
 Made = tuple[Report, Outputs]
@@ -236,6 +241,41 @@ def test_the_quality_of_a_judge_is_shown_beside_its_scores(tmp_path: Path, capsy
     assert f"harmless is judged by offline_safety, {said}" in printed
     assert f"xs is judged by refusal, {said}" in printed
     assert "helpful is judged" not in printed
+
+
+def test_the_router_by_source_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the page all sources, on the terminal those other than the axes' own."""
+    axes = {axis: {"ece": 0.01 * n, "brier": 0.1 * n} for n, axis in enumerate(AXES)}
+    metrics = {"accuracy": 0.75, "ece": 0.125, "brier": 0.25, "nll": 1.0}
+    kinds: dict[str, Kind] = {"honest": "own", "x.csv, safe (generalist)": "routing", "far": "set"}
+    sources = {name: SourceMetrics(kind, 4, 0.875, metrics, axes) for name, kind in kinds.items()}
+    built, out = finish(tmp_path, sources=sources)
+    assert built.content["router"]["sources"]["far"] == sources["far"].content()
+    gate, by_axis = ["0.750", "0.875", "0.125", "0.250"], ["0.000", "0.000", "0.010", "0.100", "0.020", "0.200"]
+    shown = Page.of(out).table(["source", "kind", "prompts", *"accuracy confidence".split(), *["ECE", "Brier"] * 4])
+    said = {"honest": "own prompts", "x.csv, safe (generalist)": "routing rows", "far": "extra set"}
+    assert {name: shown[name] for name in said} == {name: [kind, "4", *gate, *by_axis] for name, kind in said.items()}
+    report.show(built, out)
+    printed = capsys.readouterr().out
+    assert lines_of(printed, "far") == [["4", *gate]]
+    assert all(cells[0] != "4" for cells in lines_of(printed, "honest"))
+
+
+def test_joined_and_routing_rows_are_accounted_for(tmp_path: Path) -> None:
+    given = inputs(load_config("launch/recipes/world.yaml", [f"output={tmp_path}"]))
+    row = Row("a", "b")
+    fitted = SplitRows("x.csv", 4, [row, row, row], [Dropped("row", "its question is held out")])
+    part = RoutingRows("harmless", "x.csv (harmless)", fitted, SplitRows("x.csv", 1, [row], []))
+    joined = {"honest": JoinedRows([row] * 4, [row], [Dropped("row", "longer than model.max_length=9 tokens")])}
+    data = replace(given, splits=replace(given.splits, routing=(part,)), joined=joined)
+    built, out = finish(tmp_path, data=data)
+    assert built.content["rows"]["honest"]["joined"] == 5 and built.content["rows"]["helpful"]["joined"] == 0
+    assert built.content["routing_rows"]["x.csv (harmless)"]["train"] == 3
+    rows = Page.of(out).rows
+    (honest,) = [row for row in rows if row[:4] == ["honest", "3", "2", "5"]]
+    assert honest[5].endswith("; joined: 1 × longer than model.max_length=9 tokens")
+    routing = ["routing rows: x.csv (harmless)", "3", "0", "0", "1", "1 × its question is held out"]
+    assert routing in rows
 
 
 def test_labels_are_for_readers() -> None:

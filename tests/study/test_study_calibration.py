@@ -42,6 +42,15 @@ def test_zero_shot_calibration_is_the_report_s(finished_run: Path, studied_run: 
     assert router["0"]["brier_none"] == pytest.approx(raw["brier"], abs=1e-5)
 
 
+def test_the_sources_are_the_report_s(finished_run: Path, study: Study) -> None:
+    report = json.loads((finished_run / "report.json").read_text())["router"]["sources"]
+    sources = study("calibration")["sources"]
+    assert list(sources) == list(report) == ["generalist", "helpful", "harmless", "honest"]
+    for name, found in sources.items():
+        assert found["axes"].keys() == report[name]["axes"].keys()
+        assert found["brier"] == pytest.approx(report[name]["brier"], abs=1e-5)
+
+
 def test_answers_are_calibrated_for_every_system_and_number_of_examples(
     study: Study,
 ) -> None:
