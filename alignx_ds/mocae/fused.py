@@ -7,7 +7,7 @@ docs/performance.md.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -174,16 +174,39 @@ class FusedMixture(nn.Module):
     def _several_by_row(self, x: Tensor, gathered: list[RowExpert], generalist: Tensor | None) -> Tensor:
         """The mixture of each row's own experts' outputs, and of the generalist's with this weight [B, 1, 1]."""
         base = self._base[0]
-        gate, up = base.gate(x), base.up(x)
-        acts = [self._own_activation(x, gate, up, own) for own in gathered]
-        latents = [(act @ own.down_out.mT) * own.weight for act, own in zip(acts, gathered, strict=True)]
-        weighted = [_times(act, own.weight) for act, own in zip(acts, gathered, strict=True)]
-        if generalist is not None:
-            weighted.append(_times(base.activation(gate) * up, generalist))
-        y: Tensor = base.down(functools.reduce(_add, weighted))
-        for latent, own in zip(latents, gathered, strict=True):
+        latents = [torch.unflatten(x @ own.down_in.mT, -1, (2, -1)).movedim(-2, 0).flatten(0, 1) for own in gathered]
+        parts = [(own.up_in.flatten(0, 1), own.down_out, own.weight) for own in gathered]
+        mixed, outward = self._mixed(torch.stack([base.gate(x), base.up(x)]), latents, parts, generalist)
+        y: Tensor = base.down(mixed)
+        for latent, own in zip(outward, gathered, strict=True):
             y.baddbmm_(latent, own.up_out)
         return y
+
+    def _mixed(
+        self,
+        inward: Tensor,
+        latents: Iterable[Tensor],
+        parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+        generalist: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Σᵢ gᵢ aᵢ [B, T, f], with the generalist's own if its weight is given, and every gᵢ D_d,i aᵢ [B, T, r].
+
+        `inward` [2, B, T, f] are the base's pre-activations, which are overwritten unless gradients are needed;
+        `latents` [2 B, T, r] by expert; `parts` its up_in [2 B, r, f], down_out [B, r, f] or [r, f], and weight.
+        """
+        activation, rows = self._base[0].activation, inward.shape[1]
+        both, in_place = inward.flatten(0, 1), not torch.is_grad_enabled()
+        mixed = None if generalist is None else _times(activation(inward[0]) * inward[1], generalist)
+        outward = []
+        for i, (latent, (up_in, down_out, weight)) in enumerate(zip(latents, parts, strict=True)):
+            last = in_place and i == len(parts) - 1
+            pre = both.baddbmm_(latent, up_in) if last else torch.baddbmm(both, latent, up_in)
+            act = _times(activation(pre[:rows]), pre[rows:])
+            outward.append((act @ down_out.mT) * weight)
+            act = _times(act, weight)
+            mixed = act if mixed is None else _added(mixed, act)
+        assert mixed is not None
+        return mixed, outward
 
     def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, own: RowExpert, in_place: bool = False) -> Tensor:
         """aᵢ [B, T, f] of one expert per row; `gate` and `up`, the base's pre-activations, may be overwritten."""
@@ -207,18 +230,30 @@ class FusedMixture(nn.Module):
         base = self._base[0]
         gate, up = base.gate(x), base.up(x)
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
+        if not torch.is_grad_enabled():
+            return self._every_expert_served(torch.stack([gate, up]), latent, gates)
         weights = gates.unsqueeze(-1).unbind(-2)  # E of [B, T or 1, 1]
-        mixed, latents = _times(base.activation(gate) * up, weights[0]), []
+        mixed, latents = weights[0] * (base.activation(gate) * up), []
         for s, weight in enumerate(weights[1:]):
             to_gate, to_up = latent[..., s, :].unbind(-2)
             pre_gate, pre_up = (
                 torch.addmm(shared.flatten(0, -2), own.flatten(0, -2), factor).view_as(shared)
                 for shared, own, factor in ((gate, to_gate, self.up_in[0, s]), (up, to_up, self.up_in[1, s]))
             )
-            act = _times(base.activation(pre_gate), pre_up)
+            act = base.activation(pre_gate) * pre_up
+            mixed = mixed + weight * act
             latents.append(weight * linear(act, self.down_out[s]))
-            mixed = _add(mixed, _times(act, weight))
         return _plus(base.down(mixed), torch.stack(latents, dim=-2), self.up_out)
+
+    def _every_expert_served(self, inward: Tensor, latent: Tensor, gates: Tensor) -> Tensor:
+        """The same without gradients: inward [2, B, T, f], latent [B, T, 2, S, r]. All tokens are one batch entry."""
+        _, b, t, _ = inward.shape
+        latents = latent.flatten(0, 1).permute(2, 1, 0, 3)  # [S, 2, B T, r]
+        weights = gates.expand(b, t, -1).reshape(1, b * t, -1, 1).unbind(2)
+        parts = [(self.up_in[:, s], self.down_out[s], weight) for s, weight in enumerate(weights[1:])]
+        mixed, outward = self._mixed(inward.flatten(1, 2).unsqueeze(1), latents.unbind(0), parts, weights[0])
+        y = _plus(self._base[0].down(mixed), torch.stack(outward, dim=-2), self.up_out)
+        return y.view(b, t, -1)
 
     def _outward(self, act: Tensor) -> Tensor:
         """act [B, T, f] -> D_d,i act of every specialist i, [B, T, S, r]."""
@@ -230,7 +265,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     return a * b if torch.is_grad_enabled() else a.mul_(b)
 
 
-def _add(a: Tensor, b: Tensor) -> Tensor:
+def _added(a: Tensor, b: Tensor) -> Tensor:
     """a + b, in place of a likewise."""
     return a + b if torch.is_grad_enabled() else a.add_(b)
 
