@@ -1,4 +1,5 @@
 # make demo    install everything, then train and evaluate an aligned model on the embedded world
+# make seeds   run the recipes world and world-needs with three seeds each, every baseline included, and compare (an hour)
 # make bench   run every benchmark at a small shape, in less than 5 minutes without a GPU
 # make gpu     run the tests and benchmarks that need a GPU of 80 GB; existing results are kept; writes docs/gpu.md
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
@@ -31,8 +32,10 @@ demo: $(READY)
 	$(BIN)/alignx-ds run $(RECIPE)
 
 seeds: $(READY)
-	for seed in 0 1 2; do $(BIN)/alignx-ds run $(RECIPE) seed=$$seed output=runs/world-seed-$$seed || exit 1; done
-	$(BIN)/alignx-ds compare runs/world-seed-0 runs/world-seed-1 runs/world-seed-2
+	for name in world world-needs; do \
+	  for seed in 0 1 2; do $(BIN)/alignx-ds run $$name seed=$$seed output=runs/$$name-seed-$$seed || exit 1; done; \
+	  $(BIN)/alignx-ds compare runs/$$name-seed-0 runs/$$name-seed-1 runs/$$name-seed-2 --out runs/$$name-seeds.json || exit 1; \
+	done
 
 bench: $(READY)
 	$(BIN)/python benchmarks/latency.py --shape tiny --repeats 5 --out runs/bench
