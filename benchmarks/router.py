@@ -70,7 +70,7 @@ def main() -> None:
     calibration_words, held_out_words = (
         _words(model, rows, pad_id, batch) for rows in (data.calibration_rows, data.routed)
     )
-    metrics = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names)}
+    metrics = {"TF-IDF + logistic regression": surface_router(data.splits, settings.expert_names, data.joined)}
     for summary, width in (("mean", hidden), ("mean, largest, smallest, last", 4 * hidden)):
         features, fitted_on, tested_on = (
             Features([r[:, :width] for r in f.by_expert]) for f in (train, calibration, held_out)

@@ -197,7 +197,8 @@ class GateConfig(GateSettings):
     """The gate's settings, and those that only fitting its geometry needs."""
 
     unsure: Text = ""  # checked in plan/
-    rows: PositiveInt = 4096  # per expert, at most, that the geometries are fitted on
+    # Per expert, at most, that the geometries are fitted on; per expert and label set, that a router of needs is.
+    rows: PositiveInt = 4096
     granularity: PositiveFloat = 0.05  # ε, the unit of the kernel widths
 
 

@@ -9,16 +9,19 @@ Shapes: B rows, T tokens, E experts, L gates.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from alignx_ds.data.batches import MicroBatch
+from alignx_ds.mocae.gate import need_logits
 from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.routing.metrics import overconfidence
+from alignx_ds.routing.metrics import axis_overconfidence, overconfidence
 from alignx_ds.training.metrics import RouterSums, StepMetrics
 
 
@@ -29,17 +32,17 @@ def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> RouterSums:
     Rows without a prompt token (padding lines) are left out. Two transfers from the device.
     """
     has_prompt = part.batch.prompt_mask.any(-1)  # [B]
-    probabilities = [d.probabilities().double() for d in model.routing.decisions.values()]
-    decisions = torch.stack(probabilities, dim=1)[has_prompt]  # [B, L, E]
-    gates, experts = decisions.flatten(0, 1), decisions.shape[-1]  # [B·L, E]
-    needed = part.needs[has_prompt].repeat_interleave(decisions.shape[1], dim=0)
-    chosen = one_hot(gates.argmax(-1), experts)
-    by_expert = [t.sum(0).double() for t in (gates, chosen, needed, needed * chosen)]
-    columns = [torch.special.entr(gates).sum().view(1), *by_expert, overconfidence(gates, needed)]
-    numbers = iter(torch.cat(columns).tolist())
+    decisions = list(model.routing.decisions.values())
+    logits = torch.stack([d.logits for d in decisions], dim=1)[has_prompt]  # [B, L, E]
+    needed = part.needs[has_prompt].repeat_interleave(len(decisions), dim=0)
+    read = _needs if decisions[0].kind == "needs" else _choices
+    seen = read(logits.flatten(0, 1), needed)  # of [B·L, E]
+    experts = logits.shape[-1]
+    by_expert = [t.sum(0).double() for t in (seen.gates, seen.chosen, needed, needed * seen.chosen)]
+    numbers = iter(torch.cat([seen.entropy.view(1), *by_expert, seen.overconfidence]).tolist())
     slots, empty_slots = _slots(model)
     return RouterSums(
-        decisions=float(len(gates)),
+        decisions=float(len(seen.gates)),
         entropy=next(numbers),
         gates=list(islice(numbers, experts)),
         chosen=list(islice(numbers, experts)),
@@ -49,6 +52,40 @@ def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> RouterSums:
         slots=slots,
         empty_slots=empty_slots,
     )
+
+
+@dataclass(frozen=True)
+class _Decisions:
+    """N decisions: `gates` and `chosen` [N, E], summed `entropy` (nats), and the sums of `overconfidence` by bin."""
+
+    gates: Tensor
+    chosen: Tensor
+    entropy: Tensor
+    overconfidence: Tensor
+
+
+def _choices(logits: Tensor, needed: Tensor) -> _Decisions:
+    """The most probable expert is chosen; the bins are those of its probability."""
+    gates = logits.softmax(-1).double()
+    chosen = one_hot(gates.argmax(-1), gates.shape[-1])
+    return _Decisions(gates, chosen, torch.special.entr(gates).sum(), overconfidence(gates, needed))
+
+
+def _needs(logits: Tensor, needed: Tensor) -> _Decisions:
+    """Every axis with a probability above a half is chosen, or else the generalist.
+
+    The generalist's gate is the probability that no axis is needed. Every axis has bins of its own, and the ECE is the
+    mean over the axes, as in `router_metrics`.
+    """
+    odds = need_logits(logits.double())
+    yes, no = odds.sigmoid(), (-odds).sigmoid()
+    axes = odds > 0
+    gates, chosen = (
+        torch.cat([none, some], dim=-1)
+        for none, some in ((no.prod(-1, keepdim=True), yes), (~axes.any(-1, keepdim=True), axes))
+    )
+    entropy = (torch.special.entr(yes) + torch.special.entr(no)).sum()
+    return _Decisions(gates, chosen.double(), entropy, axis_overconfidence(yes, needed[:, 1:]).flatten() / yes.shape[1])
 
 
 def _slots(model: AlignXForCausalLM) -> tuple[float, float]:
@@ -64,6 +101,8 @@ def step_scalars(experts: list[str], metrics: StepMetrics) -> dict[str, float]:
 
 def router_scalars(experts: list[str], sums: RouterSums) -> dict[str, float]:
     """Entropy (nats), mean gate and share of decisions by expert, how often rows that need it choose it, ECE.
+
+    In needs: the axes' summed entropies, their probabilities, and a decision can choose several of them.
 
     An expert without rows in the step has no value for its own rows; nothing is returned when gates are not finite.
     """

@@ -46,6 +46,11 @@ def mean_confidence(logits: Tensor, kind: str = "choice") -> float:
     return float(Decision(logits, logits.double(), kind).confidence().mean())
 
 
+def axis_overconfidence(forecasts: Tensor, needed: Tensor, bins: int = BINS) -> Tensor:
+    """As `overconfidence`, of each axis's forecasts that it is needed: [N, A], [N, A] -> [A, bins] fp64."""
+    return torch.stack([_gaps(p.double(), y.double(), bins) for p, y in zip(forecasts.T, needed.T, strict=True)])
+
+
 def axis_forecasts(logits: Tensor, kind: str = "choice") -> Tensor:
     """[N, E] -> [N, E − 1] fp64: the gate's probability that each axis is the right one, or that it is needed."""
     return need_logits(logits.double()).sigmoid() if kind == "needs" else logits.double().softmax(-1)[:, 1:]
@@ -54,10 +59,9 @@ def axis_forecasts(logits: Tensor, kind: str = "choice") -> Tensor:
 def axis_metrics(logits: Tensor, labels: Tensor, kind: str = "choice") -> list[dict[str, float]]:
     """By axis: ECE and Brier score of its forecasts, each taken as that of an event which happens or doesn't."""
     forecasts, needed = axis_forecasts(logits, kind), as_sets(labels, logits.shape[-1])[:, 1:].double()
-    return [
-        {"ece": float(_gaps(p, y, BINS).abs().sum()) / len(p), "brier": float((p - y).square().mean())}
-        for p, y in zip(forecasts.unbind(-1), needed.unbind(-1), strict=True)
-    ]
+    eces = axis_overconfidence(forecasts, needed).abs().sum(-1) / len(forecasts)
+    briers = (forecasts - needed).square().mean(0)
+    return [{"ece": ece, "brier": brier} for ece, brier in zip(eces.tolist(), briers.tolist(), strict=True)]
 
 
 def router_metrics(logits: Tensor, labels: Tensor, kind: str = "choice") -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -10,6 +10,7 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.user_turn import user_turn
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
 from alignx_ds.mocae.routing_state import SUMMARIES
 from alignx_ds.models.backbone import load_backbone
@@ -20,11 +21,15 @@ ExpertFactors = dict[int, list[Factors]]  # by AlignX layer: one per axis, in th
 
 @dataclass(frozen=True)
 class FittedCalibrators:
-    """What is fitted before training: the geometries of the gates and of the outputs by layer, the lexicon's state."""
+    """What is fitted before training: the geometries of the gates and of the outputs by layer, the lexicon's state.
+
+    In needs also the states of the linear routers by the gates' layers.
+    """
 
     gates: dict[int, Geometry]
     outputs: dict[int, Geometry]
     lexicon: dict[str, Tensor]
+    routers: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """By "kind.layer.name", for one file; `from_tensors` reads it."""
@@ -32,6 +37,8 @@ class FittedCalibrators:
         for kind in ("gates", "outputs"):
             for layer, geometry in getattr(self, kind).items():
                 found |= geometry.tensors(f"{kind}.{layer}.")
+        for layer, router in self.routers.items():
+            found |= {f"routers.{layer}.{name}": tensor.contiguous() for name, tensor in router.items()}
         return found
 
     @classmethod
@@ -41,7 +48,12 @@ class FittedCalibrators:
             return {layer: Geometry.from_tensors(tensors, f"{kind}.{layer}.") for layer in sorted(layers)}
 
         lexicon = {name.removeprefix("words."): t for name, t in tensors.items() if name.startswith("words.")}
-        return cls(geometries("gates"), geometries("outputs"), lexicon)
+        routers: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in sorted(tensors.items()):
+            if name.startswith("routers."):
+                _, layer, part = name.split(".")
+                routers.setdefault(int(layer), {})[part] = tensor
+        return cls(geometries("gates"), geometries("outputs"), lexicon, routers)
 
 
 def assemble(
@@ -54,7 +66,8 @@ def assemble(
     """The aligned model, on the CPU in the run's dtype.
 
     With a `placement` its experts are spread over the ranks, without one all of them are here (the fused path).
-    Without `fitted` its calibrators are blank: good for collecting the features that they are fitted to.
+    Without `fitted` its calibrators are blank: good for collecting the features that they are fitted to. A router
+    that is not fitted is zero.
     """
     model_config, backbone = aligned_config(config, base, factors), load_backbone(base)
     parts = {}
@@ -72,6 +85,8 @@ def assemble(
     model = AlignXForCausalLM(model_config, backbone=backbone, parts=parts, placement=placement)
     if fitted is not None:
         model.lexicon.load_state_dict(fitted.lexicon)
+        for layer, router in fitted.routers.items():
+            gates_of(model)[layer].router.load_state_dict(router)
     return model
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from alignx_ds.data.encode import LabelledExamples, pad_token
-from alignx_ds.data.labels import source_quotas
+from alignx_ds.data.labels import LabelSet, source_quotas
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.routing.fit_geometry import collect, fit
 from alignx_ds.routing.fit_lexicon import fit_lexicon
+from alignx_ds.routing.fit_router import fit_router, router_rows
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed
 from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
@@ -25,6 +29,15 @@ FILE = "fitted.safetensors"
 
 def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     """Fit on rank 0, to features of training rows and of the calibration split, and send to all ranks. Collective."""
+    fitted = _fit_geometries(context, factors)
+    return replace(fitted, routers=_fit_routers(context, factors, fitted)) if _has_needs(context) else fitted
+
+
+def _has_needs(context: StageContext) -> bool:
+    return context.config.gate.kind == "needs"
+
+
+def _fit_geometries(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     c, data = context.config, context.data
     model = assemble(c, context.base, factors, None, None).to(distributed.device())
     pad_id = pad_token(context.base.tokenizer)
@@ -46,6 +59,26 @@ def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCali
     return distributed.broadcast(fitted)
 
 
+def _fit_routers(
+    context: StageContext, factors: ExpertFactors, fitted: FittedCalibrators
+) -> dict[int, dict[str, Tensor]]:
+    """The states of the linear routers of needs, by the gates' layers, fitted beside the calibrators."""
+    c, data = context.config, context.data
+    model = assemble(c, context.base, factors, fitted, None).to(distributed.device())
+    pad_id = pad_token(context.base.tokenizer)
+    seen, unseen = (
+        router_rows(model, rows, pad_id, c.evaluation.batch)
+        for rows in (first_of_each_set(data.train, c.gate.rows), data.calibration_rows)
+    )
+    routers: dict[int, dict[str, Tensor]] = {}
+    if distributed.is_main():
+        for layer, rows in seen.items():
+            router = fit_router(rows, unseen[layer], fitted.gates[layer].present)
+            # The gate divides what its router says by the temperature.
+            routers[layer] = {name: tensor * c.gate.temperature for name, tensor in router.items()}
+    return distributed.broadcast(routers)
+
+
 def first_of_each_expert(rows: LabelledExamples, count: int = 0) -> LabelledExamples:
     """Each expert's first `count` rows (0: all) that need it and no other, or fewer.
 
@@ -53,19 +86,28 @@ def first_of_each_expert(rows: LabelledExamples, count: int = 0) -> LabelledExam
     them, the geometries of the experts would be hard to tell apart. Of an expert with several sources, as many of each
     as the root of its size.
     """
-    alone = [i for i, needed in enumerate(rows.needs) if needed == (rows.experts[i],)]
-    sizes = Counter((rows.experts[i], rows.sources[i]) for i in alone)
-    left: dict[tuple[int, int], int] = {}
-    for expert in sorted({expert for expert, _ in sizes}):
-        own = [pair for pair in sizes if pair[0] == expert]
-        counts = [sizes[pair] for pair in own]
+    return _first(rows, [i for i, needed in enumerate(rows.needs) if needed == (rows.experts[i],)], count)
+
+
+def first_of_each_set(rows: LabelledExamples, count: int) -> LabelledExamples:
+    """Each expert's first `count` rows of every label set that its rows have, or fewer; sources as above."""
+    return _first(rows, range(len(rows.needs)), count)
+
+
+def _first(rows: LabelledExamples, candidates: Sequence[int], count: int) -> LabelledExamples:
+    """Of the candidates, by their places, the first `count` (0: all) of each expert and label set."""
+    sizes = Counter((rows.experts[i], rows.needs[i], rows.sources[i]) for i in candidates)
+    left: dict[tuple[int, LabelSet, int], int] = {}
+    for group in sorted({key[:2] for key in sizes}):
+        own = [key for key in sizes if key[:2] == group]
+        counts = [sizes[key] for key in own]
         left |= zip(own, source_quotas(counts, count or sum(counts)), strict=True)
     chosen = LabelledExamples([], [])
-    for i in alone:
-        expert, source = rows.experts[i], rows.sources[i]
-        if left[expert, source]:
-            chosen.add([rows.examples[i]], expert, [rows.needs[i]], [source])
-            left[expert, source] -= 1
+    for i in candidates:
+        key = (rows.experts[i], rows.needs[i], rows.sources[i])
+        if left[key]:
+            chosen.add([rows.examples[i]], rows.experts[i], [rows.needs[i]], [rows.sources[i]])
+            left[key] -= 1
     return chosen
 
 

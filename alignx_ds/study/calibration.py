@@ -46,9 +46,8 @@ TEMPERATURES = {"none": "no temperature", "own": "temperature fitted zero-shot",
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
     """By number of examples: calibration of the router, and of every system's answers."""
-    training = studied.training_rows()
-    pools = {name: [row for row in rows if row.response] for name, (rows, _) in training.items()}
-    calibration = [(name, row) for name, (_, rows) in training.items() for row in rows]
+    pools = {name: [row for row in rows if row.response] for name, (rows, _) in studied.training_rows().items()}
+    calibration = studied.calibration_rows()
     limit = int(getattr(studied.base.config, "max_position_embeddings", 0) or studied.config.model.max_length)
     shots = FewShotPrompts(studied.base.tokenizer, studied.config.seed, limit, pools)
     questions = multiple_choice(studied.held_out_rows())
@@ -92,14 +91,16 @@ def _router(
     kind = model.config.gate_settings().kind
     found, own = {}, 0.0
     for count in COUNTS:
-        logits, labels = [], []
+        logits, labels, weights = [], [], []
         for owned in (calibration, studied.held_out_rows()):
             examples = [shots.encoded(row, shots.examples(name, row, count), ())[0] for name, row in owned]
             needs = [label_set(row, names, names.index(name)) for name, row in owned]
-            rows = LabelledExamples(examples, [names.index(name) for name, _ in owned], needs)
+            owners, sources = [names.index(name) for name, _ in owned], [row.source for _, row in owned]
+            rows = LabelledExamples(examples, owners, needs, sources)
             logits.append(sum_of(gate_terms(model, rows, studied.pad_id, studied.batch)[lowest]))
             labels.append(rows.multi_hot(len(names)))
-        refitted = fit_temperature(logits[0], labels[0], kind)
+            weights.append(rows.weights())
+        refitted = fit_temperature(logits[0], labels[0], kind, weights[0])
         own = own or refitted
         found[str(count)] = calibrated(
             logits[1], labels[1], same_for_all(labels[1], own), same_for_all(labels[1], refitted), kind

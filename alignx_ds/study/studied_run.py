@@ -123,3 +123,12 @@ class StudiedRun:
         share = self.config.data.calibration_share
         splits = self.data.splits.train
         return {name: split_by_question(splits[name].rows, share, CALIBRATION) for name in self.experts}
+
+    def calibration_rows(self) -> list[tuple[str, Row]]:
+        """(owner, row) of the calibration split, joined rows and routing rows included."""
+        share = self.config.data.calibration_share
+        found = [(name, row) for name, (_, rows) in self.training_rows().items() for row in rows]
+        found += [(axis, row) for axis, made in self.data.joined.items() for row in made.calibration]
+        for part in self.data.splits.routing:
+            found += [(part.owner, row) for row in split_by_question(part.train.rows, share, CALIBRATION)[1]]
+        return found

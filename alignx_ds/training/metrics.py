@@ -29,8 +29,8 @@ class RouterSums:
     decisions: float  # how many
     entropy: float  # nats, of the gates' probabilities
     gates: list[float]  # [E] probability of each expert
-    chosen: list[float]  # [E] decisions whose most probable expert it is
-    rows: list[float]  # [E] decisions about rows that belong to the expert
+    chosen: list[float]  # [E] decisions that chose it
+    rows: list[float]  # [E] decisions about rows that need the expert
     own: list[float]  # [E] those of them that chose it
     overconfidence: list[float]  # [K] confidence minus correctness
     slots: float  # places for tokens in the expert-parallel dispatch of all layers; 0 without one

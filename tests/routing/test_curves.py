@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from direct_figures import direct_figures
+from direct_figures import direct_figures, direct_needs
 from tiny_models import aligned, base_model, low_rank_experts, one_hot, padded, random_rows
 from torch import Tensor
 
@@ -67,6 +67,25 @@ def test_the_metrics_of_a_step_are_those_of_all_its_rows(model: AlignXForCausalL
     assert made.pop("router/padding") == 0, "in training every expert gets every token of this rank"
     assert made == pytest.approx(direct(model), abs=1e-5)
     assert "router/own/harmless" not in made, "it has no row here"
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_layer"])
+def test_the_metrics_of_needs_are_those_of_its_axes(scope: str) -> None:
+    """Rows that need none, one or two axes, in a step of two micro batches of four."""
+    base = base_model()
+    model = aligned(base, low_rank_experts(base), scope=scope, kind="needs", placement=Placement(1, 0)).train()
+    sets = one_hot(LABELS)
+    sets[3, 3] = sets[6, 1] = 1
+    odds: list[list[list[float]]] = []
+    parts = []
+    for chosen in CUTS[1]:
+        part = replace(passed(model, chosen), needs=sets[list(chosen)])
+        seen = [(d.logits[:, 1:] - d.logits[:, :1]).tolist() for d in model.routing.decisions.values()]
+        odds = [a + b for a, b in zip(odds, seen, strict=True)] if odds else seen
+        parts.append(router_sums(model, part))
+    made = logged(parts)
+    made.pop("router/padding")
+    assert made == pytest.approx(direct_needs(odds, sets.int().tolist(), NAMES), abs=1e-5)
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=len)

@@ -7,6 +7,8 @@ import random
 import pytest
 import torch
 
+from alignx_ds.data.inputs import JoinedRows
+from alignx_ds.data.routing import RoutingRows
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import SplitRows
 from alignx_ds.data.splits import DataSplits
@@ -83,3 +85,27 @@ def test_a_single_class_needs_no_classifier() -> None:
     """One axis without a generalist."""
     figures = surface_router(rows({"helpful": 10}), EXPERTS)
     assert (figures["accuracy"], figures["nll"]) == (1.0, 0.0)
+
+
+def test_it_learns_from_joined_rows_and_routing_rows_too() -> None:
+    """Words that only they have are then told apart, and in needs a prompt of two axes has both."""
+    strange = {"helpful": "frob glib", "honest": "zork quux"}
+    asked = {name: [Row(text, "", needs=(name,))] * 20 for name, text in strange.items()}
+    both = [Row(f"{WORDS['helpful'][0]} {WORDS['honest'][0]}", "", needs=("helpful", "honest"))] * 20
+    given = rows(SIZES)
+    held_out = dict.fromkeys(EXPERTS, SplitRows("", 0, [], []))
+    tested = {**held_out, "helpful": SplitRows("file", 40, [*asked["helpful"], *both], [])}
+    tested["honest"] = SplitRows("file", 20, asked["honest"], [])
+    part = RoutingRows("honest", "more (honest)", SplitRows("file", 20, asked["honest"], []), held_out["honest"])
+    joined = {"helpful": JoinedRows([*asked["helpful"], *both], both[:5], [])}
+    for kind in ("choice", "needs"):
+        before = surface_router(DataSplits(given.train, tested, {}, frozenset()), EXPERTS, {}, kind)
+        after = surface_router(DataSplits(given.train, tested, {}, frozenset(), (part,)), EXPERTS, joined, kind)
+        assert after["accuracy"] == 1.0 > before["accuracy"] + 0.2
+
+
+def test_in_needs_an_axis_without_rows_is_never_needed() -> None:
+    some = rows({name: n for name, n in SIZES.items() if name != "harmless"})
+    figures = surface_router(some, EXPERTS, kind="needs")
+    assert figures["accuracy"] > 0.9
+    assert all(torch.isfinite(torch.tensor(list(figures.values()))))
