@@ -28,7 +28,6 @@ Sources = Annotated[Any, AnyText()]  # a source, or a list of SourceConfig's key
 TemplateValue = Annotated[Any, AnyText(lines=True)]  # a text, a number or a truth value
 SchemaName = Annotated[str, NameIn("schemas")]
 OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
-JudgeName = Annotated[str, NameIn("judges")]
 OptionalJudgeName = Annotated[str, NameIn("judges", optional=True)]
 Share = Annotated[float, Range(above=0, below=1, fix="0.15 is a good value")]
 Density = Annotated[float, Range(above=0, most=1)]
@@ -253,7 +252,7 @@ class SetConfig:
 
     schema: SchemaName = MISSING
     source: Text = MISSING
-    judge: JudgeName = MISSING
+    judge: OptionalJudgeName = ""  # empty: nothing is answered, only the gate is measured
     columns: dict[str, Text] = field(default_factory=dict)
     rows: NonNegativeInt = 0  # at most; 0: data.held_out_rows
     only: Annotated[str, OneOf(("", "safe", "unsafe"))] = ""  # of a schema that tells which prompts ask for harm
@@ -270,6 +269,11 @@ class EvaluationConfig:
     matrix: Annotated[str, OneOf(("auto", "all", "own"))] = "auto"
     compile: bool = False  # the decode step with torch.compile: faster if many batches are decoded
     sets: dict[str, SetConfig] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> dict[str, str]:
+        """By extra set, of those that have one."""
+        return {name: s.judge for name, s in self.sets.items() if s.judge}
 
 
 @dataclass

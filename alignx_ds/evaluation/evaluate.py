@@ -65,10 +65,10 @@ class Result:
 
 
 def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
-    """The held-out rows of every axis that has a judge, then the extra sets of the recipe."""
+    """The held-out rows of every axis that has a judge, then the extra sets of the recipe that have one."""
     axes = [QuestionSet(name, axis.judge, data.held_out[name]) for name, axis in config.axes.items() if axis.judge]
-    sets = config.evaluation.sets
-    return [*axes, *(QuestionSet(name, s.judge, data.splits.sets[name].rows) for name, s in sets.items())]
+    judges = config.evaluation.judges
+    return [*axes, *(QuestionSet(name, judge, data.splits.sets[name].rows) for name, judge in judges.items())]
 
 
 @dataclass(frozen=True)

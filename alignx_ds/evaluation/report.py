@@ -75,14 +75,13 @@ def build(
         "scored": scored,
         "systems": {name: _scores(r, axes, scored) for name, r in results.items()},
         "perplexity": {name: r.perplexity for name, r in results.items()},
-        "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.sets},
-        "judges": {name: config.axes[name].judge for name in scored}
-        | {name: s.judge for name, s in config.evaluation.sets.items()},
+        "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.judges},
+        "judges": {name: config.axes[name].judge for name in scored} | config.evaluation.judges,
         "ablations": {
             name: {
                 "scores": _scores(r, axes, scored),
                 "perplexity": r.perplexity,
-                "sets": {s: r.metrics[s] for s in config.evaluation.sets},
+                "sets": {s: r.metrics[s] for s in config.evaluation.judges},
             }
             for name, r in ablated.items()
         },

@@ -103,6 +103,9 @@ def _sets(c: RunConfig) -> Iterator[Problem]:
         yield from _source(f"evaluation.sets.{name}", "source", s.source, s.schema, s.columns)
         yield from _only(f"evaluation.sets.{name}.only", s.only, s.schema)
         yield from _needs(f"evaluation.sets.{name}.needs", s.needs, c)
+        if not (s.judge or s.needs or s.schema == "labelled"):
+            fix = "name a judge of the answers, or say what the prompts need, so that the gate is measured"
+            yield Problem(f"evaluation.sets.{name}.judge", "", "a judge", fix)
 
 
 def _needs(key: str, needs: list[str], c: RunConfig) -> Iterator[Problem]:

@@ -94,11 +94,12 @@ def test_joined_rows_are_accounted_for(config: RunConfig, world_tokenizer: PreTr
         ("{schema: xstest, only: harmful}", "evaluation.sets.s.only: got 'harmful', expected one of"),
         ("{schema: xstest, needs: [kind]}", "evaluation.sets.s.needs: got 'kind', expected one of generalist, helpful"),
         ("{schema: xstest, needs: [generalist, honest]}", "expected axes, or generalist alone"),
+        ("{schema: xstest}", "evaluation.sets.s.judge: got '', expected a judge"),
     ],
 )
 def test_what_is_wrong_with_a_set_is_one_line(entry: str, said: str, tmp_path: Path) -> None:
     file = write_json(tmp_path / "file.json", XSTEST)
-    value = entry.replace("}", f", source: {file}, judge: refusal}}")
+    value = entry.replace("}", f", source: {file}}}")
     with pytest.raises(ConfigError) as caught:  # noqa: PT012
         config = parse.load("world", [f"evaluation.sets.s={value}"])
         raise ConfigError(*[*plan.problems(config), *violations(config, TABLES)])

@@ -86,6 +86,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str
         f"evaluation.sets.{name}={{source: {root / name}.json, schema: {schema}, judge: {judge}, needs: [{needed}]}}"
         for name, schema, judge, needed in (("mc", "truthfulqa_mc", "mc", "honest"), ("xs", "xstest", "refusal", ""))
     ]
+    sets.append(
+        f"evaluation.sets.unasked={{source: {root / 'xs'}.json, schema: xstest, only: safe, needs: [harmless]}}"
+    )
     arguments = ["launch/recipes/world.yaml", *SMALL, *data, *needs, *sets, f"output={root / 'run'}"]
     done = alignx_ds("run", *arguments)
     assert done.returncode == 0, done.stderr
@@ -120,12 +123,13 @@ def test_the_router_is_measured_by_source(made: tuple[Path, list[str], str]) -> 
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     sources = report["router"]["sources"]
     own = ["generalist", "helpful", "harmless", "honest"]
-    assert list(sources) == [*own, "more.json, safe (generalist)", "more.json, unsafe (harmless)", "mc"]
-    assert [source["kind"] for source in sources.values()] == ["own"] * 4 + ["routing"] * 2 + ["set"]
+    assert list(sources) == [*own, "more.json, safe (generalist)", "more.json, unsafe (harmless)", "mc", "unasked"]
+    assert [source["kind"] for source in sources.values()] == ["own"] * 4 + ["routing"] * 2 + ["set"] * 2
     assert sum(sources[name]["prompts"] for name in own) == sum(report["rows"][name]["held_out"] for name in own)
     for name, counts in report["routing_rows"].items():
         assert sources[name]["prompts"] == counts["held_out"] and counts["train"] + counts["held_out"] == len(MORE) / 2
-    assert sources["mc"]["prompts"] == len(CHOICES)
+    assert sources["mc"]["prompts"] == len(CHOICES) and sources["unasked"]["prompts"] == 1
+    assert "unasked" not in report["sets"], "it has no judge, so nothing is answered"
     right = sum(source["accuracy"] * source["prompts"] for source in (sources[name] for name in own))
     assert right / sum(sources[name]["prompts"] for name in own) == pytest.approx(report["router"]["accuracy"])
     for source in sources.values():
