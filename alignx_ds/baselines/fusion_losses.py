@@ -64,16 +64,26 @@ def gate_terms(
 
 
 class Drift:
-    """‖θ − θ*‖²/‖θ*‖² of the experts' weights; θ* are those at its construction, of which it keeps a copy."""
+    """Σᵢ sᵢ‖θᵢ − θᵢ*‖²/‖θ*‖² of the experts' weights; θ* are those at its construction, of which it keeps a copy.
 
-    def __init__(self, model: nn.Module) -> None:
+    `scales` are s, one per expert; without them each is 1.
+    """
+
+    def __init__(self, model: nn.Module, scales: list[float] | None = None) -> None:
+        self.scales = scales
         self.start = [w.detach().clone() for w in _weights(model)]
         self.size = sum(float(w.float().square().sum()) for w in self.start)
 
     def of(self, model: nn.Module) -> Tensor:
         """fp32 scalar, of the model's weights as they are now."""
         moved = zip(_weights(model), self.start, strict=True)
-        return torch.stack([(w.float() - start).square().sum() for w, start in moved]).sum() / self.size
+        return torch.stack([self._scaled((w.float() - start).square()) for w, start in moved]).sum() / self.size
+
+    def _scaled(self, squares: Tensor) -> Tensor:
+        """[E, m, n] -> scalar."""
+        if self.scales is None:
+            return squares.sum()
+        return (squares.sum((1, 2)) * squares.new_tensor(self.scales)).sum()
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:

@@ -198,7 +198,7 @@ class GateConfig(GateSettings):
     unsure: Text = ""  # checked in plan/
     # Per expert, at most, that the geometries are fitted on; per expert and label set, that a router of needs is.
     rows: PositiveInt = 4096
-    granularity: PositiveFloat = 0.05  # ε, the unit of the kernel widths
+    granularity: PositiveFloat = 0.05  # the authors' clustering granularity ε, the unit of the kernel widths
 
 
 @dataclass
@@ -222,8 +222,9 @@ class FusionConfig(OptimizerConfig):
 
     expert_lr_scale: NonNegativeFloat = 1.0  # of lr, for the experts; 0 leaves them as stage 1 made them
     steps: PositiveInt = 300
-    gating: NonNegativeFloat = 1.0  # α: cross-entropy of the axis label under a row's mean token gates
+    gating: NonNegativeFloat = 1.0  # cross-entropy of the axis label under a row's mean token gates; H3Fusion's λ
     drift: NonNegativeFloat = 0.0  # how far the experts may move from where they started (H3Fusion)
+    drift_scale: dict[str, NonNegativeFloat] = field(default_factory=dict)  # of drift, by axis: H3Fusion's γ₁, γ₂, γ₃
     entropy: NonNegativeFloat = 0.0  # of the token gates (TrinityX)
     uniform: NonNegativeFloat = 0.0  # KL of the token gates from uniform ones (TrinityX)
     deepspeed: Text = "ds_configs/fusion_zero2.json"

@@ -25,6 +25,11 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
     """Of the stages that this config runs."""
     if len(set(c.baselines.make)) != len(c.baselines.make):
         yield Problem("baselines.make", c.baselines.make, "distinct names", "remove what is repeated")
+    for name in FUSIONS:
+        scales = getattr(c.baselines, name).drift_scale
+        for axis in sorted(scales.keys() - c.axes.keys()):
+            key = f"baselines.{name}.drift_scale.{axis}"
+            yield Problem(key, scales[axis], f"an axis of {', '.join(c.axes)}", "correct the name")
     yield from _expert_parallel(c, world_size)
     for key, stage in stages(c).items():
         yield from _steps(key, stage)

@@ -126,7 +126,7 @@ def _train(context: StageContext, name: str, specialists: list[Path], job: Train
     freeze_trunk(model, config)
     model.to(distributed.device())
     setup = set_up(context, config, f"baselines.{name}", config.steps)
-    groups, loss = parameter_groups(model, config), step_loss(model, config)
+    groups, loss = parameter_groups(model, config), step_loss(model, config, list(context.config.axes))
     with trained(context, setup, model, groups, context.data.train, loss, job, title=f"fuse {name}") as (made, losses):
         weights = context.out.baselines / name / WEIGHTS
         distributed.on_main(lambda: save_file(_mixtures(made, base), weights))
@@ -152,9 +152,13 @@ def parameter_groups(model: nn.Module, stage: FusionConfig) -> list[dict[str, An
     return [*engines.decay_groups(rest, stage.weight_decay), *experts]
 
 
-def step_loss(model: nn.Module, stage: FusionConfig) -> StepLoss:
-    """The fusion's weighted loss of one micro batch and its terms; drift is measured from the weights of now."""
-    start = Drift(model) if stage.drift > 0 and stage.expert_lr_scale > 0 else None  # a copy of every expert
+def step_loss(model: nn.Module, stage: FusionConfig, experts: list[str]) -> StepLoss:
+    """The fusion's weighted loss of one micro batch and its terms; drift is measured from the weights of now.
+
+    `experts` are their axes, in order.
+    """
+    scales = [stage.drift_scale.get(axis, 1.0) for axis in experts] if stage.drift_scale else None
+    start = Drift(model, scales) if stage.drift > 0 and stage.expert_lr_scale > 0 else None  # a copy of every expert
     layers = fusion_layers(model)
 
     def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:

@@ -97,6 +97,20 @@ def test_drift_is_the_relative_change_of_the_experts_alone() -> None:
     assert float(drift.of(model)) == pytest.approx(0.01, rel=1e-4)
 
 
+@torch.no_grad()
+def test_an_expert_s_drift_has_its_own_scale() -> None:
+    model = model_of()
+    drift, first, last = Drift(model), Drift(model, [2.0, 0.0, 0.0]), Drift(model, [0.0, 0.0, 3.0])
+    for block in fusion_layers(model):
+        for weight in block.weights.values():
+            weight[0].add_(0.1)
+            weight[1].add_(0.7)
+    moved = sum(w[0].numel() * 0.1**2 for block in fusion_layers(model) for w in block.weights.values()) / drift.size
+    assert float(first.of(model)) == pytest.approx(2 * moved, rel=1e-4)
+    assert float(last.of(model)) == 0.0
+    assert float(drift.of(model)) == pytest.approx(50 * moved, rel=1e-4)
+
+
 def test_drift_pulls_back() -> None:
     model = model_of()
     drift = Drift(model)

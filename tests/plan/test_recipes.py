@@ -29,7 +29,7 @@ def test_a_7b_recipe_has_the_authors_settings(name: str) -> None:
     c = parse.load(RECIPES / f"{name}.yaml")
     assert (c.train.lr, c.train.batch, c.train.weight_decay, c.train.epochs) == (2e-5, 64, 0.01, 3.0)
     assert (c.gate.latent, c.gate.temperature, c.gate.fractal, c.gate.natural) == (256, 1.0, 0.6, 0.4)
-    assert (c.gate.granularity, c.experts.rank) == (0.05, 64)
+    assert (c.gate.granularity, c.gate.lexical, c.experts.rank) == (0.05, 0.0, 64)
     assert steps_of(c.train, 20_000) == 938, "of the helpful axis: 3 epochs of 20k rows in batches of 64"
     assert c.output == f"runs/{name}"
 

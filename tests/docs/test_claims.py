@@ -1,0 +1,29 @@
+"""The table of the paper's claims quotes the tables below it: whoever replaces one has to replace the other."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from pages import read, text
+
+QUOTED = re.compile(r"three seeds, (\w+): ([^|;.\n]*\d\.\d(?:, [^|;.\n]*\d\.\d)*)")
+
+
+def three_seeds() -> dict[str, dict[str, str]]:
+    """By column and system, the mean over the seeds, as it is printed."""
+    section = text("docs/results.md", "The embedded world, three seeds")
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line]
+    head, _, *body = rows
+    return {name: {row[0]: row[n].split(" ")[0] for row in body} for n, name in enumerate(head) if n}
+
+
+@pytest.mark.parametrize(("page", "least"), [("docs/results.md", 10), ("README.md", 9)])
+def test_the_claims_quote_the_three_seeds(page: str, least: int) -> None:
+    known, found = three_seeds(), 0
+    for axis, quoted in QUOTED.findall(read(page)):
+        for pair in quoted.split(", "):
+            system, value = pair.rsplit(" ", 1)
+            assert known[axis][system] == value, f"{page}: {axis}, {system}"
+            found += 1
+    assert found >= least
