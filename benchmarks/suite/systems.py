@@ -11,7 +11,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -276,6 +276,7 @@ KINDS: dict[str, tuple[str, int, Callable[[list[PreTrainedModel]], None]]] = {
     "H3Fusion, loop": ("h3fusion", 0, _full_experts(H3FUSION, False)),
     "H3Fusion, grouped": ("h3fusion", 0, _full_experts(H3FUSION, True)),
     "TrinityX": ("h3fusion", 0, _full_experts(TRINITYX, True)),
+    "TrinityX, top-1": ("h3fusion", 0, _full_experts(replace(TRINITYX, top_k=1), True)),  # not published
     "DeepSpeed MoE": ("stock", 0, _nothing),
     "ensemble of 3": ("ensemble", 0, _nothing),
 }

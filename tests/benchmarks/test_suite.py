@@ -15,6 +15,7 @@ from suite.shapes import NAMES, config_of
 from suite.systems import KINDS, Setting, systems
 from suite.timing import WARM_UP, Times, interleaved
 
+from alignx_ds.baselines.fusion import fusion_layers
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.mocae.layer import alignx_layers
 
@@ -60,6 +61,10 @@ def test_what_shares_a_model_is_set_apart_before_each_turn() -> None:
     for name, k in (("AlignX, all experts", 4), ("AlignX", 1), ("AlignX, 2 experts", 2)):
         made[name].prepare()
         assert [layer.settings.top_k for layer in alignx_layers(made[name].models[0])] == [k, k]
+    for name, k, scaled in (("TrinityX", 3, True), ("TrinityX, top-1", 1, True), ("H3Fusion, loop", 2, False)):
+        made[name].prepare()
+        found = [(block.top_k, block.gamma is not None) for block in fusion_layers(made[name].models[0])]
+        assert found == [(k, scaled)] * 2
     assert len({id(m) for m in made["ensemble of 3"].models}) == 3
 
 
