@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
-from pages import read, text
+from pages import ROOT, read, text
 
 QUOTED = re.compile(r"three seeds, (\w+): ([^|;.\n]*\d\.\d(?:, [^|;.\n]*\d\.\d)*)")
 
@@ -27,3 +28,13 @@ def test_the_claims_quote_the_three_seeds(page: str, least: int) -> None:
             assert known[axis][system] == value, f"{page}: {axis}, {system}"
             found += 1
     assert found >= least
+
+
+def test_the_claims_quote_the_real_rows() -> None:
+    systems = json.loads((ROOT / "benchmarks/results/small-real.json").read_text())["systems"]
+    (row,) = [line for line in read("docs/results.md").splitlines() if "| % unsafe: " in line]
+    quoted = re.findall(r"([A-Za-z]+)(?: specialist)? (\d+\.\d)", row.replace("*", "").split("|")[2])
+    assert len(quoted) == 5
+    for system, value in quoted:
+        assert float(value) == pytest.approx(100 - systems[system.lower()]["harmless"], abs=0.051), system
+    assert f"{dict(quoted)['AlignX']} % unsafe" in read("README.md")
