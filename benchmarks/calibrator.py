@@ -36,6 +36,8 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
     seen: dict[str, Any] = {}
     decoder = model.backbone.model.layers[0]
     layer: AlignXLayer = alignx_layers(model)[0]
+    calibration = layer.calibration
+    assert calibration is not None, "output_latent is above 0"
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -45,7 +47,7 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
 
     hooks = [
         module.register_forward_pre_hook(remember(name), with_kwargs=True)
-        for name, module in (("decoder", decoder), ("ffn", layer), ("calibration", layer.calibration))
+        for name, module in (("decoder", decoder), ("ffn", layer), ("calibration", calibration))
     ]
     ids = torch.randint(3, setting.config.vocab_size, (batch, length), device=setting.device)
     mask = torch.ones_like(ids)
@@ -70,7 +72,7 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
         decoder.mlp = layer
 
     def output() -> None:
-        layer.calibration(*seen["calibration"][0], **seen["calibration"][1])
+        calibration(*seen["calibration"][0], **seen["calibration"][1])
 
     work = {BASE_LAYER: without, LAYER: whole, GATE: gate, OUTPUT: output}
     return interleaved(work, repeats, setting.device)

@@ -155,7 +155,7 @@ def aligned_config(base: PreTrainedModel, ranks: dict[str, int], **gate: Any) ->
         experts=["generalist", "helpful", "harmless", "honest"],
         layers=ALIGNX_LAYERS,
         ranks=ranks,
-        gate=GateSettings(**gate, latent=6, output_latent=5, fractal_dimensions=3, anchors=5, scales=4),
+        gate=GateSettings(**{"output_latent": 5, **gate}, latent=6, fractal_dimensions=3, anchors=5, scales=4),
     )
 
 
@@ -185,7 +185,7 @@ def aligned(
     for layer in ALIGNX_LAYERS:
         generalist = Factors.zeros(table.view(table.ffn_of(base, layer)), ranks)
         query = query_geometry(settings.latent, seed=100 + layer) if config.gate_layer(layer) == layer else None
-        output = random_geometry(settings.output_latent, seed=200 + layer)
+        output = random_geometry(settings.output_latent, seed=200 + layer) if settings.output_latent else None
         parts[layer] = LayerParts([generalist, *experts[layer]], query, output)
     model = AlignXForCausalLM(config, backbone=copy.deepcopy(base), parts=parts, placement=placement)
     source = generator(7)
@@ -195,8 +195,9 @@ def aligned(
             buffer.copy_(1 + noise.abs() if name == "rarity" else noise)
     with torch.no_grad():
         for layer in alignx_layers(model) if trained else ():
-            reinjection = layer.calibration.reinjection
-            reinjection.copy_(0.1 * torch.randn(reinjection.shape, generator=source))
+            if layer.calibration is not None:
+                reinjection = layer.calibration.reinjection
+                reinjection.copy_(0.1 * torch.randn(reinjection.shape, generator=source))
             router = torch.randn(EXPERTS, settings.latent, generator=source)
             if layer.gate is not None:
                 layer.gate.router.weight.copy_(router)

@@ -13,7 +13,7 @@ from alignx_ds.baselines.merged import Merge, add_merged, merge_of
 from alignx_ds.config.schema import MERGES, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.evaluation.evaluate import System
 from alignx_ds.experts.task_vectors import add_task_vector
-from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.layer import output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import backbone
 from alignx_ds.models.base import BaseModel
@@ -54,7 +54,9 @@ def compared_systems(config: RunConfig, base: BaseModel, trained: Trained) -> li
 
 
 def ablated_systems(config: RunConfig, base: BaseModel, aligned: Path) -> list[System]:
-    """The aligned model without a part of it, for the report's ablations."""
+    """The aligned model without a part of it, for the report's ablations; only parts that it has."""
+    if not config.gate.output_latent:
+        return []
     provenance = {"base": base.digest, "dtype": config.model.dtype, "aligned": _fingerprint(aligned)}
     load = partial(load_without_output_calibration, base, aligned)
     return [System(NO_OUTPUT_CALIBRATION, provenance | {"ablation": NO_OUTPUT_CALIBRATION}, load)]
@@ -100,6 +102,6 @@ def load_aligned(base: BaseModel, directory: Path) -> AlignXForCausalLM:
 def load_without_output_calibration(base: BaseModel, directory: Path) -> AlignXForCausalLM:
     """The aligned model with R = 0: its layers return the experts' mixture as it is."""
     model = load_aligned(base, directory)
-    for layer in alignx_layers(model):
-        layer.calibration.reinjection.zero_()
+    for calibration in output_calibrations(model):
+        calibration.reinjection.zero_()
     return model

@@ -32,6 +32,7 @@ from alignx_ds.runtime import console
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 WITHOUT, WITH = "without output calibration", "with output calibration"
+OUTPUTS = "with mixed outputs"  # of several experts, in a model without output calibration
 
 
 def export(root: Path, out: Path, chosen: str | None, prompts: Path | None, count: int, limit: int) -> None:
@@ -69,13 +70,17 @@ def _differences(
     """The base model with the adapter against the aligned model with these gates forced.
 
     Of several experts the aligned model mixes the weights (gate.combine) without output calibration, and what its own
-    settings say with it.
+    settings say with it. Where it has none, the second difference is left out if it would be the first one again.
     """
+    settings = model.config.gate_settings()
     adapted = plain(backbone_with(model, changes_of([(1.0, factors)])))
     forced = routed(model, [weights.get(axis, 0.0) for axis in model.config.experts[1:]])
     with without_calibration(model), mixing_weights(model):
         yield WITHOUT, compare(adapted, forced, examples, pad_id)
-    yield WITH, compare(adapted, forced, examples, pad_id)
+    if settings.output_latent:
+        yield WITH, compare(adapted, forced, examples, pad_id)
+    elif len(weights) > 1 and settings.combine == "outputs":
+        yield OUTPUTS, compare(adapted, forced, examples, pad_id)
 
 
 def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor]:
@@ -123,7 +128,14 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
 def _card(run: FinishedRun, name: str, weights: Weights, rank: int, found: dict[str, Fidelity], ends: str) -> str:
     several = len(weights) > 1
     experts, these = ("Experts", "these experts") if several else ("One expert", "this expert")
-    mixed = "Without output calibration their weights are mixed, with it as the run's gate.combine says."
+    left_out, mixed = f"The gate, which chooses experts for each prompt: here every prompt is answered by {these}.", ""
+    if run.config.gate.output_latent:
+        left_out += (
+            "\nAnd the calibration of the experts' output, ỹ = y + R·(C(Qy) − Qy), which is no change of weights."
+        )
+        mixed = "Without output calibration their weights are mixed, with it as the run's gate.combine says."
+    elif OUTPUTS in found:
+        mixed = f"In the row *{WITHOUT}* their weights are mixed. The run's gate.combine mixes their outputs."
     served = next((r for r in VLLM_RANKS if r >= rank), None)
     limit = f"not in vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
     vllm = f"`--max-lora-rank {served}`" if served else limit
@@ -149,9 +161,8 @@ An answer ends at {ends}. Where the base model's generation config does not name
 
 ## What it leaves out
 
-The gate, which chooses experts for each prompt: here every prompt is answered by {these}. And the calibration of
-the experts' output, ỹ = y + R·(C(Qy) − Qy), which can't be written as a change of weights. The difference from the
-aligned model with {these} forced:
+{left_out}
+The difference from the aligned model with {these} forced:
 
 {cards.comparison(found, f"against {these}, forced")}
 {mixed if several and found else ""}

@@ -46,6 +46,7 @@ def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int,
 
 
 def _card(run: FinishedRun, name: str, kind: str, merged: Weights, found: dict[str, Fidelity]) -> str:
+    calibration = " And the calibration of the experts' output." if run.config.gate.output_latent else ""
     return f"""\
 {cards.front_matter(run, ["merge", *merged], library_name="transformers")}
 # {name}
@@ -63,7 +64,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 ## What it leaves out
 
-The gate: every prompt is answered with the same weights. And the calibration of the experts' output. The difference
+The gate: every prompt is answered with the same weights.{calibration} The difference
 from the aligned model that it was made from:
 
 {cards.comparison(found, "prompts of")}

@@ -18,7 +18,7 @@ from alignx_ds.data.chats import Prompt
 from alignx_ds.data.encode import Example, encode_prompts, pad_token
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.mocae.fused import FusedMixture
-from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.layer import alignx_layers, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.ends import ends_of
 from alignx_ds.runtime import distributed
@@ -82,7 +82,7 @@ def routed(model: AlignXForCausalLM, weights: Sequence[float] | None = None) -> 
 @contextmanager
 def without_calibration(model: AlignXForCausalLM) -> Iterator[None]:
     """Within it the layers return the mixture's output y instead of the calibrated ỹ."""
-    reinjections = [layer.calibration.reinjection for layer in alignx_layers(model)]
+    reinjections = [calibration.reinjection for calibration in output_calibrations(model)]
     before = [r.detach().clone() for r in reinjections]
     with torch.no_grad():
         for r in reinjections:

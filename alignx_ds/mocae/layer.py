@@ -22,14 +22,15 @@ class AlignXLayer(nn.Module):
     """ỹ = OutputCalibration(Σᵢ gᵢ · FFNᵢ(x), g): gates, a mixture of experts, and the calibration of its output.
 
     The gates g come from the layer's own gate, from the gate of a lower layer, or from the caller (`forced`). This is
-    the AlignX layer of arXiv 2602.07381 in our formulation (docs/method.md).
+    the AlignX layer of arXiv 2602.07381 in our formulation (docs/method.md). Without a calibration
+    (`gate.output_latent: 0`) it returns the mixture as it is.
     """
 
     def __init__(
         self,
         ffn: nn.Module,
         mixture: FusedMixture | ParallelMixture,
-        calibration: OutputCalibration,
+        calibration: OutputCalibration | None,
         gate: CalibratedGate | None,
         index: int,
         settings: GateSettings,
@@ -56,11 +57,13 @@ class AlignXLayer(nn.Module):
         experts = self._only_experts(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
         if isinstance(self.mixture, ParallelMixture):
-            y = self.mixture(x, gates, mask)
+            y: Tensor = self.mixture(x, gates, mask)
         elif experts is not None:
             y = self.mixture(x, gates, count, experts=experts)
         else:
             y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
+        if self.calibration is None:
+            return y
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         tables = routing.tables.setdefault(self.index, []) if experts is not None else None
@@ -122,14 +125,19 @@ def freeze_trunk(model: nn.Module, *, experts: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, AlignXLayer):
             module.mixture.requires_grad_(experts)
-            module.calibration.requires_grad_(True)
-            if module.gate is not None:
-                module.gate.requires_grad_(True)
+            for part in (module.calibration, module.gate):
+                if part is not None:
+                    part.requires_grad_(True)
 
 
 def alignx_layers(model: nn.Module) -> list[AlignXLayer]:
     """The AlignX layers of a model, lowest first."""
     return [m for m in model.modules() if isinstance(m, AlignXLayer)]
+
+
+def output_calibrations(model: nn.Module) -> list[OutputCalibration]:
+    """Those of the AlignX layers, lowest first; none where `gate.output_latent` is 0."""
+    return [layer.calibration for layer in alignx_layers(model) if layer.calibration is not None]
 
 
 def gates_of(model: nn.Module) -> dict[int, CalibratedGate]:

@@ -86,11 +86,11 @@ LOST_ROUTING = (
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The parts of one AlignX layer: experts by global id, the geometries of its gate, if any, and of its output."""
+    """The parts of one AlignX layer: experts by global id, the geometries of its gate and of its output, if any."""
 
     experts: list[Factors]
     gate: Geometry | None
-    output: Geometry
+    output: Geometry | None
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         for index in c.layers:
             ffn = table.view(table.ffn_of(self.backbone, index))
             gate = blank(SUMMARIES * text.hidden_size, settings.latent) if c.gate_layer(index) == index else None
-            output = blank(text.hidden_size, settings.output_latent)
+            output = blank(text.hidden_size, settings.output_latent) if settings.output_latent else None
             parts[index] = LayerParts([Factors.zeros(ffn, c.ranks)] * experts, gate, output)
         return parts
 
@@ -171,10 +171,13 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             mixture = FusedMixture(view, parts.experts, merge=settings.combine == "weights")
         else:
             mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
+        calibration = None
+        if parts.output is not None:
+            calibration = OutputCalibration(parts.output, settings.fractal, settings.natural)
         return AlignXLayer(
             ffn=ffn,
             mixture=mixture,
-            calibration=OutputCalibration(parts.output, settings.fractal, settings.natural),
+            calibration=calibration,
             gate=CalibratedGate(parts.gate, settings, rules) if parts.gate is not None else None,
             index=index,
             settings=settings,

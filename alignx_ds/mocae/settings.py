@@ -37,7 +37,7 @@ class GateSettings:
     more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names
     scope: Scope = "shared"  # one decision at the lowest AlignX layer, or one per layer
     latent: PositiveInt = 64  # k, dimensions of a gate's whitened latent space
-    output_latent: PositiveInt = 32  # of an output calibration's
+    output_latent: NonNegativeInt = 32  # of an output calibration's; it gained nothing (docs/results.md); 0: off
     fractal_dimensions: PositiveInt = 4  # leading latent dimensions that the fractal score looks at
     anchors: PositiveInt = 64  # k-means anchors per expert
     scales: Scales = 5  # kernel widths: ε·2, ε·4, …

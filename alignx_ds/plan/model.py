@@ -97,7 +97,10 @@ def _layers(c: RunConfig, count: int) -> Iterator[Problem]:
 
 
 def _latents(c: RunConfig, hidden: int) -> Iterator[Problem]:
-    for key, latent in (("gate.latent", c.gate.latent), ("gate.output_latent", c.gate.output_latent)):
+    latents = {"gate.latent": c.gate.latent}
+    if c.gate.output_latent > 0:
+        latents["gate.output_latent"] = c.gate.output_latent
+    for key, latent in latents.items():
         if latent > hidden:
             yield Problem(key, latent, f"at most the hidden size, {hidden}", "lower it")
         if c.gate.fractal_dimensions > latent:

@@ -21,7 +21,8 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
             trained += m * n
             factors += rank * (m + n) * len(config.expert_names)
     gates = 1 if config.gate.scope == "shared" else len(base.layers)
-    calibrations = len(base.layers) * (base.config.hidden_size * config.gate.output_latent + 2)
+    latent = config.gate.output_latent
+    calibrations = len(base.layers) * (base.config.hidden_size * latent + 2) if latent else 0
     copies = {"full copies of the FFNs": trained * len(config.axes)} if _fuses(config) else {}
     return {
         "base model": sum(p.numel() for p in model.parameters()),

@@ -48,20 +48,19 @@ class Features:
 def collect(
     model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int
 ) -> tuple[dict[int, Features], dict[int, Features]]:
-    """(queries of each gate, sampled outputs of each layer's mixture), both by decoder layer. Collective.
+    """(queries of each gate, sampled outputs of each mixture that is calibrated), both by decoder layer. Collective.
 
     Every rank runs its share of the rows, with the experts that own them forced, and returns the features of all ranks.
     Of an expert with several sources, the features of the smaller ones are repeated, so that they weigh more.
     """
     device, experts = distributed.device(), len(model.config.experts)
     queries: dict[int, Seen] = {i: [] for i in model.config.layers}
-    outputs: dict[int, Seen] = {i: [] for i in model.config.layers}
+    layers = zip(model.config.layers, alignx_layers(model), strict=True)
+    calibrated = {i: layer.mixture for i, layer in layers if layer.calibration is not None}
+    outputs: dict[int, Seen] = {i: [] for i in calibrated}
     quota = [max(1, TOKENS_PER_EXPERT // max(1, rows.experts.count(e))) for e in range(experts)]
     latest: dict[int, Tensor] = {}
-    hooks = [
-        layer.mixture.register_forward_hook(_remember(latest, index))
-        for index, layer in zip(model.config.layers, alignx_layers(model), strict=True)
-    ]
+    hooks = [mixture.register_forward_hook(_remember(latest, i)) for i, mixture in calibrated.items()]
     model.eval()
     own = distributed.rank_share(list(range(len(rows.examples))))
     own.sort(key=lambda i: len(rows.examples[i].ids))  # little padding; `_pool` puts the rows back in order
@@ -84,7 +83,7 @@ def collect(
         hook.remove()
     gates = {i for i in model.config.layers if model.config.gate_layer(i) == i}
     pooled_queries = {i: _pool(queries[i], rows, experts) for i in gates}
-    return pooled_queries, {i: _pool(outputs[i], rows, experts) for i in model.config.layers}
+    return pooled_queries, {i: _pool(seen, rows, experts) for i, seen in outputs.items()}
 
 
 def _remember(latest: dict[int, Tensor], index: int) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:

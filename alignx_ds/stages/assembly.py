@@ -23,7 +23,8 @@ ExpertFactors = dict[int, list[Factors]]  # by AlignX layer: one per axis, in th
 class FittedCalibrators:
     """What is fitted before training: the geometries of the gates and of the outputs by layer, the lexicon's state.
 
-    In needs also the states of the linear routers by the gates' layers.
+    `outputs` is empty where `gate.output_latent` is 0. In needs also the states of the linear routers by the gates'
+    layers.
     """
 
     gates: dict[int, Geometry]
@@ -74,13 +75,14 @@ def assemble(
     for layer in base.layers:
         ffn = base.table.view(base.table.ffn_of(backbone, layer))
         experts = align_ranks([Factors.zeros(ffn, model_config.ranks), *factors[layer]])
-        has_gate = model_config.gate_layer(layer) == layer
+        has_gate, has_calibration = model_config.gate_layer(layer) == layer, config.gate.output_latent > 0
         if fitted is None:
             hidden = model_config.text_config.hidden_size
             gate = _blank(config, SUMMARIES * hidden, config.gate.latent)
-            output = _blank(config, hidden, config.gate.output_latent)
+            output = _blank(config, hidden, config.gate.output_latent) if has_calibration else None
         else:
-            gate, output = fitted.gates[model_config.gate_layer(layer)], fitted.outputs[layer]
+            gate = fitted.gates[model_config.gate_layer(layer)]
+            output = fitted.outputs[layer] if has_calibration else None
         parts[layer] = LayerParts(experts, gate if has_gate else None, output)
     model = AlignXForCausalLM(model_config, backbone=backbone, parts=parts, placement=placement)
     if fitted is not None:

@@ -22,7 +22,7 @@ from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, MicroBatch
 from alignx_ds.data.labels import set_nll
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
-from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.layer import alignx_layers, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.training.metrics import MicroBatchLoss
 
@@ -51,7 +51,7 @@ class AlignTerms:
 
     lm: Tensor  # this micro batch's share of the step's mean NLL per answer token
     gating: Tensor  # cross-entropy of a row's label set, mean over the gates
-    drift: Tensor  # ‖ỹ − y‖²/‖y‖² over a row's tokens, mean over the layers' output calibrations
+    drift: Tensor  # ‖ỹ − y‖²/‖y‖² over a row's tokens, mean over the layers' output calibrations; 0 without them
     entropy: Tensor  # of a row's gates, mean over the gates
     prior: Tensor  # KL of a row's gates from the calibrators' own, mean over the gates
 
@@ -121,6 +121,6 @@ def align_terms(
         if layer.gate is not None
     ]
     gating, entropy, prior = (torch.stack(column).mean() for column in zip(*per_gate, strict=True))
-    drifts = [layer.calibration.last_drift for layer in layers]
-    drift = torch.stack([d.mean() for d in drifts if d is not None]).mean()
+    drifts = [calibration.last_drift for calibration in output_calibrations(model)]
+    drift = torch.stack([d.mean() for d in drifts if d is not None]).mean() if drifts else torch.zeros_like(gating)
     return AlignTerms(answer_nll(logits, labels) * lm_scale, gating, drift, entropy, prior)

@@ -142,10 +142,12 @@ def alignx(
             ffn = table.view(table.ffn_of(backbone, layer))
             experts = [Factors.zeros(ffn, config.ranks), *(_random_factors(ffn, s) for _ in range(AXES))]
             gate = _random_geometry(SUMMARIES * d, s.latent) if layer == 0 else None
-            parts[layer] = LayerParts(experts, gate, _random_geometry(d, s.output_latent))
+            output = _random_geometry(d, s.output_latent) if s.output_latent else None
+            parts[layer] = LayerParts(experts, gate, output)
         model = AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
         for made in alignx_layers(model):
-            nn.init.normal_(made.calibration.reinjection, std=1e-3)
+            if made.calibration is not None:
+                nn.init.normal_(made.calibration.reinjection, std=1e-3)
             if made.gate is not None:
                 nn.init.normal_(made.gate.router.weight, std=0.1)
     for buffer in model.lexicon.buffers():

@@ -37,6 +37,11 @@ def test_it_is_the_same_model_with_r_at_zero(saved_aligned: Path, tiny_config: R
     assert not torch.equal(found, model(ids, mask).logits)
 
 
+def test_a_model_without_it_has_no_such_ablation(saved_aligned: Path, tiny_config: RunConfig) -> None:
+    tiny_config.gate.output_latent = 0
+    assert ablated_systems(tiny_config, BaseModel(ModelConfig(path="world")), saved_aligned) == []
+
+
 def test_the_report_has_it_beside_the_whole_model_and_in_no_other_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

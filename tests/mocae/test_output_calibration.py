@@ -1,4 +1,7 @@
-"""The output calibration is the identity until R is trained (invariant 2), then the formula of docs/method.md."""
+"""The output calibration is the identity until R is trained (invariant 2), then the formula of docs/method.md.
+
+With `gate.output_latent: 0` there is none.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ from tiny_models import (
 from torch import Tensor
 
 from alignx_ds.mocae.geometry import Geometry
-from alignx_ds.mocae.layer import alignx_layers
+from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
+from alignx_ds.mocae.layer import alignx_layers, output_calibrations
+from alignx_ds.mocae.modeling import Placement
 from alignx_ds.mocae.output_calibration import OutputCalibration
 
 
@@ -94,3 +99,28 @@ def test_one_hot_gates_need_the_chosen_expert_s_anchors_only(length: int) -> Non
     chosen = calibration.gated_step(gates, count=1)
     assert chosen.gates is None and chosen.back.shape[0] == 3
     assert relative(calibration(y, gates, steps=[chosen]) - y, calibration(y, gates) - y) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["choice", "needs"])
+@pytest.mark.parametrize("placement", [None, Placement(1, 0)], ids=["fused", "parallel"])
+def test_a_model_without_it_is_the_one_with_r_at_zero(placement: Placement | None, kind: str) -> None:
+    """With a KV cache too; all other parameters and buffers are the same."""
+    base = base_model()
+    whole = aligned(base, low_rank_experts(base), placement=placement, kind=kind)
+    plain = aligned(base, low_rank_experts(base), placement=placement, kind=kind, output_latent=0)
+    plain.load_state_dict({n: t for n, t in whole.state_dict().items() if ".calibration." not in n})
+    ids, mask = padded(random_rows([6, 9, 4]), "left")
+    found = plain(ids, mask, use_cache=True)
+    assert relative(found.logits, whole(ids, mask).logits) > 1e-3
+    for calibration in output_calibrations(whole):
+        calibration.reinjection.zero_()
+    expected = whole(ids, mask, use_cache=True)
+    assert relative(found.logits, expected.logits) < 1e-6
+    answers, seen = ids[:, -1:], torch.nn.functional.pad(mask, (0, 1), value=1)
+    caches = ({ARGUMENT: kv_cache(out)} for out in (found, expected))
+    steps = [
+        model(answers, seen, use_cache=True, **cache).logits
+        for model, cache in zip((plain, whole), caches, strict=True)
+    ]
+    assert relative(*steps) < 1e-6

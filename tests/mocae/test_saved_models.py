@@ -9,7 +9,7 @@ import torch
 from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded, random_rows, relative
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.layer import gates_of, output_calibrations
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
 
 
@@ -33,6 +33,20 @@ def test_a_saved_model_is_loaded_with_the_same_logits(tmp_path: Path, family: st
     ids, mask = padded(random_rows([6, 9]))
     assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
     assert loaded.config.experts == model.config.experts
+
+
+@torch.no_grad()
+def test_a_model_without_output_calibration_is_saved_without_it(tmp_path: Path) -> None:
+    base = base_model()
+    model = aligned(base, low_rank_experts(base), output_latent=0)
+    model.save_pretrained(tmp_path)
+    loaded, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    assert loaded.config.gate["output_latent"] == 0 and output_calibrations(loaded) == []
+    ids, mask = padded(random_rows([6, 9]), "left")
+    assert torch.equal(loaded.eval()(ids, mask).logits, model(ids, mask).logits)
+    made = (m.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False) for m in (loaded, model))
+    assert torch.equal(*made)
 
 
 def test_loading_in_bf16_leaves_the_gate_in_fp32(tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "model.path=./no/such/model",
         "gate.latent=129",
         "gate.output_latent=129",
+        "gate.output_latent=-1",
         "gate.top_k=5",
         "gate.more.nearest=0.5",
         "align.ep_size=0",
@@ -93,6 +94,7 @@ def test_a_value_that_cannot_be_is_named_and_nothing_else(write_recipe: WriteRec
         "model.dtype=bfloat16",
         "baselines.make=[]",
         "baselines.ties_density=1",
+        "gate.output_latent=0",
         "baselines.h3fusion.deepspeed=ds_configs/scratch_zero1.json",
     ],
 )

@@ -14,15 +14,16 @@ from alignx_ds.config import parse
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
-from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.layer import gates_of, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.base import BaseModel
+from alignx_ds.plan.sizes import counts
 from alignx_ds.routing.fit_router import fit_router, router_rows
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.stages import calibrators
-from alignx_ds.stages.assembly import ExpertFactors, assemble
+from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
 from alignx_ds.stages.calibrators import first_of_each_set, fit_calibrators, saved_calibrators
 from alignx_ds.stages.stage import StageContext
 
@@ -90,6 +91,17 @@ def test_the_router_of_a_choice_starts_at_zero(write_recipe: Callable[..., Path]
     assert fitted.routers == {}
     (gate,) = gates_of(assemble(context.config, context.base, factors, fitted, None)).values()
     assert not gate.router.weight.any()
+
+
+def test_without_output_calibration_no_outputs_are_collected(write_recipe: Callable[..., Path]) -> None:
+    context = context_of(write_recipe(), "gate.output_latent=0")
+    factors = random_experts(context.base)
+    fitted = fit_calibrators(context, factors)
+    assert fitted.outputs == {} and fitted.gates.keys() == {3}
+    kept = FittedCalibrators.from_tensors(fitted.tensors())
+    model = assemble(context.config, context.base, factors, kept, None)
+    assert output_calibrations(model) == []
+    assert counts(context.config, context.base)["gates and calibrations"] == gates_of(model)[3].router.weight.numel()
 
 
 def test_of_each_label_set_and_source_there_are_some() -> None:

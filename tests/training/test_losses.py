@@ -130,6 +130,19 @@ def test_the_align_terms_average_over_gates_and_layers() -> None:
     np.testing.assert_allclose(found, np.mean(per_gate, axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_without_output_calibration_the_drift_is_zero_and_the_rest_is_trained(path: str) -> None:
+    base, (placement, kind) = base_model(), PATHS[path]
+    model = aligned(base, low_rank_experts(base), placement=placement, kind=kind, output_latent=0).train()
+    freeze_trunk(model)
+    terms = terms_of(model, collate(EXAMPLES, 0), LABELS, lm_scale=0.25)
+    assert float(terms.drift) == 0.0
+    terms.total(AlignConfig(drift=1.0)).backward()
+    (gate,) = gates_of(model).values()
+    assert gate.router.weight.grad is not None and gate.router.weight.grad.any()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
 def test_the_total_weighs_every_term() -> None:
     values = {name: torch.tensor(float(10**i)) for i, name in enumerate(TERMS)}
     weights = AlignConfig(gating=2.0, drift=3.0, entropy=4.0, prior=5.0)
