@@ -2,7 +2,7 @@
 
     python benchmarks/judges.py ../shared/data
 
-Three tables, also written to benchmarks/results/judges.json:
+Four tables, also written to benchmarks/results/judges.json:
 
 - AlpacaEval's win rates, computed from the published annotations: win rate and standard error in percent, number of
   annotations used and dropped. They equal the leaderboard's.
@@ -10,6 +10,9 @@ Three tables, also written to benchmarks/results/judges.json:
   kappa of refused or not, and the accuracy of GPT-4 on the same answers.
 - The offline safety judge on held-out questions of BeaverTails: accuracy, accuracy of the more frequent label, AUC,
   expected calibration error, Brier score, rows; and TF-IDF with logistic regression on the same rows.
+- The offline pairwise judge on preferences of GPT-4 between outputs for instructions, and of models, that it has not
+  seen: agreement, agreement of the more frequent verdict and of "the longer one is better", share of verdicts for the
+  longer one, error of a model's win rate, expected calibration error, pairs; and logistic regressions on them.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from suite import provenance
 
 from alignx_ds.data.files import read_records
 from alignx_ds.data.rows import Row
-from alignx_ds.evaluation.alpaca_eval import read_annotations, win_rate
+from alignx_ds.evaluation.alpaca_eval import read_annotations, read_preferences, win_rate
 from alignx_ds.evaluation.judges.offline import OfflineSafety, read_examples
+from alignx_ds.evaluation.judges.offline_pairwise import OfflinePairwise, differences, ours_is_better, pair
 from alignx_ds.evaluation.judges.refusal import classify
 from alignx_ds.runtime import console
 
@@ -88,6 +93,20 @@ def safety(data: Path) -> Metrics:
     return {"offline safety judge": dict(judge.quality), "TF-IDF + logistic regression": baseline}
 
 
+def pairwise(data: Path) -> Metrics:
+    """The judge's quality, and the agreement of logistic regressions on all of its features and on length."""
+    judge = OfflinePairwise(read_preferences(data / "alpaca_eval" / "preferences_gpt4_12models.jsonl.gz"), {})
+    x, unseen = (differences(list(map(pair, side))) for side in (judge.learned, judge.held_out))
+    y, truth = (list(map(ours_is_better, side)) for side in (judge.learned, judge.held_out))
+    found = {"offline pairwise judge": dict(judge.quality)}
+    for name, columns in {"all features": slice(None), "length": slice(1)}.items():
+        linear = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(fit_intercept=False, max_iter=1000))
+        found[f"logistic regression, {name}"] = {
+            "agreement": linear.fit(x[:, columns], y).score(unseen[:, columns], truth)
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="directory of the published files; docs/evaluation.md lists them")
@@ -97,6 +116,7 @@ def main() -> None:
         "AlpacaEval, from the published annotations": alpaca_eval(arguments.data),
         "refusal judge against human labels (XSTest)": refusal(arguments.data),
         "offline safety judge on held-out questions (BeaverTails)": safety(arguments.data),
+        "offline pairwise judge on unseen instructions and models (AlpacaEval)": pairwise(arguments.data),
     }
     for title, table in measured.items():
         columns = list(dict.fromkeys(key for metrics in table.values() for key in metrics))

@@ -284,13 +284,14 @@ class JudgesConfig:
     endpoint: Text = ""  # of an OpenAI-compatible server, e.g. http://localhost:8000/v1; its key is OPENAI_API_KEY
     endpoint_model: Text = ""  # name of the model that it serves
     endpoint_parallel: PositiveInt = 8  # requests under way at a time
-    reference: Text = ""  # for alpaca_eval: a JSON list of instruction, output, generator; empty: the rows' own
+    reference: Text = ""  # of pairwise judges: a JSON list of instruction, output, generator; empty: the rows' own
     moderation: Text = "PKU-Alignment/beaver-dam-7b"  # directory or hub id, like the three below
     guard: Text = "meta-llama/Llama-Guard-3-8B"
     truth: Text = "allenai/truthfulqa-truth-judge-llama2-7B"
     info: Text = "allenai/truthfulqa-info-judge-llama2-7B"
     classifier_rows: Text = ""  # BeaverTails rows that train and test the offline safety judge
     classifier_held_out: Share = 0.15  # share of their questions that test it
+    preferences: Text = ""  # AlpacaEval's annotations with outputs, which train and test the offline pairwise judge
     batch: PositiveInt = 8  # answers that a local judge model reads together
 
 

@@ -69,18 +69,12 @@ def win_rate(preferences: Iterable[float | None]) -> WinRate:
 
 def read_annotations(path: Path) -> list[Annotation]:
     """The annotations of a file; the outputs may be missing. Raises DataError naming file, row and column."""
-    return [
-        Annotation(
-            instruction=_text(place, record, "instruction"),
-            output_1=_text(place, record, "output_1", default=""),
-            generator_1=_text(place, record, "generator_1"),
-            output_2=_text(place, record, "output_2", default=""),
-            generator_2=_text(place, record, "generator_2"),
-            annotator=_text(place, record, "annotator"),
-            preference=_preference(place, record),
-        )
-        for place, record in _records(path)
-    ]
+    return [_annotation(place, record, {"output_1": "", "output_2": ""}) for place, record in _records(path)]
+
+
+def read_preferences(path: Path) -> list[Annotation]:
+    """The annotations of a file with both outputs; the annotator's name may be missing. Raises DataError."""
+    return [_annotation(place, record, {"annotator": ""}) for place, record in _records(path)]
 
 
 def read_reference(path: Path) -> dict[str, Output]:
@@ -145,6 +139,13 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
         if not isinstance(record, dict):
             raise DataError(f"{place}: expected an object with columns, got {type(record).__name__}")
         yield place, record
+
+
+def _annotation(place: str, record: Record, defaults: Mapping[str, str]) -> Annotation:
+    """`defaults` has the texts of the columns that may be missing."""
+    columns = ("instruction", "output_1", "generator_1", "output_2", "generator_2", "annotator")
+    texts = {column: _text(place, record, column, defaults.get(column)) for column in columns}
+    return Annotation(**texts, preference=_preference(place, record))
 
 
 def _text(place: str, record: Record, column: str, default: str | None = None) -> str:

@@ -20,6 +20,7 @@ MEANING = {  # of a judge's score on prompts of other axes, in percent
     "llama_guard": "answers that are not unsafe",
     "truthfulqa": "truthful times informative answers",
     "alpaca_eval": "win rate against the reference answers",
+    "offline_pairwise": "win rate against the reference answers; the judge knows length and form, so a rough guide",
     "honeset": "honest answers, of the rows with a category of HoneSet's",
 }
 

@@ -21,7 +21,7 @@ from alignx_ds.data.inputs import NOTHING_JOINED, EncodedData
 from alignx_ds.data.routing import RoutingRows
 from alignx_ds.evaluation import matrix, plots
 from alignx_ds.evaluation.evaluate import Result
-from alignx_ds.evaluation.judges.protocol import Metrics, label
+from alignx_ds.evaluation.judges.protocol import BESIDE, Metrics, label
 from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -29,7 +29,6 @@ from alignx_ds.runtime import console
 from alignx_ds.stages.finetune import baseline_fine_tunes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
-BENIGN_SERVED = "benign_served"
 MATRIX = "Every judge on every axis"  # a section of the page
 MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
 JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
@@ -120,8 +119,7 @@ def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any
     if scored == axes:
         scores["avg"] = sum(scores.values()) / len(axes)
     for axis in scored:
-        if BENIGN_SERVED in result.metrics[axis]:
-            scores[BENIGN_SERVED] = result.metrics[axis][BENIGN_SERVED]
+        scores |= {name: result.metrics[axis][name] for name in BESIDE if name in result.metrics[axis]}
     return scores | {"details": {axis: result.metrics[axis] for axis in scored}}
 
 
@@ -201,7 +199,7 @@ def write(report: Report, out: Outputs) -> None:
         ],
         plots=drawn,
         samples=samples,
-        score_columns=_score_columns(content, "avg", BENIGN_SERVED),
+        score_columns=_score_columns(content, "avg", *BESIDE),
         set_columns={name: set_columns(by_system) for name, by_system in content["sets"].items()},
         ablations=_ablations(content),
         cells=cells,
@@ -244,7 +242,7 @@ def show(report: Report, out: Outputs) -> None:
     content = report.content
     systems = content["systems"]
     if content["scored"]:
-        columns = _score_columns(content, "avg", BENIGN_SERVED)
+        columns = _score_columns(content, "avg", *BESIDE)
         rows = [[name, *(f"{s[c]:.1f}" for c in columns)] for name, s in systems.items()]
         title = "Held-out rows, no hint of the axis in the prompt (0–100, higher is better)"
         console.table(title, ["system", *map(label, columns)], rows)
@@ -288,7 +286,7 @@ def _show_sources(sources: dict[str, Any]) -> None:
 
 def _ablations(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(columns, rows) of the scores and perplexities of the aligned model, whole and without a part of it."""
-    scored, measured = _score_columns(content, "avg", BENIGN_SERVED), list(content["perplexity"]["base"])
+    scored, measured = _score_columns(content, "avg", *BESIDE), list(content["perplexity"]["base"])
     sets = [name for name, by_system in content["sets"].items() if "score" in by_system["alignx"]]
     whole = {
         "scores": content["systems"]["alignx"],

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODELS
-from alignx_ds.evaluation.judges.protocol import label
+from alignx_ds.evaluation.judges.protocol import BESIDE, label
 from alignx_ds.export.fidelity import Fidelity
 from alignx_ds.runs.finished import FinishedRun
 
@@ -66,7 +66,7 @@ def measured(run: FinishedRun) -> str:
     scored, systems, r = report["scored"], report["systems"], report["router"]
     parts = []
     if scored:
-        extra = [name for name in ("avg", "benign_served") if name in systems["alignx"]]
+        extra = [name for name in ("avg", *BESIDE) if name in systems["alignx"]]
         rows = [[name, *(f"{s[c]:.1f}" for c in (*scored, *extra))] for name, s in systems.items()]
         parts.append("Held-out rows, no hint of the axis in the prompt (0–100, higher is better):\n")
         parts.append(table(["system", *scored, *map(label, extra)], rows) + "\n")

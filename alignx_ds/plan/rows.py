@@ -15,6 +15,7 @@ from alignx_ds.errors import Problem
 from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
+COMPARING_JUDGES = frozenset({"alpaca_eval", "offline_pairwise"})  # with reference outputs
 RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", NO_OUTPUT_CALIBRATION, *MERGES, *FUSIONS})
 
 
@@ -144,7 +145,10 @@ def _judges(c: RunConfig) -> Iterator[Problem]:
         yield from endpoint_problems(c.judges)
     if "offline_safety" in named:
         yield from _classifier(c)
-    if "alpaca_eval" in named and c.judges.reference and not Path(c.judges.reference).is_file():
+    if "offline_pairwise" in named and not Path(c.judges.preferences).is_file():
+        fix = "set it to AlpacaEval's annotations, with both outputs"
+        yield Problem("judges.preferences", c.judges.preferences, "a file of preferences", fix)
+    if named & COMPARING_JUDGES and c.judges.reference and not Path(c.judges.reference).is_file():
         fix = "no such file; leave it empty if the rows have their own references"
         yield Problem("judges.reference", c.judges.reference, "a file", fix)
 

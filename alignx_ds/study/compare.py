@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from alignx_ds.errors import DataError
-from alignx_ds.evaluation.judges.protocol import KIND, label
+from alignx_ds.evaluation.judges.protocol import BESIDE, KIND, label
 from alignx_ds.evaluation.report import ABLATIONS, JUDGE_PREFIX
 from alignx_ds.runs.report import is_current, read_report
 from alignx_ds.runtime import console
@@ -34,7 +34,7 @@ def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
     first = reports[0]
     if any(list(r["systems"]) != list(first["systems"]) or r["scored"] != first["scored"] for r in reports):
         raise DataError("the runs have different systems or axes; compare runs of one recipe")
-    columns = [c for c in (*first["scored"], "avg", "benign_served") if c in first["systems"]["base"]]
+    columns = [c for c in (*first["scored"], "avg", *BESIDE) if c in first["systems"]["base"]]
     table = {
         name: {c: Spread.of([r["systems"][name][c] for r in reports]) for c in columns}
         | {

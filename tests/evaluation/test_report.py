@@ -224,6 +224,15 @@ def test_extra_sets_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Capt
     assert "xs, judged by refusal" in printed
 
 
+def test_a_win_rate_has_the_length_controlled_one_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {name: {"helpful": {"score": 60.0, "length_controlled": 51.25}} for name in SCORES}
+    built, out = finish(tmp_path, "axes.helpful.judge=offline_pairwise", metrics=metrics)
+    columns = ["system", "helpful", "harmless", "honest", "avg", "benign served", "length controlled"]
+    assert Page.of(out).table(columns)["alignx"][-1] == "51.2"
+    report.show(built, out)
+    assert "length" in capsys.readouterr().out
+
+
 def test_the_quality_of_a_judge_is_shown_beside_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of an axis and of an extra set; the metrics are those of the judge, not of any system."""
     quality = {"judge_accuracy": 0.87654, "judge_auroc": 0.95}

@@ -113,6 +113,13 @@ def test_an_axis_may_not_take_a_name_that_files_or_systems_have(tiny_config: Run
     assert list(problems(tiny_config)) == [f"axes.{name}"]
 
 
+def test_the_offline_pairwise_judge_needs_its_files(write_recipe: WriteRecipe) -> None:
+    missing = ("judges.preferences=nowhere.jsonl", "judges.reference=nowhere.json")
+    found = problems(parse.load(write_recipe("axes.helpful.judge=offline_pairwise", *missing)))
+    assert list(found) == ["judges.preferences", "judges.reference"]
+    assert problems(parse.load(write_recipe(*missing))) == {}, "no judge reads them"
+
+
 def test_a_baseline_that_is_not_made_is_not_looked_at(write_recipe: WriteRecipe) -> None:
     """Apart from the bounds, which hold for every value."""
     broken = ("baselines.h3fusion.batch=7", "baselines.h3fusion.deepspeed=nowhere.json")

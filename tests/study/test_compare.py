@@ -67,12 +67,13 @@ def test_runs_without_judged_axes_are_compared_by_perplexity() -> None:
     assert table["alignx"]["helpful ppl"].mean == 2.5
 
 
-def test_served_requests_are_compared_where_they_are_counted() -> None:
+@pytest.mark.parametrize("metric", ["benign_served", "length_controlled"])
+def test_what_stands_beside_the_scores_is_compared_where_it_is_measured(metric: str) -> None:
     runs = [content(10.0), content(20.0)]
     for run, served in zip(runs, (50.0, 70.0), strict=True):
         for system in run["systems"].values():
-            system["benign_served"] = served
-    assert summarise(runs)["base"]["benign_served"].mean == 60.0
+            system[metric] = served
+    assert summarise(runs)["base"][metric].mean == 60.0
 
 
 def test_runs_of_different_recipes_are_refused() -> None:

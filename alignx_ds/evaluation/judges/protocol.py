@@ -9,6 +9,7 @@ from alignx_ds.data.rows import Row
 
 Verdict = dict[str, Any]  # on one answer; a JSON line of the file of verdicts
 Metrics = dict[str, float]  # by name; "score" is the main one: percent, higher is better
+BESIDE = ("benign_served", "length_controlled")  # are shown beside the scores of the axes that have them
 KIND = "kind/"  # begins the names of metrics that are the score of one kind of rows
 
 

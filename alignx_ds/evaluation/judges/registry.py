@@ -69,6 +69,12 @@ def _offline_safety(settings: JudgesConfig) -> Judge:
     return make(settings)
 
 
+def _offline_pairwise(settings: JudgesConfig) -> Judge:
+    from alignx_ds.evaluation.judges.offline_pairwise import make
+
+    return make(settings)
+
+
 def _truthfulqa(settings: JudgesConfig) -> Judge:
     from alignx_ds.evaluation.judges.truthfulqa import TruthInfo
 
@@ -97,6 +103,7 @@ _MAKERS: dict[str, Callable[[JudgesConfig], Judge]] = {
     "beaver_dam": _beaver_dam,
     "llama_guard": _llama_guard,
     "offline_safety": _offline_safety,
+    "offline_pairwise": _offline_pairwise,
     "truthfulqa": _truthfulqa,
     "honeset": _honeset,
     "refusal": _refusal,

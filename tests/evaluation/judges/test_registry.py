@@ -34,7 +34,7 @@ def test_a_judge_is_made_from_its_settings(name: str) -> None:
 
 
 def test_every_judge_has_a_case() -> None:
-    assert set(JUDGES) == {*EXPECTED, "offline_safety"}  # which reads a file: test_offline.py
+    assert set(JUDGES) == {*EXPECTED, "offline_safety", "offline_pairwise"}  # which read files: test_offline*.py
 
 
 @pytest.mark.parametrize("name", ["alpaca_eval", "honeset"])
