@@ -159,10 +159,10 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
 
 @needs(PUBLISHED)
 def test_published_preferences() -> None:
-    """Better than the majority and no worse than length alone on unseen instructions and models."""
+    """Better than the majority and than length alone (0.779) on unseen instructions and models."""
     judge = OfflinePairwise(read_preferences(PUBLISHED), {})
     assert len(judge.learned) > 5000
     quality = judge.quality
     assert quality["rows"] > 450
-    assert quality["agreement"] > max(quality["majority"] + 0.1, quality["length_alone"] - 0.01)
+    assert quality["agreement"] > max(quality["majority"] + 0.02, quality["length_alone"])
     assert quality["ece"] < 0.12
