@@ -116,7 +116,7 @@ def fitted_gate(
     seen, unseen = (
         RouterRows(
             gate.latent(query),
-            sum_of({name: term for name, term in gate.parts(query).items() if name != "linear"}),
+            gate.calibrators_alone(query),
             part.multi_hot(EXPERTS),
             part.weights(),
         )

@@ -157,7 +157,9 @@ class FusedMixture(nn.Module):
     def _one_by_row(self, x: Tensor, own: RowExpert) -> Tensor:
         """The output of each row's only expert, [B, T, d]."""
         base = self._base[0]
-        act = self._own_activation(x, base.gate(x), base.up(x), own, in_place=True)
+        to_gate, to_up = (x @ own.down_in.mT).chunk(2, dim=-1)
+        gate = base.activation(base.gate(x).baddbmm_(to_gate, own.up_in[0]))
+        act = gate * base.up(x).baddbmm_(to_up, own.up_in[1])
         out: Tensor = base.down(act)
         return out.baddbmm_(act @ own.down_out.mT, own.up_out)
 
@@ -207,13 +209,6 @@ class FusedMixture(nn.Module):
             mixed = act if mixed is None else _added(mixed, act)
         assert mixed is not None
         return mixed, outward
-
-    def _own_activation(self, x: Tensor, gate: Tensor, up: Tensor, own: RowExpert, in_place: bool = False) -> Tensor:
-        """aᵢ [B, T, f] of one expert per row; `gate` and `up`, the base's pre-activations, may be overwritten."""
-        to_gate, to_up = (x @ own.down_in.mT).chunk(2, dim=-1)
-        add = Tensor.baddbmm_ if in_place else torch.baddbmm
-        activated: Tensor = self._base[0].activation(add(gate, to_gate, own.up_in[0]))
-        return activated * add(up, to_up, own.up_in[1])
 
     def _merged(self, x: Tensor, gates: Tensor) -> Tensor:
         """One activation per token, with each row's mixture of weights: the gates weigh the stacked latent."""

@@ -22,7 +22,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import distances, natural_score
-from alignx_ds.mocae.serving import ServingRules
+from alignx_ds.mocae.serving import ServingRules, with_generalist
 from alignx_ds.mocae.settings import GateSettings
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
@@ -80,9 +80,10 @@ class Router(nn.Linear):
 class CalibratedGate(nn.Module):
     """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
 
-    ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. W_r is trained
-    and starts at zero; the geometry (P, μ and the scores' constants) and T_cal, the post-hoc temperature, are fitted
-    buffers. Raises ConfigError for a further calibrator that is not in CALIBRATORS.
+    ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. W_r starts at
+    zero, in needs at a fit (routing/fit_router.py), and is trained; the geometry (P, μ and the scores' constants) and
+    T_cal, the post-hoc temperature, are fitted buffers. Raises ConfigError for a further calibrator that is not in
+    CALIBRATORS.
 
     `rules` say what serves beside that. A distance from what the gate was fitted on does not make it less sure: on a
     real model's features no such distance finds prompts of unknown sources better than the gate's own confidence
@@ -148,6 +149,10 @@ class CalibratedGate(nn.Module):
             without_queries[0] = 0.0
         return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
 
+    def calibrators_alone(self, query: Query) -> Tensor:
+        """[..., E] fp32: the sum of all terms but the linear router's."""
+        return torch.stack([term for name, term in self.parts(query).items() if name != "linear"]).sum(0)
+
     def forward(self, query: Query) -> Decision:
         """The decision on a query: all gates in training, otherwise the largest ones, and then the rules.
 
@@ -187,7 +192,7 @@ def keep_needed(logits: Tensor, k: int) -> Tensor:
     if k < needed.shape[-1]:
         best = needed.topk(k, dim=-1)
         needed = torch.zeros_like(needed).scatter(-1, best.indices, best.values)
-    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)
+    return with_generalist(needed)
 
 
 def round_needs(gates: Tensor) -> Tensor:
@@ -198,4 +203,4 @@ def round_needs(gates: Tensor) -> Tensor:
     needed = gates[..., 1:]
     needed = torch.where(needed < NEGLIGIBLE, 0.0, needed)
     needed = torch.where(needed > 1 - NEGLIGIBLE, 1.0, needed)
-    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)
+    return with_generalist(needed)

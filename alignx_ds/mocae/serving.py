@@ -14,6 +14,11 @@ from torch import Tensor
 from alignx_ds.mocae.settings import ALL, GateSettings
 
 
+def with_generalist(needed: Tensor) -> Tensor:
+    """The axes' gates of needs [..., A] -> [..., E]: the generalist has what is left to one, which may be negative."""
+    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)
+
+
 @dataclass(frozen=True)
 class ServingRules:
     """A user's rules, applied to the gates of a decision when it serves, not in training.
@@ -56,7 +61,7 @@ class ServingRules:
         columns = list(zip(gates.unbind(-1), self.floors, strict=True))
         if kind == "needs":
             axes = torch.stack([gate.clamp_min(floor) for gate, floor in columns[1:]], dim=-1)
-            return torch.cat([1 - axes.sum(-1, keepdim=True), axes], dim=-1)
+            return with_generalist(axes)
         rest = 1 - sum(self.floors)
         return torch.stack([rest * gate + floor for gate, floor in columns], dim=-1)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.mocae.gate import CalibratedGate, Query, need_logits
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.routing.gate_terms import on_prompts, sum_of
+from alignx_ds.mocae.serving import with_generalist
+from alignx_ds.routing.gate_terms import on_prompts
 from alignx_ds.routing.temperature import smoothed_needs
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # of ½‖w‖², beside a mean over prompts
@@ -48,18 +49,12 @@ def router_rows(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, b
     """
 
     def inputs(gate: CalibratedGate, query: Query) -> Tensor:
-        others = {name: term for name, term in gate.parts(query).items() if name != "linear"}
-        return torch.cat([gate.latent(query), sum_of(others)], dim=-1)
+        return torch.cat([gate.latent(query), gate.calibrators_alone(query)], dim=-1)
 
     experts = len(model.config.experts)
     needs, weights = rows.multi_hot(experts), rows.weights()
-    found = on_prompts(model, rows, pad_id, batch, inputs, forced_gates(needs))
+    found = on_prompts(model, rows, pad_id, batch, inputs, with_generalist(needs[:, 1:]))
     return {i: RouterRows(both[:, :-experts], both[:, -experts:], needs, weights) for i, both in found.items()}
-
-
-def forced_gates(needs: Tensor) -> Tensor:
-    """Label sets [N, E] -> gates [N, E]: 1 for each needed axis; the generalist has what is left to one."""
-    return torch.cat([1 - needs[:, 1:].sum(-1, keepdim=True), needs[:, 1:]], dim=-1)
 
 
 def fit_router(

@@ -34,6 +34,10 @@ def summarise(reports: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
     first = reports[0]
     if any(list(r["systems"]) != list(first["systems"]) or r["scored"] != first["scored"] for r in reports):
         raise DataError("the runs have different systems or axes; compare runs of one recipe")
+    if any(
+        r["sets"].keys() != first["sets"].keys() or r["ablations"].keys() != first["ablations"].keys() for r in reports
+    ):
+        raise DataError("the runs have different extra sets or ablations; compare runs of one recipe")
     columns = [c for c in (*first["scored"], "avg", *BESIDE) if c in first["systems"]["base"]]
     table = {
         name: {c: Spread.of([r["systems"][name][c] for r in reports]) for c in columns}
@@ -50,7 +54,9 @@ def summarise_sets(reports: list[dict[str, Any]]) -> dict[str, dict[str, dict[st
     """By extra question set, system and metric, with the aligned model's ablations as further systems."""
     found: dict[str, dict[str, dict[str, Spread]]] = {}
     for name in reports[0]["sets"]:
-        runs = [r["sets"][name] | {a: m["sets"][name] for a, m in r["ablations"].items()} for r in reports]
+        runs = [
+            r["sets"][name] | {a: m["sets"][name] for a, m in r["ablations"].items() if "sets" in m} for r in reports
+        ]
         found[name] = {
             system: {metric: Spread.of([run[system][metric] for run in runs]) for metric in metrics}
             for system, metrics in runs[0].items()

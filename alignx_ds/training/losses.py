@@ -81,8 +81,7 @@ def gating_terms(
     draw per axis, yes or no, and a row's terms are the sums over its axes.
     """
     with torch.no_grad():
-        parts = gate.parts(query)
-        prior = torch.stack([term for name, term in parts.items() if name != "linear"]).sum(0)
+        prior = gate.calibrators_alone(query)
     if gate.settings.kind == "needs":
         gates, known = need_logits(decision.logits), need_logits(prior)
         log_yes, log_no = functional.logsigmoid(gates), functional.logsigmoid(-gates)

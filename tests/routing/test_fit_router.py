@@ -10,7 +10,8 @@ from torch import Tensor
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.gate import need_logits
 from alignx_ds.mocae.layer import gates_of
-from alignx_ds.routing.fit_router import RouterRows, fit_router, forced_gates, router_rows
+from alignx_ds.mocae.serving import with_generalist
+from alignx_ds.routing.fit_router import RouterRows, fit_router, router_rows
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 
 LATENT = 5
@@ -75,7 +76,7 @@ def test_rows_told_apart_without_a_fault_have_a_finite_fit_and_an_absent_expert_
 
 def test_the_needed_axes_are_added_to_the_base() -> None:
     needs = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]])
-    assert forced_gates(needs).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [-1, 1, 0, 1], [-2, 1, 1, 1]]
+    assert with_generalist(needs[:, 1:]).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [-1, 1, 0, 1], [-2, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_layer"])
@@ -92,7 +93,7 @@ def test_the_rows_of_a_router_are_those_of_the_gates(scope: str) -> None:
     inputs, router = found[lowest], gates[lowest].router
     torch.testing.assert_close(router(inputs.latents) + inputs.offsets, sum_of(terms[lowest]))
     for i, example in enumerate(examples):
-        forced = forced_gates(inputs.needs[i : i + 1])
+        forced = with_generalist(inputs.needs[i : i + 1, 1:])
         model(torch.tensor([example.ids[: example.prompt_length]]), forced=forced)
         for layer, gate in gates.items():
             latent = gate.latent(model.routing.queries[layer])[0]

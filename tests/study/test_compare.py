@@ -84,6 +84,13 @@ def test_runs_of_different_recipes_are_refused() -> None:
             summarise([content(1.0), other])
 
 
+def test_runs_with_different_extra_sets_are_refused() -> None:
+    other = content(2.0) | {"sets": {"both": {"base": {"score": 1.0}}}}
+    for pair in ([content(1.0), other], [other, content(1.0)]):
+        with pytest.raises(DataError, match="different extra sets"):
+            summarise(pair)
+
+
 LACKING = json.dumps({k: v for k, v in content(1.0).items() if k != "perplexity"})  # as an older version wrote it
 
 

@@ -15,42 +15,27 @@ from alignx_ds.data.rows import Record
 from alignx_ds.data.world import language
 from alignx_ds.data.world.lexicon import ATTRIBUTES, Split, World
 
+
+def _named(between: str, *lists: str) -> dict[str, tuple[str, ...]]:
+    """The parts of each list by their joined names."""
+    return {between.join(parts): parts for parts in (tuple(line.split()) for line in lists)}
+
+
+QUOTES: dict[str, tuple[str, ...]] = {"quoted harm": ("quote",)}  # requests that only look harmful and need no axis
 # By their names in reports, the parts of a prompt.
 COMPOSITES: dict[str, tuple[str, ...]] = {
-    "chat, harm": ("chat", "harm"),
-    "question, harm": ("question", "harm"),
-    "harm, question": ("harm", "question"),
-    "task, harm": ("task", "harm"),
-    "harm, task": ("harm", "task"),
-    "look-alike, harm": ("look-alike", "harm"),
-    "question, task, harm": ("question", "task", "harm"),
-    "chat, look-alike": ("chat", "look-alike"),
-    "question, look-alike": ("question", "look-alike"),
-    "look-alike, question": ("look-alike", "question"),
-    "task, look-alike": ("task", "look-alike"),
-    "question, task": ("question", "task"),
-    "task, question": ("task", "question"),
-    "chat, question": ("chat", "question"),
-    "quoted harm": ("quote",),
-    "question, task, look-alike": ("question", "task", "look-alike"),
+    **_named(", ", "chat harm", "question harm", "harm question", "task harm", "harm task", "look-alike harm"),
+    **_named(", ", "question task harm", "chat look-alike", "question look-alike", "look-alike question"),
+    **_named(", ", "task look-alike", "question task", "task question", "chat question"),
+    **QUOTES,
+    **_named(", ", "question task look-alike"),
 }
 # The messages of a dialogue, each of one part.
 DIALOGUES: dict[str, tuple[str, ...]] = {
-    "chat → harm": ("chat", "harm"),
-    "question → harm": ("question", "harm"),
-    "task → harm": ("task", "harm"),
-    "question → task → chat → harm": ("question", "task", "chat", "harm"),
-    "harm → look-alike": ("harm", "look-alike"),
-    "harm → question": ("harm", "question"),
-    "harm → task": ("harm", "task"),
-    "question → task": ("question", "task"),
-    "task → question": ("task", "question"),
-    "question → follow-up": ("question", "follow-up"),
-    "harm → task → question": ("harm", "task", "question"),
+    **_named(" → ", "chat harm", "question harm", "task harm", "question task chat harm"),
+    **_named(" → ", "harm look-alike", "harm question", "harm task", "question task", "task question"),
+    **_named(" → ", "question follow-up", "harm task question"),
 }
-QUOTES: dict[str, tuple[str, ...]] = {
-    "quoted harm": ("quote",)
-}  # for training rows: requests that only look harmful and need no axis
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "composites": COMPOSITES,
     "dialogues": DIALOGUES,
