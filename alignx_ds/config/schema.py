@@ -93,6 +93,9 @@ class AxisConfig:
     floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
     join: JoinConfig = field(default_factory=JoinConfig)  # teaches the axis prompts that ask for several things
     routing: list[RoutingSourceConfig] = field(default_factory=list)  # more prompts that need the axis, for the gate
+    # Answers to prompts that ask for harm and have no safe answer (beavertails), which the axis then learns to refuse;
+    # each takes one of them, by its hash. Empty: these prompts teach the gate alone.
+    refusals: list[Prose] = field(default_factory=list)
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:

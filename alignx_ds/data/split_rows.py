@@ -18,6 +18,7 @@ Use = Literal["train", "held out", "set", "routing"]
 TooLong = Callable[[Use, str, list[Row]], list[str]]
 CHUNK = 1000  # rows that are encoded at a time, until there are as many as a limit allows
 HELD_OUT = "held out"  # the salt of the hash that cuts a source into training and held-out rows
+REFUSAL = "refusal"  # that of the hash that chooses a refusal
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ def mixed(parts: Sequence[SplitRows], weights: Sequence[float], limit: int, *, e
 def of_wrong_kind(row: Row, only: str) -> str:
     """Why a row is not one of those that are wanted, `only` the "safe" or the "unsafe" ones; nothing if it is."""
     return f"its prompt is {'unsafe' if row.harmful else 'safe'}" if only and row.harmful != (only == "unsafe") else ""
+
+
+def refusing(split: SplitRows, refusals: Sequence[str]) -> SplitRows:
+    """The split with a refusal, chosen by the hash of the question, as the answer to harmful prompts that have none."""
+    if not refusals:
+        return split
+
+    def answered(row: Row) -> Row:
+        if row.response or not row.harmful:
+            return row
+        return replace(row, response=refusals[int(row.position(REFUSAL) * len(refusals))].strip())
+
+    return replace(split, rows=[answered(row) for row in split.rows])
 
 
 def leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:

@@ -14,7 +14,7 @@ from alignx_ds.data.routing import RoutingRows, gated, more_needs, read_routing
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
-from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, of_wrong_kind, used
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, of_wrong_kind, refusing, used
 from alignx_ds.errors import DataError
 
 
@@ -100,7 +100,8 @@ def _read_source(
             held_out_parts.append(SplitRows.of(given.source, Records(cut, []), schema.held_out(cut)))
             rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
             train = Records(rest, train.dropped)
-        train_parts.append(SplitRows.of(given.source, train, schema.parse(train.usable)))
+        part = SplitRows.of(given.source, train, schema.parse(train.usable))
+        train_parts.append(refusing(part, s.refusals) if isinstance(s, AxisConfig) else part)
     if not s.held_out:
         _check_held_out(name, train_parts, held_out_parts, share)
         return train_parts, [part for part in held_out_parts if part.records] or held_out_parts[:1]

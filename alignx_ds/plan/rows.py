@@ -36,6 +36,11 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         if name in RESERVED or not name.isidentifier():
             yield Problem(key, name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis")
         yield from _trained_on(key, axis)
+        if not all(text.strip() for text in axis.refusals):
+            yield Problem(f"{key}.refusals", axis.refusals, "texts", "remove the empty ones")
+        if axis.refusals and all(s.schema != "beavertails" for s in training_sources(axis)):
+            fix = "remove it, or train on a source whose rows say which answers are unsafe"
+            yield Problem(f"{key}.refusals", axis.refusals, "nothing without rows of the beavertails schema", fix)
 
 
 def _generalist(g: GeneralistConfig) -> Iterator[Problem]:

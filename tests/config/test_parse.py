@@ -66,9 +66,11 @@ def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_
     recipe = write_recipe()
     before = dict(leaves(parse.to_dict(parse.load(recipe))))
     other = {int: 7, float: 0.75, str: "other", bool: True}
-    source = {"source": "other", "schema": "", "columns": {}, "only": ""}  # of routing rows, of which there are none
+    source: Any = {"source": "other", "schema": "", "columns": {}, "only": ""}  # of routing rows: there are none
     changes = {
-        k: ([other[type(v[0])]] if v else [source]) if isinstance(v, list) else other[type(v)]
+        k: ([other[type(v[0])]] if v else ["other"] if k.endswith(".refusals") else [source])
+        if isinstance(v, list)
+        else other[type(v)]
         for k, v in before.items()
     }
     for bit, side in itertools.product(range(len(before).bit_length()), (0, 1)):

@@ -155,3 +155,15 @@ def test_a_list_of_sources_is_read_from_a_recipe_and_from_the_command_line(write
 )
 def test_what_is_wrong_with_a_list_of_sources_is_named(write_recipe: WriteRecipe, train: Any, named: str) -> None:
     assert any(problem.startswith(named) for problem in problems(write_recipe, train)), problems(write_recipe, train)
+
+
+@pytest.mark.parametrize(
+    ("axis", "named"),
+    [
+        ("harmless", "axes.harmless.refusals: got ['No.', ' '], expected texts"),
+        ("helpful", "axes.helpful.refusals: got ['No.', ' '], expected nothing without rows of the beavertails schema"),
+    ],
+)
+def test_refusals_that_teach_nothing_are_named(axis: str, named: str) -> None:
+    config = parse.load("world", [f"axes.{axis}.refusals=['No.', ' ']"])
+    assert any(str(problem).startswith(named) for problem in plan.problems(config))

@@ -187,3 +187,22 @@ def test_dialogues_that_a_template_rewrites_are_reported(
     assert notes(one_axis, encode_splits(one_axis, splits, world_tokenizer)) == []
     (note,) = notes(one_axis, data := encode_splits(one_axis, splits, tokenizer))
     assert f"kind: of {len(data.injected['kind'])} dialogues only the last answer is learned" in note
+
+
+def test_harmful_prompts_without_a_safe_answer_are_refused(one_axis: RunConfig, tmp_path: Path) -> None:
+    """In the words that the recipe gives, the same for a prompt whatever rows are beside it; safe answers stay."""
+    records = [answer(r["prompt"], f"answer {n}", n % 2 == 0) for n, r in enumerate(questions(80))]
+    mixed = [answer("Twice?", "a safe answer", True), answer("Twice?", "an unsafe one", False)]
+    one_axis.axes["kind"].schema, one_axis.axes["kind"].refusals = "beavertails", ["No.", " I will not help. "]
+    set_rows(one_axis, tmp_path, [*records, *mixed], [answer("Harm?", "bad", False)])
+    splits = read_splits(one_axis)
+    assert_splits_add_up(splits)
+    rows = {row.prompt: row for row in splits.train["kind"].rows}
+    harmful = [rows[r["prompt"]] for r in records if not r["is_safe"]]
+    assert {row.response for row in harmful} == {"No.", "I will not help."} and all(row.harmful for row in harmful)
+    assert all(rows[r["prompt"]].response == r["response"] for r in records if r["is_safe"])
+    assert rows["Twice?"].response == "a safe answer"
+    assert [row.response for row in splits.held_out["kind"].rows] == [""]  # judged, not imitated
+    set_rows(one_axis, tmp_path, records[::-1][:40], [answer("Harm?", "bad", False)])
+    again = {row.prompt: row.response for row in read_splits(one_axis).train["kind"].rows}
+    assert again == {prompt: rows[prompt].response for prompt in again}
