@@ -90,7 +90,7 @@ class AxisConfig:
     columns: dict[str, Text] = field(default_factory=dict)  # the schema's column -> the source's, where they differ
     judge: OptionalJudgeName = ""  # of the answers to the held-out rows; empty: only perplexity is measured
     rows: NonNegativeInt = 0  # training rows, at most; 0: data.train_rows
-    floor: Probability = 0.0  # its least gate when the aligned model serves, whatever its gate decides
+    floor: Probability = 0.0  # its least gate when the aligned model serves; in needs, its least need
     join: JoinConfig = field(default_factory=JoinConfig)  # teaches the axis prompts that ask for several things
     routing: list[RoutingSourceConfig] = field(default_factory=list)  # more prompts that need the axis, for the gate
     # Answers to prompts that ask for harm and have no safe answer (beavertails), which the axis then learns to refuse;

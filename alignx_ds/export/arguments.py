@@ -41,7 +41,7 @@ def _of_a_run(what: Any, name: str, text: str, out: str) -> argparse.ArgumentPar
 
 def _add_choice(made: argparse.ArgumentParser, what: str, *, required: bool) -> None:
     chosen = made.add_mutually_exclusive_group(required=required)
-    text = f"{what} these axes' experts as they are, e.g. helpful or helpful,harmless"
+    text = f"{what} these axes' experts, several to equal shares, e.g. helpful or helpful,harmless"
     chosen.add_argument("--axes", "--axis", metavar="AXIS,…", help=text)
     text = f"{what} the experts with these weights, e.g. helpful=0.5,honest=0.5"
     chosen.add_argument("--weights", metavar="AXIS=WEIGHT,…", help=text)

@@ -11,13 +11,18 @@ Weights = dict[str, float]  # by axis: how much of its change is added to the ba
 
 
 def parse_weights(text: str, axes: list[str]) -> Weights:
-    """Axes (of weight 1), or axis=weight pairs. Raises ConfigError with every problem found."""
+    """Axes, which share a weight of 1, or axis=weight pairs. Raises ConfigError with every problem found.
+
+    So a prompt that needs several axes as a whole is served in the mixture (mocae/serving.py).
+    """
     found: Weights = {}
     problems = []
-    for part in text.split(","):
+    parts = text.split(",")
+    share = 1.0 / max(1, sum("=" not in part for part in parts))
+    for part in parts:
         axis, equals, given = part.strip().partition("=")
         try:
-            weight = float(given) if equals else 1.0
+            weight = float(given) if equals else share
         except ValueError:
             weight = nan
         if axis not in axes:

@@ -120,12 +120,13 @@ class FusedMixture(nn.Module):
 
         If `axes` is given and `count` is not 1, the `axes` best specialists, without the generalist, which has no
         factors. With `merge`, several are one expert with their changes' weighted sum, whose rank is the ranks' sum.
+        The best have the largest absolute gates: forced ones can be negative (the fixed weights of export/fidelity.py).
         """
         gates, slots = gates.squeeze(1), self._slots(count, axes)
         if count > 1 and (self.merge or axes is not None):
             experts = 1 + gates[:, 1:].abs().topk(min(slots, self.num_experts - 1), dim=-1).indices
         else:
-            experts = gates.abs().topk(slots, dim=-1).indices  # the generalist's gate may be negative (gate.py)
+            experts = gates.abs().topk(slots, dim=-1).indices
         weights, dtype = gates.gather(-1, experts), self.down_in.dtype
         if count > 1 and self.merge:
             return [self._sum(experts - 1, weights.to(dtype))]

@@ -1,9 +1,10 @@
 """The calibrated gate: a linear router corrected by the fractal, natural and lexical calibrators, all in fp32.
 
 Its logits are read in one of two ways. In a choice the experts compete: the gates are their softmax, as in the paper.
-In needs every axis has its own probability of being needed, the logistic function of its logit less the generalist's,
-so that a prompt can need several axes or none; the generalist has what is left to one, which may be negative:
-Σᵢ gᵢ·FFNᵢ = FFN₀ + Σᵢ rᵢ·(FFNᵢ − FFN₀), a mixture of differences from the base. With one-hot probabilities both agree.
+In needs every axis has its own probability r of being needed, the logistic function of its logit less the
+generalist's, so that a prompt can need several axes or none. Their gates are r / max(1, Σ r), and the generalist has
+what is left to one (serving.gates_of_needs). So several whole needs share a prompt, Σᵢ gᵢ·FFNᵢ is FFN₀ plus the mean of
+their differences from it, and less than one need in all leaves the rest to the base. With one need both kinds agree.
 
 That calibrators correct the routing is the paper's (arXiv 2602.07381); the formulas are ours (docs/method.md).
 Shapes: ... any leading dimensions, d size of a query's features (4 hidden sizes), k latent size, E experts.
@@ -12,7 +13,7 @@ Shapes: ... any leading dimensions, d size of a query's features (4 hidden sizes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.fractal import fractal_score
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import distances, natural_score
-from alignx_ds.mocae.serving import ServingRules, with_generalist
+from alignx_ds.mocae.serving import ServingRules, gates_of_needs
 from alignx_ds.mocae.settings import GateSettings
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
@@ -44,10 +45,7 @@ CALIBRATORS: dict[str, Calibrator] = {}  # further terms, beside the three that 
 
 @dataclass(frozen=True)
 class Decision:
-    """A gate's output, fp32: `gates` [..., E] sum to one and are zero but for the chosen experts; `logits` [..., E].
-
-    The gate of an axis is at least 0; in needs the generalist's may be negative.
-    """
+    """A gate's output, fp32: `gates` [..., E] ≥ 0 sum to one, zero but for the chosen experts; `logits` [..., E]."""
 
     gates: Tensor
     logits: Tensor
@@ -55,11 +53,7 @@ class Decision:
 
     def confidence(self) -> Tensor:
         """[...]: the probability of what is most likely: of an expert in a choice; in needs of an axis, or of none."""
-        if self.kind == "choice":
-            return self.probabilities().amax(-1)
-        odds = need_logits(self.logits)
-        none = logsigmoid(-odds).sum(-1).exp()
-        return torch.maximum(odds.sigmoid().amax(-1), none)
+        return confidence(self.logits, self.kind)
 
     def probabilities(self) -> Tensor:
         """softmax(logits) [..., E]: of each expert, if exactly one is right."""
@@ -156,26 +150,26 @@ class CalibratedGate(nn.Module):
     def forward(self, query: Query) -> Decision:
         """The decision on a query: all gates in training, otherwise the largest ones, and then the rules.
 
-        Outside training, needs within NEGLIGIBLE of none or of a whole one are rounded to it before the rules.
+        In needs this is done to the needs, which are also rounded before the rules, and become gates last.
         """
         logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
-        experts, kind = logits.shape[-1], self.settings.kind
-        k = experts if self.training else self.settings.chosen(experts)
-        gates = keep_needed(logits, k) if kind == "needs" else keep_top(logits.softmax(-1), k)
-        decision = Decision(gates, logits, kind)
+        kind, k = self.settings.kind, self.settings.chosen(logits.shape[-1])
+        every = logits.softmax(-1) if kind == "choice" else need_logits(logits).sigmoid()
         if self.training:
-            return decision
-        gates = round_needs(gates) if kind == "needs" else gates
-        served = self.rules(gates, decision.confidence(), self.geometry.present, kind)
-        return replace(decision, gates=served)
+            return Decision(every if kind == "choice" else gates_of_needs(every), logits, kind)
+        sure, present = confidence(logits, kind), self.geometry.present
+        if kind == "choice":
+            return Decision(self.rules.on_gates(keep_top(every, k), sure, present), logits, kind)
+        needs = self.rules.on_needs(round_needs(keep_largest(every, k)), sure, present)
+        return Decision(gates_of_needs(needs), logits, kind)
 
 
 def keep_top(gates: Tensor, k: int) -> Tensor:
     """The k largest gates of each row, divided by their sum, and zero for the others: [..., E] -> [..., E]."""
     if k >= gates.shape[-1]:
         return gates
-    best = gates.topk(k, dim=-1)
-    return torch.zeros_like(gates).scatter(-1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+    kept = keep_largest(gates, k)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def need_logits(logits: Tensor) -> Tensor:
@@ -183,24 +177,27 @@ def need_logits(logits: Tensor) -> Tensor:
     return logits[..., 1:] - logits[..., :1]
 
 
-def keep_needed(logits: Tensor, k: int) -> Tensor:
-    """[..., E] -> gates [..., E]: the k axes that are needed most keep their probability r of being needed.
+def confidence(logits: Tensor, kind: str) -> Tensor:
+    """Logits [..., E] -> [...]: `Decision.confidence`."""
+    if kind == "choice":
+        return logits.softmax(-1).amax(-1)
+    odds = need_logits(logits)
+    none = logsigmoid(-odds).sum(-1).exp()
+    return torch.maximum(odds.sigmoid().amax(-1), none)
 
-    The other axes have 0. The generalist has 1 − Σ r, so that the gates sum to one.
+
+def keep_largest(values: Tensor, k: int) -> Tensor:
+    """The k largest of each row as they are, and zero for the others: [..., N] -> [..., N]."""
+    if k >= values.shape[-1]:
+        return values
+    best = values.topk(k, dim=-1)
+    return torch.zeros_like(values).scatter(-1, best.indices, best.values)
+
+
+def round_needs(needs: Tensor) -> Tensor:
+    """Needs [..., A], those below NEGLIGIBLE as 0, and those above 1 − NEGLIGIBLE as 1.
+
+    Most prompts need one axis; so rounded, its expert alone serves them, at a choice's cost.
     """
-    needed = need_logits(logits).sigmoid()
-    if k < needed.shape[-1]:
-        best = needed.topk(k, dim=-1)
-        needed = torch.zeros_like(needed).scatter(-1, best.indices, best.values)
-    return with_generalist(needed)
-
-
-def round_needs(gates: Tensor) -> Tensor:
-    """Gates of needs [..., E] with every axis's that is below NEGLIGIBLE as 0, and above 1 − NEGLIGIBLE as 1.
-
-    They still sum to one. Most prompts need one axis; so rounded, its expert alone serves them, at a choice's cost.
-    """
-    needed = gates[..., 1:]
-    needed = torch.where(needed < NEGLIGIBLE, 0.0, needed)
-    needed = torch.where(needed > 1 - NEGLIGIBLE, 1.0, needed)
-    return with_generalist(needed)
+    needs = torch.where(needs < NEGLIGIBLE, 0.0, needs)
+    return torch.where(needs > 1 - NEGLIGIBLE, 1.0, needs)

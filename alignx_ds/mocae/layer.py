@@ -67,9 +67,7 @@ class AlignXLayer(nn.Module):
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         tables = routing.tables.setdefault(self.index, []) if experts is not None else None
-        # With one expert per row, the gates are one-hot in needs too.
-        shares = _shares(gates) if self.settings.kind == "needs" and count != 1 and not steps else gates
-        calibrated: Tensor = self.calibration(y, shares, mask, count, steps, experts, tables)
+        calibrated: Tensor = self.calibration(y, gates, mask, count, steps, experts, tables)
         return calibrated
 
     def _only_experts(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> Tensor | None:
@@ -111,12 +109,6 @@ class AlignXLayer(nn.Module):
             routing.decide(self.gate_layer, query, self.gate)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
         return gates.unsqueeze(1).to(x.device)
-
-
-def _shares(gates: Tensor) -> Tensor:
-    """Gates of needs as the weights of a mean over experts, none negative: [..., E] -> [..., E], summing to one."""
-    positive = gates.clamp_min(0)
-    return positive / positive.sum(-1, keepdim=True)
 
 
 def freeze_trunk(model: nn.Module, *, experts: bool = True) -> None:

@@ -56,7 +56,7 @@ class AlignXConfig(PreTrainedConfig):
         self.layers = layers or []
         self.ranks = ranks or {}
         self.user_turn = list(user_turn or [])
-        self.floors = floors or {}  # least gates when it serves, by axis
+        self.floors = floors or {}  # least gates when it serves, or least needs, by axis
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
         if self.text_config is not None:
             self.text_config._name_or_path = ""  # often a path of the machine that made the model

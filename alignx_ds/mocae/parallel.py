@@ -35,7 +35,7 @@ class Dispatch(nn.Module):
         self.ep_group = group
 
     def forward(self, x: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool) -> Routes:
-        """x [S, d] -> the routes of `token_gates`. Collective over the expert-parallel group."""
+        """x [S, d] -> the routes of `token_gates`, none of them negative. Collective over the expert-parallel group."""
         assert sparse_routes and not use_tutel, "DeepSpeed's MoE layer changed its contract"
         assert self.token_gates is not None and self.token_gates.shape[0] == x.shape[0]
         gates = self.token_gates
@@ -50,7 +50,7 @@ class Dispatch(nn.Module):
         self.slots = int(capacity) * self.num_experts
         self.padding_fraction = 1.0 - float(counts.sum()) / self.slots
         slot_of = chosen.cumsum(0) - 1
-        experts = gates.abs().topk(routes, dim=-1).indices  # [S, K]; a generalist's gate may be negative
+        experts = gates.topk(routes, dim=-1).indices  # [S, K]
         values, slots = gates.gather(-1, experts), slot_of.gather(-1, experts)
         experts = experts.masked_fill(values == 0, -1)
         l_aux = gates.new_zeros(())  # the gating loss supervises per-instance gates; there is no balancing loss

@@ -1,4 +1,4 @@
-"""What serves a prompt beside what its gate decides: least gates, and what to do with a prompt that it is unsure of.
+"""What serves a prompt: gates from needs, least gates, and what to do with a prompt that its gate is unsure of.
 
 Shapes: ... any leading dimensions, E experts, A = E − 1 axes; the generalist is expert 0.
 """
@@ -14,18 +14,23 @@ from torch import Tensor
 from alignx_ds.mocae.settings import ALL, GateSettings
 
 
-def with_generalist(needed: Tensor) -> Tensor:
-    """The axes' gates of needs [..., A] -> [..., E]: the generalist has what is left to one, which may be negative."""
-    return torch.cat([1 - needed.sum(-1, keepdim=True), needed], dim=-1)
+def gates_of_needs(needs: Tensor) -> Tensor:
+    """Needs r [..., A] in [0, 1] -> gates [..., E] ≥ 0 that sum to one: r / max(1, Σ r); the generalist has the rest.
+
+    Needs of one in all, or less, are gates as they are. More than that share a prompt: two whole needs have ½ each.
+    The mean of the needed experts' differences from the base serves better than their sum (docs/results.md).
+    """
+    total = needs.sum(-1, keepdim=True)
+    return torch.cat([(1 - total).clamp_min(0), needs / total.clamp_min(1)], dim=-1)
 
 
 @dataclass(frozen=True)
 class ServingRules:
-    """A user's rules, applied to the gates of a decision when it serves, not in training.
+    """A user's rules, applied to the gates of a choice or to needs when they serve, not in training.
 
     First, where the confidence is below `below`, the expert `unsure` serves alone, or with ALL every axis that has
-    queries to the same share. Then every axis gets its floor: in needs its gate is at least that, and the generalist
-    keeps what is left to one; in a choice the floors are set aside and the rest is divided as before.
+    queries to the same share. Then every axis gets its floor: in needs its need is at least that; in a choice the
+    floors are set aside and the rest is divided as before.
     """
 
     floors: tuple[float, ...] = ()  # by expert; empty: none
@@ -49,29 +54,34 @@ class ServingRules:
         most = max(settings.chosen(experts), axes if self.unsure == ALL else 0) + floored
         return min(most, axes) + 1 if settings.kind == "needs" else min(most, experts)
 
-    def __call__(self, gates: Tensor, confidence: Tensor, present: Tensor, kind: str) -> Tensor:
-        """gates [..., E], confidence [...], present [E], 1 for experts with queries -> gates [..., E] that sum to one.
+    def on_gates(self, gates: Tensor, confidence: Tensor, present: Tensor) -> Tensor:
+        """Of a choice: gates [..., E], confidence [...], present [E], 1 for experts with queries -> gates [..., E].
 
-        The host is not synchronised with the device.
+        They sum to one. The host is not synchronised with the device.
         """
         if self.unsure is not None:
-            gates = torch.where((confidence < self.below).unsqueeze(-1), self._instead(gates, present), gates)
+            instead = gates_of_needs(self._instead(present))
+            gates = torch.where((confidence < self.below).unsqueeze(-1), instead.to(gates.dtype), gates)
         if not self.floors:
             return gates
-        columns = list(zip(gates.unbind(-1), self.floors, strict=True))
-        if kind == "needs":
-            axes = torch.stack([gate.clamp_min(floor) for gate, floor in columns[1:]], dim=-1)
-            return with_generalist(axes)
         rest = 1 - sum(self.floors)
+        columns = zip(gates.unbind(-1), self.floors, strict=True)
         return torch.stack([rest * gate + floor for gate, floor in columns], dim=-1)
 
-    def _instead(self, gates: Tensor, present: Tensor) -> Tensor:
-        """[..., E], what serves where the gate is unsure."""
-        instead = torch.zeros_like(gates)
+    def on_needs(self, needs: Tensor, confidence: Tensor, present: Tensor) -> Tensor:
+        """Of needs: needs [..., A] in [0, 1], and confidence and present as above -> needs [..., A] in [0, 1]."""
+        if self.unsure is not None:
+            instead = self._instead(present).to(needs.dtype)
+            needs = torch.where((confidence < self.below).unsqueeze(-1), instead, needs)
+        if not self.floors:
+            return needs
+        columns = zip(needs.unbind(-1), self.floors[1:], strict=True)
+        return torch.stack([need.clamp_min(floor) for need, floor in columns], dim=-1)
+
+    def _instead(self, present: Tensor) -> Tensor:
+        """[A], the needs that serve where the gate is unsure."""
         if isinstance(self.unsure, int):
-            instead[..., self.unsure] = 1.0
-        else:
-            axes = present[1:].to(gates.dtype)
-            instead[..., 1:] = axes / axes.sum().clamp_min(1)
-            instead[..., 0] = 1 - instead[..., 1:].sum(-1)
-        return instead
+            one = torch.zeros_like(present)
+            one[self.unsure] = 1.0
+            return one[1:]
+        return present[1:]

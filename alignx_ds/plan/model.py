@@ -44,7 +44,7 @@ def settings_problems(c: RunConfig) -> Iterator[Problem]:
         yield Problem("gate.unsure", c.gate.unsure, allowed, "choose one of them")
     floors = sum(axis.floor for axis in c.axes.values())
     if c.gate.kind == "choice" and floors > 1:
-        fix = "lower them, or set gate.kind to needs, where gates need not share one"
+        fix = "lower them, or set gate.kind to needs, where they may add up to more"
         yield Problem("axes.*.floor", floors, "floors that add up to at most 1 in a choice", fix)
     for name in sorted(c.gate.more.keys() - CALIBRATORS.keys()):
         known = f"a calibrator of {', '.join(CALIBRATORS) or 'CALIBRATORS, which is empty'}"

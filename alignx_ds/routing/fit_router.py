@@ -19,7 +19,7 @@ from torch import Tensor
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.mocae.gate import CalibratedGate, Query, need_logits
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.mocae.serving import with_generalist
+from alignx_ds.mocae.serving import gates_of_needs
 from alignx_ds.routing.gate_terms import on_prompts
 from alignx_ds.routing.temperature import smoothed_needs
 
@@ -53,7 +53,7 @@ def router_rows(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, b
 
     experts = len(model.config.experts)
     needs, weights = rows.multi_hot(experts), rows.weights()
-    found = on_prompts(model, rows, pad_id, batch, inputs, with_generalist(needs[:, 1:]))
+    found = on_prompts(model, rows, pad_id, batch, inputs, gates_of_needs(needs[:, 1:]))
     return {i: RouterRows(both[:, :-experts], both[:, -experts:], needs, weights) for i, both in found.items()}
 
 

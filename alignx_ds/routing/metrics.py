@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alignx_ds.data.labels import as_sets, set_nll
-from alignx_ds.mocae.gate import Decision, need_logits
+from alignx_ds.mocae.gate import confidence, need_logits
 
 BINS = 15  # equal-width confidence bins of the ECE
 
@@ -43,7 +43,7 @@ def _gaps(forecasts: Tensor, outcomes: Tensor, bins: int) -> Tensor:
 
 def mean_confidence(logits: Tensor, kind: str = "choice") -> float:
     """The mean, over prompts, of a gate's confidence in what it takes for most likely: logits [N, E]."""
-    return float(Decision(logits, logits.double(), kind).confidence().mean())
+    return float(confidence(logits.double(), kind).mean())
 
 
 def axis_overconfidence(forecasts: Tensor, needed: Tensor, bins: int = BINS) -> Tensor:

@@ -107,7 +107,7 @@ def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -
 
 
 def floors(config: RunConfig) -> dict[str, float]:
-    """The least gates by axis, of those that have one."""
+    """The least gates, or needs, by axis, of those that have one."""
     return {name: axis.floor for name, axis in config.axes.items() if axis.floor > 0}
 
 

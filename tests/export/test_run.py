@@ -159,7 +159,9 @@ def test_one_adapter_of_several_experts(
     assert error(logits(adapted, finished_run), logits(dense, finished_run)) < 1e-5
     card = (tmp_path / "out/README.md").read_text()
     assert (
-        "# helpful + honest as a LoRA adapter" in card and "--max-lora-rank 8" in card and "--lora-modules out=" in card
+        "# 0.5 · helpful + 0.5 · honest as a LoRA adapter" in card
+        and "--max-lora-rank 8" in card
+        and "--lora-modules out=" in card
     )
 
 

@@ -56,14 +56,6 @@ def test_every_gate_gets_a_slot_of_its_own_and_pads_get_none(tokens: int, expert
     assert dispatch.padding_fraction == pytest.approx(1 - len(used) / (capacity * experts))
 
 
-def test_a_negative_gate_has_a_route_too() -> None:
-    """Of the generalist, where a prompt needs several axes."""
-    gates = torch.tensor([[-0.6, 0.9, 0.7, 0.0], [0.0, 0.0, 1.0, 0.0]])
-    ids, slots, values = routes_of(gates)[4:7]
-    rebuilt = torch.zeros(2, 5).scatter(1, ids.T % 5, values.T)[:, :4]
-    assert torch.equal(rebuilt, gates) and slots.T[ids.T >= 0].tolist() == [0, 0, 0, 1]
-
-
 def test_padding_is_the_share_of_empty_slots() -> None:
     assert routes_of(one_hot([2] * 8))[0].padding_fraction == pytest.approx(0.75)
     assert routes_of(one_hot([0, 1, 2, 3] * 2))[0].padding_fraction == pytest.approx(0.0)

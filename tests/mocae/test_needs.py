@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.routing_state import Counts
-from alignx_ds.mocae.serving import ServingRules
+from alignx_ds.mocae.serving import ServingRules, gates_of_needs
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.training.losses import gating_terms
 
@@ -54,6 +55,10 @@ def rounded(need: float) -> float:
     return 0.0 if need < NEGLIGIBLE else 1.0 if need > 1 - NEGLIGIBLE else need
 
 
+def shared(needs: list[float]) -> list[float]:
+    return gates_of_needs(torch.tensor(needs)).tolist()
+
+
 QUERY = Query(torch.randn(64, 32, generator=generator(3)), torch.randn(64, EXPERTS, generator=generator(4)))
 
 
@@ -62,9 +67,8 @@ def test_a_need_is_the_logistic_function_of_a_logit_less_the_generalist_s() -> N
     logits = decision.logits.detach().double().numpy()
     needs = expit(logits[:, 1:] - logits[:, :1])
     torch.testing.assert_close(decision.needs().double(), torch.from_numpy(needs), rtol=1e-5, atol=1e-7)
-    assert decision.gates[:, 1:].tolist() == [[rounded(n) for n in row] for row in decision.needs().tolist()]
-    torch.testing.assert_close(decision.gates.sum(-1), torch.ones(64))
-    assert (decision.gates[:, 0] < 0).any() and (decision.gates[:, 0] > 0).any()
+    assert decision.gates.tolist() == [shared([rounded(n) for n in row]) for row in decision.needs().tolist()]
+    assert (decision.gates[:, 0] == 0).any() and (decision.gates[:, 0] > 0).any()
 
 
 def test_the_bias_moves_every_logit() -> None:
@@ -79,11 +83,10 @@ def test_the_bias_moves_every_logit() -> None:
 def test_serving_keeps_the_axes_that_are_needed_most(top_k: int) -> None:
     gate = make(top_k=top_k)
     served, trained = gate(QUERY), gate.train()(QUERY)
-    assert torch.equal(trained.gates[:, 1:], trained.needs())
+    assert torch.equal(trained.gates, gates_of_needs(trained.needs()))
     for row, every in zip(served.gates.tolist(), trained.needs().tolist(), strict=True):
         kept = sorted(every, reverse=True)[:top_k]
-        assert row[1:] == [rounded(need) if need in kept else 0.0 for need in every]
-        assert row[0] == pytest.approx(1 - sum(map(rounded, kept)), abs=1e-6)
+        assert row == shared([rounded(need) if need in kept else 0.0 for need in every])
 
 
 def test_an_axis_without_queries_is_never_needed_and_a_generalist_without_any_is_the_zero() -> None:
@@ -124,13 +127,14 @@ def needs_model(**settings: object) -> AlignXForCausalLM:
 
 @torch.no_grad()
 def test_outputs_are_mixed_in_differences_from_the_base() -> None:
-    """FFN₀ + Σᵢ rᵢ (FFNᵢ − FFN₀), whatever the sum of the r."""
+    """FFN₀ + Σᵢ rᵢ (FFNᵢ − FFN₀) / max(1, Σᵢ rᵢ)."""
     mixture = alignx_layers(needs_model())[0].mixture
     x = torch.randn(2, 5, 32, generator=generator(1))
     needs = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.0, 0.3]])
-    gates = torch.cat([1 - needs.sum(-1, keepdim=True), needs], -1).unsqueeze(1)
+    gates = gates_of_needs(needs).unsqueeze(1)
     each = [mixture(x, torch.eye(EXPERTS)[e].expand(2, 1, -1)) for e in range(EXPERTS)]
-    expected = each[0] + sum(needs[:, i, None, None] * (each[i + 1] - each[0]) for i in range(3))
+    of = needs / torch.tensor([[1.8], [1.0]])
+    expected = each[0] + sum(of[:, i, None, None] * (each[i + 1] - each[0]) for i in range(3))
     assert relative(mixture(x, gates), expected) < 1e-5
     for axes in (None, 3):
         assert relative(mixture(x, gates, EXPERTS, axes=axes), expected) < 1e-5
@@ -147,7 +151,7 @@ def test_the_gathered_factors_of_a_few_axes_give_what_all_factors_give(combine: 
     mixture = alignx_layers(needs_model(combine=combine))[0].mixture
     assert isinstance(mixture, FusedMixture)
     x, needed = torch.randn(2, 5, 32, generator=generator(1)), torch.tensor(needs)
-    gates = torch.cat([1 - needed.sum(-1, keepdim=True), needed], -1).unsqueeze(1)
+    gates = gates_of_needs(needed).unsqueeze(1)
     every = mixture(x, gates)
     counts = Counts.read(gates.squeeze(1))
     gathered: list[RowExpert] = []
@@ -160,18 +164,15 @@ def test_the_gathered_factors_of_a_few_axes_give_what_all_factors_give(combine: 
 
 @torch.no_grad()
 def test_needs_are_rounded_when_they_serve_and_floors_stay() -> None:
-    gates = torch.tensor([[0.0, 0.997, 0.002, 0.001], [0.0, 0.5, 0.989, 0.011]])
-    served = round_needs(gates)
-    expected = torch.tensor([[0.0, 1.0, 0.0, 0.0], [-0.5, 0.5, 0.989, 0.011]])
-    torch.testing.assert_close(served, expected)
-    assert torch.equal(served[0], expected[0]), "one-hot to the last bit"
+    needs = torch.tensor([[0.997, 0.002, 0.001], [0.5, 0.989, 0.011]])
+    assert torch.equal(round_needs(needs), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.989, 0.011]]))
     geometry = random_geometry(6, 1)
     floored = CalibratedGate(geometry, GateSettings(kind="needs"), ServingRules(floors=(0, 0, 0.005, 0))).eval()
     with torch.no_grad():
         floored.router.weight.normal_(generator=generator(2)).mul_(3)
-    found = floored(QUERY).gates
-    assert (found[:, 2] >= 0.005).all() and (found[:, 2] == 0.005).any()
-    assert torch.equal(floored.train()(QUERY).gates[:, 1:], floored(QUERY).needs())
+    found, needs = floored(QUERY).gates, floored(QUERY).needs()
+    assert (found[:, 2] > 0).all() and (found[needs.argmin(-1) == 1, 2] > 0.002).all()
+    assert torch.equal(floored.train()(QUERY).gates, gates_of_needs(needs))
 
 
 @pytest.mark.parametrize("combine", ["outputs", "weights"])
@@ -200,14 +201,14 @@ def test_a_prompt_that_needs_one_axis_takes_a_choice_s_path(combine: str, monkey
 @torch.no_grad()
 def test_merged_weights_are_the_base_s_plus_the_weighted_changes() -> None:
     model, needs = needs_model(combine="weights"), torch.tensor([0.9, 0.8, 0.1])
-    gates = torch.cat([1 - needs.sum().view(1), needs]).expand(3, -1)
+    gates = gates_of_needs(needs).expand(3, -1)
     merged, table = copy.deepcopy(BASE), table_of(BASE)
     for index, layer in zip(ALIGNX_LAYERS, alignx_layers(model), strict=True):
         layer.calibration.reinjection.zero_()
         ffn = table.view(table.ffn_of(merged, index))
         for p in PROJECTIONS:
             for need, factors in zip(needs, layer.mixture.factors()[1:], strict=True):
-                ffn.projection(p).weight += need * factors.delta(p)
+                ffn.projection(p).weight += need / 1.8 * factors.delta(p)
     expected = merged(IDS, MASK).logits[MASK.bool()]
     assert relative(model(IDS, MASK, forced=gates).logits[MASK.bool()], expected) < 1e-5
     assert relative(needs_model()(IDS, MASK, forced=gates).logits[MASK.bool()], expected) > 1e-3
@@ -238,6 +239,22 @@ def test_both_paths_are_one_function(scope: str, training: bool) -> None:
     for other, expected in zip(*reversed(routers), strict=True):
         assert expected is not None and other is not None and expected.any()
         assert relative(other, expected) < 1e-4
+
+
+@pytest.mark.parametrize("path", PATHS)
+@torch.no_grad()
+def test_whole_needs_that_a_gate_decides_are_served_as_the_same_needs_forced(path: str) -> None:
+    """Two needs and three, beside one and none: on each path as on the fused one with the gates given."""
+    needs = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.5, 0.25]])
+    model = needs_model(placement=PATHS[path])
+    (gate,) = gates_of(model).values()
+    decide = gate.register_forward_hook(lambda _, __, decision: replace(decision, gates=gates_of_needs(needs)))
+    decided = model(IDS, MASK).logits[MASK.bool()]
+    decide.remove()
+    forced = torch.tensor([[0.0, 0.5, 0.0, 0.5], [0.0, *[1 / 3] * 3], [0.25, 0.0, 0.5, 0.25]])
+    assert relative(decided, needs_model()(IDS, MASK, forced=forced).logits[MASK.bool()]) < 1e-5
+    one_by_one = [needs_model()(IDS[[i]], MASK[[i]], forced=forced[[i]]).logits[0] for i in range(3)]
+    assert relative(decided, torch.stack(one_by_one)[MASK.bool()]) < 1e-5
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from tiny_models import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from alignx_ds.mocae.gate import CalibratedGate, Query
+from alignx_ds.mocae.gate import CalibratedGate, Query, round_needs
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
-from alignx_ds.mocae.serving import ServingRules
+from alignx_ds.mocae.serving import ServingRules, gates_of_needs
 from alignx_ds.mocae.settings import ALL, GateSettings
 
 KINDS = ("choice", "needs")
@@ -40,6 +40,32 @@ def make(kind: str, absent: tuple[int, ...] = (), **rules: object) -> Calibrated
         gate.router.weight.copy_(torch.randn(gate.router.weight.shape, generator=generator(2)))
         gate.calibration_temperature.fill_(0.7)
     return gate
+
+
+@pytest.mark.parametrize(
+    ("needs", "gates"),
+    [
+        ([0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]),
+        ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]),
+        ([1.0, 0.0, 1.0], [0.0, 0.5, 0.0, 0.5]),
+        ([0.5, 0.125, 0.25], [0.125, 0.5, 0.125, 0.25]),
+        ([0.5, 0.5, 0.0], [0.0, 0.5, 0.5, 0.0]),
+        ([1.0, 0.5, 0.5], [0.0, 0.5, 0.25, 0.25]),
+    ],
+    ids=["none", "one", "two", "less than one in all", "one in all", "two in all"],
+)
+def test_whole_needs_share_a_prompt_and_small_ones_are_gates_as_they_are(
+    needs: list[float], gates: list[float]
+) -> None:
+    assert gates_of_needs(torch.tensor(needs)).tolist() == gates
+
+
+def test_gates_of_needs_are_never_negative_and_the_generalist_has_none_beside_a_whole_need() -> None:
+    needs = torch.rand(999, 3, generator=generator(5))
+    needs[::3, 1] = 1.0
+    gates = gates_of_needs(needs)
+    assert (gates >= 0).all() and not gates[::3, 0].any()
+    torch.testing.assert_close(gates.sum(-1), torch.ones(999))
 
 
 @torch.no_grad()
@@ -74,19 +100,26 @@ def test_all_axes_are_those_that_have_queries() -> None:
     torch.testing.assert_close(gates, torch.tensor([0, 0, 0.5, 0.5]).expand(64, -1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FLOORS = (0.0, 0.0, 0.3, 0.1)
+
+
 @torch.no_grad()
-def test_floors_are_least_gates_and_training_knows_none(kind: str) -> None:
-    floors = (0.0, 0.0, 0.3, 0.1)
-    gate, plain = make(kind, floors=floors), make(kind)(QUERY).gates
+def test_in_a_choice_floors_are_least_gates() -> None:
+    gate, plain = make("choice", floors=FLOORS), make("choice")(QUERY).gates
     gates = gate(QUERY).gates
-    assert (gates >= torch.tensor([-9.0, 0.0, 0.3, 0.1]) - 1e-6).all()
+    assert (gates >= torch.tensor(FLOORS) - 1e-6).all()
     torch.testing.assert_close(gates.sum(-1), torch.ones(64))
-    for row, before in zip(gates.tolist(), plain.tolist(), strict=True):
-        pairs = list(zip(before[1:], floors[1:], strict=True))
-        axes = [max(g, f) for g, f in pairs] if kind == "needs" else [f + 0.6 * g for g, f in pairs]
-        assert row[1:] == pytest.approx(axes, abs=1e-6)
-    assert torch.equal(gate.train()(QUERY).gates, make(kind).train()(QUERY).gates)
+    torch.testing.assert_close(gates, torch.tensor(FLOORS) + 0.6 * plain)
+    assert torch.equal(gate.train()(QUERY).gates, make("choice").train()(QUERY).gates)
+
+
+@torch.no_grad()
+def test_in_needs_floors_are_least_needs_before_these_share_a_prompt() -> None:
+    gate = make("needs", floors=FLOORS)
+    floored = torch.maximum(round_needs(gate(QUERY).needs()), torch.tensor(FLOORS[1:]))
+    assert (floored.sum(-1) > 1).any() and (floored.sum(-1) < 1).any()
+    assert torch.equal(gate(QUERY).gates, gates_of_needs(floored))
+    assert torch.equal(gate.train()(QUERY).gates, make("needs").train()(QUERY).gates)
 
 
 @pytest.mark.parametrize("unsure", ["", "harmless", ALL])
@@ -100,7 +133,8 @@ def test_both_paths_and_a_saved_model_keep_the_rules(kind: str, unsure: str, tmp
     fused = made(None)
     logits = fused(IDS, MASK).logits
     gates: Tensor = next(iter(fused.routing.decisions.values())).gates
-    assert (gates[:, 2] >= 0.3 - 1e-6).all()
+    least = 0.3 if kind == "choice" else 0.3 / (0.3 + 1 + 1)  # beside two whole needs
+    assert (gates[:, 2] >= least - 1e-6).all()
     expected = aligned(BASE, low_rank_experts(BASE), kind=kind)(IDS, MASK, forced=gates).logits
     assert relative(logits[MASK.bool()], expected[MASK.bool()]) < 1e-5, "no gate is left out by a count"
     assert relative(made(Placement(1, 0))(IDS, MASK).logits[MASK.bool()], logits[MASK.bool()]) < 1e-5

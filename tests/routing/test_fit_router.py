@@ -10,7 +10,7 @@ from torch import Tensor
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.gate import need_logits
 from alignx_ds.mocae.layer import gates_of
-from alignx_ds.mocae.serving import with_generalist
+from alignx_ds.mocae.serving import gates_of_needs
 from alignx_ds.routing.fit_router import RouterRows, fit_router, router_rows
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 
@@ -74,11 +74,6 @@ def test_rows_told_apart_without_a_fault_have_a_finite_fit_and_an_absent_expert_
     assert all(torch.isfinite(t).all() for t in router.values())
 
 
-def test_the_needed_axes_are_added_to_the_base() -> None:
-    needs = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1], [0, 1, 1, 1]])
-    assert with_generalist(needs[:, 1:]).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [-1, 1, 0, 1], [-2, 1, 1, 1]]
-
-
 @pytest.mark.parametrize("scope", ["shared", "per_layer"])
 def test_the_rows_of_a_router_are_those_of_the_gates(scope: str) -> None:
     """Latents and offsets give the gate's logits; a gate above other layers sees the needed experts' work."""
@@ -93,7 +88,7 @@ def test_the_rows_of_a_router_are_those_of_the_gates(scope: str) -> None:
     inputs, router = found[lowest], gates[lowest].router
     torch.testing.assert_close(router(inputs.latents) + inputs.offsets, sum_of(terms[lowest]))
     for i, example in enumerate(examples):
-        forced = with_generalist(inputs.needs[i : i + 1, 1:])
+        forced = gates_of_needs(inputs.needs[i : i + 1, 1:])
         model(torch.tensor([example.ids[: example.prompt_length]]), forced=forced)
         for layer, gate in gates.items():
             latent = gate.latent(model.routing.queries[layer])[0]
