@@ -38,3 +38,15 @@ def test_the_claims_quote_the_real_rows() -> None:
     for system, value in quoted:
         assert float(value) == pytest.approx(100 - systems[system.lower()]["harmless"], abs=0.051), system
     assert f"{dict(quoted)['AlignX']} % unsafe" in read("README.md")
+
+
+def test_the_readme_quotes_the_seeds_of_several_needs() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/world-needs-seeds.json").read_text())
+    tables = [(figures["systems"], "avg"), *((figures["sets"][name], "score") for name in ("composites", "dialogues"))]
+    said = read("README.md").partition("**Several needs at once.**")[2].partition("\n\n")[0]
+    quoted = re.findall(r"\d+\.\d", said)
+    means = [f"{table[system][key]['mean']:.1f}" for system in ("alignx", "mixed", "h3fusion") for table, key in tables]
+    assert quoted == means
+    for table, key in tables:
+        assert max(figures["systems"], key=lambda system: table[system][key]["mean"]) == "alignx"
+    assert len(figures["systems"]) == 12 and "the best of twelve systems" in said
