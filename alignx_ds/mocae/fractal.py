@@ -11,8 +11,37 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, unflatten
+
+
+class Masses(NamedTuple):
+    """Each expert's log mass and its score, with what they need of the anchors and scales alone computed once."""
+
+    flat: Tensor  # [E·M, f], the anchors
+    lengths: Tensor  # [E·M], their squared norms
+    squares: Tensor  # [S], of the scales
+    slope: Tensor  # [S], the logarithms of the scales less their mean
+    spread: Tensor  # [], the slope's squared norm
+    size: tuple[int, int]  # (E, M)
+
+    @classmethod
+    def of(cls, anchors: Tensor, scales: Tensor) -> Masses:
+        """anchors [E, M, f], scales [S]."""
+        flat, slope = anchors.flatten(0, 1), scales.log() - scales.log().mean()
+        size = (anchors.shape[0], anchors.shape[1])
+        return cls(flat, flat.square().sum(-1), scales.square(), slope, slope.square().sum(), size)
+
+    def log_mass(self, z: Tensor) -> Tensor:
+        """As the function `log_mass`."""
+        squared = z.square().sum(-1, keepdim=True) + self.lengths - 2 * (z @ self.flat.T)
+        squared = unflatten(squared.clamp_min(0), -1, self.size)
+        exponents = -0.5 * squared.unsqueeze(-1) / self.squares
+        return exponents.logsumexp(-2) - math.log(self.size[1])
+
+    def score(self, z: Tensor, dimensions: Tensor) -> Tensor:
+        """As the function `fractal_score`."""
+        mass = self.log_mass(z)
+        return mass.mean(-1) - ((mass * self.slope).sum(-1) / self.spread - dimensions).abs()
 
 
 def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
@@ -20,11 +49,7 @@ def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
 
     z [..., f], anchors [E, M, f], scales [S], in units of the latent space -> [..., E, S], at most 0.
     """
-    flat = anchors.flatten(0, 1)
-    squared = z.square().sum(-1, keepdim=True) + flat.square().sum(-1) - 2 * (z @ flat.T)
-    squared = torch.unflatten(squared.clamp_min(0), -1, anchors.shape[:2])
-    exponents = -0.5 * squared.unsqueeze(-1) / scales.square()
-    return exponents.logsumexp(-2) - math.log(anchors.shape[1])
+    return Masses.of(anchors, scales).log_mass(z)
 
 
 def local_dimension(mass: Tensor, scales: Tensor) -> Tensor:
@@ -38,8 +63,7 @@ def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor
 
     z [..., f], anchors [E, M, f], scales [S], dimensions [E] -> [..., E].
     """
-    mass = log_mass(z, anchors, scales)
-    return mass.mean(-1) - (local_dimension(mass, scales) - dimensions).abs()
+    return Masses.of(anchors, scales).score(z, dimensions)
 
 
 class MeanShift(NamedTuple):

@@ -73,21 +73,20 @@ class FusedMixture(nn.Module):
     def forward(
         self,
         x: Tensor,
-        gates: Tensor,
+        gates: Tensor | kernels.Rows,
         count: int | None = None,
         gathered: list[RowExpert] | None = None,
-        experts: Tensor | None = None,
         axes: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor | kernels.Unfinished:
         """x [B, T, d], gates [B, T or 1, E] fp32 that sum to one over E -> [B, T, d] in the dtype of x.
 
         `count` is an upper bound of the non-zero gates per row, `axes` of the specialists' among them; None where it is
         not known. `gathered` is what `gather` returned for these gates, or an empty list, which is filled with it.
-        `experts` [B] int32 holds the only expert of each row; with it the Triton kernels run, so it is for calls that
-        `kernels.supported` accepts.
+        For rows of one expert each the Triton kernels run. Their output is unfinished: the output calibration finishes
+        it, or `kernels.finished`.
         """
-        if experts is not None:
-            return kernels.mixture(x, self._base[0], self, experts)
+        if isinstance(gates, kernels.Rows):
+            return kernels.mixture(x, self._base[0], self, gates)
         if count is None:
             count = self.num_experts
         few = self.fewer_by_row(1, count, axes)

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.mocae.fractal import fractal_score
+from alignx_ds.mocae.fractal import Masses
 from alignx_ds.mocae.geometry import Geometry
-from alignx_ds.mocae.natural import distances, natural_score
+from alignx_ds.mocae.natural import Gaussians, distances
 from alignx_ds.mocae.serving import ServingRules, gates_of_needs
 from alignx_ds.mocae.settings import GateSettings
 
@@ -71,6 +72,39 @@ class Router(nn.Linear):
         return linear(z.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
+class Constants(NamedTuple):
+    """What the terms need of the geometry and the settings alone, n terms."""
+
+    geometry: Geometry  # fp32
+    masses: Masses
+    gaussians: Gaussians
+    shift: Tensor  # [n, 1]; a term is (its score − shift)·weight/scale
+    weight: Tensor
+    scale: Tensor
+    present: Tensor  # [E] bool, whether the expert has queries
+    otherwise: Tensor  # [E], the terms of one that has none
+
+    @classmethod
+    def of(cls, geometry: Geometry, settings: GateSettings) -> Constants:
+        g = Geometry.from_tensors({name: tensor.float() for name, tensor in geometry.tensors().items()})
+        others = list(settings.more.values())
+        one = g.score_shift.new_ones(1)
+        rest = one.new_ones(1 + len(others))
+        otherwise = torch.full_like(g.present, NEVER)
+        if settings.kind == "needs":
+            otherwise[0] = 0.0
+        return cls(
+            geometry=g,
+            masses=Masses.of(g.anchors, g.scales),
+            gaussians=Gaussians.of(g.means, g.whiteners),
+            shift=torch.cat([0 * one, g.score_shift, 0 * rest]).unsqueeze(-1),
+            weight=g.centre.new_tensor([1.0, settings.fractal, settings.natural, settings.lexical, *others])[:, None],
+            scale=torch.cat([settings.temperature * one, g.score_scale, rest]).unsqueeze(-1),
+            present=g.present > 0,
+            otherwise=otherwise,
+        )
+
+
 class CalibratedGate(nn.Module):
     """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
 
@@ -99,20 +133,29 @@ class CalibratedGate(nn.Module):
         for name, tensor in geometry.tensors().items():
             self.register_buffer(name, tensor.float().clone())
         self.register_buffer("calibration_temperature", torch.ones((), dtype=torch.float32))
+        self._constants: tuple[object, Constants] | None = None  # with the versions of their sources
 
     @property
     def geometry(self) -> Geometry:
         """The buffers as a geometry, shared with the gate."""
         return Geometry.from_tensors(dict(self.named_buffers(recurse=False)))
 
+    def constants(self) -> Constants:
+        """Computed again only after a change of the geometry or the settings."""
+        sources = [(t.data_ptr(), t._version) for t in self._buffers.values() if t is not None], self.settings
+        if self._constants is None or self._constants[0] != sources:
+            self._constants = (sources, Constants.of(self.geometry, self.settings))
+        return self._constants[1]
+
     def latent(self, query: Query) -> Tensor:
         """z = P(features − μ), [..., k] fp32: the query in the gate's whitened latent space."""
-        return (query.features.float() - self.geometry.centre.float()) @ self.geometry.projection.float().T
+        g = self.constants().geometry
+        return (query.features.float() - g.centre) @ g.projection.T
 
     def distance(self, query: Query) -> Tensor:
         """[...] fp32: how far the query is from the nearest expert's own queries, about 1 for a typical one of them."""
-        g = self.geometry
-        every = distances(self.latent(query), g.means.float(), g.whiteners.float())
+        g = self.constants().geometry
+        every = distances(self.latent(query), g.means, g.whiteners)
         return every.masked_fill(g.present == 0, torch.inf).amin(-1)
 
     @property
@@ -126,22 +169,20 @@ class CalibratedGate(nn.Module):
         In every term an expert without queries of its own has NEVER, so that its gate is zero; in needs, where the
         generalist is what the axes are compared with, its terms are then 0.
         """
-        g, z = self.geometry, self.latent(query)
-        fractal = fractal_score(
-            z[..., : g.anchors.shape[-1]], g.anchors.float(), g.scales.float(), g.dimensions.float()
-        )
-        natural = natural_score(z, g.means.float(), g.whiteners.float(), g.log_volumes.float())
-        terms = {
-            "linear": self.router(z) / self.settings.temperature,
-            "fractal": self.settings.fractal * (fractal - g.score_shift[0]) / g.score_scale[0],
-            "natural": self.settings.natural * (natural - g.score_shift[1]) / g.score_scale[1],
-            "lexical": self.settings.lexical * query.words.float(),
-        }
-        terms |= {name: weight * CALIBRATORS[name](z, g, query) for name, weight in self.settings.more.items()}
-        without_queries = torch.full_like(g.present, NEVER)
-        if self.settings.kind == "needs":
-            without_queries[0] = 0.0
-        return {name: torch.where(g.present > 0, term, without_queries) for name, term in terms.items()}
+        return dict(zip(self.terms, self._parts(query).unbind(0), strict=True))
+
+    def _parts(self, query: Query) -> Tensor:
+        """The same as one tensor [n, ..., E]."""
+        c, z = self.constants(), self.latent(query)
+        scores = [
+            self.router(z),
+            c.masses.score(z[..., : c.geometry.anchors.shape[-1]], c.geometry.dimensions),
+            c.gaussians.score(z, c.geometry.log_volumes),
+            query.words.float(),
+            *(CALIBRATORS[name](z, c.geometry, query) for name in self.settings.more),
+        ]
+        terms = (torch.stack(scores, dim=-2) - c.shift) * c.weight / c.scale
+        return torch.where(c.present, terms, c.otherwise).movedim(-2, 0)
 
     def calibrators_alone(self, query: Query) -> Tensor:
         """[..., E] fp32: the sum of all terms but the linear router's."""
@@ -152,16 +193,16 @@ class CalibratedGate(nn.Module):
 
         In needs this is done to the needs, which are also rounded before the rules, and become gates last.
         """
-        logits = torch.stack(list(self.parts(query).values())).sum(0) / self.calibration_temperature.float()
+        logits = self._parts(query).sum(0) / self.calibration_temperature.float()
         kind, k = self.settings.kind, self.settings.chosen(logits.shape[-1])
         every = logits.softmax(-1) if kind == "choice" else need_logits(logits).sigmoid()
         if self.training:
             return Decision(every if kind == "choice" else gates_of_needs(every), logits, kind)
-        sure, present = confidence(logits, kind), self.geometry.present
-        if kind == "choice":
-            return Decision(self.rules.on_gates(keep_top(every, k), sure, present), logits, kind)
-        needs = self.rules.on_needs(round_needs(keep_largest(every, k)), sure, present)
-        return Decision(gates_of_needs(needs), logits, kind)
+        kept = keep_top(every, k) if kind == "choice" else round_needs(keep_largest(every, k))
+        if self.rules.change:
+            apply = self.rules.on_gates if kind == "choice" else self.rules.on_needs
+            kept = apply(kept, confidence(logits, kind), self.geometry.present)
+        return Decision(kept if kind == "choice" else gates_of_needs(kept), logits, kind)
 
 
 def keep_top(gates: Tensor, k: int) -> Tensor:

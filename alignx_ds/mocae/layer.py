@@ -51,35 +51,38 @@ class AlignXLayer(nn.Module):
         """x [B, T, d] -> [B, T, d] in the dtype of x; the routing of the forward pass is read and added to."""
         routing = self._forward_pass.routing
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
-        gates = self._gates(x, routing)
-        mask = self._forward_pass.token_mask
-        count, axes = self._counts(gates, routing)
-        experts = self._only_experts(x, gates, count, routing)
+        rows = routing.rows.get(self.gate_layer)
+        if rows is None or not rows.serve(x):
+            gates = self._gates(x, routing)
+            count, axes = self._counts(gates, routing)
+            rows = self._rows(x, gates, count, routing)
         # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
+        if rows is not None:
+            unfinished: kernels.Unfinished = self.mixture(x, rows)
+            if self.calibration is None:
+                return kernels.finished(unfinished)
+            whole: Tensor = self.calibration(unfinished, tables=routing.tables.setdefault(self.index, []))
+            return whole
+        mask = self._forward_pass.token_mask
         if isinstance(self.mixture, ParallelMixture):
             y: Tensor = self.mixture(x, gates, mask)
-        elif experts is not None:
-            y = self.mixture(x, gates, count, experts=experts)
         else:
             y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
         if self.calibration is None:
             return y
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
-        tables = routing.tables.setdefault(self.index, []) if experts is not None else None
-        calibrated: Tensor = self.calibration(y, gates, mask, count, steps, experts, tables)
+        calibrated: Tensor = self.calibration(y, gates, mask, count, steps)
         return calibrated
 
-    def _only_experts(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> Tensor | None:
-        """[B] int32, the only expert of each row, where the Triton kernels can run; kept with the KV cache."""
+    def _rows(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> kernels.Rows | None:
+        """The only expert of each row, where the Triton kernels can run; kept with the KV cache."""
         mixture = self.mixture
         if isinstance(mixture, ParallelMixture) or not kernels.supported(x, gates, count, mixture.activation):
             return None
-        found = routing.experts.get(self.gate_layer)
-        if found is None or found.device != x.device:
-            found = gates.squeeze(1).argmax(-1).int()
-            routing.experts[self.gate_layer] = found
-        return found
+        made = kernels.Rows(gates.squeeze(1).argmax(-1).int())
+        routing.rows[self.gate_layer] = made
+        return made
 
     def _counts(self, gates: Tensor, routing: Routing) -> tuple[int | None, int | None]:
         """Upper bounds of a row's non-zero gates and, in needs, of the axes among them; None where they are unknown."""
@@ -108,7 +111,7 @@ class AlignXLayer(nn.Module):
             query = Query(prompt_summary(x, routing.query_mask), routing.words.to(x.device))
             routing.decide(self.gate_layer, query, self.gate)
         gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
-        return gates.unsqueeze(1).to(x.device)
+        return (gates if gates.device == x.device else gates.to(x.device)).unsqueeze(1)
 
 
 def freeze_trunk(model: nn.Module, *, experts: bool = True) -> None:

@@ -43,7 +43,7 @@ class Lexicon(nn.Module):
         The occurrences of a bucket share its value equally. The shares and the bias add up to the scores.
         """
         buckets, inside = ngrams(ids, mask.to(ids.device))
-        times = bucket_counts(ids, mask.to(ids.device)).gather(1, buckets).clamp_min(1)  # count of each one's bucket
+        times = _counts(buckets, inside).gather(1, buckets).clamp_min(1)  # count of each one's bucket
         worth = (1 + times.log()) * self.rarity.float()[buckets] * inside
         length = (worth.square() / times).sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
         shares: Tensor = self.weights.float()[:, buckets] * (worth / times / length)
@@ -63,5 +63,8 @@ def ngrams(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def bucket_counts(ids: Tensor, mask: Tensor) -> Tensor:
     """How often each bucket occurs within the mask: ids, mask [B, T] -> [B, H] fp32."""
-    buckets, inside = ngrams(ids, mask)
-    return inside.new_zeros(len(ids), BUCKETS).scatter_add_(1, buckets, inside)
+    return _counts(*ngrams(ids, mask))
+
+
+def _counts(buckets: Tensor, inside: Tensor) -> Tensor:
+    return inside.new_zeros(len(buckets), BUCKETS).scatter_add_(1, buckets, inside)

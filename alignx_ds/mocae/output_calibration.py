@@ -78,8 +78,8 @@ class OutputCalibration(nn.Module):
 
     def tables(self) -> kernels.Tables:
         """The step's parts under every expert, computed again only after a change of the tensors that they need."""
-        sources = (self.strengths, self.centre, self.projection, self.means, self.anchors, self.scales)
-        versions = [(t.data_ptr(), t._version) for t in sources]
+        sources = (self._parameters["strengths"], *self._buffers.values())  # attributes of modules take the host longer
+        versions = [(t.data_ptr(), t._version) for t in sources if t is not None]
         if self._tables is None or self._tables[0] != versions:
             experts = len(self.means)
             p = self.gated_step(torch.eye(experts, device=self.means.device).unsqueeze(1), count=1)
@@ -97,24 +97,25 @@ class OutputCalibration(nn.Module):
 
     def forward(
         self,
-        y: Tensor,
-        gates: Tensor,
+        y: Tensor | kernels.Unfinished,
+        gates: Tensor | None = None,
         token_mask: Tensor | None = None,
         count: int | None = None,
         steps: list[GatedStep] | None = None,
-        experts: Tensor | None = None,
         tables: list[kernels.Tables] | None = None,
     ) -> Tensor:
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> ỹ [B, T, d] in the dtype of y.
 
         `count` is that of `gated_step`. `steps` holds what `gated_step` returned for these gates, or is an empty list,
-        which is filled with it. With `experts` [B] int32, the only expert of each row, the Triton kernels run on
-        `tables` instead, which holds what `tables()` returned or is an empty list, which is filled with it.
+        which is filled with it. An unfinished y needs no gates: it is finished by the Triton kernels, which run on
+        `tables`. This holds what `tables()` returned or is an empty list, which is filled with it.
         """
-        if experts is not None and tables is not None:
+        if isinstance(y, kernels.Unfinished):
+            assert tables is not None
             if not tables:
                 tables.append(self.tables())
-            return kernels.calibrate(y, self.projection.float(), self.reinjection.float(), tables[0], experts)
+            return kernels.calibrate(y, self.projection.float(), self.reinjection.float(), tables[0])
+        assert gates is not None
         p = steps[0] if steps else self.gated_step(gates.float(), count)
         if steps is not None and not steps:
             steps.append(p)

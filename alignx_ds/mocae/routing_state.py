@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alignx_ds.mocae.fused import RowExpert
 from alignx_ds.mocae.gate import Decision, Query
-from alignx_ds.mocae.kernels import Tables
+from alignx_ds.mocae.kernels import Rows, Tables
 from alignx_ds.mocae.output_calibration import GatedStep
 
 PerRow = TypeVar("PerRow", Query, Decision)
@@ -44,7 +44,7 @@ class Routing:
     # By the index of the decoder layer that holds the gate:
     queries: dict[int, Query] = field(default_factory=dict)
     decisions: dict[int, Decision] = field(default_factory=dict)
-    experts: dict[int, Tensor] = field(default_factory=dict)  # [B] int32, the only expert of each row
+    rows: dict[int, Rows] = field(default_factory=dict)  # where the Triton kernels run
     counts: dict[int, Counts] = field(default_factory=dict)
     # By the index of the AlignX layer, while decoding: what its gates alone determine.
     gathered: dict[int, list[RowExpert]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Routing:
     def asked_again(self, query_mask: Tensor, words: Tensor, asked: Tensor) -> Routing:
         """The routing of a pass in which the rows `asked` [B] bool begin a user turn: the others' decisions stay.
 
-        Nothing that the earlier gates determined is kept: counts, experts, gathered factors, steps and tables.
+        Nothing that the earlier gates determined is kept: counts, rows, gathered factors, steps and tables.
         """
         earlier = {layer: (self.queries[layer], decision) for layer, decision in self.decisions.items()}
         words = torch.where(asked.unsqueeze(-1), words, self.words.to(words.device))

@@ -54,6 +54,11 @@ class ServingRules:
         most = max(settings.chosen(experts), axes if self.unsure == ALL else 0) + floored
         return min(most, axes) + 1 if settings.kind == "needs" else min(most, experts)
 
+    @property
+    def change(self) -> bool:
+        """Whether they can change anything."""
+        return self.unsure is not None or bool(self.floors)
+
     def on_gates(self, gates: Tensor, confidence: Tensor, present: Tensor) -> Tensor:
         """Of a choice: gates [..., E], confidence [...], present [E], 1 for experts with queries -> gates [..., E].
 

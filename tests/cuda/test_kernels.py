@@ -61,10 +61,9 @@ def test_the_mixture(device: str, dtype: torch.dtype, shape: tuple[int, int], ac
     chosen = torch.randint(0, 4, (shape[0],), generator=source)
     gates = nn.functional.one_hot(chosen, 4).float().unsqueeze(1).to(device)
     assert kernels.supported(x, gates, 1, activation)
-    found = mixture(x, gates, 1, experts=chosen.int().to(device))
-    expected = mixture._one_expert(x, gates.to(dtype))
-    assert relative(found, expected) < LIMITS[dtype]
-    alone = mixture(x[-1:], gates[-1:], 1, experts=chosen[-1:].int().to(device))
+    found = kernels.finished(mixture(x, kernels.Rows(chosen.int().to(device))))
+    assert relative(found, mixture(x, gates, 1)) < LIMITS[dtype]
+    alone = kernels.finished(mixture(x[-1:], kernels.Rows(chosen[-1:].int().to(device))))
     assert relative(alone, found[-1:]) < LIMITS[dtype]  # independent of its neighbours
 
 
@@ -75,12 +74,13 @@ def test_the_output_calibration(device: str, dtype: torch.dtype, shape: tuple[in
     calibration = OutputCalibration(random_geometry(LATENT, seed=3, d=HIDDEN), 0.6, 0.4).eval().to(device)
     source = generator(4)
     calibration.reinjection.copy_(0.3 * torch.randn(HIDDEN, LATENT, generator=source))
-    y = torch.randn(*shape, HIDDEN, generator=source).to(device, dtype)
+    mixture, x = layer(device, dtype, nn.SiLU()), torch.randn(*shape, HIDDEN, generator=source).to(device, dtype)
     chosen = torch.randint(0, 4, (shape[0],), generator=source)
     gates = nn.functional.one_hot(chosen, 4).float().unsqueeze(1).to(device)
     tables: list[kernels.Tables] = []
-    found = calibration(y, gates, count=1, experts=chosen.int().to(device), tables=tables)
+    found = calibration(mixture(x, kernels.Rows(chosen.int().to(device))), tables=tables)
     assert len(tables) == 1 and calibration.tables() is tables[0]
+    y = mixture(x, gates, 1)
     assert relative(found, calibration(y, gates, count=1)) < LIMITS[dtype]
     assert relative(found, y) > 2 * LIMITS[dtype]  # it has an effect
 
