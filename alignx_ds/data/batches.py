@@ -66,14 +66,17 @@ def pad(rows: Sequence[list[int]], pad_id: int, side: Side, multiple: int = 1) -
     return batch.input_ids, batch.attention_mask
 
 
-def pack(examples: list[Example], pad_id: int) -> Batch:
-    """Several examples a line, in lines as wide as the longest example; no example attends to another.
+def pack(examples: list[Example], pad_id: int, multiple: int = 1, limit: int = 0) -> Batch:
+    """Several examples a line; no example attends to another.
+
+    Lines are as wide as the longest example, or a `multiple` above it, but then at most `limit` wide.
 
     Position ids start at 0 for each example, and for the padding. transformers masks attention between the examples
     by these starts, if the model is called without an attention mask.
     """
     assert all(e.prompt_length for e in examples), "a row's first token can't be predicted, so it has no label"
-    width = max(len(e.ids) for e in examples)
+    longest = max(len(e.ids) for e in examples)
+    width = max(longest, min(-(-longest // multiple) * multiple, limit))
     lines = _first_fit_decreasing(examples, width)
     batch = _empty_batch(len(lines), width, pad_id)
     positions = torch.zeros_like(batch.input_ids)

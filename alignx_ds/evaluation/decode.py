@@ -17,6 +17,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from alignx_ds.mocae import kv_cache
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.runtime import attention
 
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
@@ -84,6 +85,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False, captured: bool = True) -> None:
+        attention.avoid_planning()
         self.model, self.compiled = model.eval(), compiled
         self.step: Step = self._step
         if compiled:

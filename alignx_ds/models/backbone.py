@@ -22,6 +22,7 @@ from alignx_ds.models.pretrained import MODEL, NO_CODE, NO_PICKLE, model_type, r
 from alignx_ds.models.registration import MODEL_TYPE
 from alignx_ds.models.stored import not_finite, read_headers, weight_files
 from alignx_ds.models.tokenizer import vocabulary_problem
+from alignx_ds.runtime import attention
 
 ALIGNED = "an aligned model that this version can read"
 ALIGN_AGAIN = "run `alignx-ds align` again"
@@ -32,6 +33,7 @@ def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | s
 
     Raises ConfigError for the key where the directory holds no such model, or only a part of one.
     """
+    attention.avoid_planning()
     with reading(key, given, "model"):
         found: tuple[PreTrainedModel, dict[str, Any]]
         found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
@@ -74,6 +76,7 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     Raises ConfigError when its files can't be read, or don't hold every weight of today's modules.
     """
     given = str(directory)
+    attention.avoid_planning()
     with reading("model", given, "config.json", ALIGNED, f"another version wrote it; {ALIGN_AGAIN}"):
         config = AlignXConfig.from_pretrained(directory, **NO_CODE)
         _check_settings(config.gate_settings())

@@ -16,7 +16,7 @@ from alignx_ds.data.batches import MicroBatch, collate, pack
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches, share
 from alignx_ds.errors import Stopped
-from alignx_ds.runtime import distributed, signals
+from alignx_ds.runtime import attention, distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.job import TrainingJob
@@ -37,6 +37,7 @@ def micro_batches(
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
     needs, weights = rows.multi_hot(rows.width), rows.weights()
+    multiple, longest = attention.width_multiple(device), max((len(e.ids) for e in rows.examples), default=0)
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
         own = share(chosen, rank, world)
@@ -47,7 +48,7 @@ def micro_batches(
         for first in range(0, len(own), size):
             part = tuple(own[first : first + size])
             examples = [rows.examples[i] for i in part]
-            batch = pack(examples, pad_id) if packed else collate(examples, pad_id)
+            batch = pack(examples, pad_id, multiple, longest) if packed else collate(examples, pad_id)
             experts = torch.tensor([rows.experts[i] for i in part], device=device)
             needed = needs[list(part)].to(device)
             weight = None if weights is None else weights[list(part)].to(device)
@@ -74,11 +75,12 @@ def train(
     progress.advance(by=len(losses))
     for parts in batches(len(losses)):
         outputs = []
-        for part in parts:
-            output = step_loss(engine, part)
-            engine.backward(_spread_nonfinite(output.loss))
-            engine.step()
-            outputs.append(replace(output, loss=output.loss.detach()))
+        with attention.planning_pays():
+            for part in parts:
+                output = step_loss(engine, part)
+                engine.backward(_spread_nonfinite(output.loss))
+                engine.step()
+                outputs.append(replace(output, loss=output.loss.detach()))
         metrics, stop = step_metrics(outputs, stop=signals.stop_requested())
         applied = engine.was_step_applied()
         losses.append(metrics.loss if applied else None)

@@ -68,6 +68,19 @@ def test_every_row_is_in_one_line_as_wide_as_the_longest_row(shapes: list[tuple[
     assert batch.input_ids[batch.attention_mask == 0].eq(PAD).all()
 
 
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 30))
+def test_lines_are_padded_to_a_multiple_within_the_limit(
+    shapes: list[tuple[int, int]], multiple: int, limit: int
+) -> None:
+    examples = rows(shapes)
+    batch = pack(examples, PAD, multiple, limit)
+    longest, width = max(len(e.ids) for e in examples), batch.input_ids.shape[1]
+    assert width >= longest and width - longest < multiple
+    assert width % multiple == 0 or width in (limit, longest)
+    assert width <= max(limit, longest)
+    assert sorted((row for line in unpacked(batch) for row, _, _ in line), key=str) == sorted(examples, key=str)
+
+
 @given(LENGTHS)
 def test_a_new_line_starts_only_when_no_other_has_room(shapes: list[tuple[int, int]]) -> None:
     """First-fit decreasing, computed independently from the lengths."""

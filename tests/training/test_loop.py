@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import base_model
 from torch import Tensor
 
 from alignx_ds.data.batches import MicroBatch, collate
 from alignx_ds.data.encode import Example
 from alignx_ds.errors import DataError, Stopped
+from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.runtime import signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
@@ -101,6 +103,21 @@ def test_a_step_s_loss_and_terms_are_means_of_its_micro_batches() -> None:
     job = TrainingJob("job", log=logged.__setitem__)
     assert run([[1.0, 3.0], [5.0, 5.0]], job) == [2.0, 5.0]
     assert logged == {1: {"loss": 2.0, "twice": 4.0}, 2: {"loss": 5.0, "twice": 10.0}}
+
+
+def test_cudnn_s_attention_is_on_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run without gradients has too many shapes for it."""
+    seen = []
+    monkeypatch.setattr(Engine, "backward", lambda self, loss: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    monkeypatch.setattr(Engine, "step", lambda self: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        Decoder(base_model())
+        run([[1.0, 1.0]], TrainingJob("job"))
+        assert seen == [True] * PARTS
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_it_goes_on_after_the_steps_that_were_restored() -> None:
