@@ -99,7 +99,7 @@ def latency(content: dict[str, Any]) -> str:
 
 
 def first_measurements(content: dict[str, Any]) -> str:
-    """Runs of a few layers, of which only the medians were kept."""
+    """Runs of which only the medians were kept."""
     parts = [f"{content['shape']}; {content['hardware']}. {content['what']}.\n"]
     for run in content["runs"]:
         names = list(max(run["cells"].values(), key=len))
@@ -157,7 +157,9 @@ SECTIONS: list[tuple[str, list[str], Callable[[dict[str, Any]], str], str]] = [
     ("Latency, LLaMA-2-7B", [f"latency-{SHAPE}"], latency, "latency"),
     ("Latency, steps not captured", [f"latency-eager-{SHAPE}"], latency, "latency-eager"),
     ("Latency, compiled steps", [f"latency-compiled-{SHAPE}"], latency, "latency-compiled"),
+    ("Latency, first measurements", ["latency-layers32-first-cuda.json"], first_measurements, "latency"),
     ("Latency, first measurements with four layers", ["latency-layers4-cuda.json"], first_measurements, "latency"),
+    ("Attention with cuDNN and without", ["attention-first-cuda.json"], first_measurements, "latency"),
     ("Memory, LLaMA-2-7B", [f"memory-{SHAPE}"], memory, "memory"),
     ("Training, stage 1", [f"throughput-stage1-{SHAPE}", "throughput-stage1-first-cuda.json"], throughput, "stage1"),
     ("Training, stage 1, 16 layers", ["throughput-stage1-layers16-cuda.json"], printed_throughput, "stage1"),

@@ -14,6 +14,18 @@ WARM_UP = 2  # rounds that are dropped
 
 
 @dataclass(frozen=True)
+class Work:
+    """Work to be timed, and what is done before it, untimed."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+    def __call__(self) -> None:
+        self.prepare()
+        self.run()
+
+
+@dataclass(frozen=True)
 class Times:
     """Milliseconds of every round."""
 
@@ -55,6 +67,9 @@ def interleaved(
 
 def milliseconds(work: Callable[[], object], device: str) -> float:
     """The time that `work` takes, until the device has finished it."""
+    if isinstance(work, Work):
+        work.prepare()
+        work = work.run
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import StaticCache
 from alignx_ds.evaluation.decode import Decoder, needs_host_sync
 from alignx_ds.mocae.layer import alignx_layers
 from suite.systems import System
+from suite.timing import Work
 
 Pool = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values, by layer
 STEPS = 8  # decode steps in one round
@@ -21,21 +21,18 @@ WAYS = (
 )  # to run a decode step; on CUDA compiled steps are captured as well, on the CPU none is
 
 
-def prefill_work(system: System, batch: int, length: int) -> Callable[[], object]:
+def prefill_work(system: System, batch: int, length: int) -> Work:
     decoders = [Decoder(model) for model in system.models]
     ids, mask = _prompts(system, batch, length)
 
     def work() -> None:
-        system.prepare()
         for decoder in decoders:
             decoder.prefill(ids, mask, 1)
 
-    return work
+    return Work(work, system.prepare)
 
 
-def decode_work(
-    system: System, batch: int, length: int, rounds: int, way: str, pool: Pool | None = None
-) -> Callable[[], object]:
+def decode_work(system: System, batch: int, length: int, rounds: int, way: str, pool: Pool | None = None) -> Work:
     """Decodes `STEPS` tokens per call, in one of `WAYS`; the cache has room for all rounds.
 
     Systems with the same `pool` share one KV cache. Its values are then those of another system; times are unaffected.
@@ -51,12 +48,11 @@ def decode_work(
 
     @torch.no_grad()
     def work() -> None:
-        system.prepare()
         for decoder, (cache, token) in zip(decoders, started, strict=True):
             for _ in range(STEPS):
                 token = decoder.step(token, whole, position, cache).clone()
 
-    return work
+    return Work(work, system.prepare)
 
 
 def _prompts(system: System, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:

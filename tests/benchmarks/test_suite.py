@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from suite import timing
 from suite.record import Target
 from suite.shapes import NAMES, config_of
 from suite.systems import KINDS, Setting, systems
-from suite.timing import WARM_UP, Times, interleaved
+from suite.timing import WARM_UP, Times, Work, interleaved, milliseconds
 
 from alignx_ds.baselines.fusion import fusion_layers
 from alignx_ds.evaluation.decode import Decoder
@@ -30,6 +31,13 @@ def test_a_target_is_met_or_not() -> None:
 def test_a_ratio_is_the_median_of_the_rounds_own() -> None:
     """Not the ratio of medians: what slowed a whole round down cancels."""
     assert Times([10.0, 200.0, 33.0]).over(Times([10.0, 100.0, 30.0])) == pytest.approx(1.1)
+
+
+def test_what_work_prepares_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: order.append("clock") or len(order))
+    milliseconds(Work(lambda: order.append("run"), lambda: order.append("prepare")), "cpu")
+    assert order == ["prepare", "clock", "run", "clock"]
 
 
 def test_every_system_runs_in_every_round_and_none_is_always_first() -> None:
