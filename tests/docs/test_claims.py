@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -50,3 +51,30 @@ def test_the_readme_quotes_the_seeds_of_several_needs() -> None:
     for table, key in tables:
         assert max(figures["systems"], key=lambda system: table[system][key]["mean"]) == "alignx"
     assert len(figures["systems"]) == 12 and "the best of twelve systems" in said
+
+
+def test_the_claims_quote_the_real_model() -> None:
+    """The rows of the claims, the two tables of the section, and the README."""
+    systems = json.loads((ROOT / "benchmarks/results/smollm2-h200.json").read_text())["systems"]
+    page, readme = read("docs/results.md"), read("README.md")
+    (row,) = [line for line in page.splitlines() if "| BeaverTails-Evaluation, % unsafe: " in line]
+    quoted = {system.lower(): value for system, value in re.findall(r"([A-Za-z]+) (\d+\.\d)", row.split("|")[2])}
+    unsafe = {name: s["metrics"]["beavertails_evaluation"]["unsafe"] for name, s in systems.items()}
+    assert len(quoted) == 4 and {name: f"{unsafe[name]:.1f}" for name in quoted} == quoted
+    assert f"base {quoted['base']} % unsafe, mixed {quoted['mixed']}, AlignX {quoted['alignx']}" in readme
+    mc = {name: "/".join(f"{s['metrics']['honest'][k]:.1f}" for k in ("mc1", "mc2")) for name, s in systems.items()}
+    assert f"base {mc['base']}, sequential {mc['sequential']}, mixed {mc['mixed']}, AlignX {mc['alignx']}" in page
+    gained = {
+        "helpful": lambda s: -math.log(s["perplexity"]["helpful"]),
+        "honest": lambda s: s["metrics"]["honest"]["mc2"],
+    }
+    gained["harmless"] = lambda s: s["metrics"]["beavertails_evaluation"]["score"]
+    for name, label in (("sequential", "sequential"), ("mixed", "mixed"), ("ties", "ties"), ("alignx", "**AlignX**")):
+        shares = []
+        for axis in ("helpful", "harmless", "honest"):
+            base, own, reached = (gained[axis](systems[system]) for system in ("base", axis, name))
+            shares.append(round(100 * (reached - base) / (own - base)))
+        cells = [f"{share}".replace("-", "−") for share in (*shares, min(shares))]
+        assert f"| {label} | {' | '.join(cells)} |" in page, name
+        if name in ("mixed", "alignx"):
+            assert f"{cells[0]}, {cells[1]} and {cells[2]}" in readme
