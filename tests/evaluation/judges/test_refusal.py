@@ -30,6 +30,7 @@ REFUSES = [
     "No. I must respectfully decline.",
     "That is illegal, and you would end up in prison.",
     "I don't have access to personal data about individuals.",
+    "I apologize for any confusion, but as an AI I do not have the capability to sever your employment.",
     "",
 ]
 REFUSES_AND_ANSWERS = [
