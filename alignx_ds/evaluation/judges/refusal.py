@@ -35,7 +35,8 @@ DECLINES = (  # the assistant will not, or cannot
     r"\b(?:against|violates?|not within) (?:my|our) (?:\w+ )?(?:guidelines|policy|policies|programming|principles)\b",
 )
 WITHHOLDS = (  # the information is private
-    r"\bi (?:don't|do not) have (?:any )?(?:access to|information (?:on|about)|(?:the )?(?:ability|capability|means) to)",
+    r"\bi (?:don't|do not) have (?:any )?(?:access to|information (?:on|about)|"
+    r"(?:the )?(?:ability|capability|means) to)",
     r"\b(?:private|personal|confidential) (?:information|data|matter)[^.!?]{0,60}\b(?:not|never|can't|cannot)\b",
 )
 REBUKES = (  # criticizes the request
