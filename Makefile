@@ -1,5 +1,6 @@
 # make demo    install everything, then train and evaluate an aligned model on the embedded world
 # make seeds   run the recipes world and world-needs with three seeds each, every baseline included, and compare (an hour)
+# make real    fetch SmolLM2-135M and run the recipe smollm2 on the published files in ALIGNX_DATA, every baseline included (hours on 2 cores)
 # make bench   run every benchmark at a small shape, in less than 5 minutes without a GPU
 # make gpu     run the tests and benchmarks that need a GPU of 80 GB; existing results are kept; writes docs/gpu.md
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
-.PHONY: install demo seeds bench gpu study test compat faults launchers check wheel lint format clean
+.PHONY: install demo seeds real bench gpu study test compat faults launchers check wheel lint format clean
 
 install: $(READY)
 
@@ -36,6 +37,12 @@ seeds: $(READY)
 	  for seed in 0 1 2; do $(BIN)/alignx-ds run $$name seed=$$seed output=runs/$$name-seed-$$seed || exit 1; done; \
 	  $(BIN)/alignx-ds compare runs/$$name-seed-0 runs/$$name-seed-1 runs/$$name-seed-2 --out runs/$$name-seeds.json || exit 1; \
 	done
+
+models/smollm2: | $(READY)
+	$(BIN)/python launch/fetch_smollm2.py $@
+
+real: $(READY) models/smollm2
+	$(BIN)/alignx-ds run smollm2 model.path=models/smollm2 $(SETTINGS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/latency.py --shape tiny --repeats 5 --out runs/bench

@@ -26,7 +26,7 @@ from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, distributed, signals
 from alignx_ds.runtime.console import Progress
 
-SAMPLES = 3  # answers of each question set that the report prints
+SAMPLES = 20  # answers of each system that the report prints, at least, spread over its question sets
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Evaluation:
                 metrics[name] = measured["metrics"][name]
                 continue
             outputs = self.answer_file(questions, system).load()
-            samples[name] = list(zip(questions.rows, outputs, strict=True))[:SAMPLES]
+            samples[name] = self._sample(list(zip(questions.rows, outputs, strict=True)))
             for judge, numbers in self._judged_rows(questions, judges).items():
                 rows, given = [questions.rows[n] for n in numbers], [outputs[n] for n in numbers]
                 file = self._verdict_file(questions, system, judge)
@@ -153,6 +153,11 @@ class Evaluation:
                 if name in self.config.axes:
                     cells.setdefault(name, {})[judge] = found | {"rows": len(rows)}
         return Result(metrics, measured["perplexity"], samples, cells)
+
+    def _sample(self, answered: list[tuple[Row, str]]) -> list[tuple[Row, str]]:
+        """This question set's share of SAMPLES, at even distances: files are often sorted by kind."""
+        sets = sum(questions.needs_answers for questions in self._question_sets())
+        return answered[:: max(1, len(answered) * sets // SAMPLES)]
 
     def _judged_rows(self, questions: QuestionSet, judges: dict[str, Judge]) -> dict[str, list[int]]:
         """By judge: the numbers of the rows that it judges. The own judge judges all; others where they apply."""

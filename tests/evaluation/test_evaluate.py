@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -111,7 +112,8 @@ def test_results_hold_every_set_and_verdicts_are_asked_for_once(
     assert list(result.metrics) == [*axes, "choices"]
     assert set(result.metrics["choices"]) == {"score", "mc1", "mc2", "questions"}
     assert list(result.perplexity) == axes
-    assert {name: len(samples) for name, samples in result.samples.items()} == dict.fromkeys(axes, SAMPLES)
+    shown = {name: [row.prompt for row, _ in samples] for name, samples in result.samples.items()}
+    assert list(shown) == axes and sum(map(len, shown.values())) >= min(SAMPLES, ROWS * len(axes))
     for axis in axes:
         lines = (evaluation.out.answers / f"base.{axis}.jsonl").read_text().splitlines()
         outputs = [json.loads(line)["output"] for line in lines]
@@ -207,3 +209,12 @@ def test_a_dialogue_is_answered_and_measured_with_its_earlier_turns(
     assert chosen.ids[: chosen.prompt_length] == rejected.ids[: rejected.prompt_length]
     assert list(chosen.ids[: chosen.prompt_length]) == encode_prompts([row.chat], world_base.tokenizer)[0]
     assert chosen.earlier == () and chosen.answer_length == 5
+
+
+def test_the_report_shows_answers_from_all_over_a_set(evaluation: Evaluation) -> None:
+    """Files are often sorted by kind of prompt, so the first ones would be of one kind."""
+    answered = [(Row(str(n), ""), str(n)) for n in range(200)]
+    shown = [int(answer) for _, answer in evaluation._sample(answered)]
+    sets = sum(q.needs_answers for q in question_sets(evaluation.config, evaluation.data))
+    assert SAMPLES / sets <= len(shown) <= SAMPLES / sets + 1
+    assert max(shown) >= 200 - 200 / len(shown) and len({b - a for a, b in itertools.pairwise(shown)}) == 1
