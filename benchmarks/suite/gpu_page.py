@@ -163,6 +163,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[dict[str, Any]], str], str]] = [
     ("Memory, LLaMA-2-7B", [f"memory-{SHAPE}"], memory, "memory"),
     ("Training, stage 1", [f"throughput-stage1-{SHAPE}", "throughput-stage1-first-cuda.json"], throughput, "stage1"),
     ("Training, stage 1, 16 layers", ["throughput-stage1-layers16-cuda.json"], printed_throughput, "stage1"),
+    ("Training, stage 1, 16 layers, H200", ["throughput-stage1-layers16-h200-cuda.json"], printed_throughput, "stage1"),
     ("Training, stage 2", [f"throughput-stage2-{SHAPE}", "throughput-stage2-first-cuda.json"], throughput, "stage2"),
     ("Gate and calibrations", [f"calibrator-{SHAPE}"], calibrator, "calibrator"),
 ]  # fmt: skip
