@@ -51,13 +51,12 @@ def supported(x: Tensor, gates: Tensor, count: int | None, activation: nn.Module
     if not available(x):
         return False
     known = type(activation).__name__ in ACTIVATIONS and x.dtype in DTYPES
-    one_dtype = known and not torch.is_autocast_enabled(x.device.type)
-    return one_dtype and count == 1 and gates.shape[1] == 1
+    return known and count == 1 and gates.shape[1] == 1
 
 
 def available(x: Tensor) -> bool:
-    """Whether Triton kernels can run on the device of x: it is the current one, and no gradients are needed."""
-    if triton is None or torch.is_grad_enabled():
+    """Whether Triton kernels can run on the device of x: it is the current one, without gradients and autocast."""
+    if triton is None or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
     return INTERPRETED or (x.is_cuda and x.device.index == torch.cuda.current_device())
 
@@ -74,7 +73,8 @@ class Rows:
 
     def serve(self, x: Tensor) -> bool:
         """Whether the kernels can also run for x, of the same model and batch."""
-        return x.device == self._device and not torch.is_grad_enabled()
+        plain = not (torch.is_grad_enabled() or torch.is_autocast_enabled(self._device.type))
+        return plain and x.device == self._device
 
     def buffer(self, use: str, shape: tuple[int, ...]) -> Tensor:
         """[*shape] fp32 for partial sums, with any values."""

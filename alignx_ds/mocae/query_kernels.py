@@ -1,4 +1,4 @@
-"""A query's summary and its lexical scores on CUDA, in three Triton kernels instead of some forty of PyTorch.
+"""A query's summary, its lexical scores and the gate's logits on CUDA: four Triton kernels for seventy of PyTorch.
 
 Their time on the GPU is small either way. What counts is the host's: a short prefill waits for its launches.
 Shapes: B rows, T tokens, d hidden size, H buckets, E experts.
@@ -19,7 +19,9 @@ try:
 except ImportError:  # as in kernels.py
     pass
 else:
-    SUMMARY, COUNT, SCORE = (Kernel(getattr(triton_query, name)) for name in ("summary", "count", "score"))
+    SUMMARY, COUNT, SCORE, LOGITS = (
+        Kernel(getattr(triton_query, name)) for name in ("summary", "count", "score", "logits")
+    )
 
 
 def summary(h: Tensor, mask: Tensor) -> Tensor:
@@ -44,6 +46,23 @@ def scores(
     count(ids, mask, counts)
     score(ids, mask, counts, rarity, weights, bias, out)
     return out
+
+
+def logits(z: Tensor, given: tuple[Tensor, ...], constants: tuple[Tensor, ...], scales: int) -> Tensor:
+    """`gate.CalibratedGate`'s, without further calibrators, where `kernels.available`: z [B, k] -> [B, E], all fp32.
+
+    `given` and `constants` are the kernel's other arguments, in its order.
+    """
+    (b, k), experts, (anchors, leading) = z.shape, given[0].shape[1], constants[0].shape
+    out = torch.empty(b, experts, dtype=torch.float32, device=z.device)
+    _logits(b, experts, k, leading, anchors // experts, scales)(z.contiguous(), *given, *constants, out)
+    return out
+
+
+@lru_cache(maxsize=kernels.PLANS)
+def _logits(b: int, experts: int, k: int, leading: int, anchors: int, scales: int) -> Launch:
+    sizes = {"E": experts, "K": k, "F": leading, "M": anchors, "S": scales}
+    return Launch(LOGITS, (b, 1, 1), (), **sizes, BK=1 << (k - 1).bit_length(), BM=1 << (anchors - 1).bit_length())
 
 
 @lru_cache(maxsize=kernels.PLANS)

@@ -95,3 +95,40 @@ def score(
         start += BT
     norm = tl.maximum(tl.sqrt(tl.sum(squares, axis=0)), 1e-12)
     tl.store(out + b * E + e, sums / norm + tl.load(bias + e, mask=e < E, other=0.0), mask=e < E)
+
+
+@triton.jit
+def logits(
+    z, linear, whitened, words, temperature, anchors, squares, slope, spread, dimensions,
+    offsets, log_volumes, shift, weight, scale, present, otherwise, out,
+    E: tl.constexpr, K: tl.constexpr, F: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
+    BK: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out [B, E]: the logits of gate.CalibratedGate for z [B, K], linear and words [B, E], and whitened [B, E·K].
+
+    The others are those of gate.Constants: anchors [E·M, F], squares and slope [S], offsets [E, K], and 4 terms.
+    """
+    b, k, m = tl.program_id(0), tl.arange(0, BK), tl.arange(0, BM)
+    for e in tl.static_range(E):
+        far = tl.load(whitened + (b * E + e) * K + k, mask=k < K, other=0.0)
+        far -= tl.load(offsets + e * K + k, mask=k < K, other=0.0)
+        squared = tl.zeros((BM,), dtype=tl.float32)
+        for i in tl.static_range(F):
+            step = tl.load(z + b * K + i) - tl.load(anchors + (e * M + m) * F + i, mask=m < M, other=0.0)
+            squared += step * step
+        mean, tilt = 0.0, 0.0
+        for s in tl.static_range(S):
+            exponents = tl.where(m < M, -0.5 * squared / tl.load(squares + s), -float("inf"))
+            most = tl.max(exponents, axis=0)
+            mass = most + tl.log(tl.sum(tl.exp(exponents - most), axis=0) / M)
+            mean += mass / S
+            tilt += mass * tl.load(slope + s)
+        fractal = mean - tl.abs(tilt / tl.load(spread) - tl.load(dimensions + e))
+        natural = (0.5 * tl.sum(far * far, axis=0) + tl.load(log_volumes + e)) / -K - 0.9189385332046727
+        own, lexical = tl.load(linear + b * E + e), tl.load(words + b * E + e)
+        total = (own - tl.load(shift)) * tl.load(weight) / tl.load(scale)
+        total += (fractal - tl.load(shift + 1)) * tl.load(weight + 1) / tl.load(scale + 1)
+        total += (natural - tl.load(shift + 2)) * tl.load(weight + 2) / tl.load(scale + 2)
+        total += (lexical - tl.load(shift + 3)) * tl.load(weight + 3) / tl.load(scale + 3)
+        total = tl.where(tl.load(present + e) > 0, total, 4 * tl.load(otherwise + e))
+        tl.store(out + b * E + e, total / tl.load(temperature))
