@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, logsigmoid
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.mocae import kernels, query_kernels
 from alignx_ds.mocae.fractal import Masses
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.natural import Gaussians, distances
@@ -105,12 +104,6 @@ class Constants(NamedTuple):
             otherwise=otherwise,
         )
 
-    def for_kernels(self) -> tuple[Tensor, ...]:
-        """In the order of triton_query.logits."""
-        g, m = self.geometry, self.masses
-        of_scores = m.flat, m.squares, m.slope, m.spread, g.dimensions, self.gaussians.offsets, g.log_volumes
-        return *of_scores, self.shift, self.weight, self.scale, g.present, self.otherwise
-
 
 class CalibratedGate(nn.Module):
     """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
@@ -191,15 +184,6 @@ class CalibratedGate(nn.Module):
         terms = (torch.stack(scores, dim=-2) - c.shift) * c.weight / c.scale
         return torch.where(c.present, terms, c.otherwise).movedim(-2, 0)
 
-    def _logits(self, query: Query) -> Tensor:
-        """[..., E] fp32."""
-        temperature = self.calibration_temperature.float()
-        if self.settings.more or query.features.dim() != 2 or not kernels.available(query.features):
-            return self._parts(query).sum(0) / temperature
-        c, z = self.constants(), self.latent(query)
-        given = self.router(z), z @ c.gaussians.stacked.T, query.words.float().contiguous(), temperature
-        return query_kernels.logits(z, given, c.for_kernels(), len(c.geometry.scales))
-
     def calibrators_alone(self, query: Query) -> Tensor:
         """[..., E] fp32: the sum of all terms but the linear router's."""
         return torch.stack([term for name, term in self.parts(query).items() if name != "linear"]).sum(0)
@@ -209,7 +193,7 @@ class CalibratedGate(nn.Module):
 
         In needs this is done to the needs, which are also rounded before the rules, and become gates last.
         """
-        logits = self._logits(query)
+        logits = self._parts(query).sum(0) / self.calibration_temperature.float()
         kind, k = self.settings.kind, self.settings.chosen(logits.shape[-1])
         every = logits.softmax(-1) if kind == "choice" else need_logits(logits).sigmoid()
         if self.training:

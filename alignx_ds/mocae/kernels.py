@@ -48,17 +48,12 @@ def supported(x: Tensor, gates: Tensor, count: int | None, activation: nn.Module
 
     x [B, T, d], gates [B, T or 1, E]; `count` is an upper bound of the non-zero gates per row.
     """
-    if not available(x):
+    if triton is None or not (x.is_cuda or INTERPRETED) or torch.is_grad_enabled():
         return False
+    on_current_device = INTERPRETED or x.device.index == torch.cuda.current_device()
     known = type(activation).__name__ in ACTIVATIONS and x.dtype in DTYPES
-    return known and count == 1 and gates.shape[1] == 1
-
-
-def available(x: Tensor) -> bool:
-    """Whether Triton kernels can run on the device of x: it is the current one, without gradients and autocast."""
-    if triton is None or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
-    return INTERPRETED or (x.is_cuda and x.device.index == torch.cuda.current_device())
+    one_dtype = known and not torch.is_autocast_enabled(x.device.type)
+    return on_current_device and one_dtype and count == 1 and gates.shape[1] == 1
 
 
 class Rows:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from alignx_ds.mocae import kernels, query_kernels
-
 BUCKETS = 2**16  # H; the factors are odd, so the tokens of a vocabulary up to H don't collide
 FACTOR, SECOND, SHIFT = 2654435761, 2654435769, 97
 
@@ -35,9 +33,6 @@ class Lexicon(nn.Module):
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask [B, T] int64, 1 on the prompt's tokens -> scores [B, E] fp32, without gradients."""
-        if kernels.available(ids):
-            fitted = self.rarity.float(), self.weights.float(), self.bias.float()
-            return query_kernels.scores(ids, mask.to(ids.device), *fitted, (FACTOR, SECOND, SHIFT))
         scores: Tensor = self.shares(ids, mask).sum(-1).T + self.bias.float()
         return scores
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from alignx_ds.mocae import kernels, query_kernels
 from alignx_ds.mocae.fused import RowExpert
 from alignx_ds.mocae.gate import Decision, Query
 from alignx_ds.mocae.kernels import Rows, Tables
@@ -116,10 +115,7 @@ def prompt_summary(h: Tensor, query_mask: Tensor) -> Tensor:
 
     h [B, T, d], query_mask [B, T] -> [B, 4d] fp32. Ours: the mean alone routes worse (docs/results.md).
     """
-    query_mask = query_mask.to(h.device)
-    if kernels.available(h):
-        return query_kernels.summary(h, query_mask)
-    inside, h = query_mask.bool(), h.float()
+    inside, h = query_mask.to(h.device).bool(), h.float()
     places = torch.arange(h.shape[1], device=h.device)
     last_place = (places * inside).amax(1)[:, None, None].expand(-1, -1, h.shape[-1])
     last = h.gather(1, last_place)

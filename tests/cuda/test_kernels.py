@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tiny_models import aligned, base_model, generator, low_rank_experts, padded, random_geometry, random_rows, relative
+from tiny_models import generator, random_geometry, relative
 from torch import Tensor, nn
 
 from alignx_ds.mocae import kernels
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
 from alignx_ds.mocae.fused import FusedMixture
-from alignx_ds.mocae.gate import CalibratedGate, Query
-from alignx_ds.mocae.layer import output_calibrations
-from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
-from alignx_ds.mocae.routing_state import prompt_summary
-from alignx_ds.mocae.settings import GateSettings
 
 HIDDEN, FFN, RANK, LATENT = 200, 328, 24, 20
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
@@ -90,56 +83,6 @@ def test_the_output_calibration(device: str, dtype: torch.dtype, shape: tuple[in
     y = mixture(x, gates, 1)
     assert relative(found, calibration(y, gates, count=1)) < LIMITS[dtype]
     assert relative(found, y) > 2 * LIMITS[dtype]  # it has an effect
-
-
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@torch.no_grad()
-def test_a_query(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks with holes, of nothing, of everything, and of padding on the left."""
-    source = generator(5)
-    mask = (torch.rand(5, 300, generator=source) < 0.7).long()
-    mask[1], mask[2], mask[3, :290], mask[4, 7:] = 0, 1, 0, 0
-    ids, h = torch.randint(0, 32_000, (5, 300), generator=source), torch.randn(5, 300, HIDDEN, generator=source)
-    ids[:, 40:80] = ids[:, :40]  # some occur several times
-    lexicon = Lexicon(4)
-    for buffer in lexicon.buffers():
-        buffer.copy_(torch.rand(buffer.shape, generator=source))
-    ids, mask, h, lexicon = ids.to(device), mask.to(device), h.to(device, dtype), lexicon.to(device)
-    found = prompt_summary(h, mask), lexicon(ids, mask)
-    monkeypatch.setattr(kernels, "available", lambda x: False)
-    torch.testing.assert_close(found[0], prompt_summary(h, mask), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[1], lexicon(ids, mask), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["choice", "needs"])
-@torch.no_grad()
-def test_a_gate_s_logits(device: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = replace(random_geometry(LATENT, seed=6, d=HIDDEN), present=torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    settings = GateSettings(kind=kind, fractal=0.7, natural=0.5, lexical=0.9, temperature=1.7)
-    gate, source = CalibratedGate(geometry, settings).eval().to(device), generator(7)
-    gate.calibration_temperature.fill_(1.3)
-    for parameter in gate.router.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=source))
-    drawn = torch.randn(5, HIDDEN, generator=source), torch.randn(5, 4, generator=source)
-    query = Query(*(t.to(device) for t in drawn))
-    found = gate(query)
-    monkeypatch.setattr(kernels, "available", lambda x: False)
-    expected = gate(query)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.gates, expected.gates, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_whole_models_agree(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = base_model()
-    model = aligned(base, low_rank_experts(base)).to(device)
-    for calibration in output_calibrations(model):
-        calibration.reinjection.normal_(std=0.3)
-    ids, mask = (t.to(device) for t in padded(random_rows([4, 9, 2], seed=3), "left"))
-    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    assert model.routing.rows
-    monkeypatch.setattr(kernels, "available", lambda x: False)
-    torch.testing.assert_close(found, model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
 @torch.no_grad()

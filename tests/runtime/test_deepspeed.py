@@ -15,7 +15,6 @@ OPTIONAL = [  # they import packages that are not always installed
     "alignx_ds.export.harness",  # lm_eval: it is a plugin of that command
     "alignx_ds.mocae.triton_kernels",  # triton, which torch's CPU builds do not include; kernels.py imports it
     "alignx_ds.mocae.triton_single",  # likewise
-    "alignx_ds.mocae.triton_query",
     "alignx_ds.mocae.triton_launch",
 ]
 
