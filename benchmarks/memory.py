@@ -2,11 +2,17 @@
 
     python benchmarks/memory.py --shape llama2-7b --measure-layers 2 6
     python benchmarks/memory.py --shape llama2-7b --device cuda --measure-layers 32
+    python benchmarks/memory.py --shape llama2-7b --activations --layers 3 --length 256 \\
+        --systems dense alignx h3fusion trinityx
 
 Counted on the meta device, at any shape: weights and buffers by system, KV cache, and a rank's share of the experts at
 every ep_size. The peak is measured in a process of its own per system (random weights, a prefill and a few decoded
 tokens): on a GPU what torch allocated, on a CPU the process's resident size above that of the imports. Two measured
 depths give the cost of a layer; where the whole stack was not measured, its peak is extrapolated, and marked so.
+
+--activations counts instead what a training forward pass keeps for the backward pass, in bytes per token and layer: all
+that torch saves but the logits' part, with and without `checkpoint_activations`. Every layer is trained as its stage
+does: the dense base's FFNs (stage 1), AlignX's gate, calibrations and factors on the fused path, a fusion's experts.
 
 Columns, in GiB: all weights and buffers, those of the experts' factors, those of gate and output calibration, the ratio
 of all to the first system's, and the peak.
@@ -26,8 +32,11 @@ from suite.record import Target
 from suite.systems import BUILD, Setting
 from torch import nn
 
-from alignx_ds.mocae.layer import AlignXLayer
+from alignx_ds.config.schema import FusionConfig
+from alignx_ds.mocae.layer import AlignXLayer, freeze_trunk
 from alignx_ds.runtime import console
+from alignx_ds.stages import fuse
+from alignx_ds.stages.activations import recompute
 
 NAMES = {
     "dense": "dense base",
@@ -100,6 +109,35 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def kept(setting: Setting, kind: str, batch: int, length: int) -> dict[str, float]:
+    """kB per token and layer that a forward pass keeps, without the model's own tensors, plain and recomputing."""
+    (model,) = BUILD[kind](setting)
+    if kind == "alignx":
+        freeze_trunk(model)
+    elif kind == "dense":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".mlp." in name)
+    else:
+        fuse.freeze_trunk(model, FusionConfig())
+    ids = torch.randint(3, setting.config.vocab_size, (batch, length), device=setting.device)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found = {}
+    for name in ("kept", "recomputed"):
+        if name == "recomputed":
+            recompute(model)
+        saved: dict[int, torch.Tensor] = {}  # a storage is counted once, and kept, so that no other takes its address
+
+        def pack(tensor: torch.Tensor, saved: dict[int, torch.Tensor] = saved) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.train()(input_ids=ids, use_cache=False, logits_to_keep=1)
+        size = sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in own)
+        found[name] = size / (1000 * ids.numel() * setting.config.num_hidden_layers)
+    return found
+
+
 def whole_peak(by_depth: dict[int, float], layers: int) -> tuple[float, bool]:
     """(GiB at the shape's own depth, whether it was measured there)."""
     if layers in by_depth:
@@ -114,10 +152,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--measure-layers", type=int, nargs="*", default=[], help="depths at which to measure the peak")
+    parser.add_argument("--activations", action="store_true", help="count what a training forward pass keeps")
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     args = parser.parse_args()
     args.dtype = args.dtype or "bfloat16"
     setting = Setting.of(args)
+    if args.activations:
+        by_system = {kind: kept(setting, kind, args.batch, args.length) for kind in args.systems}
+        rows = [[NAMES[kind], *(f"{size:.1f}" for size in f.values())] for kind, f in by_system.items()]
+        console.table(f"kB per token and layer, {setting.dtype}", ["system", "kept", "recomputed"], rows)
+        console.say(f"written: {record.write('activations', args, {'kb_per_token_and_layer': by_system}, [])}")
+        return
     depth = setting.config.num_hidden_layers
     cache = kv_cache(setting, args.batch, args.length + DECODED)
     found: dict[str, dict[str, Any]] = {kind: counted(setting, kind) for kind in args.systems}

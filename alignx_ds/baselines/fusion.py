@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
+from alignx_ds.mocae.recomputation import is_recomputing
 
 ALL = 0  # as top_k: every token goes to every expert
 GATE_STD = 0.02  # of the gate's first weights, as of any linear layer of the backbones
@@ -95,7 +96,8 @@ class FullExperts(nn.Module):
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(weights, experts), each [N, k]; when every token goes to every expert, (weights [N, E], None)."""
         logits = linear(x.float(), self.gate.weight.float())
-        self.logits = logits if self.training else None
+        if not is_recomputing():
+            self.logits = logits if self.training else None
         weights, chosen = (logits / self.settings.temperature).softmax(-1), None
         if self.forced is not None:
             weights = torch.zeros_like(weights).index_fill(1, torch.tensor([self.forced], device=x.device), 1.0)

@@ -118,6 +118,8 @@ def leaves(values: dict[str, Any], kind: type, prefix: str, problems: list[Probl
         elif get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
             listed = [value] if isinstance(value, str) else value
             leaves.append((key, _sources(listed, key, get_args(hint)[0], problems) if listed != [] else []))
+        elif hint is str and isinstance(value, bool):
+            leaves.append((key, str(value).lower()))  # as YAML spells it
         elif _fits(value, hint):
             leaves.append((key, value))
         else:
@@ -232,5 +234,5 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def substance(stage: OptimizerConfig) -> dict[str, Any]:
-    """The settings of a stage that its result depends on: all but those that spread its work over ranks."""
+    """The settings of a stage that its result depends on: all but SPREAD."""
     return {key: value for key, value in asdict(stage).items() if key not in SPREAD}

@@ -19,8 +19,8 @@ SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
-# Keys of a stage that spread its work over ranks and do not change its result. For a DeepSpeed JSON see `engine`.
-SPREAD = frozenset({"accumulation", "ep_size", "deepspeed"})
+# Keys of a stage that say how its work is done and do not change its result. For a DeepSpeed JSON see `engine`.
+SPREAD = frozenset({"accumulation", "ep_size", "deepspeed", "checkpoint_activations"})
 
 Text = Annotated[str, AnyText()]  # a path, a source or an id: what it names is checked in plan/
 Prose = Annotated[str, AnyText(lines=True)]
@@ -148,6 +148,9 @@ class OptimizerConfig:
     warmup_steps: NonNegativeInt = 10
     weight_decay: NonNegativeFloat = 0.01
     clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0: any
+    # Recompute each decoder layer in the backward pass instead of keeping its activations: about a third more time.
+    # auto: where those of a micro batch would take more than 8 GiB of a rank.
+    checkpoint_activations: Annotated[str, OneOf(("auto", "true", "false"))] = "auto"
     deepspeed: Text = MISSING  # path of a DeepSpeed JSON
 
 

@@ -13,6 +13,7 @@ from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
+from alignx_ds.mocae.recomputation import is_recomputing
 from alignx_ds.mocae.routing_state import Counts, ForwardPass, Routing, prompt_summary
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
@@ -107,10 +108,13 @@ class AlignXLayer(nn.Module):
 
     def _gates(self, x: Tensor, routing: Routing) -> Tensor:
         """[B, 1, E] fp32 on the device of x: as forced, as decided earlier, or decided now by this layer's gate."""
-        if self.gate is not None and self.gate_layer not in routing.decisions:
+        again = self.training and is_recomputing()
+        if self.gate is not None and (again or self.gate_layer not in routing.decisions):
             query = Query(prompt_summary(x, routing.query_mask), routing.words.to(x.device))
-            routing.decide(self.gate_layer, query, self.gate)
-        gates = routing.forced if routing.forced is not None else routing.decisions[self.gate_layer].gates
+            decision = self.gate(query) if again else routing.decide(self.gate_layer, query, self.gate)
+        else:
+            decision = routing.decisions[self.gate_layer]
+        gates = routing.forced if routing.forced is not None else decision.gates
         return (gates if gates.device == x.device else gates.to(x.device)).unsqueeze(1)
 
 

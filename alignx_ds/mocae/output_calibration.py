@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fractal import MeanShift
 from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.recomputation import is_recomputing
 
 
 class GatedStep(NamedTuple):
@@ -130,6 +131,7 @@ class OutputCalibration(nn.Module):
             change = linear(step, reinjection)
             weight = torch.ones(y.shape[:-1], device=y.device) if token_mask is None else token_mask.float()
             energy = (y.detach().float().square().sum(-1) * weight).sum(-1)
-            self.last_drift = (change.square().sum(-1) * weight).sum(-1) / energy.clamp_min(1e-12)
+            drift = (change.square().sum(-1) * weight).sum(-1) / energy.clamp_min(1e-12)
+            self.last_drift = self.last_drift if is_recomputing() else drift
         calibrated = torch.addmm(wide.flatten(0, 1), step.flatten(0, 1), reinjection.T)
         return calibrated.view_as(y).to(y.dtype)

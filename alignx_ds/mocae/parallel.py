@@ -106,6 +106,8 @@ class ParallelMixture(nn.Module):
         if token_mask is not None:
             token_gates = token_gates * token_mask.unsqueeze(-1)
         self.dispatch.token_gates = token_gates.flatten(0, 1)
-        y: Tensor = self.moe(x)[0]
-        self.dispatch.token_gates = None
+        try:
+            y: Tensor = self.moe(x)[0]
+        finally:  # activation checkpointing leaves a recomputation by an exception, as soon as it has what it needs
+            self.dispatch.token_gates = None
         return y

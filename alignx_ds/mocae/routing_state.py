@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from alignx_ds.mocae.fused import RowExpert
 from alignx_ds.mocae.gate import Decision, Query
 from alignx_ds.mocae.kernels import Rows, Tables
 from alignx_ds.mocae.output_calibration import GatedStep
+from alignx_ds.mocae.recomputation import Contexts, contexts
 
 PerRow = TypeVar("PerRow", Query, Decision)
 SUMMARIES = 4  # a prompt's summary has this many times the hidden size: mean, largest, smallest, last
@@ -68,13 +70,14 @@ class Routing:
         words = torch.where(asked.unsqueeze(-1), words, self.words.to(words.device))
         return Routing(query_mask, words, self.forced, asked=asked, earlier=earlier)
 
-    def decide(self, layer: int, query: Query, gate: Callable[[Query], Decision]) -> None:
+    def decide(self, layer: int, query: Query, gate: Callable[[Query], Decision]) -> Decision:
         """Keep the query of the gate in this layer, and its decision; of rows that are not asked, the earlier ones."""
         decision = gate(query)
         if self.asked is not None:
             kept_query, kept_decision = self.earlier.pop(layer)
             query, decision = _rows(self.asked, query, kept_query), _rows(self.asked, decision, kept_decision)
         self.queries[layer], self.decisions[layer] = query, decision
+        return decision
 
     def counted(self, layer: int, most: Counts, fixed: bool) -> Counts:
         """Of the gates that were decided in this layer: read once per decision, or `most` where that is not permitted.
@@ -108,6 +111,12 @@ class ForwardPass:
     routing: Routing | None = None
     token_mask: Tensor | None = None  # [B, T] 0 on padding
     fixed: bool = False  # whether no shape may depend on what the gates decide
+
+    def contexts(self) -> Contexts:
+        """For activation checkpointing. A weak reference: the routing's decisions refer to what is to be recomputed."""
+        assert self.routing is not None
+        now = ref(self.routing)
+        return contexts(lambda: now() is self.routing)
 
 
 def prompt_summary(h: Tensor, query_mask: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ REFUSED = {  # keys whose block asks for something that the run can't do
     "data_efficiency": "the order of the rows is the run's own",
     "weight_quantization": "the experts are differences of exact weights",
     "compile": "the engine is not compiled; evaluation.compile compiles decoding",
-    "activation_checkpointing": "transformers' models do not read it; lower the micro batch by a larger accumulation",
+    "activation_checkpointing": "transformers' models do not read it; the recipe's checkpoint_activations does it",
     "torch_autocast": IN_DTYPE,
     "data_types": IN_DTYPE,
     "datastates": "the run writes its own checkpoints",

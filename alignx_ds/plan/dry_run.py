@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import FUSIONS, RunConfig
-from alignx_ds.data.inputs import RunInputs, read_inputs
+from alignx_ds.data.inputs import EncodedData, RunInputs, read_inputs
 from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import UnreachableError
 from alignx_ds.models.base import BaseModel
@@ -14,6 +14,7 @@ from alignx_ds.plan.deepspeed_keys import deepspeed_models
 from alignx_ds.plan.sizes import counts, disk, memory
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.stages import results
+from alignx_ds.stages.activations import activations
 from alignx_ds.stages.stage import StageContext
 from alignx_ds.training.engine import steps_of
 
@@ -27,7 +28,7 @@ def describe(
 
     `baselines`: whether the run goes on to them after stage 2.
     """
-    rows, steps, finished, unchecked = _rows(config, base, baselines)
+    rows, steps, finished, unchecked, lengths = _rows(config, base, baselines)
     written = prompts.facts(base) if base.has_tokenizer else {}
     if not deepspeed_models():
         unchecked = [*unchecked, "names and types within zero_optimization and the other blocks: DeepSpeed is missing"]
@@ -39,6 +40,7 @@ def describe(
         "finished already": finished,
         "parameters": [line(name, f"{count:,}") for name, count in counts(config, base).items()],
         f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
+        "activations of a micro batch per rank, at most": _activations(config, base, world_size, lengths),
         "disk space, at most": _sizes(disk(config, base)),
         "DeepSpeed": [f"  {line}" for line in training.without_effect(config)],
         "not checked": [f"  {what}" for what in unchecked],
@@ -62,12 +64,29 @@ def _summary(config: RunConfig, base: BaseModel, world_size: int) -> list[str]:
 
 def _sizes(sizes: dict[str, float]) -> list[str]:
     """Of GiB."""
-    shown = {name: f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * MIB_PER_GIB:,.1f} MiB" for name, gib in sizes.items()}
-    return [line(name, size) for name, size in shown.items()]
+    return [line(name, _size(gib)) for name, gib in sizes.items()]
 
 
-def _rows(config: RunConfig, base: BaseModel, baselines: bool) -> tuple[list[str], list[str], list[str], list[str]]:
-    """(how many rows are used and why others are not, optimizer steps, finished results, what could not be checked).
+def _size(gib: float) -> str:
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * MIB_PER_GIB:,.1f} MiB"
+
+
+def _activations(config: RunConfig, base: BaseModel, world_size: int, lengths: dict[str, list[int]]) -> list[str]:
+    """By stage, and whether they are recomputed. Where a stage's rows are not known, all are model.max_length long."""
+    lines = []
+    for key, stage in training.stages(config).items():
+        rows, setting = lengths.get(key) or [config.model.max_length] * stage.batch, stage.checkpoint_activations
+        found = activations(config, base, key, stage, rows, world_size)
+        instead = _size(found.recomputed / 2**30)
+        note = f"recomputed in the backward pass, so {instead}" if found.recompute(setting) else "kept"
+        lines.append(line(key, _size(found.kept / 2**30), f"  {note} (checkpoint_activations={setting})"))
+    return lines
+
+
+def _rows(
+    config: RunConfig, base: BaseModel, baselines: bool
+) -> tuple[list[str], list[str], list[str], list[str], dict[str, list[int]]]:
+    """(rows used and why others are not, optimizer steps, finished results, what could not be checked, rows' lengths).
 
     Raises ConfigError when a finished result was made with another recipe.
     """
@@ -80,10 +99,10 @@ def _rows(config: RunConfig, base: BaseModel, baselines: bool) -> tuple[list[str
     try:
         if not base.has_tokenizer and not config.from_scratch:
             rows = accounts(read_splits(config))
-            return rows, [], [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"]
+            return rows, [], [], [*unchecked, "lengths of the rows in tokens: the tokenizer is missing"], {}
         inputs = read_inputs(config, base)
     except UnreachableError as error:
-        return [], [], [], [*unchecked, str(error)]
+        return [], [], [], [*unchecked, str(error)], {}
     data = inputs.data
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
     rows = [
@@ -91,7 +110,14 @@ def _rows(config: RunConfig, base: BaseModel, baselines: bool) -> tuple[list[str
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]
-    return rows, _steps(config, inputs), _finished(config, inputs, baselines), unchecked
+    return rows, _steps(config, inputs), _finished(config, inputs, baselines), unchecked, _lengths(data)
+
+
+def _lengths(data: EncodedData) -> dict[str, list[int]]:
+    """In tokens, of the training rows of each stage that has the run's own."""
+    injected = [len(e.ids) for examples in data.injected.values() for e in examples]
+    plain = [len(e.ids) for e in data.train.examples]
+    return {"train": injected, "align": plain, **{f"baselines.{name}": plain for name in FUSIONS}}
 
 
 def _finished(config: RunConfig, inputs: RunInputs, baselines: bool) -> list[str]:

@@ -91,11 +91,12 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
     model = assemble(c, base, factors, fitted, placement).to(distributed.device())
     freeze_trunk(model, experts=c.align.expert_lr_scale > 0)
-    setup = set_up(context, c.align, "align", c.align.steps)
+    rows = context.data.train
+    setup = set_up(context, c.align, "align", c.align.steps, rows)
     make_expert_groups(c.align.ep_size)
     groups = parameter_groups(model, c)
     job = replace(job, scalars=partial(step_scalars, c.expert_names))
-    with trained(context, setup, model, groups, context.data.train, step_loss(c), job, title="align") as (made, losses):
+    with trained(context, setup, model, groups, rows, step_loss(c), job, title="align") as (made, losses):
         weights = {name: t.detach().cpu() for name, t in made.fused_state().items()}
     fused = assemble(c, base, factors, fitted, None)
     parameters = dict(fused.named_parameters())

@@ -126,15 +126,15 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     config, base, examples = context.config, context.base, context.data.injected
     # As many epochs over its rows as a specialist makes: over three axes a fine-tune takes the steps of all three.
     steps = sum(engines.steps_of(config.train, len(examples[axis])) for axis in tune.axes)
-    setup = set_up(context, config.train, "train", steps)
+    pooled = [example for axis in tune.axes for example in examples[axis]]
+    rows = LabelledExamples(pooled, [0] * len(pooled))
+    setup = set_up(context, config.train, "train", steps, rows)
     zero3 = HfDeepSpeedConfig(setup.deepspeed)  # while it is alive, from_pretrained shards the weights as it loads them
     model = load_backbone(base)
     if tune.start:
         add_task_vector(model, base, context.out.specialists / tune.start)
     train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    pooled = [example for axis in tune.axes for example in examples[axis]]
-    rows = LabelledExamples(pooled, [0] * len(pooled))
     title = f"fine-tune {tune.name}"
     with trained(context, setup, model, groups, rows, language_loss, job, title=title, packed=True) as (module, losses):
         layers = _extract(context, tune, module, directory)

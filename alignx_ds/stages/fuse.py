@@ -125,9 +125,10 @@ def _train(context: StageContext, name: str, specialists: list[Path], job: Train
     model = assemble(base, specialists, SETTINGS[name])
     freeze_trunk(model, config)
     model.to(distributed.device())
-    setup = set_up(context, config, f"baselines.{name}", config.steps)
+    rows = context.data.train
+    setup = set_up(context, config, f"baselines.{name}", config.steps, rows)
     groups, loss = parameter_groups(model, config), step_loss(model, config, list(context.config.axes))
-    with trained(context, setup, model, groups, context.data.train, loss, job, title=f"fuse {name}") as (made, losses):
+    with trained(context, setup, model, groups, rows, loss, job, title=f"fuse {name}") as (made, losses):
         weights = context.out.baselines / name / WEIGHTS
         distributed.on_main(lambda: save_file(_mixtures(made, base), weights))
     return {"losses": losses}

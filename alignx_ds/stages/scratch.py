@@ -51,7 +51,7 @@ def _train(context: StageContext, texts: list[Row], job: TrainingJob) -> dict[st
     config, base = context.config, context.base
     rows = _examples(context, texts)
     steps = engines.steps_of(config.scratch.train, len(rows.examples))
-    setup = set_up(context, config.scratch.train, "scratch.train", steps)
+    setup = set_up(context, config.scratch.train, "scratch.train", steps, rows)
     torch.manual_seed(config.seed)
     model: nn.Module = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)

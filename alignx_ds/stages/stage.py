@@ -23,6 +23,7 @@ from alignx_ds.runs import lock, manifest
 from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.activations import activations, recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss, micro_batches, train
@@ -121,18 +122,21 @@ def foreign(stage: Stage) -> ConfigError:
 
 @dataclass(frozen=True)
 class Setup:
-    """How a stage trains: the numbers of its plan, and the DeepSpeed config filled with them."""
+    """How a stage trains: the numbers of its plan, the DeepSpeed config filled with them, and what its layers keep."""
 
     plan: engines.Plan
     deepspeed: dict[str, Any]
+    recompute: bool  # whether the layers recompute their activations
 
 
-def set_up(context: StageContext, settings: OptimizerConfig, key: str, steps: int) -> Setup:
-    """Of the recipe's section `key`, for so many optimizer steps. Raises ConfigError under `key`.deepspeed."""
+def set_up(context: StageContext, settings: OptimizerConfig, key: str, steps: int, rows: LabelledExamples) -> Setup:
+    """Of the recipe's section `key`, for so many steps on `rows`. Raises ConfigError under `key`.deepspeed."""
     plan = engines.Plan.of(settings, context.config.model.dtype, steps)
     template = engines.read_template(settings.deepspeed, f"{key}.deepspeed")
-    hidden = context.base.config.hidden_size
-    return Setup(plan, engines.fill(template, plan, distributed.world_size(), hidden))
+    base, world_size, lengths = context.base, distributed.world_size(), [len(e.ids) for e in rows.examples]
+    kept = activations(context.config, base, key, settings, lengths, world_size)
+    filled = engines.fill(template, plan, world_size, base.config.hidden_size)
+    return Setup(plan, filled, kept.recompute(settings.checkpoint_activations))
 
 
 @contextmanager
@@ -153,6 +157,8 @@ def trained(
     `groups` are the optimizer's parameter groups. `packed`: several rows share a line of a micro batch. Yields the
     trained module and the loss of every step. Raises Stopped and DataError as `train` does. Collective.
     """
+    if setup.recompute:
+        recompute(model)
     engine = engines.start(model, groups, setup.deepspeed, setup.plan)
     pad_id, seed = pad_token(context.base.tokenizer), context.config.seed
     batches = partial(micro_batches, rows, setup.plan, pad_id, seed, packed=packed)

@@ -114,6 +114,7 @@ SPECIAL: list[Change] = [
     ("align.ep_size", 3),
     ("align.ep_size", 0),
     ("align.batch", 63),
+    *((f"{stage}.checkpoint_activations", text) for stage in ("train", "align") for text in ("", "sometimes", 1)),
     ("train.accumulation", 7),
     ("baselines.h3fusion.batch", 33),
     ("baselines.make", ["ties", "slerp"]),
@@ -306,6 +307,8 @@ VALID: list[Change] = [
     ("axes.grüße", {"prompt": "p", "schema": "plain", "train": "world", "held_out": "world"}),
     ("evaluation.compile", "yes"),
     ("gate.scales", 32),
+    ("train.checkpoint_activations", True),
+    ("align.checkpoint_activations", "false"),
 ]
 
 

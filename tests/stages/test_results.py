@@ -78,7 +78,14 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
     assert run.stale() == []
     free = ("evaluation.batch=3", "evaluation.max_new_tokens=5", "judges.batch=2", "judges.guard=another/guard")
     sets = "evaluation.sets.more={schema: truthfulqa, source: world, judge: truth, rows: 4}"
-    spread = ("launch.ranks=2", "align.ep_size=2", "train.accumulation=2", "checkpoints.every=3", "nonfinite=skip")
+    spread = (
+        "launch.ranks=2",
+        "align.ep_size=2",
+        "train.accumulation=2",
+        "align.checkpoint_activations=true",
+        "checkpoints.every=3",
+        "nonfinite=skip",
+    )
     assert run.stale(*free, sets, *spread, "axes.helpful.judge=''", "baselines.ties_scale=0.3") == []
     assert run.stale("baselines.make=[ties]") == []
     sharded = json.loads(ZERO3.read_text()) | {"zero_optimization": {"stage": 2}}

@@ -1,0 +1,264 @@
+"""Activation checkpointing: the gradients and the state left behind are those without it, and less is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    ALIGNX_LAYERS,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    TABLE,
+    aligned,
+    base_model,
+    low_rank_experts,
+    one_hot,
+    random_rows,
+)
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
+from alignx_ds.config.schema import AlignConfig, FusionConfig, RunConfig, TrainConfig
+from alignx_ds.data.batches import MicroBatch, collate, pack
+from alignx_ds.data.encode import Example
+from alignx_ds.mocae.layer import freeze_trunk, output_calibrations
+from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.models.shapes import shape
+from alignx_ds.runtime import distributed
+from alignx_ds.stages import align, fuse
+from alignx_ds.stages.activations import MOST, Activations, recompute
+from alignx_ds.training import engine as engines
+from alignx_ds.training.losses import align_terms, language_loss
+from alignx_ds.training.metrics import MicroBatchLoss
+
+LABELS = [1, 3, 0, 1]
+EXAMPLES = [Example(tuple(r), p) for r, p in zip(random_rows([5, 14, 7, 9]), [2, 6, 3, 8], strict=True)]
+TERMS = ("lm", "gating", "drift", "entropy", "prior")
+Loss = Callable[[Any, MicroBatch], MicroBatchLoss]
+
+
+def part(*, packed: bool = False) -> MicroBatch:
+    batch = pack(EXAMPLES, 0) if packed else collate(EXAMPLES, 0)
+    return MicroBatch(batch, torch.tensor(LABELS), one_hot(LABELS), 0.1)
+
+
+def mixture(gate: str, calibrated: bool = True) -> AlignXForCausalLM:
+    base, scope = base_model(), "shared" if gate == "needs" else "per_layer"
+    size = {} if calibrated else {"output_latent": 0}
+    model = aligned(base, low_rank_experts(base), scope=scope, kind=gate, **size)
+    freeze_trunk(model)
+    return model.train()
+
+
+def fusion(settings: FusionSettings) -> nn.Module:
+    model = base_model(attention_dropout=0.3)  # its random numbers have to be the same in the second run
+    torch.manual_seed(5)
+
+    def make(layer: int, ffn: Any) -> FullExperts:
+        made = FullExperts([ffn] * 3, settings)
+        with torch.no_grad():
+            for weight in made.weights.values():
+                weight.add_(0.1 * torch.randn_like(weight))
+        return made
+
+    replace_ffns(model, TABLE, ALIGNX_LAYERS, make)
+    fuse.freeze_trunk(model, FusionConfig())
+    return model.train()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(trained(model).values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(trained(model).items(), found, strict=True)
+    }
+
+
+def kept(run: Callable[[], Tensor], model: nn.Module) -> tuple[Tensor, int]:
+    """The loss, and the bytes that its graph keeps, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, Tensor] = {}
+
+    def pack_hook(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        loss = run()
+    return loss, sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and found
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("calibrated", [True, False], ids=["calibrated", "uncalibrated"])
+@pytest.mark.parametrize("gate", ["choice", "needs"])
+def test_every_term_of_stage_2_has_the_same_gradients(gate: str, calibrated: bool) -> None:
+    """And the routing and drifts that the losses read stay those of the forward pass, when the layers run again."""
+    plain, model, p = mixture(gate, calibrated), mixture(gate, calibrated), part()
+    recompute(model)
+    for term in TERMS if calibrated else ("lm", "gating"):
+
+        def loss(m: AlignXForCausalLM, term: str = term) -> Tensor:
+            b = p.batch
+            logits = m(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
+            value: Tensor = getattr(align_terms(m, logits, b.labels, p.needs, p.lm_scale), term)
+            return value
+
+        expected, found = loss(plain), loss(model)
+        left = (
+            dict(model.routing.decisions),
+            dict(model.routing.queries),
+            [c.last_drift for c in output_calibrations(model)],
+        )
+        assert_close(
+            {"loss": found.detach(), **gradients(model, found)},
+            {"loss": expected.detach(), **gradients(plain, expected)},
+        )
+        after = (model.routing.decisions, model.routing.queries, [c.last_drift for c in output_calibrations(model)])
+        for now, then in zip(
+            (*after[0].values(), *after[1].values(), *after[2]),
+            (*left[0].values(), *left[1].values(), *left[2]),
+            strict=True,
+        ):
+            assert now is then
+        assert any(bool(g.any()) for g in gradients(model, loss(model)).values())
+
+
+@pytest.mark.parametrize("settings", [H3FUSION, TRINITYX], ids=["h3fusion", "trinityx"])
+def test_a_fusion_has_the_same_gradients_and_keeps_less(settings: FusionSettings) -> None:
+    stage, results = FusionConfig(gating=1.0, entropy=0.3, uniform=0.1), []
+    for again in (False, True):
+        model = fusion(settings)
+        if again:
+            recompute(model)
+        loss_of = fuse.step_loss(model, stage, ["a", "b", "c"])
+        torch.manual_seed(1)
+        loss, size = kept(lambda m=model, f=loss_of: f(m, part()).loss, model)
+        left = [layer.logits for layer in fusion_layers(model)]
+        results.append(({"loss": loss.detach(), **gradients(model, loss)}, size))
+        assert all(now is then for now, then in zip((m.logits for m in fusion_layers(model)), left, strict=True))
+    assert_close(results[1][0], results[0][0])
+    assert results[1][1] < 0.5 * results[0][1]
+
+
+def test_the_frozen_layers_below_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture("choice")
+    recompute(model)
+    counts = [0] * LAYERS
+    for number, layer in enumerate(model.backbone.model.layers):
+        layer.self_attn.register_forward_hook(lambda *_, n=number: counts.__setitem__(n, counts[n] + 1))
+    p = part()
+    b = p.batch
+    logits = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
+    align_terms(model, logits, b.labels, p.needs, 1.0).total(AlignConfig()).backward()
+    assert counts == [1, 2, 2]
+
+
+def test_another_forward_pass_before_the_backward_pass_is_noticed() -> None:
+    model, b = mixture("choice"), part().batch
+    recompute(model)
+    first = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
+    model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False)
+    with pytest.raises(AssertionError, match="before the model's next forward pass"):
+        first.sum().backward()
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """DeepSpeed's process group of this one process."""
+    before = dict(os.environ)
+    distributed.init_process_group(120)
+    yield
+    distributed.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def on_an_engine(which: str, again: bool) -> dict[str, Tensor]:
+    """Losses and full gradients of two micro batches on a DeepSpeed engine."""
+    from deepspeed.utils import safe_get_full_grad
+
+    stage = TrainConfig(batch=8, accumulation=2) if which == "stage 1" else AlignConfig(batch=8, accumulation=2)
+    plan = engines.Plan.of(stage, "float32", 10)
+    filled = engines.fill(engines.read_template(stage.deepspeed, "deepspeed"), plan, 1, HIDDEN)
+    sharded = HfDeepSpeedConfig(filled)
+    loss: Loss
+    if which == "stage 1":
+        model, loss = base_model(), language_loss
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("mlp" in name and ".0." not in name)
+        groups = engines.decay_groups(list(model.named_parameters()), 0.0)
+    else:
+        base, config = (
+            base_model(),
+            RunConfig(align=AlignConfig(drift=0.5, entropy=0.1, prior=0.1, expert_lr_scale=0.5)),
+        )
+        model, loss = aligned(base, low_rank_experts(base), placement=Placement(1, 0)), align.step_loss(config)
+        freeze_trunk(model)
+        align.make_expert_groups(1)
+        groups = align.parameter_groups(model, config)
+    if again:
+        recompute(model)
+    engine = engines.start(model, groups, filled, plan)
+    engine.train()
+    found = {}
+    for number in range(4):
+        made = loss(engine, part(packed=which == "stage 1"))
+        engine.backward(made.loss)
+        if number % 2:
+            found |= {f"{number} {n}": safe_get_full_grad(p).clone() for n, p in trained(engine.module).items()}
+        engine.step()
+        found[f"loss {number}"] = made.loss.detach()
+    engine.destroy()
+    del sharded
+    return found
+
+
+@pytest.mark.parametrize("which", ["stage 1", "stage 2"])
+def test_on_an_engine_the_gradients_are_the_same(group: None, which: str) -> None:
+    """Stage 1 under ZeRO-3 on packed rows; stage 2 under ZeRO-2 on the expert-parallel path."""
+    expected = on_an_engine(which, again=False)
+    assert_close(on_an_engine(which, again=True), expected)
+    assert any(bool(t.any()) for name, t in expected.items() if "loss" not in name)
+
+
+@pytest.mark.parametrize("gate", ["choice", "needs"])
+def test_less_is_kept_and_the_estimate_tells_how_much(gate: str) -> None:
+    b, sizes = part().batch, []
+    for again in (False, True):
+        model = mixture(gate)
+        if again:
+            recompute(model)
+        sizes.append(
+            kept(lambda m=model: m(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits, model)[1]
+        )
+    estimate = Activations.estimate(model.config.text_config, 4, min(ALIGNX_LAYERS), b.input_ids.numel(), EXPERTS)
+    assert sizes[1] < 0.3 * sizes[0]
+    assert estimate.kept == pytest.approx(sizes[0], rel=0.4)
+
+
+def test_the_estimate_at_llama2_7b_is_what_was_measured() -> None:
+    llama = shape("llama2-7b")
+    assert llama is not None
+    one = Activations.estimate(llama, 2, 31, 1, 1)
+    assert one.kept == pytest.approx(162e3, rel=0.01)
+    recipe = Activations.estimate(llama, 2, 16, 8 * 2048, 1)
+    assert recipe.kept == pytest.approx(40 * 2**30, rel=0.02)
+    assert recipe.recomputed < 5 * 2**30
+    assert recipe.recompute("auto") and not recipe.recompute("false")
+    assert Activations(MOST, 0).recompute("true") and not Activations(MOST, 0).recompute("auto")
