@@ -87,9 +87,14 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False, captured: bool = True) -> None:
         attention.avoid_planning()
         self.model, self.compiled = model.eval(), compiled
-        self.step: Step = self._step
+
+        # No method: the decoder would refer to itself, and so keep its model until Python looks for such circles.
+        def step(ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
+            return _step(model, ids, mask, position, cache)
+
+        self.step: Step = step
         if compiled:
-            self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
+            self.step = torch.compile(step, fullgraph=True, dynamic=False)
         in_place = getattr(model, "hf_device_map", None) is None  # else accelerate may move weights between steps
         if captured and in_place and model.device.type == "cuda" and not needs_host_sync(model):
             self.step = CapturedStep(self.step)
@@ -122,18 +127,19 @@ class Decoder:
         if isinstance(self.model, AlignXForCausalLM):
             self.model.forward_pass.fixed = self.compiled
         cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=ids.shape[1] + new_tokens)
-        token = self._step(ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), cache)
+        token = _step(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), cache)
         return cache, token
 
-    def _step(self, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
-        """ids and position [B, n], mask [B, cached tokens + n] -> the next token [B, 1]."""
-        output: Any = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=True,
-            logits_to_keep=1,
-            **{kv_cache.ARGUMENT: cache},
-        )
-        logits: Tensor = output.logits
-        return logits[:, -1].argmax(-1, keepdim=True)
+
+def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
+    """ids and position [B, n], mask [B, cached tokens + n] -> the next token [B, 1]."""
+    output: Any = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=True,
+        logits_to_keep=1,
+        **{kv_cache.ARGUMENT: cache},
+    )
+    logits: Tensor = output.logits
+    return logits[:, -1].argmax(-1, keepdim=True)

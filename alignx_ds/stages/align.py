@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
@@ -27,9 +27,9 @@ from alignx_ds.routing.curves import router_sums, step_scalars
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.temperature import fit_temperature
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import distributed
+from alignx_ds.runtime import distributed, memory
 from alignx_ds.runtime.deepspeed import load_deepspeed
-from alignx_ds.stages.assembly import ExpertFactors, assemble, floors
+from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble, floors
 from alignx_ds.stages.calibrators import fit_calibrators, saved_calibrators
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
@@ -88,8 +88,23 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
         job = replace(job, checkpoints=replace(job.checkpoints, inputs=inputs | {"calibrators": hashes}))
     else:
         fitted = fit_calibrators(context, factors)
+    weights, losses = _train_spread(context, factors, fitted, job)
+    memory.free()  # before the model is assembled once more
+    fused = assemble(c, base, factors, fitted, None)
+    parameters = dict(fused.named_parameters())
+    fused.load_state_dict({name: t for name, t in weights.items() if name in parameters}, strict=False)
+    fused.to(distributed.device()).eval()
+    fit_temperatures(fused, context.data.calibration_rows, pad_token(base.tokenizer), c.evaluation.batch)
+    return fused, losses
+
+
+def _train_spread(
+    context: StageContext, factors: ExpertFactors, fitted: FittedCalibrators, job: TrainingJob
+) -> tuple[dict[str, Tensor], Losses]:
+    """(state of the trained mixture on the fused path, on the CPU; loss of every step), its experts over the ranks."""
+    c = context.config
     placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
-    model = assemble(c, base, factors, fitted, placement).to(distributed.device())
+    model = assemble(c, context.base, factors, fitted, placement).to(distributed.device())
     freeze_trunk(model, experts=c.align.expert_lr_scale > 0)
     rows = context.data.train
     setup = set_up(context, c.align, "align", c.align.steps, rows)
@@ -98,12 +113,7 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
     job = replace(job, scalars=partial(step_scalars, c.expert_names))
     with trained(context, setup, model, groups, rows, step_loss(c), job, title="align") as (made, losses):
         weights = {name: t.detach().cpu() for name, t in made.fused_state().items()}
-    fused = assemble(c, base, factors, fitted, None)
-    parameters = dict(fused.named_parameters())
-    fused.load_state_dict({name: t for name, t in weights.items() if name in parameters}, strict=False)
-    fused.to(distributed.device()).eval()
-    fit_temperatures(fused, context.data.calibration_rows, pad_token(base.tokenizer), c.evaluation.batch)
-    return fused, losses
+    return weights, losses
 
 
 def make_expert_groups(ep_size: int) -> None:

@@ -22,7 +22,7 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import lock, manifest
 from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime import console, distributed, memory
 from alignx_ds.stages.activations import activations, recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
@@ -76,6 +76,7 @@ def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
         else:
             distributed.on_main(lambda: _clear(stage))
             facts = make(job)
+            memory.free()  # before the next model of this process is made
             distributed.barrier()  # all ranks have written their files
             facts = {"versions": {name: version(name) for name in VERSIONED}} | facts
             distributed.on_main(lambda: manifest.write(place, stage.inputs, facts))
@@ -152,7 +153,7 @@ def trained(
     title: str,
     packed: bool = False,
 ) -> Iterator[tuple[Any, Losses]]:
-    """Train `model` on `rows`; within the block its engine, and so its shards, are there; afterwards it is destroyed.
+    """Train `model` on `rows`; within the block its engine, and so its shards, are there; afterwards it has ended.
 
     `groups` are the optimizer's parameter groups. `packed`: several rows share a line of a micro batch. Yields the
     trained module and the loss of every step. Raises Stopped and DataError as `train` does. Collective.
@@ -165,4 +166,4 @@ def trained(
     with console.progress(title, setup.plan.steps) as bar:
         losses = train(engine, batches, step_loss, setup.plan, bar, job)
     yield engine.module, losses
-    engine.destroy()
+    engines.end(engine)

@@ -18,7 +18,7 @@ from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import Placement
-from alignx_ds.runtime import distributed
+from alignx_ds.runtime import distributed, memory
 from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align
 from alignx_ds.training import engine as engines
@@ -75,8 +75,9 @@ class Trainee:
         return replace(self, plan=replace(self.plan, batch=batch))
 
     def close(self) -> None:
-        self.engine.destroy()
-        self.zero3 = None
+        engines.end(self.engine)
+        self.engine = self.zero3 = None
+        memory.free()
 
 
 def tokens(steps: list[list[MicroBatch]]) -> int:

@@ -11,10 +11,10 @@ import torch
 from ranks import RanksError, start
 
 JOBS = {
-    1: ("steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+    1: ("steps", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed"),
     2: (
         *("parity", "imbalanced", "lockstep", "steps", "untrained", "jsons"),
-        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions"),
+        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed"),
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }

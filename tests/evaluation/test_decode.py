@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded, random_rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.evaluation.decode import CHECK_EVERY, Decoder
+from alignx_ds.evaluation.decode import CHECK_EVERY, CapturedStep, Decoder
 
 PAD, END = 0, 3
 LIMIT = CHECK_EVERY + 4
@@ -65,6 +68,25 @@ def test_a_limit_of_one_token_needs_no_step() -> None:
     decoder = Decoder(model)
     decoder.step = lambda *args: pytest.fail("a step was made")
     assert torch.equal(decoder.greedy(ids, mask, 1, [], PAD), expected(model, ids, mask, [])[:, :1])
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_decoder_does_not_keep_its_model(captured: bool) -> None:
+    """A run answers with a dozen models, one after the other; memory can't wait for Python's garbage collector."""
+    model = model_of("llama")
+    decoder = Decoder(model)
+    if captured:
+        decoder.step = CapturedStep(decoder.step)
+        decoder.step.disabled = True
+    ids, mask = padded(random_rows([5, 9]), "left")
+    gc.disable()
+    try:
+        decoder.greedy(ids, mask, 4, [END], PAD)
+        left = weakref.ref(model)
+        del model, decoder
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.timeout(600)
