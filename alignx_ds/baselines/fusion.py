@@ -147,7 +147,10 @@ class FullExperts(nn.Module):
             counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
             parts = torch.split(arranged, counts)
             answers = torch.cat([expert(part) for expert, part in zip(self._experts(), parts, strict=True)])
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(chosen)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        if x.is_cuda and torch.is_grad_enabled():
+            return weighted_sum(answers, back, weights)
+        back = back.view_as(chosen)
         return functional.embedding_bag(back, answers, per_sample_weights=weights, mode="sum")  # Σₖ wₖ answers[backₖ]
 
     def _grouped(self, name: str, x: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
@@ -167,6 +170,16 @@ class FullExperts(nn.Module):
     def _wide(self, name: str, x: Tensor) -> Tensor:
         bias = self.biases[name].flatten() if name in self.biases else None
         return linear(x, self.weights[name].flatten(0, 1), bias)
+
+
+def weighted_sum(answers: Tensor, back: Tensor, weights: Tensor) -> Tensor:
+    """Σₖ wₖ answers[backₖ], answers [S, d], back [S] a permutation, weights [N, k] -> [N, d].
+
+    What embedding_bag computes in one kernel, which lacks a gradient of the weights in bf16 on CUDA (torch 2.11). It
+    rounds otherwise, so training on the CPU, as in the published runs, keeps to embedding_bag.
+    """
+    parts = answers.index_select(0, back).view(*weights.shape, -1)
+    return (parts * weights.unsqueeze(-1)).sum(1)
 
 
 def _has_grouped_gemm(weight: Tensor) -> bool:

@@ -113,6 +113,31 @@ def test_loop_and_grouped_agree_forward_and_backward(settings: FusionSettings, d
 
 
 @pytest.mark.parametrize("settings", [H3FUSION, TOP1])
+def test_the_weighted_sum_for_gradients_is_embedding_bag_s(
+    settings: FusionSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where embedding_bag has no gradient in bf16."""
+    calls = []
+
+    def bag(back: Tensor, answers: Tensor, *, per_sample_weights: Tensor, mode: str) -> Tensor:
+        calls.append(mode)
+        return fusion.weighted_sum(answers, back.flatten(), per_sample_weights)
+
+    found = []
+    for _ in range(2):
+        made, x = mixture(settings, bias=True), tokens(2, 40).requires_grad_()
+        out = made(x)
+        out.backward(tokens(2, 40, seed=8))
+        assert x.grad is not None and made.gate.weight.grad is not None
+        found.append([out.detach(), x.grad, made.gate.weight.grad, *(w.grad for w in made.weights.values())])
+        monkeypatch.setattr(functional, "embedding_bag", bag)
+    assert calls == ["sum"]
+    for ours, theirs in zip(*found, strict=True):
+        if float(theirs.abs().max()) > 1e-6:  # a lone expert's renormalised gate has no gradient but rounding
+            assert relative(ours, theirs) < 2e-5
+
+
+@pytest.mark.parametrize("settings", [H3FUSION, TOP1])
 def test_without_a_grouped_gemm_slices_take_its_place(
     settings: FusionSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,16 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, aligned, base_model, generator, low_rank_experts
+from tiny_models import (
+    ALIGNX_LAYERS,
+    TABLE,
+    VOCABULARY,
+    aligned,
+    base_model,
+    generator,
+    low_rank_experts,
+    random_changes,
+    specialist,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
+from alignx_ds.baselines.fusion import FullExperts, replace_ffns
+from alignx_ds.config.schema import AlignConfig, FusionConfig, RunConfig, TrainConfig
 from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import Placement
 from alignx_ds.models.base import dtype_of
 from alignx_ds.runtime.console import Progress
-from alignx_ds.stages import align
+from alignx_ds.stages import align, fuse
 from alignx_ds.training import engine
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import micro_batches, train
@@ -55,7 +67,7 @@ def stage1(which: str, dtype: str, device: str) -> tuple[list[float | None], dic
     batches = partial(micro_batches, LabelledExamples(EXAMPLES, [0] * len(EXAMPLES)), plan, 0, 0, packed=True)
     losses = train(made, batches, language_loss, plan, Progress(), TrainingJob("stage1"))
     state = {n: t.float().cpu() for n, t in made._zero3_consolidated_16bit_state_dict().items()}
-    made.destroy()
+    engine.end(made)
     del sharded
     return losses, state
 
@@ -98,5 +110,34 @@ def test_stage_2_trains_on_the_expert_parallel_path(device: str, group: None, op
     losses = train(
         made, partial(micro_batches, rows, plan, 0, 0), align.step_loss(config), plan, Progress(), TrainingJob("stage2")
     )
-    made.destroy()
+    engine.end(made)
     assert all(loss is not None and math.isfinite(loss) for loss in losses) and len(losses) == STEPS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", fuse.SETTINGS)
+@pytest.mark.parametrize("lr_scale", [1.0, 0.0])
+def test_the_fusions_train(device: str, group: None, name: str, dtype: str, lr_scale: float) -> None:
+    """With experts that learn and with frozen ones; the loss falls on rows that come again and again."""
+    settings = FusionConfig(
+        batch=BATCH, lr=0.02, warmup_steps=0, steps=12, expert_lr_scale=lr_scale, drift=0.1, entropy=0.1, uniform=0.05
+    )
+    model, changes = base_model(), random_changes(base_model())
+    specialists = [specialist(model, changes, n) for n in (1, 2, 3)]
+
+    def make(layer: int, ffn: FeedForward) -> FullExperts:
+        return FullExperts([TABLE.view(TABLE.ffn_of(s, layer)) for s in specialists], fuse.SETTINGS[name])
+
+    replace_ffns(model, TABLE, ALIGNX_LAYERS, make)
+    model.to(device, dtype_of(dtype))
+    fuse.freeze_trunk(model, settings)
+    plan = engine.Plan.of(settings, dtype, settings.steps)
+    filled = engine.fill(engine.read_template(settings.deepspeed, "deepspeed"), plan, 1)
+    loss = fuse.step_loss(model, settings, ["a", "b", "c"])
+    made = engine.start(model, fuse.parameter_groups(model, settings), filled, plan)
+    rows = LabelledExamples(EXAMPLES[:BATCH], [i % 4 for i in range(BATCH)])
+    losses = train(made, partial(micro_batches, rows, plan, 0, 0), loss, plan, Progress(), TrainingJob(name))
+    engine.end(made)
+    found = [value for value in losses if value is not None]
+    assert all(map(math.isfinite, found)) and len(found) == settings.steps
+    assert found[-1] < found[0]
