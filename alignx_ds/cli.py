@@ -10,7 +10,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any, NoReturn
 
 from alignx_ds.config import arguments as config
@@ -21,6 +20,7 @@ from alignx_ds.evaluation import arguments as evaluation
 from alignx_ds.export import arguments as export
 from alignx_ds.plan import arguments as plan
 from alignx_ds.runtime import streams
+from alignx_ds.runtime.versions import version
 from alignx_ds.serve import arguments as serve
 from alignx_ds.study import arguments as study
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="alignx-ds", description="One language model that is helpful, harmless and honest at once, on DeepSpeed."
     )
-    main.add_argument("--version", action="version", version=f"alignx-ds {metadata.version('alignx-ds')}")
+    main.add_argument("--version", action="version", version=f"alignx-ds {version('alignx-ds')}")
     verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run_verbs(verbs)
     for room in (plan, config, world, serve, study, evaluation, export, doctor):

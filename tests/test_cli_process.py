@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import alignx_ds
+from alignx_ds.runtime.versions import version
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -98,6 +99,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
 def test_the_version_is_the_package_s(command: Command) -> None:
     assert command("--version").stdout == f"alignx-ds {alignx_ds.__version__}\n"
     assert alignx_ds.__version__ == metadata.version("alignx-ds")
+    assert version("no such distribution") == "not installed"  # as of a source tree on PYTHONPATH
 
 
 def test_help_needs_no_torch(command: Command) -> None:

@@ -7,7 +7,6 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console
+from alignx_ds.runtime.versions import version
 from alignx_ds.stages.finetune import baseline_fine_tunes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from alignx_ds.runs import lock, manifest
 from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, distributed, memory
+from alignx_ds.runtime.versions import version
 from alignx_ds.stages.activations import activations, recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob

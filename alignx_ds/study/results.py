@@ -7,7 +7,6 @@ import math
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runs import manifest
+from alignx_ds.runtime.versions import version
 
 PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
 DPI = 130
