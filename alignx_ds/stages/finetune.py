@@ -64,12 +64,17 @@ def train_baselines(context: StageContext) -> dict[str, Path]:
     for job in baseline_fine_tunes(axes):
         fine_tune(context, job)
     root = context.out.specialists
-    return {"sequential": root / sequential_name(axes), MIXED: root / MIXED}
+    return {"sequential": root / sequential_name(axes), MIXED: root / mixed_name(axes)}
 
 
 def sequential_name(axes: list[str]) -> str:
     """The last fine-tune of the sequence over these axes; with one axis that is its specialist."""
     return axes[0] if len(axes) == 1 else f"sequential_{len(axes)}_{axes[-1]}"
+
+
+def mixed_name(axes: list[str]) -> str:
+    """The fine-tune on all axes' rows at once. A run with one axis more makes another, beside this one."""
+    return f"{MIXED}_{len(axes)}_{axes[-1]}"
 
 
 def baseline_fine_tunes(axes: list[str]) -> list[FineTune]:
@@ -78,7 +83,7 @@ def baseline_fine_tunes(axes: list[str]) -> list[FineTune]:
     for count in range(2, len(axes) + 1):
         seen = axes[:count]
         found.append(FineTune(sequential_name(seen), (seen[-1],), start=sequential_name(seen[:-1])))
-    return [*found, FineTune(MIXED, tuple(axes))]
+    return [*found, FineTune(mixed_name(axes), tuple(axes))]
 
 
 def fine_tune(context: StageContext, tune: FineTune) -> Path:

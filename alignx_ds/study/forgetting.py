@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
-from alignx_ds.stages.finetune import MIXED, sequential_name
+from alignx_ds.stages.finetune import MIXED, mixed_name, sequential_name
 from alignx_ds.study import plotting
 from alignx_ds.study.studied_run import StudiedRun
 from alignx_ds.training.checkpoints import PREFIX
@@ -81,7 +81,8 @@ def _stages(studied: StudiedRun) -> list[TrainedModel]:
     for axis, job in _sequence(studied):
         step += _steps(studied, job)
         points.append(TrainedModel(f"after {axis}", step, partial(studied.fine_tuned, job)))
-    points.append(TrainedModel(MIXED, _steps(studied, MIXED), partial(studied.fine_tuned, MIXED)))
+    mixed = mixed_name(studied.axes)
+    points.append(TrainedModel(MIXED, _steps(studied, mixed), partial(studied.fine_tuned, mixed)))
     return [*points, TrainedModel(ALIGNED, 0, studied.aligned)]
 
 
@@ -96,7 +97,7 @@ def _steps(studied: StudiedRun, job: str) -> int:
 
 def _checkpoints(studied: StudiedRun, name: str) -> list[TrainedModel]:
     """The base model and every checkpoint of the sequence, or of the mixed fine-tune; empty without checkpoints."""
-    jobs = [(MIXED, MIXED)] if name == "mixed" else _sequence(studied)
+    jobs = [(MIXED, mixed_name(studied.axes))] if name == MIXED else _sequence(studied)
     points, start = [], 0
     for axis, job in jobs:
         for path in kept_checkpoints(studied, job):

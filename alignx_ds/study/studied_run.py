@@ -22,7 +22,7 @@ from alignx_ds.plan import checks
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.stages import results
-from alignx_ds.stages.finetune import MIXED, sequential_name
+from alignx_ds.stages.finetune import MIXED, mixed_name, sequential_name
 from alignx_ds.stages.stage import StageContext
 
 FREE_JUDGES = ("task", "safety", "truth", "composite")  # a study judges dozens of models, so it calls no judge model
@@ -46,7 +46,7 @@ class StudiedRun:
         stages = results.planned(StageContext(run.config, inputs.base, inputs.data, run.out), inputs.texts)
         fingerprints = {stage.label: manifest.fingerprint(stage.inputs) for stage in stages}
         studied = cls(run, inputs.base, inputs.data, fingerprints)
-        for name in (*run.axes, sequential_name(run.axes), MIXED):
+        for name in (*run.axes, sequential_name(run.axes), mixed_name(run.axes)):
             studied.fine_tune(name)
         return studied
 
@@ -91,7 +91,7 @@ class StudiedRun:
             return self.base_model()
         if name == "alignx":
             return self.aligned()
-        return self.fine_tuned(MIXED if name == "mixed" else sequential_name(self.axes))
+        return self.fine_tuned(mixed_name(self.axes) if name == MIXED else sequential_name(self.axes))
 
     @property
     def scored_axes(self) -> list[str]:

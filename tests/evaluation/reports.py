@@ -146,7 +146,7 @@ def finish(
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
     fusions = [name for name in FUSIONS if name in settings.baselines.make]
-    fine_tunes = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed", "of_another_run"]
+    fine_tunes = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed_3_honest", "of_another_run"]
     facts = {"losses": [2.0, 1.0], "layers": {"2": {"gate": {"norm": 1.0}}}}
     for directory in (*(out.specialists / name for name in fine_tunes), *(out.baselines / name for name in fusions)):
         directory.mkdir(parents=True)

@@ -60,7 +60,7 @@ def test_collapse_is_what_the_sequence_lost_and_what_alignx_kept(made: Made) -> 
 def test_losses_are_of_this_run_alone(made: Made) -> None:
     """A shared directory of specialists holds those of other runs too."""
     assert (made[1].specialists / "of_another_run").is_dir()
-    fine_tunes = [*sorted(AXES), "mixed", "sequential_2_harmless", "sequential_3_honest"]
+    fine_tunes = [*sorted(AXES), "mixed_3_honest", "sequential_2_harmless", "sequential_3_honest"]
     assert list(made[0].losses) == [*fine_tunes, "h3fusion", "trinityx", "alignx"]
 
 

@@ -34,7 +34,7 @@ def everywhere(seed: int = 0) -> list[dict[str, Any]]:
     kills += [at_random("stage2", 1, 3), kill(0, "stage2", 4, "rename"), at_random("stage2", 5, 6)]
     kills += [kill(0, "stage2", 6, "prune"), kill(draw.randrange(2), "", place="calibrate")]
     kills += [kill(0, "model", place="seal")]
-    kills += [at_random("stage1/sequential_2_harmless", 1, 6), at_random("stage1/mixed", 1, 6)]
+    kills += [at_random("stage1/sequential_2_harmless", 1, 6), at_random("stage1/mixed_3_honest", 1, 6)]
     kills += [at_random("baselines/h3fusion", 1, 4), at_random("baselines/trinityx", 1, 4)]
     kills += [kill(draw.randrange(2), "mixed", place="answer"), kill(draw.randrange(2), "alignx", place="answer")]
     return kills

@@ -18,12 +18,13 @@ from alignx_ds.models.base import WORLD_BASES, BaseModel
 from alignx_ds.runs import manifest, outputs
 from alignx_ds.runtime.failures import LESS_MEMORY
 from alignx_ds.stages import results
+from alignx_ds.stages.finetune import baseline_fine_tunes
 from alignx_ds.stages.stage import StageContext
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 ZERO3 = Path(__file__).parents[2] / "ds_configs/stage1_zero3.json"
 AXES = ("helpful", "harmless", "honest")
-SPECIALISTS = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed"]
+SPECIALISTS = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed_3_honest"]
 EVERY = [*SPECIALISTS, "alignx", "h3fusion", "trinityx"]
 
 
@@ -99,7 +100,11 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
         ("train.lr=0.5", "train.lr", EVERY),
         ("seed=9", "seed", EVERY),
         ("model.dtype=bfloat16", "model.dtype", EVERY),
-        ("axes.honest.prompt=lie .", "axes.honest.prompt", ["honest", "sequential_3_honest", "mixed", *EVERY[6:]]),
+        (
+            "axes.honest.prompt=lie .",
+            "axes.honest.prompt",
+            ["honest", "sequential_3_honest", "mixed_3_honest", *EVERY[6:]],
+        ),
         ("model.template_args={polite: true}", "model.template_args.polite", EVERY),
         ("gate.scope=per_layer", "gate.scope", ["alignx"]),
         ("data.train_rows=20", "data.train_rows", EVERY),
@@ -108,7 +113,7 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
         (
             "axes.kind={prompt: be kind ., schema: alpaca, train: world, held_out: world}",
             "axes.kind",
-            ["mixed", "alignx", "h3fusion", "trinityx"],
+            ["alignx", "h3fusion", "trinityx"],
         ),
     ],
 )
@@ -129,7 +134,8 @@ def test_another_order_of_the_axes_is_another_model(run: Run) -> None:
     context = run.context()
     context.config.axes = dict(reversed(context.config.axes.items()))
     with pytest.raises(
-        ConfigError, match=r"mixed, alignx, h3fusion, trinityx, made with another axes \(their order\);"
+        ConfigError,
+        match=r"holds sequential_2_harmless, alignx, h3fusion, trinityx, made with another axes \(their order\);",
     ):
         results.check(context, [])
 
@@ -146,11 +152,22 @@ def test_shared_specialists_serve_another_order_of_the_axes_as_long_as_no_baseli
         results.check(context, [], baselines=False)
 
 
+def test_the_specialists_of_a_finished_run_serve_one_with_an_axis_more(run: Run) -> None:
+    """Its baselines too: the sequence goes on from the finished one, and the mixed fine-tune lies beside it."""
+    kind = "axes.kind={prompt: be kind ., schema: alpaca, train: world, held_out: world}"
+    context = run.context(f"specialists={run.output / 'specialists'}", f"output={run.root / 'other'}", kind)
+    results.check(context, [])
+    assert [tune.name for tune in baseline_fine_tunes(list(context.config.axes))][-2:] == [
+        "sequential_4_kind",
+        "mixed_4_kind",
+    ]
+
+
 def test_an_edited_file_makes_everything_again_that_was_made_from_it(run: Run) -> None:
     path = run.files["truthfulqa_train"]
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"?", b"!", 1))
-    assert run.stale() == ["honest", "sequential_3_honest", "mixed", "alignx", "h3fusion", "trinityx"]
+    assert run.stale() == ["honest", "sequential_3_honest", "mixed_3_honest", "alignx", "h3fusion", "trinityx"]
     path.write_bytes(whole)
     assert run.stale() == []
 

@@ -31,7 +31,7 @@ def test_leftovers_of_other_recipes_are_not_read(specialists: Path) -> None:
     for name in ("sequential_3_harmless", "kind"):
         shutil.copytree(specialists / "sequential_3_honest", specialists / name)
     studied = StudiedRun.open(specialists.parent)
-    names = ["helpful", "harmless", "honest", "sequential_2_harmless", "sequential_3_honest", "mixed"]
+    names = ["helpful", "harmless", "honest", "sequential_2_harmless", "sequential_3_honest", "mixed_3_honest"]
     assert [studied.fine_tune(name) for name in names] == [specialists / name for name in names]
     with pytest.raises(DataError, match="made by another run"):
         studied.fine_tune("kind")
@@ -42,7 +42,7 @@ def test_leftovers_of_other_recipes_are_not_read(specialists: Path) -> None:
     [
         ("sequential_3_honest", {"start": "the sequence in another order"}),
         ("sequential_3_honest", {"seed": 99}),
-        ("mixed", {"rows": [["helpful", "other rows"]]}),
+        ("mixed_3_honest", {"rows": [["helpful", "other rows"]]}),
         ("harmless", {"layers": [0]}),
     ],
 )
@@ -53,6 +53,6 @@ def test_a_fine_tune_of_another_recipe_is_refused(specialists: Path, name: str, 
 
 
 def test_a_fine_tune_that_is_not_finished_is_refused(specialists: Path) -> None:
-    (specialists / "mixed" / manifest.NAME).unlink()
-    with pytest.raises(DataError, match="mixed: not there, or not finished"):
+    (specialists / "mixed_3_honest" / manifest.NAME).unlink()
+    with pytest.raises(DataError, match="mixed_3_honest: not there, or not finished"):
         StudiedRun.open(specialists.parent)

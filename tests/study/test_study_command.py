@@ -42,8 +42,8 @@ def test_a_directory_that_is_no_run_is_refused_in_one_line(tmp_path: Path, capsy
 
 def test_a_run_without_its_baselines_is_refused(finished_run: Path, tmp_path: Path) -> None:
     shutil.copytree(finished_run, tmp_path / "part", ignore=shutil.ignore_patterns("checkpoints"))
-    (tmp_path / "part" / "specialists" / "mixed" / manifest.NAME).unlink()
-    with pytest.raises(DataError, match="mixed: not there, or not finished"):
+    (tmp_path / "part" / "specialists" / "mixed_3_honest" / manifest.NAME).unlink()
+    with pytest.raises(DataError, match="mixed_3_honest: not there, or not finished"):
         StudiedRun.open(tmp_path / "part")
 
 
