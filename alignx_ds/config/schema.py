@@ -209,9 +209,10 @@ class GateConfig(GateSettings):
 
 @dataclass
 class AlignConfig(OptimizerConfig):
-    """Stage 2: the calibrated mixture under ZeRO-2 and expert parallelism."""
+    """Stage 2: the calibrated mixture under ZeRO-2."""
 
-    ep_size: PositiveInt = 1
+    # How many ranks share the experts under expert parallelism; 0: the fused path, with all experts on every rank.
+    ep_size: NonNegativeInt = 1
     lr: PositiveFloat = 1e-3
     expert_lr_scale: NonNegativeFloat = 0.0  # of lr, for the experts' factors; 0 leaves them as stage 1 made them
     steps: PositiveInt = 300

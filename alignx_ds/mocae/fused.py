@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from alignx_ds.mocae import kernels
-from alignx_ds.mocae.experts import Factors, FeedForward
+from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
 
 STACKS = ("down_in", "up_in", "down_out", "up_out")
 
@@ -38,6 +38,9 @@ class FusedMixture(nn.Module):
     factors, and none are stored for it. The gate and up projections share their input, so their down factors are one
     stack. Factors have the dtype of the base's weights.
 
+    Where ranks differ, the stacks are padded with zeros. Both factors of what is padded are zero, and so are their
+    gradients, each of which is a product with the other factor: training leaves the padding at zero.
+
     With `merge` it mixes the weights and not the outputs: y = FFN with the weights W + Σᵢ gᵢ U_i D_i, one activation
     whatever the number of experts. Where one gate is 1 and the others are 0, both mixtures are the same.
     """
@@ -47,6 +50,7 @@ class FusedMixture(nn.Module):
         super().__init__()
         self.merge = merge
         self.num_experts = len(experts)
+        self.ranks = {p: max(e.rank(p) for e in experts[1:]) for p in PROJECTIONS}
         self._base = [base]  # a list hides the shared modules from nn.Module's registration
         for name, tensor in stack(experts[1:]).items():
             self.register_parameter(name, nn.Parameter(tensor.to(base.dtype)))
@@ -69,6 +73,21 @@ class FusedMixture(nn.Module):
             {p: torch.zeros_like(t) for p, t in like.down.items()}, {p: torch.zeros_like(t) for p, t in like.up.items()}
         )
         return [none, *specialists]
+
+    def by_expert(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """Views of a tensor of the shape of the stack `name`, by expert and factor, e.g. "2.up.gate", without padding.
+
+        The number is the expert's global id. Names and shapes are those of the expert's parameters on the
+        expert-parallel path. Nothing is padded there but to the experts' largest rank, projection by projection.
+        """
+        side = name.split("_")[0]
+        projections, by_projection = (("gate", "up"), whole) if name.endswith("in") else (("down",), whole[None])
+        found = {}
+        for p, specialists in zip(projections, by_projection, strict=True):
+            for expert, factor in enumerate(specialists, start=1):
+                own = factor[: self.ranks[p]]
+                found[f"{expert}.{side}.{p}"] = own if side == "down" else own.T
+        return found
 
     def forward(
         self,

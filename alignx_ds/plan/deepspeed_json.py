@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alignx_ds.config.schema import OptimizerConfig
+from alignx_ds.config.schema import AlignConfig, OptimizerConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.plan import deepspeed_keys as keys
 from alignx_ds.plan.deepspeed_keys import Fault, is_number, unknown
@@ -91,7 +91,7 @@ class StageJson:
         for name, device in devices.items():
             if device == "nvme":
                 yield f"zero_optimization.{name}.device nvme", "cpu or none", "checkpoints can't read states on NVMe"
-        if self.key == "align":
+        if isinstance(self.settings, AlignConfig) and self.settings.ep_size:
             for name in ("contiguous_gradients", "reduce_scatter"):
                 if zero.get(name) is False:
                     yield f"zero_optimization.{name} false", "true", "DeepSpeed's MoE layer needs it; remove the key"

@@ -52,13 +52,15 @@ def describe(
 
 
 def _summary(config: RunConfig, base: BaseModel, world_size: int) -> list[str]:
+    ep_size = config.align.ep_size
+    spread = f"with align.ep_size={ep_size}" if ep_size else "with all experts on each in stage 2 (align.ep_size=0)"
     layers = f"{len(base.layers)} of {base.config.num_hidden_layers} layers: {', '.join(map(str, base.layers))}"
     return [
         f"  {'model':<28}{config.model.path}, {config.model.dtype}",
         f"  {'AlignX layers':<28}{layers}",
         f"  {'experts':<28}{', '.join(config.expert_names)}",
         f"  {'baselines':<28}{', '.join(['sequential', 'mixed', *config.baselines.make])}",
-        f"  {'ranks':<28}{world_size}, with align.ep_size={config.align.ep_size}",
+        f"  {'ranks':<28}{world_size}, {spread}",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
+from alignx_ds.training import engine as engines
 
 ADAM_STATES = 2  # first and second moment, fp32
 
@@ -44,16 +45,17 @@ def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, flo
     master = 0 if size == 4 else 4
     states = 4 * ADAM_STATES + master
     stage1 = (n["base model"] * size + n["trained in stage 1"] * (size + states)) / world_size
-    placed = n["experts' factors"] / config.align.ep_size
+    stage = engines.read_template(config.align.deepspeed, "align.deepspeed").get("zero_optimization", {})
+    zero = max(1, int(stage.get("stage", 0)))
+    placed, data_parallel = _experts_on_a_rank(n["experts' factors"], config, world_size)
     trained = placed if config.align.expert_lr_scale > 0 else 0
-    data_parallel = world_size // config.align.ep_size
     dense = n["gates and calibrations"]
     stage2 = (
-        (n["base model"] + placed) * size
+        (n["base model"] + placed) * size / (world_size if zero == 3 else 1)
         + trained * (size + states / data_parallel)
         + dense * (2 * size + states / world_size)
     )
-    total = {"stage 1 (ZeRO-3)": stage1, "stage 2 (ZeRO-2)": stage2}
+    total = {"stage 1 (ZeRO-3)": stage1, f"stage 2 (ZeRO-{zero})": stage2}
     if _fuses(config):
         copies = n["full copies of the FFNs"]
         rest = n["base model"] - n["trained in stage 1"]
@@ -61,6 +63,14 @@ def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, flo
         moved = copies * (2 * size + states / world_size) + (copies * size if drift else 0)
         total["H3Fusion, TrinityX (ZeRO-2)"] = rest * size + moved
     return {name: size / 2**30 for name, size in total.items()}
+
+
+def _experts_on_a_rank(factors: float, config: RunConfig, world_size: int) -> tuple[float, int]:
+    """(numbers in their factors, ranks over which the optimizer's states of these are spread)."""
+    experts, ep_size = len(config.expert_names), config.align.ep_size
+    if ep_size == 0:  # the fused path stores no factors for the generalist
+        return factors * (experts - 1) / experts, world_size
+    return factors / ep_size, world_size // ep_size
 
 
 def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:

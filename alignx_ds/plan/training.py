@@ -11,11 +11,10 @@ from alignx_ds.plan import deepspeed_json
 from alignx_ds.plan.deepspeed_json import StageJson
 from alignx_ds.training import engine as engines
 
-ZERO_STAGES = {"train": (0, 1, 2, 3), "align": (1, 2)}  # by the key of a stage's settings
-ANY_OTHER = (0, 1, 2)
+ANY, WHOLE_MODEL, MOE = (0, 1, 2, 3), (0, 1, 2), (1, 2)  # ZeRO stages
 ZERO_FIXES = {
     "align.deepspeed": "DeepSpeed's MoE layer does not run under ZeRO-3, and clips wrongly under ZeRO-0; "
-    "use ds_configs/stage2_moe_zero2.json",
+    "use ds_configs/stage2_moe_zero2.json, or set align.ep_size=0",
     "scratch.train.deepspeed": "every rank saves the whole small model; use ds_configs/scratch_zero1.json",
     **{f"baselines.{name}.deepspeed": "use ds_configs/fusion_zero2.json" for name in FUSIONS},
 }
@@ -34,7 +33,8 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
     for key, stage in stages(c).items():
         yield from _steps(key, stage)
         yield from _batch(key, stage, world_size)
-        allowed, fix = ZERO_STAGES.get(key, ANY_OTHER), ZERO_FIXES.get(f"{key}.deepspeed", "correct the stage")
+        allowed = _zero_stages(c, key)
+        fix = "correct the stage" if allowed == ANY else ZERO_FIXES.get(f"{key}.deepspeed", "correct the stage")
         yield from StageJson(key, stage, c.model.dtype, world_size, allowed, fix).problems()
 
 
@@ -52,6 +52,13 @@ def stages(c: RunConfig) -> dict[str, OptimizerConfig]:
     first: dict[str, OptimizerConfig] = {"scratch.train": c.scratch.train} if c.from_scratch else {}
     fusions = {f"baselines.{name}": getattr(c.baselines, name) for name in FUSIONS if name in c.baselines.make}
     return {**first, "train": c.train, **fusions, "align": c.align}
+
+
+def _zero_stages(c: RunConfig, key: str) -> tuple[int, ...]:
+    """Those that the stage with these settings can run under."""
+    if key == "align":
+        return MOE if c.align.ep_size else ANY
+    return ANY if key == "train" else WHOLE_MODEL
 
 
 def _steps(key: str, stage: Any) -> Iterator[Problem]:
@@ -75,7 +82,8 @@ def _expert_parallel(c: RunConfig, world_size: int) -> Iterator[Problem]:
         return
     if experts % ep_size:
         fitting = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
-        yield Problem("align.ep_size", ep_size, f"a divisor of the {experts} experts", f"choose one of {fitting}")
+        fix = f"choose one of {fitting}; or 0, which keeps all experts on every rank"
+        yield Problem("align.ep_size", ep_size, f"a divisor of the {experts} experts", fix)
     if world_size % ep_size:
         fix = "start as many ranks (launch.ranks), or lower align.ep_size"
         yield Problem("align.ep_size", ep_size, f"a divisor of the {world_size} ranks", fix)

@@ -1,5 +1,6 @@
 """Stage 2: train gates, calibrators and experts of the mixture under ZeRO-2, then fit the gates' temperatures.
 
+The experts are spread over `align.ep_size` ranks, or all on every rank on the fused path: the result is the same.
 Its rows have no system prompt: the aligned model must find the axis by itself.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
@@ -19,8 +21,10 @@ from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.inputs import INJECTED
 from alignx_ds.experts.task_vectors import read_factors
-from alignx_ds.mocae.layer import freeze_trunk, gates_of
+from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.layer import alignx_layers, freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.models.base import dtype_of
 from alignx_ds.models.ends import set_ends
 from alignx_ds.routing.curves import router_sums, step_scalars
@@ -101,39 +105,65 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
 def _train_spread(
     context: StageContext, factors: ExpertFactors, fitted: FittedCalibrators, job: TrainingJob
 ) -> tuple[dict[str, Tensor], Losses]:
-    """(state of the trained mixture on the fused path, on the CPU; loss of every step), its experts over the ranks."""
-    c = context.config
-    placement = Placement(c.align.ep_size, distributed.rank() % c.align.ep_size)
-    model = assemble(c, context.base, factors, fitted, placement).to(distributed.device())
-    freeze_trunk(model, experts=c.align.expert_lr_scale > 0)
-    rows = context.data.train
+    """(state of the trained mixture on the fused path, on the CPU; loss of every step). Collective.
+
+    The state leaves out what ZeRO-3 has sharded of the frozen trunk.
+    """
+    c, rows = context.config, context.data.train
     setup = set_up(context, c.align, "align", c.align.steps, rows)
+    zero3 = HfDeepSpeedConfig(setup.deepspeed)  # while it is alive, ZeRO-3 shards the base model as it is loaded
+    model = assemble(c, context.base, factors, fitted, placement(c.align.ep_size)).to(distributed.device())
+    mix_outputs(model)
+    freeze_trunk(model, experts=c.align.expert_lr_scale > 0)
     make_expert_groups(c.align.ep_size)
     groups = parameter_groups(model, c)
     job = replace(job, scalars=partial(step_scalars, c.expert_names))
     with trained(context, setup, model, groups, rows, step_loss(c), job, title="align") as (made, losses):
-        weights = {name: t.detach().cpu() for name, t in made.fused_state().items()}
+        weights = whole_state(made)
+    del zero3
     return weights, losses
 
 
+def placement(ep_size: int) -> Placement | None:
+    """Of this rank's experts; None, and so the fused path, where `ep_size` is 0."""
+    return Placement(ep_size, distributed.rank() % ep_size) if ep_size else None
+
+
+def mix_outputs(model: AlignXForCausalLM) -> None:
+    """Let fused mixtures mix the experts' outputs, as expert parallelism does, whatever `gate.combine` serves with."""
+    for layer in alignx_layers(model):
+        if isinstance(layer.mixture, FusedMixture):
+            layer.mixture.merge = False
+
+
 def make_expert_groups(ep_size: int) -> None:
-    """Make DeepSpeed's process groups of experts. It makes missing ones itself, but announces that from every rank."""
+    """Make DeepSpeed's process groups of experts, unless `ep_size` is 0.
+
+    It makes missing ones itself, but announces that from every rank.
+    """
     groups = load_deepspeed().utils.groups
-    if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
+    if ep_size and f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """The optimizer's groups. Experts have their own: another learning rate, and DeepSpeed reduces them apart."""
-    moe = load_deepspeed().moe.utils
+    """The optimizer's groups. Experts have their own: another learning rate, and no weight decay.
+
+    DeepSpeed reduces those of the expert-parallel path apart. On the fused path they are parameters like any other.
+    """
+    moe, hosts = load_deepspeed().moe.utils, (FusedMixture, ParallelMixture)
+    mixtures = [m for m in model.modules() if isinstance(m, hosts)]
+    experts = {id(p) for mixture in mixtures for p in mixture.parameters()}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    dense = engines.decay_groups([(n, p) for n, p in named if not moe.is_moe_param(p)], config.align.weight_decay)
+    dense = engines.decay_groups([(n, p) for n, p in named if id(p) not in experts], config.align.weight_decay)
     expert = {
-        "params": [p for _, p in named if moe.is_moe_param(p)],
+        "params": [p for _, p in named if id(p) in experts],
         "lr": config.align.lr * config.align.expert_lr_scale,
         "weight_decay": 0.0,
         "name": "experts",
     }
+    if config.align.ep_size == 0:
+        return [group for group in [*dense, expert] if group["params"]]
     if not expert["params"]:
         expert["params"] = [_stand_in(model, config)]
     groups: list[dict[str, Any]] = moe.split_params_into_different_moe_groups_for_optimizer([*dense, expert])
@@ -161,6 +191,18 @@ def step_loss(config: RunConfig) -> StepLoss:
         return MicroBatchLoss(terms.total(config.align), terms.scalars(), router_sums(engine.module, part))
 
     return loss
+
+
+def whole_state(model: AlignXForCausalLM) -> dict[str, Tensor]:
+    """The state that the model has on the fused path, on the CPU, without what ZeRO-3 has sharded of the trunk.
+
+    Collective.
+    """
+    parts = [part for layer in alignx_layers(model) for part in (layer.mixture, layer.calibration, layer.gate)]
+    own = [p for part in parts if part is not None for p in part.parameters()]
+    with load_deepspeed().zero.GatheredParameters(own):
+        state = {name: t.detach().to("cpu", copy=True) for name, t in model.fused_state().items()}
+    return {name: t for name, t in state.items() if t.numel()}
 
 
 def fit_temperatures(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, batch: int) -> None:

@@ -42,7 +42,7 @@ class StudiedRun:
     def open(cls, directory: Path) -> StudiedRun:
         """Raises ConfigError when this is no finished run, and DataError when its baselines are missing or damaged."""
         run = FinishedRun.open(directory)
-        inputs = read_inputs(run.config, checks.check(run.config, run.config.align.ep_size))
+        inputs = read_inputs(run.config, checks.check(run.config, max(1, run.config.align.ep_size)))
         stages = results.planned(StageContext(run.config, inputs.base, inputs.data, run.out), inputs.texts)
         fingerprints = {stage.label: manifest.fingerprint(stage.inputs) for stage in stages}
         studied = cls(run, inputs.base, inputs.data, fingerprints)

@@ -1,14 +1,16 @@
 """An engine's training state in a form that does not depend on the ranks: whole fp32 tensors, canonical names.
 
-The canonical name of an expert's parameter holds the expert's *global* id, whatever rank hosts it; any other
-parameter's is its own name. So a state that was saved at one world size, ZeRO stage or ep_size can be restored at any
-other. Frozen parameters are not part of it: they are what the job started from.
+The canonical name of an expert's factor holds the expert's *global* id, whatever rank hosts it, and on the fused path
+it is a part of a parameter, a stack of all experts' factors. Any other parameter's name is its own. So a state that was
+saved at one world size, ZeRO stage or ep_size can be restored at any other. Frozen parameters are not part of it: they
+are what the job started from. Nor are the generalist's factors, which are zero: training leaves them at zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +25,11 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained parameter of this rank, its canonical name, and whether this rank saves it for all that hold it."""
+    """A trained parameter of this rank, and whether this rank saves it for all that hold it."""
 
-    name: str
     parameter: nn.Parameter
     is_mine: bool
+    parts: Callable[[Tensor], dict[str, Tensor]]  # views of a tensor of the parameter's shape, by canonical name
 
 
 def gather(engine: Any) -> Iterator[tuple[str, Tensor]]:
@@ -43,8 +45,9 @@ def gather(engine: Any) -> Iterator[tuple[str, Tensor]]:
                 whole = parameters.safe_get_full_fp32_param(trained.parameter)
             else:
                 whole = parameters.safe_get_full_optimizer_state(trained.parameter, kind)
-            if trained.is_mine:
-                yield f"{kind}/{trained.name}", whole.detach().to("cpu", torch.float32, copy=True)
+            for name, part in trained.parts(whole.detach()).items() if trained.is_mine else ():
+                made = torch.empty(part.shape, dtype=torch.float32)  # contiguous, which the part may not be
+                yield f"{kind}/{name}", made.copy_(part)
 
 
 def facts(engine: Any) -> dict[str, Any]:
@@ -69,7 +72,10 @@ def restore(engine: Any, saved: dict[str, Any], read: Callable[[str], Tensor]) -
     _link(zero)
     for trained in _trained(engine.module):
         for kind in (WEIGHT, *kinds):
-            _set(trained.parameter, kind, read(f"{kind}/{trained.name}").to(distributed.device()))
+            whole = torch.zeros(getattr(trained.parameter, "ds_shape", trained.parameter.shape))
+            for name, part in trained.parts(whole).items():
+                part.copy_(read(f"{kind}/{name}"))
+            _set(trained.parameter, kind, whole.to(distributed.device()))
     if _is_sharded(zero):
         _refresh_shards(zero)
     for name in COUNTERS:
@@ -77,34 +83,47 @@ def restore(engine: Any, saved: dict[str, Any], read: Callable[[str], Tensor]) -
     _fast_forward(engine, saved["scheduled"])
 
 
-def _trained(module: Any) -> list[Trained]:
+def _trained(module: nn.Module) -> list[Trained]:
     deepspeed = load_deepspeed()
     comm, groups = deepspeed.comm, deepspeed.utils.groups
-    experts = _expert_names(module)
+    parts_of = _parts_of_experts(module)
     found = []
     for number, (name, p) in enumerate((n, p) for n, p in module.named_parameters() if p.requires_grad):
+        parts = parts_of.get(id(p), partial(_one_part, name))
         if deepspeed.moe.utils.is_moe_param(p):
-            if id(p) not in experts:
-                continue  # it stands in for experts that are not trained
-            group = groups._get_expert_data_parallel_group(p.group_name)
+            if id(p) not in parts_of:
+                continue  # the generalist's, or it stands in for experts that are not trained
+            marked: Any = p
+            group = groups._get_expert_data_parallel_group(marked.group_name)
             rank, size = comm.get_rank(group=group), comm.get_world_size(group=group)
         else:
             rank, size = distributed.rank(), distributed.world_size()
-        found.append(Trained(experts.get(id(p), name), p, number % size == rank))
+        found.append(Trained(p, number % size == rank, parts))
     return found
 
 
-def _expert_names(module: nn.Module) -> dict[int, str]:
-    """By id of the parameter, for the experts that this rank hosts."""
+def _one_part(name: str, whole: Tensor) -> dict[str, Tensor]:
+    return {name: whole}
+
+
+def _parts_of_experts(module: nn.Module) -> dict[int, Callable[[Tensor], dict[str, Tensor]]]:
+    """By id of the parameter, for the specialists' factors that this rank hosts, however they are hosted."""
+    from alignx_ds.mocae.fused import STACKS, FusedMixture
     from alignx_ds.mocae.parallel import ParallelMixture
 
-    return {
-        id(p): f"{path}.experts.{mixture.first_local + offset}.{name}"
-        for path, mixture in module.named_modules()
-        if isinstance(mixture, ParallelMixture)
-        for offset, expert in enumerate(mixture.local_experts())
-        for name, p in expert.named_parameters()
-    }
+    def stacked(prefix: str, mixture: FusedMixture, name: str, whole: Tensor) -> dict[str, Tensor]:
+        return {f"{prefix}.{factor}": part for factor, part in mixture.by_expert(name, whole).items()}
+
+    found: dict[int, Callable[[Tensor], dict[str, Tensor]]] = {}
+    for path, mixture in module.named_modules():
+        prefix = f"{path}.experts"
+        if isinstance(mixture, FusedMixture):
+            found |= {id(getattr(mixture, name)): partial(stacked, prefix, mixture, name) for name in STACKS}
+        elif isinstance(mixture, ParallelMixture):
+            for number, expert in enumerate(mixture.local_experts(), start=mixture.first_local):
+                factors = expert.named_parameters() if number else ()
+                found |= {id(p): partial(_one_part, f"{prefix}.{number}.{name}") for name, p in factors}
+    return found
 
 
 def _is_sharded(zero: Any) -> bool:

@@ -39,11 +39,15 @@ def stage1(c: PreTrainedConfig) -> float:
     return 2.0 * (forward + to_inputs + trained * w.ffn)
 
 
-def stage2(c: PreTrainedConfig, experts: int, rank: int) -> float:
-    """In training every token goes through every expert; factors and calibrations are trained."""
+def stage2(c: PreTrainedConfig, experts: int, rank: int, *, fused: bool = False) -> float:
+    """In training every token goes through every expert; factors and calibrations are trained.
+
+    On the fused path the base's FFN runs once for all experts, and the generalist has no factors.
+    """
+    ffns, specialists = (1, experts - 1) if fused else (experts, experts)
     w = Weights.of(c)
     factors = 3 * rank * (c.hidden_size + c.intermediate_size)
-    layer = w.attention + experts * (w.ffn + factors)
+    layer = w.attention + ffns * w.ffn + specialists * factors
     forward = w.layers * layer + w.head
-    to_inputs = (w.layers - 1) * layer + experts * w.ffn / 3 + w.head
-    return 2.0 * (forward + to_inputs + w.layers * experts * factors)
+    to_inputs = (w.layers - 1) * layer + ffns * w.ffn / 3 + w.head
+    return 2.0 * (forward + to_inputs + w.layers * specialists * factors)

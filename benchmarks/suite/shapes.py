@@ -32,6 +32,7 @@ class Llama:
 
 
 SMALL = {
+    "world": Llama(hidden=128, ffn=256, heads=4, layers=5, vocabulary=647),  # of the base model that ships
     "tiny": Llama(hidden=256, ffn=704, heads=4, layers=4),
     "small": Llama(hidden=1024, ffn=2752, heads=16, layers=4),
     "medium": Llama(hidden=2048, ffn=5504, heads=16, layers=4),

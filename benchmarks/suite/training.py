@@ -17,7 +17,6 @@ from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.layer import freeze_trunk
-from alignx_ds.mocae.modeling import Placement
 from alignx_ds.runtime import distributed, memory
 from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align
@@ -111,14 +110,14 @@ def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> T
     return Trainee(engine, plan, language_loss, rows, True, zero3)
 
 
-def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int) -> Trainee:
-    """The calibrated mixture on the expert-parallel path: the project's own groups, losses and JSON."""
-    config = RunConfig(align=AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=0.1))
+def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int, expert_lr_scale: float = 0.1) -> Trainee:
+    """The calibrated mixture: the project's own groups, losses and JSON; with ep_size 0 on the fused path."""
+    config = RunConfig(align=AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=expert_lr_scale))
     plan = _plan(config.align, setting)
     template = engines.read_template(config.align.deepspeed, "align.deepspeed")
     torch.manual_seed(SEED)
-    model = alignx(setting, placement=Placement(ep_size, distributed.rank() % ep_size))
-    freeze_trunk(model)
+    model = alignx(setting, placement=align.placement(ep_size))
+    freeze_trunk(model, experts=expert_lr_scale > 0)
     align.make_expert_groups(ep_size)
     filled = engines.fill(template, plan, distributed.world_size())
     engine = engines.start(model, align.parameter_groups(model, config), filled, plan)

@@ -37,6 +37,7 @@ from problems import (
     generated,
     imbalanced_steps,
     mixture,
+    uneven_mixture,
     whole_stage_config,
 )
 from safetensors.torch import load_file
@@ -137,13 +138,16 @@ def steps(out: Path) -> dict[str, Any]:
 
 
 def stage2_engine(config: RunConfig, kind: str = "adamw") -> tuple[Any, engine.Plan]:
-    ep_size = config.align.ep_size
-    model = mixture(placement=Placement(ep_size, RANK % ep_size), frozen=not config.align.expert_lr_scale)
+    placement = align.placement(config.align.ep_size)
+    return started(mixture(placement=placement, frozen=not config.align.expert_lr_scale), config, kind)
+
+
+def started(model: AlignXForCausalLM, config: RunConfig, kind: str) -> tuple[Any, engine.Plan]:
     plan = engine.Plan.of(config.align, "float32", config.align.steps)
     template = engine.read_template(config.align.deepspeed, "align.deepspeed")
     if kind == "sgd":  # its step shows the gradient's scale, which Adam's hides
         template["optimizer"] = {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}}
-    align.make_expert_groups(ep_size)
+    align.make_expert_groups(config.align.ep_size)
     groups = align.parameter_groups(model, config)
     return engine.start(model, groups, engine.fill(template, plan, WORLD), plan), plan
 
@@ -213,6 +217,32 @@ def untrained(out: Path) -> dict[str, Any]:
     return found
 
 
+def paths(out: Path) -> dict[str, Any]:
+    """Stage 2 on the path of each ep_size, and again from the checkpoint after the other's second step."""
+    found: dict[str, Any] = {}
+    for kind, combine in (("choice", "outputs"), ("needs", "weights")):
+        for before, after in ((WORLD, 0), (0, WORLD)):
+            root = out / f"paths{WORLD} {kind}"
+            manager = CheckpointManager(f"ep{before}", {}, root, CheckpointsConfig(every=2), SEED)
+            whole = _on_path(kind, combine, before, manager)
+            found[f"{kind} ep{before}"] = {"checkpoint": manager.directory, **whole}
+            found[f"{kind} ep{before} → ep{after}"] = _on_path(kind, combine, after, manager)
+    return found
+
+
+def _on_path(kind: str, combine: str, ep_size: int, manager: CheckpointManager) -> dict[str, Any]:
+    config = align_config(ep_size, 1)
+    model = uneven_mixture(kind, combine, align.placement(ep_size))
+    align.mix_outputs(model)
+    made, plan = started(model, config, "adamw")
+    rows = LabelledExamples(EXAMPLES, LABELS)
+    batches = partial(loop.micro_batches, rows, plan, PAD, SEED)
+    losses = loop.train(made, batches, align.step_loss(config), plan, Progress(), TrainingJob("paths", manager))
+    weights = {n: t.detach().clone() for n, t in made.module.fused_state().items()}
+    made.destroy()
+    return {"losses": losses, "weights": weights}
+
+
 def jsons(out: Path) -> dict[str, Any]:
     """Stage 1 under DeepSpeed JSONs of other tools, and again from the checkpoint after its second step: the losses."""
     names = ("ds_z0", "ds_z2_offload", "ds_z3_offload")
@@ -238,13 +268,13 @@ def _with_json(out: Path, name: str) -> list[float | None]:
 def whole_stage(out: Path) -> dict[str, Any]:
     """Stage 2 from its rows to the calibrated model, by ep_size."""
     found = {}
-    for ep_size in (1, 2)[:WORLD]:
-        config = whole_stage_config(out / "base", ep_size)
+    for how in ("ep1", "ep2", "ep0", "ep0 zero3") if WORLD == 2 else ("ep1",):
+        config = whole_stage_config(out / "base", how)
         context = stage_context(config, Outputs(out / "whole_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
         curves: list[dict[str, float]] = []
         job = TrainingJob("stage2", log=lambda step, values, curves=curves: curves.append(values))
         model, losses = align.train_mixture(context, low_rank_experts(base_model()), job)
-        found[f"ep{ep_size}"] = {"state": model.state_dict(), "losses": losses, "curves": curves}
+        found[how] = {"state": model.state_dict(), "losses": losses, "curves": curves}
     return found
 
 
@@ -360,7 +390,7 @@ def freed(out: Path) -> dict[str, list[str]]:
     for name in fuse.SETTINGS:
         fuse.train_fusion(fusion_context(out, f"freed{WORLD}", 1), name, specialists)
         found[name] = left_of(watched.pop())
-    config = whole_stage_config(out / "base", WORLD)
+    config = whole_stage_config(out / "base", f"ep{WORLD}")
     context = stage_context(config, Outputs(out / "freed_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
     align.train_mixture(context, low_rank_experts(base_model()), TrainingJob("stage2"))
     found["stage2"] = left_of(watched.pop())
@@ -389,6 +419,7 @@ WORK = (
     imbalanced,
     lockstep,
     steps,
+    paths,
     untrained,
     jsons,
     fine_tune,

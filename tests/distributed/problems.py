@@ -46,7 +46,7 @@ from alignx_ds.config.schema import (
 from alignx_ds.data.batches import Batch, collate
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.data.sampling import global_batches, share
-from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.runs import manifest
@@ -86,8 +86,13 @@ CALIBRATION_ROWS = LabelledExamples(
     [Example(tuple(r), len(r) - 2) for r in random_rows([8, 6, 10, 5] * 3, 52)], [0, 1, 2, 3, 1, 0, 3, 2, 0, 1, 2, 3]
 )
 VARIANTS = {  # by world size: optimizer, whether the true expert is forced or the experts frozen, ep_size, accumulation
-    1: ["sgd ep1 acc1", "sgd ep1 acc2", "adamw ep1 acc1", "sgd forced ep1 acc1"],
+    1: ["sgd ep1 acc1", "sgd ep1 acc2", "adamw ep1 acc1", "sgd forced ep1 acc1", "adamw ep0 acc1"],
     2: [
+        "sgd ep0 acc1",
+        "sgd ep0 acc2",
+        "adamw ep0 acc1",
+        "sgd frozen ep0 acc1",
+        "sgd forced ep0 acc1",
         "sgd ep1 acc1",
         "sgd ep2 acc1",
         "sgd ep2 acc2",
@@ -134,10 +139,14 @@ def fusion_config(base: Path, accumulation: int) -> RunConfig:
 
 
 def write_specialists(root: Path) -> list[Path]:
-    """Directories of three specialists with random full-rank task vectors, and the fusions' DeepSpeed JSON.
+    """Directories of three specialists with random full-rank task vectors, and two DeepSpeed JSONs.
 
-    Its optimizer is SGD, whose step shows the gradient's scale, which Adam's hides.
+    The fusions' optimizer is SGD, whose step shows the gradient's scale, which Adam's hides. Stage 2's under ZeRO-3
+    shards every parameter, however small.
     """
+    sharded = engine.read_template("ds_configs/stage1_zero3.json", "")
+    sharded["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (root / "zero3.json").write_text(json.dumps(sharded))
     template = engine.read_template("ds_configs/fusion_zero2.json", "")
     template["optimizer"] = {"type": "SGD", "params": {"lr": "auto", "weight_decay": "auto"}}
     (root / "sgd.json").write_text(json.dumps(template))
@@ -152,8 +161,10 @@ def write_specialists(root: Path) -> list[Path]:
     return directories
 
 
-def whole_stage_config(base: Path, ep_size: int) -> RunConfig:
-    stage = AlignConfig(ep_size=ep_size, lr=0.01, expert_lr_scale=0.5, batch=4, steps=2, warmup_steps=1)
+def whole_stage_config(base: Path, how: str) -> RunConfig:
+    """`how` is the ep_size, e.g. "ep2"; "ep0 zero3" shards the trunk."""
+    ep_size, zero = int(how[2]), {"deepspeed": str(base.with_name("zero3.json"))} if "zero3" in how else {}
+    stage = AlignConfig(ep_size=ep_size, lr=0.01, expert_lr_scale=0.5, batch=4, steps=2, warmup_steps=1, **zero)
     return RunConfig(
         seed=SEED,
         model=ModelConfig(path=str(base), layers=ALIGNX_LAYERS),
@@ -190,6 +201,20 @@ def mixture(
     experts = low_rank_experts(base)
     made = aligned(base, experts, scope="per_layer", top_k=top_k, placement=placement, trained=trained)
     freeze_trunk(made, experts=not frozen)
+    return made
+
+
+def uneven_mixture(kind: str, combine: str, placement: Placement | None) -> AlignXForCausalLM:
+    """Its specialists' ranks differ from one projection to the next, so that the fused path pads its stacks."""
+    base = base_model()
+    ranks = {"gate": 1, "up": 3, "down": 2}
+    experts = {
+        layer: [Factors({p: f.down[p][:r] for p, r in ranks.items()}, {p: f.up[p][:, :r] for p, r in ranks.items()})
+                for f in factors]
+        for layer, factors in low_rank_experts(base).items()
+    }  # fmt: skip
+    made = aligned(base, experts, kind=kind, combine=combine, placement=placement)
+    freeze_trunk(made)
     return made
 
 

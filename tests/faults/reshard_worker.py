@@ -51,14 +51,13 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
 def stage2(kind: str, zero: int, ep_size: int) -> tuple[Any, Any, Any, Any]:
     from problems import align_config, mixture
 
-    from alignx_ds.mocae.modeling import Placement
     from alignx_ds.runtime import distributed
     from alignx_ds.stages import align
     from alignx_ds.training import engine
 
     frozen = "untrained" in kind
     config = align_config(ep_size, 1, 0.0 if frozen else 0.5)
-    model = mixture(placement=Placement(ep_size, distributed.rank() % ep_size), frozen=frozen)
+    model = mixture(placement=align.placement(ep_size), frozen=frozen)
     plan = engine.Plan.of(config.align, "float32", 6)
     template = engine.read_template(config.align.deepspeed, "align.deepspeed")
     template["zero_optimization"]["stage"] = zero

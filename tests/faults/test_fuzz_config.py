@@ -112,7 +112,7 @@ SPECIAL: list[Change] = [
       for text in ("${nowhere}", f"${{{key}}}", "${train}", "${oc.env:NOT_SET}", "${nothing:1}", "${")),
     ("model.layers", ["${nowhere}"]),
     ("align.ep_size", 3),
-    ("align.ep_size", 0),
+    ("align.ep_size", -1),
     ("align.batch", 63),
     *((f"{stage}.checkpoint_activations", text) for stage in ("train", "align") for text in ("", "sometimes", 1)),
     ("train.accumulation", 7),

@@ -62,7 +62,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "gate.output_latent=-1",
         "gate.top_k=5",
         "gate.more.nearest=0.5",
-        "align.ep_size=0",
+        "align.ep_size=-1",
         "train.deepspeed=nowhere.json",
         "baselines.make=[ties,slerp]",
         "baselines.make=[dare,dare]",
@@ -95,6 +95,7 @@ def test_a_value_that_cannot_be_is_named_and_nothing_else(write_recipe: WriteRec
         "baselines.make=[]",
         "baselines.ties_density=1",
         "gate.output_latent=0",
+        "align.ep_size=0",
         "baselines.h3fusion.deepspeed=ds_configs/scratch_zero1.json",
     ],
 )
@@ -136,13 +137,19 @@ def test_a_fusion_does_not_run_under_zero3(write_recipe: WriteRecipe) -> None:
     assert "ds_configs/fusion_zero2.json" in found["baselines.trinityx.deepspeed"]
 
 
+def test_stage_2_runs_under_zero3_on_the_fused_path_alone(write_recipe: WriteRecipe) -> None:
+    sharded = write_recipe("align.deepspeed=ds_configs/stage1_zero3.json")
+    assert "set align.ep_size=0" in problems(parse.load(sharded))["align.deepspeed"]
+    assert problems(parse.load(sharded, ["align.ep_size=0"]), world_size=8) == {}
+
+
 def test_without_an_axis_there_is_nothing_to_align(tiny_config: RunConfig) -> None:
     tiny_config.axes = {}
     assert list(problems(tiny_config)) == ["axes"]
 
 
 @same_config
-@given(ep_size=st.integers(1, 9), world_size=st.integers(1, 9), axes=st.integers(1, 5))
+@given(ep_size=st.integers(0, 9), world_size=st.integers(1, 9), axes=st.integers(1, 5))
 def test_ep_size_divides_the_experts_and_the_ranks(
     tiny_config: RunConfig, ep_size: int, world_size: int, axes: int
 ) -> None:
@@ -151,7 +158,7 @@ def test_ep_size_divides_the_experts_and_the_ranks(
     tiny_config.align.ep_size = ep_size
     tiny_config.baselines.make = []  # they have batches of their own
     tiny_config.train.batch = tiny_config.align.batch = world_size
-    fits = (axes + 1) % ep_size == 0 and world_size % ep_size == 0
+    fits = ep_size == 0 or ((axes + 1) % ep_size == 0 and world_size % ep_size == 0)
     assert set(problems(tiny_config, world_size)) == (set() if fits else {"align.ep_size"})
 
 

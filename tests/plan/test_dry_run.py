@@ -130,6 +130,28 @@ def test_the_memory_estimate_shrinks_with_the_ranks(
         assert 0 < figure(spread, stage) < figure(alone, stage)
 
 
+def test_the_estimate_of_the_fused_path_has_all_experts_on_every_rank(
+    write_recipe: WriteRecipe, world_base: BaseModel
+) -> None:
+    """Their weights and gradients; Adam's two states are spread over all ranks. Under ZeRO-3 the weights are too."""
+    config = load(write_recipe("align.expert_lr_scale=0.1", "align.ep_size=0"))
+    n, ranks = counts(config, world_base), 4
+    specialists = n["experts' factors"] * 3 / 4
+    numbers = n["base model"] + specialists * (2 + 2 / ranks) + n["gates and calibrations"] * (2 + 2 / ranks)
+    assert memory(config, world_base, ranks)["stage 2 (ZeRO-2)"] * 2**30 == pytest.approx(4 * numbers)
+    config.align.deepspeed = "ds_configs/stage1_zero3.json"
+    saved = (n["base model"] + specialists) * (1 - 1 / ranks)
+    assert memory(config, world_base, ranks)["stage 2 (ZeRO-3)"] * 2**30 == pytest.approx(4 * (numbers - saved))
+
+
+def test_a_dry_run_says_that_all_experts_are_on_every_rank(
+    write_recipe: WriteRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "1, with all experts on each in stage 2 (align.ep_size=0)" in dry_run(
+        write_recipe("align.ep_size=0"), capsys
+    )
+
+
 def test_experts_that_are_not_trained_take_weights_alone(write_recipe: WriteRecipe, world_base: BaseModel) -> None:
     overrides = ("baselines.make=[]", "checkpoints.finished=true")
     kept, trained = (load(write_recipe(*overrides, f"align.expert_lr_scale={n}")) for n in (0, 0.1))
