@@ -65,6 +65,8 @@ class AlignXLayer(nn.Module):
             whole: Tensor = self.calibration(unfinished, tables=routing.tables.setdefault(self.index, []))
             return whole
         mask = self._forward_pass.token_mask
+        if self._forward_pass.tokens is not None:
+            return self._without_padding(x, gates, self._forward_pass.tokens)
         if isinstance(self.mixture, ParallelMixture):
             y: Tensor = self.mixture(x, gates, mask)
         else:
@@ -75,6 +77,18 @@ class AlignXLayer(nn.Module):
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         calibrated: Tensor = self.calibration(y, gates, mask, count, steps)
         return calibrated
+
+    def _without_padding(self, x: Tensor, gates: Tensor, tokens: Tensor) -> Tensor:
+        """The layer's output in training on the fused path, 0 on padding, which is left out of the computation.
+
+        Expert parallelism does not dispatch it either. `tokens` [N] are the places of the others in [B T].
+        """
+        b, t, d = x.shape
+        own = gates.expand(b, t, -1).flatten(0, 1).index_select(0, tokens).unsqueeze(0)  # [1, N, E]
+        y: Tensor = self.mixture(x.flatten(0, 1).index_select(0, tokens).unsqueeze(0), own)
+        if self.calibration is not None:
+            y = self.calibration(y, own, of_rows=(tokens // t, b))
+        return y.new_zeros(b * t, d).index_copy(0, tokens, y.squeeze(0)).view(b, t, d)
 
     def _rows(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> kernels.Rows | None:
         """The only expert of each row, where the Triton kernels can run; kept with the KV cache."""

@@ -25,7 +25,7 @@ from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing
+from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing, unpadded
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.mocae.turns import from_column, query_mask, turn_start
@@ -226,6 +226,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         elif input_ids.shape[1] > 1 and self.config.user_turn:
             routing = self._routed_again(input_ids, mask if mask is not None else torch.ones_like(input_ids), routing)
         self.forward_pass.routing, self.forward_pass.token_mask = routing, token_mask
+        self.forward_pass.tokens = unpadded(token_mask) if self.training and self.placement is None else None
         output: CausalLMOutputWithPast = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

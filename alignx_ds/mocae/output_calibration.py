@@ -104,12 +104,16 @@ class OutputCalibration(nn.Module):
         count: int | None = None,
         steps: list[GatedStep] | None = None,
         tables: list[kernels.Tables] | None = None,
+        of_rows: tuple[Tensor, int] | None = None,
     ) -> Tensor:
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> ỹ [B, T, d] in the dtype of y.
 
         `count` is that of `gated_step`. `steps` holds what `gated_step` returned for these gates, or is an empty list,
         which is filled with it. An unfinished y needs no gates: it is finished by the Triton kernels, which run on
         `tables`. This holds what `tables()` returned or is an empty list, which is filled with it.
+
+        `of_rows`: y is [1, N, d], the tokens of several rows without padding, with each token's row [N] and how many
+        rows there are.
         """
         if isinstance(y, kernels.Unfinished):
             assert tables is not None
@@ -129,9 +133,17 @@ class OutputCalibration(nn.Module):
         step = step + weights @ p.back if p.back.dim() == 2 else torch.baddbmm(step, weights, p.back)
         if self.training:
             change = linear(step, reinjection)
-            weight = torch.ones(y.shape[:-1], device=y.device) if token_mask is None else token_mask.float()
-            energy = (y.detach().float().square().sum(-1) * weight).sum(-1)
-            drift = (change.square().sum(-1) * weight).sum(-1) / energy.clamp_min(1e-12)
+            moved, energy = (_by_row(t, token_mask, of_rows) for t in (change, y.detach().float()))
+            drift = moved / energy.clamp_min(1e-12)
             self.last_drift = self.last_drift if is_recomputing() else drift
         calibrated = torch.addmm(wide.flatten(0, 1), step.flatten(0, 1), reinjection.T)
         return calibrated.view_as(y).to(y.dtype)
+
+
+def _by_row(vectors: Tensor, token_mask: Tensor | None, of_rows: tuple[Tensor, int] | None) -> Tensor:
+    """Squared lengths of the tokens' vectors, summed over each row without padding, [B]."""
+    squares = vectors.square().sum(-1)
+    if of_rows is not None:
+        row, rows = of_rows
+        return squares.new_zeros(rows).index_add(0, row, squares.squeeze(0))
+    return (squares if token_mask is None else squares * token_mask.float()).sum(-1)

@@ -110,6 +110,7 @@ class ForwardPass:
 
     routing: Routing | None = None
     token_mask: Tensor | None = None  # [B, T] 0 on padding
+    tokens: Tensor | None = None  # [N] int64, where the flattened mask is not 0; None where there is no padding
     fixed: bool = False  # whether no shape may depend on what the gates decide
 
     def contexts(self) -> Contexts:
@@ -117,6 +118,17 @@ class ForwardPass:
         assert self.routing is not None
         now = ref(self.routing)
         return contexts(lambda: now() is self.routing)
+
+
+def unpadded(token_mask: Tensor | None) -> Tensor | None:
+    """[B, T] -> [N] int64, the places of the tokens in the flattened mask; None where there is no padding.
+
+    The host waits for the device.
+    """
+    if token_mask is None:
+        return None
+    places = token_mask.flatten().nonzero().squeeze(-1)
+    return places if len(places) < token_mask.numel() else None
 
 
 def prompt_summary(h: Tensor, query_mask: Tensor) -> Tensor:
