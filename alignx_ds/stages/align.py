@@ -39,7 +39,7 @@ from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss
-from alignx_ds.training.losses import align_terms
+from alignx_ds.training.losses import align_terms, forward_nll
 from alignx_ds.training.metrics import Losses, MicroBatchLoss
 
 
@@ -184,10 +184,9 @@ def step_loss(config: RunConfig) -> StepLoss:
 
     def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
         b = part.batch
-        output = engine(
-            input_ids=b.input_ids, attention_mask=b.attention_mask, prompt_mask=b.prompt_mask, use_cache=False
-        )
-        terms = align_terms(engine.module, output.logits, b.labels, part.needs, part.lm_scale, part.gate_weights)
+        masks = {"attention_mask": b.attention_mask, "prompt_mask": b.prompt_mask}
+        nll = forward_nll(engine, b.labels, input_ids=b.input_ids, use_cache=False, **masks)
+        terms = align_terms(engine.module, nll, part.needs, part.lm_scale, part.gate_weights)
         return MicroBatchLoss(terms.total(config.align), terms.scalars(), router_sums(engine.module, part))
 
     return loss

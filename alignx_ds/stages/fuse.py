@@ -32,7 +32,7 @@ from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss
-from alignx_ds.training.losses import answer_nll
+from alignx_ds.training.losses import forward_nll
 from alignx_ds.training.metrics import MicroBatchLoss
 
 SETTINGS: dict[str, FusionSettings] = {"h3fusion": H3FUSION, "trinityx": TRINITYX}
@@ -164,8 +164,8 @@ def step_loss(model: nn.Module, stage: FusionConfig, experts: list[str]) -> Step
 
     def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
         b = part.batch
-        output = engine(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
-        lm = answer_nll(output.logits, b.labels) * part.lm_scale
+        nll = forward_nll(engine, b.labels, input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
+        lm = nll * part.lm_scale
         drift = start.of(engine.module) if start else lm.new_zeros(())
         axes = part.needs[:, 1:]  # no copy for the generalist, expert 0
         terms = fusion_terms(layers, lm, drift, b.attention_mask, axes, part.gate_weights)

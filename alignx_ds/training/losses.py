@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, MicroBatch
@@ -26,14 +27,45 @@ from alignx_ds.mocae.layer import alignx_layers, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.training.metrics import MicroBatchLoss
 
+MOST_LOGITS = 2**28  # fp32 logits that are computed at once: 1 GiB
+
 
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed negative log-likelihood (nats) of the answer tokens: logits [B, T, V], labels [B, T] int64 -> fp32 scalar.
 
     The logits at a position predict the label of the next one; labels outside the answers are IGNORED.
     """
-    shifted = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(shifted, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+    return _summed_nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [N, V], targets [N] -> fp32 scalar."""
+    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def forward_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
+    """`answer_nll` of the engine's forward pass with these inputs; `engine` may be a model too.
+
+    Where the logits of all tokens would be more than MOST_LOGITS, the head computes only those that predict an answer's
+    token, and their fp32 copies are made piece by piece, in the forward and in the backward pass.
+    """
+    model = getattr(engine, "module", engine)
+    head = model.get_output_embeddings()
+    if labels.numel() * head.out_features <= MOST_LOGITS:
+        return answer_nll(engine(**inputs).logits, labels)
+    wanted = labels[:, 1:] != IGNORED
+
+    def select(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0][:, :-1][wanted].unsqueeze(0),)  # [1, N, d]
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        logits = engine(**inputs).logits.squeeze(0)
+    finally:
+        hook.remove()
+    rows = max(1, MOST_LOGITS // head.out_features)
+    pieces = zip(torch.split(logits, rows), torch.split(labels[:, 1:][wanted], rows), strict=True)
+    return torch.stack([checkpoint(_summed_nll, *piece, use_reentrant=False) for piece in pieces]).sum()
 
 
 def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
@@ -41,8 +73,8 @@ def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
     b = part.batch
     packed = b.position_ids is not None
     where = {"position_ids": b.position_ids} if packed else {"attention_mask": b.attention_mask}
-    output = engine(input_ids=b.input_ids, use_cache=False, **where)
-    return MicroBatchLoss(answer_nll(output.logits, b.labels) * part.lm_scale)
+    nll = forward_nll(engine, b.labels, input_ids=b.input_ids, use_cache=False, **where)
+    return MicroBatchLoss(nll * part.lm_scale)
 
 
 @dataclass(frozen=True)
@@ -98,17 +130,12 @@ def gating_terms(
 
 
 def align_terms(
-    model: AlignXForCausalLM,
-    logits: Tensor,
-    labels: Tensor,
-    needs: Tensor,
-    lm_scale: float,
-    gate_weights: Tensor | None = None,
+    model: AlignXForCausalLM, nll: Tensor, needs: Tensor, lm_scale: float, gate_weights: Tensor | None = None
 ) -> AlignTerms:
     """Stage 2's terms, after the model's forward pass of B rows.
 
-    logits [B, T, V], labels [B, T] int64, needs [B, E] and gate_weights [B] fp32; `lm_scale` turns the summed NLL into
-    its share of the step's mean over answer tokens. The gates' decisions and the drifts are those that the forward pass
+    needs [B, E] and gate_weights [B] fp32; `lm_scale` turns the answers' summed NLL into its share of the step's mean
+    over answer tokens. The gates' decisions and the drifts are those that the forward pass
     left in the model.
     """
     layers, routing = alignx_layers(model), model.routing
@@ -122,4 +149,4 @@ def align_terms(
     gating, entropy, prior = (torch.stack(column).mean() for column in zip(*per_gate, strict=True))
     drifts = [calibration.last_drift for calibration in output_calibrations(model)]
     drift = torch.stack([d.mean() for d in drifts if d is not None]).mean() if drifts else torch.zeros_like(gating)
-    return AlignTerms(answer_nll(logits, labels) * lm_scale, gating, drift, entropy, prior)
+    return AlignTerms(nll * lm_scale, gating, drift, entropy, prior)

@@ -64,7 +64,7 @@ from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align, finetune, fuse
 from alignx_ds.training import engine, loop
 from alignx_ds.training.job import TrainingJob
-from alignx_ds.training.losses import language_loss
+from alignx_ds.training.losses import answer_nll, language_loss
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import MicroBatchLoss
 
@@ -186,7 +186,7 @@ def forced_loss(config: Any) -> loop.StepLoss:
     def loss(made: Any, part: loop.MicroBatch) -> MicroBatchLoss:
         b, overruled = part.batch, torch.nn.functional.one_hot(part.experts, EXPERTS).float()
         logits = made(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
-        terms = align.align_terms(made.module, logits, b.labels, part.needs, part.lm_scale)
+        terms = align.align_terms(made.module, answer_nll(logits, b.labels), part.needs, part.lm_scale)
         return MicroBatchLoss(terms.total(config.align))
 
     return loss

@@ -311,7 +311,7 @@ def align_in_plain_torch(kind: str, forced: bool = False, frozen: bool = False) 
         logits = model(b.input_ids, b.attention_mask, b.prompt_mask, forced=overruled, use_cache=False).logits
         gates = [d.probabilities().tolist() for d in model.routing.decisions.values()]
         curves.append(direct_figures(gates, experts.tolist(), NAMES))
-        loss = align_terms(model, logits, b.labels, needs, scale).total(c)
+        loss = align_terms(model, answer_nll(logits, b.labels), needs, scale).total(c)
         loss.backward()
         losses.append(float(loss.detach()))
         rate = schedule(number, c.warmup_steps, c.steps)

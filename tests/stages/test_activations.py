@@ -14,6 +14,7 @@ from tiny_models import (
     HIDDEN,
     LAYERS,
     TABLE,
+    VOCABULARY,
     aligned,
     base_model,
     low_rank_experts,
@@ -34,7 +35,8 @@ from alignx_ds.runtime import distributed
 from alignx_ds.stages import align, fuse
 from alignx_ds.stages.activations import MOST, Activations, recompute
 from alignx_ds.training import engine as engines
-from alignx_ds.training.losses import align_terms, language_loss
+from alignx_ds.training import losses
+from alignx_ds.training.losses import align_terms, answer_nll, language_loss
 from alignx_ds.training.metrics import MicroBatchLoss
 
 LABELS = [1, 3, 0, 1]
@@ -116,7 +118,7 @@ def test_every_term_of_stage_2_has_the_same_gradients(gate: str, calibrated: boo
         def loss(m: AlignXForCausalLM, term: str = term) -> Tensor:
             b = p.batch
             logits = m(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
-            value: Tensor = getattr(align_terms(m, logits, b.labels, p.needs, p.lm_scale), term)
+            value: Tensor = getattr(align_terms(m, answer_nll(logits, b.labels), p.needs, p.lm_scale), term)
             return value
 
         expected, found = loss(plain), loss(model)
@@ -165,7 +167,7 @@ def test_the_frozen_layers_below_are_not_run_again(monkeypatch: pytest.MonkeyPat
     p = part()
     b = p.batch
     logits = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
-    align_terms(model, logits, b.labels, p.needs, 1.0).total(AlignConfig()).backward()
+    align_terms(model, answer_nll(logits, b.labels), p.needs, 1.0).total(AlignConfig()).backward()
     assert counts == [1, 2, 2]
 
 
@@ -230,9 +232,10 @@ def on_an_engine(which: str, again: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("which", ["stage 1", "stage 2"])
-def test_on_an_engine_the_gradients_are_the_same(group: None, which: str) -> None:
-    """Stage 1 under ZeRO-3 on packed rows; stage 2 under ZeRO-2 on the expert-parallel path."""
+def test_on_an_engine_the_gradients_are_the_same(group: None, monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """Stage 1 under ZeRO-3 on packed rows, stage 2 under ZeRO-2 with expert parallelism; also for a loss in pieces."""
     expected = on_an_engine(which, again=False)
+    monkeypatch.setattr(losses, "MOST_LOGITS", 5 * VOCABULARY)
     assert_close(on_an_engine(which, again=True), expected)
     assert any(bool(t.any()) for name, t in expected.items() if "loss" not in name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tiny_models import (
     relative,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, collate, pack
@@ -27,6 +30,7 @@ from alignx_ds.data.encode import Example
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.training import losses
 from alignx_ds.training.losses import AlignTerms, align_terms, answer_nll, gating_terms, language_loss
 
 TERMS = ("lm", "gating", "drift", "entropy", "prior")
@@ -50,7 +54,7 @@ def make(path: str = "fused", scope: str = "per_layer") -> AlignXForCausalLM:
 
 def terms_of(model: AlignXForCausalLM, b: Batch, experts: Tensor, lm_scale: float) -> AlignTerms:
     logits = model(b.input_ids, b.attention_mask, b.prompt_mask, use_cache=False).logits
-    return align_terms(model, logits, b.labels, one_hot(experts.tolist()), lm_scale)
+    return align_terms(model, answer_nll(logits, b.labels), one_hot(experts.tolist()), lm_scale)
 
 
 def test_answer_nll_sums_over_the_answers_tokens_only() -> None:
@@ -72,15 +76,67 @@ def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str) -> N
     model, scale = base_model(family=family), 1 / ANSWER_TOKENS
     padded, packed = collate(EXAMPLES, 0), pack(EXAMPLES, 0)
     assert packed.input_ids.shape[0] < len(EXAMPLES), "otherwise nothing is packed"
-    losses = [
+    found = [
         language_loss(model, MicroBatch(batch, LABELS, one_hot(LABELS.tolist()), scale)).loss
         for batch in (padded, packed)
     ]
-    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-5)
+    assert float(found[1].detach()) == pytest.approx(float(found[0].detach()), rel=1e-5)
     gradients = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in losses
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in found
     ]
     assert relative(gradients[1], gradients[0]) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_in_pieces_the_loss_and_its_gradient_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, form: str, tied: bool
+) -> None:
+    model, found = base_model(tied=tied, family="gemma"), []
+    part = MicroBatch(collate(EXAMPLES, 0) if form == "padded" else pack(EXAMPLES, 0), LABELS, one_hot([0] * 4), 0.1)
+    for most in (2**28, 3 * VOCABULARY):
+        monkeypatch.setattr(losses, "MOST_LOGITS", most)
+        loss = language_loss(model, part).loss
+        parameters = list(model.parameters())
+        found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for pieces, whole in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
+    assert not model.lm_head._forward_pre_hooks, "what selects the answers' tokens does so in training alone"
+
+
+class Fp32Logits(TorchDispatchMode):
+    """Notes how many rows of logits the largest fp32 tensor of the vocabulary's width has."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and tensor.shape[-1:] == (VOCABULARY,):
+                self.rows = max(self.rows, tensor.numel() // VOCABULARY)
+        return made
+
+
+@pytest.mark.parametrize(("most", "rows"), [(2**28, 4 * 13), (3 * VOCABULARY, 3)])
+def test_in_bf16_no_more_logits_are_in_fp32_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int, rows: int) -> None:
+    """In the forward and in the backward pass."""
+    monkeypatch.setattr(losses, "MOST_LOGITS", most)
+    model = base_model().to(torch.bfloat16)
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.float32 and tensor.shape[-1:] == (VOCABULARY,):
+            kept.append(tensor)
+        return tensor
+
+    with Fp32Logits() as seen:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = language_loss(model, MicroBatch(collate(EXAMPLES, 0), LABELS, one_hot([0] * 4), 0.1)).loss
+        loss.backward()
+    assert seen.rows == rows
+    assert bool(kept) == (most > 3 * VOCABULARY), "the backward pass makes them anew"
 
 
 def some_query() -> Query:
