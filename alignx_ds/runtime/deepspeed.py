@@ -7,6 +7,9 @@ import re
 from typing import Any
 
 import torch
+from torch import nn
+
+from alignx_ds.runtime import memory
 
 
 def choose_accelerator() -> None:
@@ -36,3 +39,18 @@ def load_deepspeed() -> Any:
     # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def forget(model: nn.Module) -> None:
+    """Remove what all engines of a process share from the model of an engine that is destroyed.
+
+    DeepSpeed 0.19's `destroy` removes its hooks, but under ZeRO-3 two places still refer to the model, and so to the
+    engine and the fp32 masters: the stack of modules in the forward pass, whose lowest is the whole model, and a cache
+    of which parameters to release, whose keys are coordinators and modules.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    own = set(model.modules())
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module not in own]
+    memory.clear_caches("deepspeed.runtime.zero.partitioned_param_coordinator")

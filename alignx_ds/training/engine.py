@@ -18,8 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from alignx_ds.config.schema import OptimizerConfig, TrainConfig
 from alignx_ds.config.shipped import deepspeed_file
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.runtime import memory
-from alignx_ds.runtime.deepspeed import load_deepspeed
+from alignx_ds.runtime.deepspeed import forget, load_deepspeed
 from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS, of_deepspeed, warmup_and_cosine
 
 AUTO = "auto"
@@ -235,18 +234,11 @@ def start(model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any]
 def end(engine: Any) -> None:
     """Destroy an engine so that it, its model, the fp32 masters and the gradients are garbage once nobody uses them.
 
-    A run trains about ten models in one process. DeepSpeed 0.19's `destroy` removes its hooks, but under ZeRO-3 two
-    places that all engines share still refer to the model, and so to everything: the stack of modules in the forward
-    pass, whose lowest is the whole model, and a cache of which parameters to release, whose keys are coordinators and
-    modules. The objects also refer to each other, so memory comes back in `memory.free`, not here.
+    A run trains about ten models in one process. The objects also refer to each other, so memory comes back in
+    `memory.free`, not here.
     """
-    from deepspeed.runtime.zero import parameter_offload
-
     engine.destroy()
-    own = set(engine.module.modules())
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module not in own]
-    memory.clear_caches("deepspeed.runtime.zero.partitioned_param_coordinator")
+    forget(engine.module)
 
 
 def decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
