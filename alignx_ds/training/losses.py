@@ -135,8 +135,7 @@ def align_terms(
     """Stage 2's terms, after the model's forward pass of B rows.
 
     needs [B, E] and gate_weights [B] fp32; `lm_scale` turns the answers' summed NLL into its share of the step's mean
-    over answer tokens. The gates' decisions and the drifts are those that the forward pass
-    left in the model.
+    over answer tokens. The gates' decisions and the drifts are those that the forward pass left in the model.
     """
     layers, routing = alignx_layers(model), model.routing
     per_gate = [
