@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,19 @@ from alignx_ds.runtime.distributed import free_port
 REPO = Path(__file__).resolve().parents[1]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DEEPSPEED = [sys.executable, str(Path(sys.executable).with_name("deepspeed")), "-q", "--no_local_rank"]
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """DeepSpeed's process group of this one process: NCCL on a GPU. The environment is then as it was before."""
+    before = dict(os.environ)
+    from alignx_ds.runtime import distributed
+
+    distributed.init_process_group(120)
+    yield
+    distributed.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import process_group
 
 DEVICE = os.environ.get("CUDA_TESTS_ON") or ("cuda" if torch.cuda.is_available() else "")
 
@@ -27,12 +28,5 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def group() -> Iterator[None]:
-    """DeepSpeed's process group of this one process: NCCL on a GPU."""
-    before = dict(os.environ)
-    from alignx_ds.runtime import distributed
-
-    distributed.init_process_group(120)
-    yield
-    distributed.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with process_group():
+        yield

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from processes import process_group
 from tiny_models import (
     ALIGNX_LAYERS,
     EXPERTS,
@@ -31,7 +31,6 @@ from alignx_ds.data.encode import Example
 from alignx_ds.mocae.layer import freeze_trunk, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.models.shapes import shape
-from alignx_ds.runtime import distributed
 from alignx_ds.stages import align, fuse
 from alignx_ds.stages.activations import MOST, Activations, recompute
 from alignx_ds.training import engine as engines
@@ -182,13 +181,8 @@ def test_another_forward_pass_before_the_backward_pass_is_noticed() -> None:
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
-    """DeepSpeed's process group of this one process."""
-    before = dict(os.environ)
-    distributed.init_process_group(120)
-    yield
-    distributed.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with process_group():
+        yield
 
 
 def on_an_engine(which: str, again: bool) -> dict[str, Tensor]:
