@@ -104,6 +104,8 @@ class AlignXLayer(nn.Module):
         experts, needs = gates.shape[-1], self.settings.kind == "needs"
         if routing.forced_counts is not None and routing.forced_counts.gates:
             counts = routing.forced_counts
+        elif self.gate_layer in routing.counts:
+            counts = routing.counts[self.gate_layer]
         elif self.training:
             return None, None
         else:

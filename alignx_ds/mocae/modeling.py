@@ -195,7 +195,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         prompt_mask: Tensor | None = None,
         forced: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -210,7 +210,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         """
         assert input_ids is not None
         # generate() drops a mask of ones: it stays absent, since while decoding it would have to cover the past too.
-        flat = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        flat = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         token_mask = flat[:, -input_ids.shape[1] :] if flat is not None else None
         cache = kv_cache(kwargs)
         routing: Routing | None = getattr(cache, "routing", None)

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, d hidden size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, TypeVar
 from weakref import ref
@@ -60,6 +60,26 @@ class Routing:
     def __post_init__(self) -> None:
         """`forced_counts`: those of the forced gates. Read from the device only once."""
         self.forced_counts = None if self.forced is None else Counts.read(self.forced)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Routing]) -> Routing:
+        """One routing for the rows of several prompts, in this order, that are decoded together from now on.
+
+        Forced gates count as decided here, so that some rows may have them and others not. What the gates alone
+        determine is computed anew. The host waits for the device.
+        """
+        first = parts[0]
+        words = torch.cat([part.words for part in parts])
+        made = cls(first.query_mask.new_ones(len(words), 1), words)
+        for layer in first.decisions:
+            decisions = [part.decisions[layer] for part in parts]
+            gates = [
+                d.gates if p.forced is None else p.forced.to(d.gates) for p, d in zip(parts, decisions, strict=True)
+            ]
+            logits = torch.cat([decision.logits for decision in decisions])
+            made.decisions[layer] = replace(decisions[0], gates=torch.cat(gates), logits=logits)
+            made.counts[layer] = Counts.read(made.decisions[layer].gates)
+        return made
 
     def asked_again(self, query_mask: Tensor, words: Tensor, asked: Tensor) -> Routing:
         """The routing of a pass in which the rows `asked` [B] bool begin a user turn: the others' decisions stay.

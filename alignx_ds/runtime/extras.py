@@ -1,4 +1,4 @@
-"""The packages that loading and serving an aligned model does not need, by the extra that installs them."""
+"""The packages that loading an aligned model and `alignx-ds generate` do not need, by the extra that installs them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # import names; pyproject.toml has the p
         *("sklearn", "scipy", "matplotlib"),
     ),
     "judge": ("openai", "sentencepiece"),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic"),
 }
 
 

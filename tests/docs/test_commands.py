@@ -35,6 +35,7 @@ TESTED = {  # commands that other tests run, by how they begin
         "tests/study/test_study_command.py::test_a_study_records_its_provenance_and_does_not_change_the_run"
     ),
     "alignx-ds doctor": "tests/doctor/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
+    "alignx-ds serve": ("tests/serve/test_serve_process.py::test_sigterm_ends_it_after_the_answers_that_have_begun"),
     "launch/mpi.sh": "tests/launchers/test_launchers.py::test_mpirun_makes_what_deepspeed_makes",
     "launch/multinode.sh": "tests/launchers/test_two_hosts.py::test_both_stages_make_what_they_make_on_one_node",
     "torchrun --nproc_per_node": "tests/launchers/test_launchers.py::test_torchrun_makes_what_deepspeed_makes",

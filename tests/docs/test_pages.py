@@ -25,6 +25,7 @@ TOPICS = (
     "results",
     "extending",
     "export",
+    "serving",
     "evaluation",
     "gpu",
 )

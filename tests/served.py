@@ -1,0 +1,77 @@
+"""A server in this process: uvicorn in a thread, on a free port of this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAI
+
+from alignx_ds.serve.app import Api
+from alignx_ds.serve.model import load_any
+from alignx_ds.serve.server import Settings, api_of, server_of
+
+KEY = "a key of the tests"
+
+
+@dataclass
+class Served:
+    api: Api
+    port: int
+    steps: threading.Event  # while it is not set, no decoding step is made
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = KEY) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it nothing that runs goes on."""
+        self.steps.clear()
+        try:
+            yield
+        finally:
+            self.steps.set()
+
+    def wait(self, *, running: int, waiting: int = 0) -> None:
+        """Until so many answers run and prompts wait."""
+        scheduler, end = self.api.scheduler, time.monotonic() + 30
+        while (len(scheduler._running), len(scheduler._waiting)) != (running, waiting):
+            assert time.monotonic() < end, f"{len(scheduler._running)} run, {len(scheduler._waiting)} wait"
+            time.sleep(0.01)
+
+
+@contextmanager
+def serving(directory: Path, key: str | None = KEY, **settings: int) -> Iterator[Served]:
+    model, tokenizer = load_any(str(directory))
+    api = api_of(model, tokenizer, Settings(str(directory), name="tiny", **settings), key)
+    steps, step = threading.Event(), api.scheduler._slots.step
+    steps.set()
+
+    def held_step(tokens: list[int]):  # type: ignore[no-untyped-def]
+        assert steps.wait(60)
+        return step(tokens)
+
+    api.scheduler._slots.step = held_step  # type: ignore[method-assign]
+    server = server_of(api)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield Served(api, port, steps)
+        steps.set()
+        server.should_exit = True
+        thread.join(30)
+        api.scheduler.close()
+    assert not thread.is_alive()
