@@ -52,7 +52,7 @@ def run(
         return 0
     outputs.check_room(config, sum(disk(config, base).values()))
 
-    # Read the data: every rank reads all of it.
+    # Read the data: every rank reads all of it. What this process has encoded, its ranks do not encode again.
     inputs = read_inputs(config, base)
     base, data = inputs.base, inputs.data
     context = StageContext(config, base, data, outputs.Outputs.of(config))
@@ -60,7 +60,8 @@ def run(
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:
-        return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
+        with inputs.encodings.shared():
+            return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
 
     with context.out.lock as lock:
         with _process_group(config.launch.timeout):

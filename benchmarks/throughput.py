@@ -7,7 +7,7 @@
 Random weights and rows; each world size is one launch. The bare loop has the same engine and the same packed batches,
 made ahead, and does nothing but forward (with the model's own loss), backward and step; both loops take turns, and
 their ratio is the median of the rounds' own ratios. Tokens are real ones: neither padding nor a row's copy is counted.
-MFU is the FLOPs that these tokens need (suite/flops.py), over the card's nominal rate and over that of a large GEMM.
+MFU is the FLOPs that these tokens need (training/flops.py) over the card's nominal rate, and over that of a large GEMM.
 
 Columns: median tokens per second over all ranks, quartiles over the rounds, and TFLOP/s per rank; of stage 1 also the
 bare loop's tokens per second and the ratio of the two ("x bare"). All ways of stage 2 take turns too: ep_size 0 is the
@@ -23,12 +23,13 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from suite import ceilings, flops, plots, ranks, record
+from suite import ceilings, plots, ranks, record
 from suite.record import Target
 from suite.systems import AXES, Setting
 from suite.timing import WARM_UP, Times, interleaved
 
 from alignx_ds.runtime import console, distributed
+from alignx_ds.training import flops
 
 OURS, BARE = "training loop", "bare DeepSpeed loop"
 FUSED = 0  # the ep_size of the fused path
@@ -133,12 +134,12 @@ def add_mfu(points: list[Point], args: argparse.Namespace) -> dict[str, Any]:
     """Add FLOPs per token and MFU to every point. Returns the card's rates in TFLOP/s."""
     setting = Setting.of(args)
     rates = {"matmul": ceilings.matmul_rate(args.device, setting.dtype), "nominal": ceilings.nominal_rate()}
+    layers, experts = setting.config.num_hidden_layers, AXES + 1
     for p in points:
-        experts = AXES + 1
         p["flops_per_token"] = (
-            flops.stage1(setting.config)
+            flops.fine_tune(setting.config, range(layers // 2, layers))
             if p["stage"] == 1
-            else flops.stage2(setting.config, experts, setting.rank, fused=p["ep_size"] == FUSED)
+            else flops.mixture(setting.config, range(layers), experts, setting.rank, fused=p["ep_size"] == FUSED)
         )
         done = median(rate(p)) * p["flops_per_token"] / 1e12 / p["ranks"]
         p["tflop_s_per_rank"] = done

@@ -315,6 +315,8 @@ class CheckpointsConfig:
 class LaunchConfig:
     ranks: PositiveInt = 1  # processes that `alignx-ds run` starts if no launcher has
     timeout: PositiveInt = 1800  # seconds that a rank waits for the others, at the start and in a collective
+    # Peak TFLOP/s of a rank's device, for MFU; 0: the vendor's for A100, H100 and H200 in bf16, otherwise no MFU.
+    peak_tflops: NonNegativeFloat = 0.0
 
 
 @dataclass

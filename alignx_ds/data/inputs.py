@@ -9,10 +9,9 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
-
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
-from alignx_ds.data.encode import Example, LabelledExamples, digest, encode
+from alignx_ds.data.encode import Example, LabelledExamples, digest
+from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.join import Joiner
 from alignx_ds.data.labels import known_set, label_set
 from alignx_ds.data.rows import Dropped, Row, split_by_question
@@ -75,6 +74,7 @@ class RunInputs:
     base: BaseModel
     data: EncodedData
     texts: list[Row]  # what a base model from scratch is trained on; empty for a pretrained base model
+    encodings: Encodings  # of all rows
 
 
 def read_inputs(config: RunConfig, base: BaseModel) -> RunInputs:
@@ -88,35 +88,36 @@ def read_inputs(config: RunConfig, base: BaseModel) -> RunInputs:
         texts = read_texts(config, limited(sources, config).judged_questions)
         tokenizer = train_tokenizer(texts, config.scratch.vocabulary)
         base = BaseModel(config.model, planned(config, tokenizer))
-    return RunInputs(base, encode_splits(config, sources, base.tokenizer), texts)
+    encodings = Encodings(base.tokenizer)
+    return RunInputs(base, encode_splits(config, sources, encodings), texts, encodings)
 
 
-def encode_splits(config: RunConfig, sources: Sources, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
+def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> EncodedData:
     """Token ids of every row, with and without its axis's prompt; rows that are too long are dropped.
 
     Raises DataError when an axis is left without rows for one of its uses.
     """
-    too_long = _too_long(config, tokenizer)
+    too_long = _too_long(config, encodings)
     splits = limited(sources, config, too_long)
     joined = _joined_rows(config, splits, too_long)
-    train, calibration = _training_examples(config, splits, joined, tokenizer)
+    train, calibration = _training_examples(config, splits, joined, encodings)
     references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
-        examples = encode(splits.held_out[name].rows, tokenizer)
+        examples = encodings.encode(splits.held_out[name].rows)
         needs = [label_set(row, config.expert_names, expert) for row in splits.held_out[name].rows]
         answered = [(e, needed) for e, needed in zip(examples, needs, strict=True) if e.answer_length]
         references.add([e for e, _ in answered], expert, [needed for _, needed in answered])
         routed.add([e.prompt() for e in examples], expert, needs)
     return EncodedData(
         splits=splits,
-        injected=_injected_examples(config, splits, joined, tokenizer),
+        injected=_injected_examples(config, splits, joined, encodings),
         train=train,
         calibration_rows=calibration,
         held_out={axis: splits.held_out[axis].rows for axis in config.axes},
         references=references,
         routed=routed,
-        routing=_add_routing(config, splits, tokenizer, train, calibration),
-        sets=_known_sets(config, splits, tokenizer),
+        routing=_add_routing(config, splits, encodings, train, calibration),
+        sets=_known_sets(config, splits, encodings),
         joined=joined,
     )
 
@@ -144,7 +145,7 @@ def _joined_rows(config: RunConfig, splits: DataSplits, too_long: TooLong) -> di
 def _add_routing(
     config: RunConfig,
     splits: DataSplits,
-    tokenizer: PreTrainedTokenizerBase,
+    encodings: Encodings,
     train: LabelledExamples,
     calibration: LabelledExamples,
 ) -> dict[str, LabelledExamples]:
@@ -155,34 +156,30 @@ def _add_routing(
         parts = _cut(config, part.train.rows)
         measured = held_out[part.name] = LabelledExamples([], [])
         for target, rows in zip((train, calibration, measured), (*parts, part.held_out.rows), strict=True):
-            _add(target, rows, owner, config, tokenizer)
+            _add(target, rows, owner, config, encodings)
     return {name: rows for name, rows in held_out.items() if rows.examples}
 
 
-def _known_sets(
-    config: RunConfig, splits: DataSplits, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, LabelledExamples]:
+def _known_sets(config: RunConfig, splits: DataSplits, encodings: Encodings) -> dict[str, LabelledExamples]:
     """The prompts of the extra sets whose needs are known. A set without any is left out."""
     found = {}
     for name, settings in config.evaluation.sets.items():
         rows = [(row, known_set(row, settings.needs, config.expert_names)) for row in splits.sets[name].rows]
         known = [(row, needed) for row, needed in rows if needed is not None]
         if known:
-            examples = [example.prompt() for example in encode([row for row, _ in known], tokenizer)]
+            examples = [example.prompt() for example in encodings.encode([row for row, _ in known])]
             needs = [needed for _, needed in known]
             found[name] = LabelledExamples(examples, [needed[0] for needed in needs], needs)
     return found
 
 
-def _add(
-    target: LabelledExamples, rows: list[Row], owner: int, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _add(target: LabelledExamples, rows: list[Row], owner: int, config: RunConfig, encodings: Encodings) -> None:
     needs = [label_set(row, config.expert_names, owner) for row in rows]
-    target.add(encode(rows, tokenizer), owner, needs, [row.source for row in rows])
+    target.add(encodings.encode(rows), owner, needs, [row.source for row in rows])
 
 
 def _training_examples(
-    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], encodings: Encodings
 ) -> tuple[LabelledExamples, LabelledExamples]:
     """All experts' training rows, without any system prompt: (to train on, the calibration split)."""
     train, calibration = LabelledExamples([], []), LabelledExamples([], [])
@@ -191,7 +188,7 @@ def _training_examples(
         parts, made = _cut(config, splits.train[name].rows), joined.get(name, NOTHING_JOINED)
         company = made.train, made.calibration
         for target, rows, more, use in zip((train, calibration), parts, company, ("train", "calibrate"), strict=True):
-            _add(target, [*rows, *more], expert, config, tokenizer)
+            _add(target, [*rows, *more], expert, config, encodings)
             if source and not rows:
                 fix = "give more rows, or change data.calibration_share"
                 raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")
@@ -199,7 +196,7 @@ def _training_examples(
 
 
 def _injected_examples(
-    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], encodings: Encodings
 ) -> dict[str, list[Example]]:
     """Each axis's training rows that have an answer, then its joined rows, with the axis's system prompt."""
     injected = {}
@@ -211,7 +208,7 @@ def _injected_examples(
             )
         every = config.data.answers == "all"
         rows = [*answered, *joined.get(axis, NOTHING_JOINED).rows]
-        injected[axis] = encode(rows, tokenizer, settings.prompt, every_answer=every)
+        injected[axis] = encodings.encode(rows, settings.prompt, every_answer=every)
     return injected
 
 
@@ -227,18 +224,18 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
     return {axis: count for axis, count in found.items() if count}
 
 
-def _too_long(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TooLong:
+def _too_long(config: RunConfig, encodings: Encodings) -> TooLong:
     """Training rows have to fit with and without their system prompt: without one, a template may add a longer default.
 
     Of the extra sets' rows and of routing rows only the prompts have to fit.
     """
-    limit = config.model.max_length
+    limit, every = config.model.max_length, config.data.answers == "all"
 
     def reasons(use: Use, name: str, rows: list[Row]) -> list[str]:
-        examples = encode(rows, tokenizer)
+        examples = encodings.encode(rows)
         lengths = [e.prompt_length if use in ("set", "routing") else len(e.ids) for e in examples]
         if use == "train" and name in config.axes and config.axes[name].prompt:
-            injected = encode(rows, tokenizer, config.axes[name].prompt)
+            injected = encodings.encode(rows, config.axes[name].prompt, every_answer=every)
             lengths = [max(plain, len(e.ids)) for plain, e in zip(lengths, injected, strict=True)]
         return [f"longer than model.max_length={limit} tokens" if length > limit else "" for length in lengths]
 

@@ -9,7 +9,9 @@ Shapes: B rows, T tokens, E experts, L gates.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -25,22 +27,25 @@ from alignx_ds.routing.metrics import axis_overconfidence, overconfidence
 from alignx_ds.training.metrics import RouterSums, StepMetrics
 
 
-@torch.no_grad()
-def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> RouterSums:
+def router_sums(model: AlignXForCausalLM, part: MicroBatch) -> Callable[[], RouterSums]:
     """Of the forward pass just made with this micro batch; no other is made.
 
-    Rows without a prompt token (padding lines) are left out. Two transfers from the device.
+    The sums are computed when the result is called: that waits for the device twice. What they are computed from is
+    kept until then. Rows without a prompt token (padding lines) are left out.
     """
-    has_prompt = part.batch.prompt_mask.any(-1)  # [B]
     decisions = list(model.routing.decisions.values())
-    logits = torch.stack([d.logits for d in decisions], dim=1)[has_prompt]  # [B, L, E]
-    needed = part.needs[has_prompt].repeat_interleave(len(decisions), dim=0)
-    read = _needs if decisions[0].kind == "needs" else _choices
-    seen = read(logits.flatten(0, 1), needed)  # of [B·L, E]
-    experts = logits.shape[-1]
+    logits = torch.stack([d.logits.detach() for d in decisions], dim=1)  # [B, L, E]
+    return partial(_sums, logits, part, decisions[0].kind == "needs", *_slots(model))
+
+
+@torch.no_grad()
+def _sums(logits: Tensor, part: MicroBatch, needs: bool, slots: float, empty_slots: float) -> RouterSums:
+    has_prompt = part.batch.prompt_mask.any(-1)  # [B]
+    _, gates, experts = logits.shape
+    needed = part.needs[has_prompt].repeat_interleave(gates, dim=0)
+    seen = (_needs if needs else _choices)(logits[has_prompt].flatten(0, 1), needed)  # of [B·L, E]
     by_expert = [t.sum(0).double() for t in (seen.gates, seen.chosen, needed, needed * seen.chosen)]
     numbers = iter(torch.cat([seen.entropy.view(1), *by_expert, seen.overconfidence]).tolist())
-    slots, empty_slots = _slots(model)
     return RouterSums(
         decisions=float(len(seen.gates)),
         entropy=next(numbers),

@@ -36,6 +36,7 @@ class Progress:
 
     bar: Bar | None = None
     task: int = 0
+    summary: str = ""  # added to the line that is printed at the end where there is no terminal
 
     def advance(self, note: str = "", by: int = 1) -> None:
         if self.bar is not None:
@@ -73,9 +74,10 @@ def progress(title: str, total: int) -> Iterator[Progress]:
         yield Progress()
         return
     if not _console.is_terminal:
-        started = time.monotonic()
-        yield Progress()
-        say(f"{title}: {total} done in {time.monotonic() - started:.0f} s")
+        started, silent = time.monotonic(), Progress()
+        yield silent
+        summary = f" ({silent.summary})" if silent.summary else ""
+        say(f"{title}: {total} done in {time.monotonic() - started:.0f} s{summary}")
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=_console) as bar:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +42,18 @@ def load_deepspeed() -> Any:
     # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within it DeepSpeed's log holds errors only."""
+    logger = load_deepspeed().utils.logger
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def forget(model: nn.Module) -> None:

@@ -1,8 +1,10 @@
-"""Memory of models and engines that have ended."""
+"""The memory of this process, and of models and engines that have ended."""
 
 from __future__ import annotations
 
 import gc
+import resource
+import sys
 from functools import lru_cache
 
 import torch
@@ -21,6 +23,14 @@ def free() -> None:
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def peak() -> int:
+    """The most bytes that this process has held: those that torch has allocated on the GPU, or without one, its RSS."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def clear_caches(module: str) -> None:

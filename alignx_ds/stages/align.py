@@ -23,7 +23,7 @@ from alignx_ds.data.inputs import INJECTED
 from alignx_ds.experts.task_vectors import read_factors
 from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk, gates_of
-from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.models.base import dtype_of
 from alignx_ds.models.ends import set_ends
@@ -37,6 +37,7 @@ from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
 from alignx_ds.stages.calibrators import fit_calibrators, saved_calibrators
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
+from alignx_ds.training import flops
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss
 from alignx_ds.training.losses import align_terms, forward_nll
@@ -118,10 +119,20 @@ def _train_spread(
     make_expert_groups(c.align.ep_size)
     groups = parameter_groups(model, c)
     job = replace(job, scalars=partial(step_scalars, c.expert_names))
-    with trained(context, setup, model, groups, rows, step_loss(c), job, title="align") as (made, losses):
+    needed = _flops(c, model.config)
+    with trained(context, setup, model, groups, rows, step_loss(c), job, title="align", flops=needed) as (made, losses):
         weights = whole_state(made)
     del zero3
     return weights, losses
+
+
+def _flops(c: RunConfig, model: AlignXConfig) -> float:
+    """Of a token: in training it goes through every expert."""
+    rank, fused = max(model.ranks.values()), c.align.ep_size == 0
+    trained = c.align.expert_lr_scale > 0
+    return flops.mixture(
+        model.text_config, model.layers, len(c.expert_names), rank, fused=fused, factors_trained=trained
+    )
 
 
 def placement(ep_size: int) -> Placement | None:

@@ -28,6 +28,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import console, distributed, signals
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
+from alignx_ds.training import flops
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.losses import language_loss
 
@@ -140,8 +141,9 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         add_task_vector(model, base, context.out.specialists / tune.start)
     train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    title = f"fine-tune {tune.name}"
-    with trained(context, setup, model, groups, rows, language_loss, job, title=title, packed=True) as (module, losses):
+    needed = flops.fine_tune(base.config, base.layers)
+    how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
+    with trained(context, setup, model, groups, rows, language_loss, job, **how) as (module, losses):
         layers = _extract(context, tune, module, directory)
     del zero3
     return {"name": tune.name, "axes": list(tune.axes), "losses": losses, "layers": layers}

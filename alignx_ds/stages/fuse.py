@@ -30,6 +30,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
+from alignx_ds.training import flops
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss
 from alignx_ds.training.losses import forward_nll
@@ -128,7 +129,9 @@ def _train(context: StageContext, name: str, specialists: list[Path], job: Train
     rows = context.data.train
     setup = set_up(context, config, f"baselines.{name}", config.steps, rows)
     groups, loss = parameter_groups(model, config), step_loss(model, config, list(context.config.axes))
-    with trained(context, setup, model, groups, rows, loss, job, title=f"fuse {name}") as (made, losses):
+    used = min(SETTINGS[name].top_k, len(specialists)) or len(specialists)
+    needed = flops.fusion(base.config, base.layers, used, experts_trained=config.expert_lr_scale > 0)
+    with trained(context, setup, model, groups, rows, loss, job, title=f"fuse {name}", flops=needed) as (made, losses):
         weights = context.out.baselines / name / WEIGHTS
         distributed.on_main(lambda: save_file(_mixtures(made, base), weights))
     return {"losses": losses}

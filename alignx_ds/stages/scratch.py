@@ -21,6 +21,7 @@ from alignx_ds.data.rows import Row, digest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
+from alignx_ds.training import flops
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.losses import language_loss
 
@@ -55,8 +56,8 @@ def _train(context: StageContext, texts: list[Row], job: TrainingJob) -> dict[st
     torch.manual_seed(config.seed)
     model: nn.Module = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    title = "train the base model"
-    with trained(context, setup, model, groups, rows, language_loss, job, title=title, packed=True) as (module, losses):
+    how: Any = {"title": "train the base model", "flops": flops.whole_model(base.config), "packed": True}
+    with trained(context, setup, model, groups, rows, language_loss, job, **how) as (module, losses):
 
         def save() -> None:
             module.save_pretrained(base.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from alignx_ds.runtime.versions import version
 from alignx_ds.stages.activations import activations, recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
-from alignx_ds.training.loop import StepLoss, micro_batches, train
+from alignx_ds.training.loop import StepLoss, largest_micro_batch, micro_batches, train
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, tensorboard
 from alignx_ds.training.nonfinite import NonFiniteSteps
+from alignx_ds.training.speed import Cost, peak_flops
 
 VERSIONED = ("alignx-ds", "torch", "deepspeed", "transformers")  # noted with a result, which is reused with any other
 
@@ -151,19 +152,22 @@ def trained(
     job: TrainingJob,
     *,
     title: str,
+    flops: float,
     packed: bool = False,
 ) -> Iterator[tuple[Any, Losses]]:
     """Train `model` on `rows`; within the block its engine, and so its shards, are there; afterwards it has ended.
 
-    `groups` are the optimizer's parameter groups. `packed`: several rows share a line of a micro batch. Yields the
-    trained module and the loss of every step. Raises Stopped and DataError as `train` does. Collective.
+    `groups` are the optimizer's parameter groups, `flops` what a token needs. `packed`: several rows share a line of a
+    micro batch. Yields the trained module and the loss of every step. Raises Stopped and DataError as `train` does.
+    Collective.
     """
     if setup.recompute:
         recompute(model)
     engine = engines.start(model, groups, setup.deepspeed, setup.plan)
-    pad_id, seed = pad_token(context.base.tokenizer), context.config.seed
-    batches = partial(micro_batches, rows, setup.plan, pad_id, seed, packed=packed)
+    job = replace(job, cost=Cost(flops, peak_flops(context.base.dtype, context.config.launch.peak_tflops)))
+    given = rows, setup.plan, pad_token(context.base.tokenizer), context.config.seed
+    batches, largest = partial(micro_batches, *given, packed=packed), largest_micro_batch(*given, packed=packed)
     with console.progress(title, setup.plan.steps) as bar:
-        losses = train(engine, batches, step_loss, setup.plan, bar, job)
+        losses = train(engine, batches, step_loss, setup.plan, bar, job, largest)
     yield engine.module, losses
     engines.end(engine)

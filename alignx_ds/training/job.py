@@ -9,6 +9,7 @@ from typing import Any
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, StepMetrics, no_log
 from alignx_ds.training.nonfinite import NonFiniteSteps
+from alignx_ds.training.speed import Cost
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class TrainingJob:
     checkpoints: CheckpointManager | None = None
     nonfinite: NonFiniteSteps = field(default_factory=NonFiniteSteps)
     log: ScalarLogger = no_log
-    scalars: Callable[[StepMetrics], dict[str, float]] = StepMetrics.scalars  # what is logged of a step
+    scalars: Callable[[StepMetrics], dict[str, float]] = StepMetrics.scalars  # what is logged of a step, beside speed
+    cost: Cost | None = None  # of a token, for MFU
 
     def save(self, engine: Any, losses: Losses) -> None:
         """Write a checkpoint of the state after these steps, if this job has any. Raises DataError. Collective."""

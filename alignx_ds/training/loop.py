@@ -20,7 +20,9 @@ from alignx_ds.runtime import attention, distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
 from alignx_ds.training.job import TrainingJob
-from alignx_ds.training.metrics import Losses, MicroBatchLoss, StepMetrics, step_metrics
+from alignx_ds.training.metrics import Losses, MicroBatchLoss, step_metrics
+from alignx_ds.training.rehearsal import rehearse
+from alignx_ds.training.speed import Stopwatch, own_tokens
 
 StepLoss = Callable[[Any, MicroBatch], MicroBatchLoss]  # takes the engine
 Batches = Callable[[int], Iterator[list[MicroBatch]]]  # takes the number of steps already made
@@ -35,69 +37,108 @@ def micro_batches(
     token's id. With `packed`, several rows share a line of the batch: less padding and the same loss, but only for a
     model that does not route each row by itself.
     """
-    world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
-    needs, weights = rows.multi_hot(rows.width), rows.weights()
-    multiple, longest = attention.width_multiple(device), max((len(e.ids) for e in rows.examples), default=0)
+    build = _builder(rows, pad_id, packed=packed)
+    world = distributed.world_size()
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
-        own = share(chosen, rank, world)
-        size = plan.micro_batch(world)
-        assert len(own) == size * plan.accumulation, "rows of unequal micro batches would not count alike"
         scale = world * plan.accumulation / answer_tokens
-        step = []
-        for first in range(0, len(own), size):
-            part = tuple(own[first : first + size])
-            examples = [rows.examples[i] for i in part]
-            batch = pack(examples, pad_id, multiple, longest) if packed else collate(examples, pad_id)
-            experts = torch.tensor([rows.experts[i] for i in part], device=device)
-            needed = needs[list(part)].to(device)
-            weight = None if weights is None else weights[list(part)].to(device)
-            step.append(
-                MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part, gate_weights=weight)
-            )
-        yield step
+        yield [build(part, scale) for part in _parts(chosen, plan)]
+
+
+def largest_micro_batch(
+    rows: LabelledExamples, plan: Plan, pad_id: int, seed: int, *, packed: bool = False
+) -> MicroBatch:
+    """That of this rank's micro batches which has the most tokens, padding included; the first of several."""
+
+    def size(part: tuple[int, ...]) -> int:
+        lengths = [len(rows.examples[i].ids) for i in part]
+        return sum(lengths) if packed else len(part) * max(lengths)
+
+    steps = global_batches(len(rows.examples), plan.batch, plan.steps, seed)
+    largest = max((part for chosen in steps for part in _parts(chosen, plan)), key=size)
+    return _builder(rows, pad_id, packed=packed)(largest, 1.0)
+
+
+def _parts(chosen: list[int], plan: Plan) -> list[tuple[int, ...]]:
+    """The rows of this rank's micro batches, of those of a global batch."""
+    world = distributed.world_size()
+    own, size = share(chosen, distributed.rank(), world), plan.micro_batch(world)
+    assert len(own) == size * plan.accumulation, "rows of unequal micro batches would not count alike"
+    return [tuple(own[first : first + size]) for first in range(0, len(own), size)]
+
+
+def _builder(rows: LabelledExamples, pad_id: int, *, packed: bool) -> Callable[[tuple[int, ...], float], MicroBatch]:
+    """Makes a micro batch of the rows with these numbers, with this `lm_scale`."""
+    device = distributed.device()
+    needs, weights = rows.multi_hot(rows.width), rows.weights()
+    multiple, longest = attention.width_multiple(device), max((len(e.ids) for e in rows.examples), default=0)
+
+    def build(part: tuple[int, ...], scale: float) -> MicroBatch:
+        examples = [rows.examples[i] for i in part]
+        batch = pack(examples, pad_id, multiple, longest) if packed else collate(examples, pad_id)
+        experts = torch.tensor([rows.experts[i] for i in part], device=device)
+        needed = needs[list(part)].to(device)
+        weight = None if weights is None else weights[list(part)].to(device)
+        return MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part, gate_weights=weight)
+
+    return build
 
 
 def train(
-    engine: Any, batches: Batches, step_loss: StepLoss, plan: Plan, progress: Progress, job: TrainingJob
+    engine: Any,
+    batches: Batches,
+    step_loss: StepLoss,
+    plan: Plan,
+    progress: Progress,
+    job: TrainingJob,
+    largest: MicroBatch | None = None,
 ) -> Losses:
     """Make the optimizer steps of the plan, from where the job's newest checkpoint leaves off. Collective.
 
     `engine` is a DeepSpeed engine. `batches` yields this rank's micro batches, step by step. `step_loss` runs the
-    forward pass of one micro batch.
+    forward pass of one micro batch. The `largest` one, if given, is tried before the first step: if memory does not
+    suffice, that shows now and not in the middle of an epoch.
 
     Returns the loss of every step, averaged over micro batches and ranks; None for a step that was skipped because
     its loss or gradient was not finite. Raises Stopped, after a checkpoint, when a signal has asked for the end, and
     DataError when a step is not finite and may not be skipped.
     """
     engine.train()
+    if largest is not None:
+        rehearse(engine, largest, step_loss)
     losses = job.checkpoints.restore(engine) if job.checkpoints else []
     progress.advance(by=len(losses))
-    for parts in batches(len(losses)):
-        outputs = []
+    watch = Stopwatch(job.cost)
+    for parts in watch.batches(batches(len(losses))):
+        rate, outputs = engine.get_lr()[0], []
         with attention.planning_pays():
             for part in parts:
                 output = step_loss(engine, part)
                 engine.backward(_spread_nonfinite(output.loss))
                 engine.step()
                 outputs.append(replace(output, loss=output.loss.detach()))
-        metrics, stop = step_metrics(outputs, stop=signals.stop_requested())
+        stop_asked, tokens = signals.stop_requested(), own_tokens(parts)
+        metrics, stop = step_metrics(outputs, stop=stop_asked, tokens=tokens, waited=watch.waited)
+        speed = watch.step(metrics)
         applied = engine.was_step_applied()
         losses.append(metrics.loss if applied else None)
         if not applied:
             job.nonfinite.handle(job.name, losses, _suspects(parts, outputs), partial(job.save, engine, losses[:-1]))
-        _log(job, len(losses), metrics)
+        norm = engine.get_global_grad_norm()
+        optimizer = {"optimizer/lr": rate} | ({} if norm is None else {"optimizer/gradient_norm": float(norm)})
+        _log(job, len(losses), job.scalars(metrics) | optimizer | speed)
         if job.checkpoints:
             job.checkpoints.after_step(engine, losses, stop=stop)
         if stop:
             raise Stopped(f"{job.name}, after step {len(losses)} of {plan.steps}")
-        progress.advance(f"loss {metrics.loss:.3f}")
+        progress.summary = f"loss {metrics.loss:.3f}, {watch.note()}"
+        progress.advance(progress.summary)
     return losses
 
 
-def _log(job: TrainingJob, step: int, metrics: StepMetrics) -> None:
-    values = job.scalars(metrics).items()
-    job.log(step, {name: value for name, value in values if math.isfinite(value)})
+def _log(job: TrainingJob, step: int, values: dict[str, float]) -> None:
+    """A curve holds finite values only."""
+    job.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
 
 def _spread_nonfinite(loss: Tensor) -> Tensor:

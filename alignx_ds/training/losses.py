@@ -97,9 +97,9 @@ class AlignTerms:
             + weights.prior * self.prior
         )
 
-    def scalars(self) -> dict[str, float]:
-        """By name, to be logged."""
-        return {name: float(getattr(self, name).detach()) for name in self.__dataclass_fields__}
+    def scalars(self) -> dict[str, Tensor]:
+        """By name, without graphs, to be logged."""
+        return {name: getattr(self, name).detach() for name in self.__dataclass_fields__}
 
 
 def gating_terms(

@@ -57,8 +57,8 @@ class MicroBatchLoss:
     """What a stage's loss function returns for one micro batch."""
 
     loss: Tensor  # scalar, with its graph; already scaled so that its mean over ranks and micro batches is the step's
-    terms: dict[str, float] = field(default_factory=dict)  # the parts of the loss, unweighted, to be logged
-    router: RouterSums | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)  # the parts of the loss, unweighted scalars, to be logged
+    router: Callable[[], RouterSums] | None = None  # called once the step is made: it waits for the device
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,34 @@ class StepMetrics:
     loss: float
     terms: dict[str, float]
     router: RouterSums | None = None
+    tokens: float = 0.0  # of all micro batches and ranks, without padding
+    waited: float = 0.0  # seconds for the batches
 
     def scalars(self) -> dict[str, float]:
         """Loss and terms by name."""
         return {"loss": self.loss, **self.terms}
 
 
-def step_metrics(parts: list[MicroBatchLoss], *, stop: bool) -> tuple[StepMetrics, bool]:
+def step_metrics(
+    parts: list[MicroBatchLoss], *, stop: bool, tokens: int = 0, waited: float = 0.0
+) -> tuple[StepMetrics, bool]:
     """(means over this rank's micro batches and over all ranks, whether `stop` is true on any rank). Collective.
 
-    One all-reduce, in fp32, carries everything.
+    `tokens` and `waited` are this rank's. One transfer from the device reads all losses and terms, and one all-reduce,
+    in fp32, carries everything.
     """
-    first, count = parts[0], len(parts)
-    terms = [_mean([part.terms[name] for part in parts]) for name in first.terms]
-    router = [_mean(column) for column in zip(*(p.router.numbers() for p in parts if p.router), strict=True)]
-    loss = sum(float(part.loss.detach()) for part in parts) / count
-    numbers = iter(_mean_over_ranks([loss, float(stop), *terms, *router]))
-    mean_loss, stopping = next(numbers), next(numbers) > 0
-    mean_terms = {name: next(numbers) for name in first.terms}
-    return StepMetrics(mean_loss, mean_terms, first.router.with_numbers(numbers) if first.router else None), stopping
+    names, count = list(parts[0].terms), len(parts)
+    scalars = torch.stack([t.detach().double() for part in parts for t in (part.loss, *part.terms.values())])
+    losses, *columns = scalars.view(count, -1).T.tolist()
+    sums = [part.router() for part in parts if part.router]
+    router = [_mean(column) for column in zip(*(found.numbers() for found in sums), strict=True)]
+    means = [sum(losses) / count, float(stop), float(tokens), waited, *map(_mean, columns), *router]
+    numbers = iter(_mean_over_ranks(means))
+    loss, stopping = next(numbers), next(numbers) > 0
+    tokens_of_all, mean_wait = next(numbers) * distributed.world_size(), next(numbers)
+    mean_terms = {name: next(numbers) for name in names}
+    mean_sums = sums[0].with_numbers(numbers) if sums else None
+    return StepMetrics(loss, mean_terms, mean_sums, tokens_of_all, mean_wait), stopping
 
 
 def _mean(values: Iterable[float]) -> float:

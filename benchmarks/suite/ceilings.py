@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from alignx_ds.training.speed import peak_flops
 from suite.timing import milliseconds
-
-NOMINAL = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s of dense bf16, as the vendor states it
 
 
 def copy_rate(device: str) -> float:
@@ -29,8 +28,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 def nominal_rate() -> float | None:
     """TFLOP/s of dense bf16 that the vendor states for this card."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((rate for card, rate in NOMINAL.items() if card in name), None)
+    rate = peak_flops(torch.bfloat16)
+    return rate and rate / 1e12
 
 
 def _seconds(work: Callable[[], object], device: str, repeats: int = 10) -> float:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import encode
+from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import CALIBRATION, EncodedData, encode_splits
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import HELD_OUT
@@ -19,7 +20,7 @@ from alignx_ds.errors import DataError
 
 
 def encoded(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
-    data = encode_splits(config, read_sources(config), tokenizer)
+    data = encode_splits(config, read_sources(config), Encodings(tokenizer))
     assert_splits_add_up(data.splits)
     return data
 
@@ -31,7 +32,7 @@ def test_the_calibration_split_is_independent_of_the_held_out_split(
     assert HELD_OUT != CALIBRATION
     set_rows(one_axis, tmp_path, questions(800))
     one_axis.data.held_out_share = one_axis.data.calibration_share = 0.3
-    data = encode_splits(one_axis, read_sources(one_axis), world_tokenizer)
+    data = encode_splits(one_axis, read_sources(one_axis), Encodings(world_tokenizer))
     train, calibration = len(data.train.examples), len(data.calibration_rows.examples)
     assert train + calibration == len(data.splits.train["kind"].rows)
     assert calibration / (train + calibration) == pytest.approx(0.3, abs=0.06)

@@ -12,6 +12,7 @@ from alignx_ds.config import parse
 from alignx_ds.config.bounds import violations
 from alignx_ds.config.schema import AxisConfig, JoinConfig, RunConfig, SetConfig
 from alignx_ds.data.encode import encode_prompts
+from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import EncodedData, encode_splits
 from alignx_ds.data.rows import Record
 from alignx_ds.data.splits import read_sources
@@ -47,7 +48,7 @@ def config(one_axis: RunConfig, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture
 def data(config: RunConfig, world_tokenizer: PreTrainedTokenizerBase) -> EncodedData:
-    return encode_splits(config, read_sources(config), world_tokenizer)
+    return encode_splits(config, read_sources(config), Encodings(world_tokenizer))
 
 
 def test_the_needs_of_a_set_are_its_rows_own_or_the_recipe_s(
@@ -67,14 +68,14 @@ def test_labels_of_the_recipe_are_for_rows_without_their_own(
     config: RunConfig, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     config.evaluation.sets["own"].needs = ["kind"]
-    data = encode_splits(config, read_sources(config), world_tokenizer)
+    data = encode_splits(config, read_sources(config), Encodings(world_tokenizer))
     assert data.sets["own"].needs == [(1, 2), (0,), (1,)]
 
 
 def test_joined_rows_are_accounted_for(config: RunConfig, world_tokenizer: PreTrainedTokenizerBase) -> None:
     config.axes["kind"].join = JoinConfig(share=1.0)
     config.model.max_length = 26
-    data = encode_splits(config, read_sources(config), world_tokenizer)
+    data = encode_splits(config, read_sources(config), Encodings(world_tokenizer))
     made = data.joined["kind"]
     assert list(data.joined) == ["kind"] and made.rows and made.dropped
     answered = [row for row in data.splits.train["kind"].rows if row.response]

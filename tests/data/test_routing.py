@@ -12,6 +12,7 @@ from alignx_ds.config import parse
 from alignx_ds.config.bounds import violations
 from alignx_ds.config.schema import AxisConfig, RoutingSourceConfig, RunConfig, SetConfig
 from alignx_ds.data.encode import Example, LabelledExamples
+from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import EncodedData, encode_splits
 from alignx_ds.data.labels import source_quotas, source_repeats, source_weights
 from alignx_ds.data.rows import Record
@@ -111,7 +112,7 @@ def test_what_the_gate_is_fitted_on_is_no_extra_set(two_axes: RunConfig, tmp_pat
 def data(two_axes: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase) -> EncodedData:
     two_axes.axes["safe"].routing = [source(tmp_path / "r.jsonl", asked(range(400, 425)))]
     two_axes.routing.negatives = [source(tmp_path / "n.jsonl", asked(range(500, 560)))]
-    return encode_splits(two_axes, read_sources(two_axes), world_tokenizer)
+    return encode_splits(two_axes, read_sources(two_axes), Encodings(world_tokenizer))
 
 
 def test_the_gate_gets_routing_rows_and_no_specialist_does(data: EncodedData) -> None:

@@ -12,6 +12,7 @@ from reading import answer, assert_splits_add_up, questions, set_rows, splits_of
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import encode_splits
 from alignx_ds.data.rows import Record, Row
 from alignx_ds.data.split_rows import HELD_OUT, SplitRows
@@ -159,13 +160,13 @@ def test_two_axes_with_the_same_questions_are_reported_with_their_share(
     path = write_lines(tmp_path / "other.jsonl", [*again, *questions(90, start=100)])
     held_out = write_lines(tmp_path / "other held out.jsonl", questions(9, start=250))
     one_axis.axes["other"] = AxisConfig("", "plain", str(path), str(held_out))
-    data = encode_splits(one_axis, read_sources(one_axis), world_tokenizer)
+    data = encode_splits(one_axis, read_sources(one_axis), Encodings(world_tokenizer))
     (note,) = notes(one_axis, data)
     assert note.strip().startswith(
         "warning: 50.0% of kind's and 25.0% of other's training rows have the same questions"
     )
     set_rows(one_axis, tmp_path, questions(60, start=300), questions(9, start=200))
-    assert notes(one_axis, encode_splits(one_axis, read_sources(one_axis), world_tokenizer)) == []
+    assert notes(one_axis, encode_splits(one_axis, read_sources(one_axis), Encodings(world_tokenizer))) == []
 
 
 def test_dialogues_that_a_template_rewrites_are_reported(
@@ -184,8 +185,8 @@ def test_dialogues_that_a_template_rewrites_are_reported(
     one_axis.axes["kind"].schema = "messages"
     set_rows(one_axis, tmp_path, records)
     splits = read_sources(one_axis)
-    assert notes(one_axis, encode_splits(one_axis, splits, world_tokenizer)) == []
-    (note,) = notes(one_axis, data := encode_splits(one_axis, splits, tokenizer))
+    assert notes(one_axis, encode_splits(one_axis, splits, Encodings(world_tokenizer))) == []
+    (note,) = notes(one_axis, data := encode_splits(one_axis, splits, Encodings(tokenizer)))
     assert f"kind: of {len(data.injected['kind'])} dialogues only the last answer is learned" in note
 
 

@@ -40,6 +40,7 @@ from problems import (
     uneven_mixture,
     whole_stage_config,
 )
+from rehearsed import rehearsed
 from safetensors.torch import load_file
 from stage_contexts import stage_context
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
@@ -428,5 +429,6 @@ WORK = (
     whole_stage,
     fusions,
     freed,
+    rehearsed,
 )
 JOBS = {job.__name__: job for job in WORK}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -45,7 +46,7 @@ def widened(t: Tensor, by: int) -> Tensor:
     return torch.nn.functional.pad(t, (by, by, 0, by))
 
 
-def logged(parts: list[RouterSums]) -> dict[str, float]:
+def logged(parts: list[Callable[[], RouterSums]]) -> dict[str, float]:
     """The router's scalars of a step with these micro batches."""
     metrics, _ = step_metrics([MicroBatchLoss(torch.zeros(()), {}, part) for part in parts], stop=False)
     assert metrics.router is not None
@@ -123,8 +124,8 @@ def test_without_a_dispatch_no_padding_is_logged() -> None:
 
 def test_loss_and_terms_are_logged_beside_the_router(model: AlignXForCausalLM) -> None:
     sums = router_sums(model, passed(model, range(8)))
-    shown = step_scalars(NAMES, StepMetrics(1.5, {"lm": 0.5}, sums))
-    assert shown == {"loss": 1.5, "lm": 0.5} | router_scalars(NAMES, sums)
+    shown = step_scalars(NAMES, StepMetrics(1.5, {"lm": 0.5}, sums()))
+    assert shown == {"loss": 1.5, "lm": 0.5} | router_scalars(NAMES, sums())
     assert step_scalars(NAMES, StepMetrics(1.5, {})) == {"loss": 1.5}
 
 

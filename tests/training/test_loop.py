@@ -25,6 +25,7 @@ from alignx_ds.training.loop import train
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, MicroBatchLoss
 from alignx_ds.training.nonfinite import MAX_IN_A_ROW, NonFiniteSteps
+from alignx_ds.training.speed import Cost
 
 PARTS = 2  # micro batches of a step
 NAN = float("nan")
@@ -52,6 +53,12 @@ class Engine:
 
     def was_step_applied(self) -> bool:
         return self.applied
+
+    def get_lr(self) -> list[float]:
+        return [0.1]
+
+    def get_global_grad_norm(self) -> float:
+        return 3.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def run(values: list[list[float]], job: TrainingJob, engine: Engine | None = Non
 
     def step_loss(engine: Engine, part: MicroBatch) -> MicroBatchLoss:
         step, n = divmod(part.numbers[0], PARTS)
-        return MicroBatchLoss(values[step][n] * engine.weight, {"twice": 2 * values[step][n]})
+        return MicroBatchLoss(values[step][n] * engine.weight, {"twice": torch.tensor(2 * values[step][n])})
 
     plan = Plan(1.0, PARTS, PARTS, len(values), 0, 0.0, 1.0, bf16=False)
     return train(engine or Engine(), batches, step_loss, plan, Progress(), job)
@@ -102,7 +109,32 @@ def test_a_step_s_loss_and_terms_are_means_of_its_micro_batches() -> None:
     logged = {}
     job = TrainingJob("job", log=logged.__setitem__)
     assert run([[1.0, 3.0], [5.0, 5.0]], job) == [2.0, 5.0]
-    assert logged == {1: {"loss": 2.0, "twice": 4.0}, 2: {"loss": 5.0, "twice": 10.0}}
+    assert [of_loss(values) for values in logged.values()] == [
+        {"loss": 2.0, "twice": 4.0},
+        {"loss": 5.0, "twice": 10.0},
+    ]
+
+
+def of_loss(values: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if "/" not in name}
+
+
+def test_every_step_logs_its_speed_and_its_optimizer_s_numbers() -> None:
+    logged: dict[int, dict[str, float]] = {}
+    run([[1.0, 1.0]] * 2, TrainingJob("job", log=logged.__setitem__, cost=Cost(flops=50.0, peak=1e6)))
+    for values in logged.values():
+        assert values["optimizer/lr"] == 0.1 and values["optimizer/gradient_norm"] == 3.0
+        tokens = PARTS * 3  # of this step's rows
+        assert values["speed/tokens_per_second"] == pytest.approx(tokens / values["speed/step_seconds"])
+        assert values["speed/mfu"] == pytest.approx(values["speed/tokens_per_second"] * 50 / 1e6)
+        assert 0 <= values["speed/data_wait_seconds"] <= values["speed/step_seconds"]
+        assert values["memory/peak_gib"] > 0.01
+
+
+def test_without_a_known_peak_there_is_no_mfu() -> None:
+    logged: dict[int, dict[str, float]] = {}
+    run([[1.0, 1.0]], TrainingJob("job", log=logged.__setitem__, cost=Cost(flops=50.0, peak=None)))
+    assert "speed/mfu" not in logged[1]
 
 
 def test_cudnn_s_attention_is_on_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +181,7 @@ def test_such_a_step_may_be_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     job = TrainingJob("job", nonfinite=NonFiniteSteps(skip=True), log=logged.__setitem__)
     assert run([[1.0, 1.0], [1.0, NAN], [3.0, 3.0]], job) == [1.0, None, 3.0]
     assert "the step is skipped" in capsys.readouterr().err
-    assert logged[2] == {}, "a curve holds finite values only"
+    assert of_loss(logged[2]) == {}, "a curve holds finite values only"
 
 
 def test_too_many_in_a_row_end_the_job_though_they_may_be_skipped() -> None:

@@ -240,4 +240,4 @@ def test_no_term_depends_on_the_padding(path: str, side: str) -> None:
     one_row = Batch(wide.input_ids[:1], wide.attention_mask[:1], wide.prompt_mask[:1], wide.labels[:1])
     padded = terms_of(model, one_row, LABELS[:1], 1.0)
     for name, value in plain.scalars().items():
-        assert padded.scalars()[name] == pytest.approx(value, rel=1e-4), name
+        assert float(padded.scalars()[name]) == pytest.approx(float(value), rel=1e-4), name

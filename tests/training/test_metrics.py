@@ -15,10 +15,13 @@ SUMS = RouterSums(2.0, 3.0, [4.0, 5.0], [6.0, 7.0], [8.0, 9.0], [10.0, 11.0], [1
 def test_all_numbers_of_the_router_s_sums_are_averaged() -> None:
     other = SUMS.with_numbers(iter([number + 2 for number in SUMS.numbers()]))
     assert list(SUMS.numbers()) == [float(n) for n in range(2, 17)]
-    parts = [MicroBatchLoss(torch.tensor(loss), {"lm": loss}, sums) for loss, sums in ((1.0, SUMS), (4.0, other))]
-    metrics, stop = step_metrics(parts, stop=True)
+    parts = [
+        MicroBatchLoss(torch.tensor(loss), {"lm": torch.tensor(loss)}, lambda sums=sums: sums)
+        for loss, sums in ((1.0, SUMS), (4.0, other))
+    ]
+    metrics, stop = step_metrics(parts, stop=True, tokens=7, waited=0.5)
     mean = SUMS.with_numbers(iter([number + 1 for number in SUMS.numbers()]))
-    assert metrics == StepMetrics(2.5, {"lm": 2.5}, mean) and stop
+    assert metrics == StepMetrics(2.5, {"lm": 2.5}, mean, 7.0, 0.5) and stop
     assert metrics.router is not None and metrics.router.overconfidence == [13.0, 14.0, 15.0]
 
 

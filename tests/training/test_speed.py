@@ -1,0 +1,78 @@
+"""Batches that are made ahead, the peaks of devices, and the FLOPs of a token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_models import tiny_config
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from alignx_ds.mocae.backbones import BACKBONES
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.training import flops
+from alignx_ds.training.speed import ahead, peak_flops
+
+
+def test_the_next_item_is_made_while_this_one_is_used() -> None:
+    made = [threading.Event() for _ in range(3)]
+
+    def items() -> Iterator[int]:
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    for number in ahead(items()):
+        assert made[min(number + 1, 2)].wait(5), "the next one is made, though nobody has asked for it"
+    assert list(ahead(iter("abc"))) == ["a", "b", "c"] and list(ahead(iter(()))) == []
+
+
+def test_an_error_in_making_an_item_is_raised_where_it_is_used() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("broken")
+
+    seen = []
+    with pytest.raises(ValueError, match="broken"):
+        seen += ahead(items())
+
+
+def test_a_peak_is_the_given_one_or_none_where_it_is_not_known() -> None:
+    assert peak_flops(torch.float32, 2.5) == 2.5e12
+    assert peak_flops(torch.float32) is None
+
+
+def counted(model: nn.Module, layers: list[int], trained: set[str]) -> float:
+    """FLOPs of the linear layers' products in a forward and backward pass of one token, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not trained or name in trained)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[1]]), use_cache=False).logits.sum().backward()
+    products = {op: n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op)}
+    return float(sum(n for op, n in products.items() if "bmm" not in str(op)))
+
+
+@pytest.mark.parametrize("layers", [[1, 2], [2], [0, 2]])
+def test_the_flops_of_a_fine_tune_are_those_that_torch_counts(layers: list[int]) -> None:
+    config = tiny_config()
+    model = AutoModelForCausalLM.from_config(config)
+    names = {BACKBONES["llama"].weight_name(layer, p) for layer in layers for p in PROJECTIONS}
+    assert flops.fine_tune(config, layers) == counted(model, layers, names)
+
+
+def test_the_flops_of_a_whole_model_are_those_that_torch_counts() -> None:
+    config = tiny_config()
+    assert flops.whole_model(config) == counted(AutoModelForCausalLM.from_config(config), [], set())
+
+
+def test_frozen_factors_need_no_gradients() -> None:
+    config = tiny_config()
+    frozen, trained = (flops.mixture(config, [1, 2], 4, 8, fused=True, factors_trained=t) for t in (False, True))
+    factors = 3 * 8 * (config.hidden_size + config.intermediate_size)
+    assert trained - frozen == 2 * 2 * 3 * factors, "of three specialists in two layers"
+    assert flops.fusion(config, [1, 2], 1) == flops.fine_tune(config, [1, 2])
