@@ -10,6 +10,7 @@ import torch
 from problems import VARIANTS, align_config, align_in_plain_torch, mixture, step_tokens
 from worlds import Runs
 
+TIMED = ("speed/", "memory/")  # curves that no two runs share
 TOLERANCE = {"sgd": 1e-6, "adamw": 5e-5}  # Adam divides rounding by rounding where a gradient is almost zero
 
 
@@ -73,7 +74,8 @@ def test_the_whole_stage_writes_the_router_s_curves(runs: Runs) -> None:
     assert {"loss", "lm", "router/entropy", "router/own/c", "router/share/generalist"} <= expected[0].keys()
     for made in runs.of(2, "whole_stage"):
         for ours, theirs in zip(made["ep1"]["curves"], expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+            made_here, known = ({n: v for n, v in c.items() if not n.startswith(TIMED)} for c in (ours, theirs))
+            assert made_here == pytest.approx(known, rel=1e-4, abs=1e-4)
 
 
 def test_the_steps_compared_do_train(oracles: dict[str, dict[str, Any]]) -> None:
