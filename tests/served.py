@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
+from torch import Tensor
 
 from alignx_ds.serve.app import Api
 from alignx_ds.serve.model import load_any
@@ -25,6 +26,7 @@ class Served:
     api: Api
     port: int
     steps: threading.Event  # while it is not set, no decoding step is made
+    blocked: threading.Event  # whether the scheduler's thread waits for that: it reads no prompts either
 
     @property
     def url(self) -> str:
@@ -43,9 +45,11 @@ class Served:
             self.steps.set()
 
     def wait(self, *, running: int, waiting: int = 0) -> None:
-        """Until so many answers run and prompts wait."""
+        """Until so many answers run and prompts wait; within `held`, until that can't change by itself."""
         scheduler, end = self.api.scheduler, time.monotonic() + 30
-        while (len(scheduler._running), len(scheduler._waiting)) != (running, waiting):
+        while (len(scheduler._running), len(scheduler._waiting)) != (running, waiting) or not (
+            self.steps.is_set() or self.blocked.is_set()
+        ):
             assert time.monotonic() < end, f"{len(scheduler._running)} run, {len(scheduler._waiting)} wait"
             time.sleep(0.01)
 
@@ -54,11 +58,14 @@ class Served:
 def serving(directory: Path, key: str | None = KEY, **settings: int) -> Iterator[Served]:
     model, tokenizer = load_any(str(directory))
     api = api_of(model, tokenizer, Settings(str(directory), name="tiny", **settings), key)
-    steps, step = threading.Event(), api.scheduler._slots.step
+    steps, blocked, step = threading.Event(), threading.Event(), api.scheduler._slots.step
     steps.set()
 
-    def held_step(tokens: list[int]):  # type: ignore[no-untyped-def]
-        assert steps.wait(60)
+    def held_step(tokens: list[int]) -> Tensor:
+        if not steps.is_set():
+            blocked.set()
+            assert steps.wait(60)
+            blocked.clear()
         return step(tokens)
 
     api.scheduler._slots.step = held_step  # type: ignore[method-assign]
@@ -69,7 +76,7 @@ def serving(directory: Path, key: str | None = KEY, **settings: int) -> Iterator
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield Served(api, port, steps)
+        yield Served(api, port, steps, blocked)
         steps.set()
         server.should_exit = True
         thread.join(30)

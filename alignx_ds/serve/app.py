@@ -22,9 +22,10 @@ from alignx_ds.runtime import console
 from alignx_ds.serve.answers import Answers, ChatForm, CompletionForm, Form, TokenNames
 from alignx_ds.serve.jobs import Event, Failed, Job
 from alignx_ds.serve.metrics import Metrics
+from alignx_ds.serve.page import page
 from alignx_ds.serve.prompts import PromptEncoder
 from alignx_ds.serve.protocol import ApiError, ChatRequest, CompletionRequest, parsed
-from alignx_ds.serve.requests import check_key, read_body, while_connected
+from alignx_ds.serve.requests import check_host, check_key, read_body, while_connected
 from alignx_ds.serve.scheduler import QueueFullError, Scheduler
 
 RETRY_SECONDS = "5"
@@ -78,16 +79,20 @@ class Api:
         experts: list[str],
         limits: Limits,
         key: str | None,
+        local: bool,
     ) -> None:
+        """`local`: only this machine can reach the server."""
         self.scheduler, self.metrics, self.limits = scheduler, metrics, limits
         self.draining = False  # set when the server is to stop: no new work
         self._encoder, self._names, self._name, self._experts, self._key = encoder, names, name, experts, key
+        self._own_host = local and key is None  # whether requests have to be addressed to this machine
         self._encoding = ThreadPoolExecutor(1, "encoding")  # one: a tokenizer is not safe to share between threads
-        self._started = int(time.time())
+        self._started, self._page = int(time.time()), page()
 
     def app(self) -> Any:
         """The ASGI application."""
         routes = [
+            Route("/", self.page, methods=["GET"]),
             Route("/v1/chat/completions", self._answering(self.chat), methods=["POST"]),
             Route("/v1/completions", self._answering(self.completions), methods=["POST"]),
             Route("/v1/models", self._checked(self.models), methods=["GET"]),
@@ -113,6 +118,10 @@ class Api:
                 self.metrics.request(path, status, time.perf_counter() - started)
 
         return counted
+
+    async def page(self, request: Request) -> Response:
+        """For people; it asks for the key itself."""
+        return self._page
 
     async def health(self, request: Request) -> Response:
         """200 while requests are accepted, 503 otherwise."""
@@ -226,6 +235,8 @@ class Api:
 
         async def checked(request: Request) -> Response:
             try:
+                if self._own_host:
+                    check_host(request)
                 check_key(request, self._key)
                 return await handler(request)
             except ApiError as error:

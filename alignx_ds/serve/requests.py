@@ -5,14 +5,30 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
 from alignx_ds.serve.protocol import ApiError
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # this machine's own names
 BODY_SECONDS = 30.0  # within which a body has to be here
 Result = TypeVar("Result")
+
+
+def check_host(request: Request) -> None:
+    """Raises ApiError unless the request is addressed to this machine by a name of its own.
+
+    Where no key is asked for, a page of another site could otherwise let its name resolve to this machine, and use the
+    server from its visitor's browser.
+    """
+    host = request.headers.get("host", "")
+    with suppress(ValueError):
+        if urlsplit(f"//{host}").hostname in LOOPBACK:
+            return
+    raise ApiError(403, f"the host is {host!r}; ask for localhost, or start the server with a key", code="wrong_host")
 
 
 def check_key(request: Request, key: str | None) -> None:

@@ -29,6 +29,7 @@ from alignx_ds.serve.app import Api, Limits
 from alignx_ds.serve.metrics import Metrics
 from alignx_ds.serve.model import load_any, model_directory
 from alignx_ds.serve.prompts import PromptEncoder
+from alignx_ds.serve.requests import LOOPBACK
 from alignx_ds.serve.scheduler import Scheduler
 
 KEY_VARIABLE = "ALIGNX_API_KEY"
@@ -36,7 +37,6 @@ MOST_CONTEXT = 4096  # tokens, unless --context says more: every slot holds so m
 HEADER_SECONDS = 30.0  # within which a connection has to send its first request's headers
 SENDING_SECONDS = 30  # that a client has to read the rest of its answer when the server ends
 MOST_CONNECTIONS = 1000
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def api_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
         experts=experts,
         limits=Limits(settings.slots, context, settings.queue, settings.max_body),
         key=key,
+        local=settings.host in LOOPBACK,
     )
 
 

@@ -201,6 +201,18 @@ def test_the_key_is_asked_for(served: Served) -> None:
     assert answer(connection)[0] == 200
 
 
+def test_without_a_key_other_sites_pages_can_t_use_the_server(saved_aligned: Path) -> None:
+    """Whose name a browser has been told to be this machine's; nor can they send JSON without asking first."""
+    with serving(saved_aligned, key=None, slots=1) as open_to_all:
+        body = json.dumps({**BODY, "max_tokens": 1}).encode()
+        assert sent(open_to_all, body)[0] == 200
+        assert sent(open_to_all, body, Host="[::1]:80")[0] == 200
+        for host in ("evil.example", "127.0.0.1.evil.example", "[x"):
+            status, said = sent(open_to_all, body, Host=host)
+            assert status == 403 and "ask for localhost" in said
+        assert sent(open_to_all, body, Content_Type="text/plain", Host="localhost")[0] == 415
+
+
 def test_while_draining_requests_are_refused(served: Served) -> None:
     with ThreadPoolExecutor(1) as threads:
         with served.held():
@@ -217,6 +229,7 @@ def test_the_metrics_count_what_was_answered(saved_aligned: Path) -> None:
     with serving(saved_aligned, slots=2) as served:
         found = [ask(served.client()), ask(served.client(), n=2, extra_body={"axes": {"honest": 1}})]
         sent(served, b"{")
+        served.wait(running=0)
         connection = connect(served)
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
         status, metrics = answer(connection)
