@@ -67,6 +67,8 @@ def _add_run_verbs(verbs: Any) -> None:
         checked = "check everything, of weights the headers if they are there, print the plan, write nothing"
         run.add_argument("--dry-run", action="store_true", help=checked)
         run.add_argument("--show-config", action="store_true", help="with --dry-run: print the resolved config too")
+        room = "refuse stages that need more than a GPU of this size has, e.g. 80GiB, and say which settings would fit"
+        run.add_argument("--gpu-memory", type=plan.memory_size, metavar="SIZE", help=room)
         run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher appends it
         run.set_defaults(work=_run)
 
@@ -75,7 +77,12 @@ def _run(args: argparse.Namespace) -> int:
     from alignx_ds import pipeline
 
     return pipeline.run(
-        args.recipe, args.overrides, until=args.verb, dry_run=args.dry_run, show_config=args.show_config
+        args.recipe,
+        args.overrides,
+        until=args.verb,
+        dry_run=args.dry_run,
+        show_config=args.show_config,
+        gpu_memory=args.gpu_memory,
     )
 
 

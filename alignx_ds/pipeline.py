@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.plan import checks, training
 from alignx_ds.plan.accounts import accounts, notes
-from alignx_ds.plan.dry_run import describe
+from alignx_ds.plan.dry_run import describe, lengths_of
+from alignx_ds.plan.gpu_memory import problems
 from alignx_ds.plan.prompts import facts
 from alignx_ds.plan.sizes import disk
 from alignx_ds.routing.router_report import router_report
@@ -28,13 +30,20 @@ Until = Literal["specialists", "align", "run"]
 
 
 def run(
-    recipe: str, overrides: Sequence[str], *, until: Until = "run", dry_run: bool = False, show_config: bool = False
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    until: Until = "run",
+    dry_run: bool = False,
+    show_config: bool = False,
+    gpu_memory: float | None = None,
 ) -> int:
     """Train, compare and report what the recipe describes; returns the exit code.
 
     Every step reuses what an earlier start of the same run has finished in the output directory. `until` names the
     last step: stage 1 ("specialists"), stage 2 ("align"), or the report ("run"). `dry_run` checks all that can be
     checked without reading weights, prints the plan (after the resolved config, with `show_config`) and writes nothing.
+    With `gpu_memory`, bytes of a GPU, stages that would not fit are refused.
 
     Raises ConfigError or DataError for what the user can fix, and Stopped when a signal has asked for the end.
     """
@@ -48,13 +57,20 @@ def run(
         outputs.Outputs.of(config).lock.check()
     outputs.check_owner(config)
     if dry_run:
-        print(describe(config, base, world_size, show_config=show_config, baselines=until == "run"))
+        baselines = until == "run"
+        plan, too_large = describe(
+            config, base, world_size, show_config=show_config, baselines=baselines, gpu_memory=gpu_memory
+        )
+        print(plan)
+        _refuse(too_large)
         return 0
     outputs.check_room(config, sum(disk(config, base).values()))
 
     # Read the data: every rank reads all of it. What this process has encoded, its ranks do not encode again.
     inputs = read_inputs(config, base)
     base, data = inputs.base, inputs.data
+    if gpu_memory is not None:
+        _refuse(problems(config, base, lengths_of(data), world_size, gpu_memory))
     context = StageContext(config, base, data, outputs.Outputs.of(config))
     results.check(context, inputs.texts, baselines=until == "run")
 
@@ -103,6 +119,11 @@ def run(
                 report.write(found, context.out)
                 report.show(found, context.out)
     return 0
+
+
+def _refuse(found: Iterable[Problem]) -> None:
+    if too_large := list(found):
+        raise ConfigError(*too_large)
 
 
 @contextmanager

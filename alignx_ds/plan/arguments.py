@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
+
+UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
 def add_verbs(verbs: Any) -> None:
@@ -21,6 +24,14 @@ def add_verbs(verbs: Any) -> None:
 def add_recipe(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", help="a YAML file, or a shipped recipe: see `alignx-ds recipes`")
     verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's")
+
+
+def memory_size(text: str) -> float:
+    """Bytes of a size such as 80GiB, for argparse."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text)
+    if found is None or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write e.g. 80GiB")
+    return float(found[1]) * UNITS[found[2]]
 
 
 def _preview(args: argparse.Namespace) -> int:

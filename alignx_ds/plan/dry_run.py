@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import torch
+
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.data.inputs import EncodedData, RunInputs, read_inputs
 from alignx_ds.data.splits import read_splits
-from alignx_ds.errors import UnreachableError
+from alignx_ds.errors import Problem, UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import prompts, training
 from alignx_ds.plan.accounts import accounts, line, notes
 from alignx_ds.plan.deepspeed_keys import deepspeed_models
-from alignx_ds.plan.sizes import counts, disk, memory
+from alignx_ds.plan.gpu_memory import problems
+from alignx_ds.plan.memory import Lengths, Rows, StageMemory, memory
+from alignx_ds.plan.sizes import counts, disk
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.stages import results
-from alignx_ds.stages.activations import activations
 from alignx_ds.stages.stage import StageContext
 from alignx_ds.training.engine import steps_of
 
-MIB_PER_GIB = 1024
+GIB, MIB = 2**30, 2**20
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "step", "peak")
 
 
 def describe(
-    config: RunConfig, base: BaseModel, world_size: int, *, show_config: bool = False, baselines: bool = True
-) -> str:
-    """The plan as text, and after it the resolved config if wanted. It names what can't be checked without the hub.
+    config: RunConfig,
+    base: BaseModel,
+    world_size: int,
+    *,
+    show_config: bool = False,
+    baselines: bool = True,
+    gpu_memory: float | None = None,
+) -> tuple[str, list[Problem]]:
+    """(the plan as text, and after it the resolved config if wanted; the stages that are too large for a GPU with
+    `gpu_memory` bytes). The text names what can't be checked without the hub.
 
     `baselines`: whether the run goes on to them after stage 2.
     """
+    on_gpu = gpu_memory is not None or torch.cuda.is_available()
     rows, steps, finished, unchecked, lengths = _rows(config, base, baselines)
     written = prompts.facts(base) if base.has_tokenizer else {}
     if not deepspeed_models():
@@ -39,8 +51,9 @@ def describe(
         "optimizer steps": steps,
         "finished already": finished,
         "parameters": [line(name, f"{count:,}") for name, count in counts(config, base).items()],
-        f"memory per rank on {world_size} ranks, without activations": _sizes(memory(config, base, world_size)),
-        "activations of a micro batch per rank, at most": _activations(config, base, world_size, lengths),
+        f"memory per rank on {world_size} ranks, while a {'GPU' if on_gpu else 'CPU'} trains, at most": _memory(
+            config, memory(config, base, lengths, world_size, on_gpu=on_gpu)
+        ),
         "disk space, at most": _sizes(disk(config, base)),
         "DeepSpeed": [f"  {line}" for line in training.without_effect(config)],
         "not checked": [f"  {what}" for what in unchecked],
@@ -48,7 +61,8 @@ def describe(
     }
     text = "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items() if lines)
     done = "everything is checked" if not unchecked else "everything else is checked"
-    return f"{text}\n\ndry run: {done}, nothing is written"
+    found = [] if gpu_memory is None else list(problems(config, base, lengths, world_size, gpu_memory))
+    return f"{text}\n\ndry run: {done}, nothing is written", found
 
 
 def _summary(config: RunConfig, base: BaseModel, world_size: int) -> list[str]:
@@ -70,24 +84,32 @@ def _sizes(sizes: dict[str, float]) -> list[str]:
 
 
 def _size(gib: float) -> str:
-    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * MIB_PER_GIB:,.1f} MiB"
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * GIB / MIB:,.1f} MiB"
 
 
-def _activations(config: RunConfig, base: BaseModel, world_size: int, lengths: dict[str, list[int]]) -> list[str]:
-    """By stage, and whether they are recomputed. Where a stage's rows are not known, all are model.max_length long."""
-    lines = []
-    for key, stage in training.stages(config).items():
-        rows, setting = lengths.get(key) or [config.model.max_length] * stage.batch, stage.checkpoint_activations
-        found = activations(config, base, key, stage, rows, world_size)
-        instead = _size(found.recomputed / 2**30)
-        note = f"recomputed in the backward pass, so {instead}" if found.recompute(setting) else "kept"
-        lines.append(line(key, _size(found.kept / 2**30), f"  {note} (checkpoint_activations={setting})"))
-    return lines
+def _memory(config: RunConfig, stages: dict[str, StageMemory]) -> list[str]:
+    """A line of the table for each stage, and what the columns mean."""
+    unit, size = ("GiB", GIB) if max(s.peak for s in stages.values()) >= GIB else ("MiB", MIB)
+    lines = [f"  {unit:<26}" + "".join(f"{name:>12}" for name in PARTS)]
+    for key, stage in stages.items():
+        z = stage.zero
+        parts = (z.parameters, z.gradients, z.optimizer, stage.activations, stage.logits, stage.buckets, z.step)
+        numbers = "".join(f"{part / size:>12,.1f}" for part in (*parts, stage.peak))
+        lines.append(f"  {f'{key} (ZeRO-{z.stage})':<26}{numbers}")
+    for key, stage in stages.items():
+        setting = training.stages(config)[key].checkpoint_activations
+        if stage.instead is not None:
+            lines.append(
+                f"  {key}: layers are recomputed (checkpoint_activations={setting}), else {stage.instead / size:,.1f}"
+            )
+        if stage.zero.in_ram:
+            lines.append(f"  {key}: {stage.zero.in_ram / size:,.1f} more in RAM, where its DeepSpeed JSON offloads")
+    return [*lines, "  not all parts are there at once, so the peak is less than their sum"]
 
 
 def _rows(
     config: RunConfig, base: BaseModel, baselines: bool
-) -> tuple[list[str], list[str], list[str], list[str], dict[str, list[int]]]:
+) -> tuple[list[str], list[str], list[str], list[str], Rows]:
     """(rows used and why others are not, optimizer steps, finished results, what could not be checked, rows' lengths).
 
     Raises ConfigError when a finished result was made with another recipe.
@@ -112,13 +134,13 @@ def _rows(
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]
-    return rows, _steps(config, inputs), _finished(config, inputs, baselines), unchecked, _lengths(data)
+    return rows, _steps(config, inputs), _finished(config, inputs, baselines), unchecked, lengths_of(data)
 
 
-def _lengths(data: EncodedData) -> dict[str, list[int]]:
-    """In tokens, of the training rows of each stage that has the run's own."""
-    injected = [len(e.ids) for examples in data.injected.values() for e in examples]
-    plain = [len(e.ids) for e in data.train.examples]
+def lengths_of(data: EncodedData) -> Rows:
+    """Of the training rows of each stage that has the run's own."""
+    injected = [Lengths(len(e.ids), e.learned_length) for examples in data.injected.values() for e in examples]
+    plain = [Lengths(len(e.ids), e.learned_length) for e in data.train.examples]
     return {"train": injected, "align": plain, **{f"baselines.{name}": plain for name in FUSIONS}}
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from alignx_ds.config.schema import FUSIONS, RunConfig
 from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.geometry import Geometry
+from alignx_ds.mocae.lexical import Lexicon
+from alignx_ds.mocae.output_calibration import OutputCalibration
+from alignx_ds.mocae.routing_state import SUMMARIES
 from alignx_ds.models.base import BaseModel
-from alignx_ds.training import engine as engines
 
 ADAM_STATES = 2  # first and second moment, fp32
 
@@ -38,39 +43,20 @@ def _fuses(config: RunConfig) -> bool:
     return any(name in config.baselines.make for name in FUSIONS)
 
 
-def memory(config: RunConfig, base: BaseModel, world_size: int) -> dict[str, float]:
-    """GiB per rank for weights, gradients and optimizer states, without activations."""
-    n = counts(config, base)
-    size = base.dtype.itemsize
-    master = 0 if size == 4 else 4
-    states = 4 * ADAM_STATES + master
-    stage1 = (n["base model"] * size + n["trained in stage 1"] * (size + states)) / world_size
-    stage = engines.read_template(config.align.deepspeed, "align.deepspeed").get("zero_optimization", {})
-    zero = max(1, int(stage.get("stage", 0)))
-    placed, data_parallel = _experts_on_a_rank(n["experts' factors"], config, world_size)
-    trained = placed if config.align.expert_lr_scale > 0 else 0
-    dense = n["gates and calibrations"]
-    stage2 = (
-        (n["base model"] + placed) * size / (world_size if zero == 3 else 1)
-        + trained * (size + states / data_parallel)
-        + dense * (2 * size + states / world_size)
-    )
-    total = {"stage 1 (ZeRO-3)": stage1, f"stage 2 (ZeRO-{zero})": stage2}
-    if _fuses(config):
-        copies = n["full copies of the FFNs"]
-        rest = n["base model"] - n["trained in stage 1"]
-        drift = any(getattr(config.baselines, name).drift for name in FUSIONS if name in config.baselines.make)
-        moved = copies * (2 * size + states / world_size) + (copies * size if drift else 0)
-        total["H3Fusion, TrinityX (ZeRO-2)"] = rest * size + moved
-    return {name: size / 2**30 for name, size in total.items()}
+def buffers(config: RunConfig, base: BaseModel) -> int:
+    """Numbers in the aligned model's buffers: the calibrators' geometries and the lexicon."""
+    gate, experts, d = config.gate, len(config.expert_names), base.config.hidden_size
 
+    def geometry(size: int, latent: int) -> Geometry:
+        return Geometry.blank(size, latent, gate.fractal_dimensions, experts, gate.anchors, gate.scales)
 
-def _experts_on_a_rank(factors: float, config: RunConfig, world_size: int) -> tuple[float, int]:
-    """(numbers in their factors, ranks over which the optimizer's states of these are spread)."""
-    experts, ep_size = len(config.expert_names), config.align.ep_size
-    if ep_size == 0:  # the fused path stores no factors for the generalist
-        return factors * (experts - 1) / experts, world_size
-    return factors / ep_size, world_size // ep_size
+    with torch.device("meta"):
+        of_gate = sum(t.numel() for t in geometry(SUMMARIES * d, gate.latent).tensors().values()) + 1  # temperature
+        output = list(OutputCalibration(geometry(d, gate.output_latent), 0, 0).buffers()) if gate.output_latent else []
+        lexicon = list(Lexicon(experts).buffers())
+    gates = 1 if gate.scope == "shared" else len(base.layers)
+    of_layers = len(base.layers) * sum(b.numel() for b in output)
+    return gates * of_gate + of_layers + sum(b.numel() for b in lexicon)
 
 
 def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:

@@ -23,26 +23,64 @@ FP32 = 4  # bytes of a number
 
 
 @dataclass(frozen=True)
-class Activations:
-    """An estimate of what the decoder layers keep of one micro batch for the backward pass, in bytes of one rank.
+class Ffn:
+    """What a decoder layer's FFN, or the mixture in its place, keeps of a token: numbers of its width f and of d."""
 
-    That is what torch saves for SDPA attention, RMSNorms and gated FFNs: 162 kB per token and layer at LLaMA-2-7B's
+    wide: int  # times f
+    narrow: int = 0  # times d, beside its input
+    first: int | None = None  # `wide` in the lowest layer that is trained, whose input has no gradient, if it differs
+    fp32: int = 0  # more numbers, of the output calibration
+
+    @classmethod
+    def of(cls, config: RunConfig, key: str) -> Ffn:
+        """In the stage at this key of the recipe. Counted with torch's saved tensors."""
+        axes, gate, trained = len(config.axes), config.gate, config.align.expert_lr_scale > 0
+        if key == "align":
+            e = 1 + axes
+            calibration = 2 * e * gate.scales * gate.anchors if gate.output_latent else 0
+            if config.align.ep_size == 0:
+                return cls(4 * e, first=3 * e + 1 if trained else e, fp32=calibration)
+            return cls(4 * e, 2 * e, fp32=calibration) if trained else cls(3 * e, e, first=0, fp32=calibration)
+        experts = {"baselines.h3fusion": min(H3FUSION.top_k, axes), "baselines.trinityx": axes}.get(key, 0)
+        return cls(4 * experts, 2 * experts) if experts else DENSE
+
+
+DENSE = Ffn(4)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """An estimate of what the decoder layers hold of one micro batch in training, in bytes of one rank.
+
+    `kept` is what torch saves for SDPA attention, RMSNorms and gated FFNs: 162 kB per token and layer at LLaMA-2-7B's
     shape in bf16. Layers below the lowest one that is trained keep nothing. The logits are not part of it.
     """
 
-    kept: float
-    recomputed: float  # where the layers recompute: their inputs, and all that one layer keeps
+    kept: float  # for the backward pass
+    inputs: float  # kept where the layers recompute, and
+    layer: float  # what the layer that is recomputed keeps
+    gradients: float  # of activations, while a layer's backward pass runs
 
     @classmethod
-    def estimate(cls, shape: PreTrainedConfig, size: int, first: int, tokens: int, experts: int) -> Activations:
-        """Of a model in a dtype of `size` bytes, trained from layer `first` on; `experts` compute each token there."""
-        d, layers = shape.hidden_size, shape.num_hidden_layers - first
+    def estimate(
+        cls, shape: PreTrainedConfig, size: int, first: int | None, tokens: int, ffn: Ffn = DENSE
+    ) -> Activations:
+        """Of a model in a dtype of `size` bytes, trained from layer `first` on; None: with its embedding."""
+        d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers - (first or 0)
         width = getattr(shape, "head_dim", None) or d // shape.num_attention_heads
         heads, pairs = shape.num_attention_heads * width, (shape.num_key_value_heads or 0) * width
-        attention = 2 * FP32 * d + size * (2 * heads + 2 * pairs + d)  # both norms; q, k, v and the output; FFN's input
-        mixing = 2 * d if experts > 1 else 0  # an expert's input and output
-        each = attention + size * experts * (4 * shape.intermediate_size + mixing)
-        return cls(tokens * layers * each, tokens * (layers * size * d + each))
+        attention = 2 * FP32 * d + size * (2 * heads + 2 * pairs)  # both norms; q, k, v and the output
+        each = attention + size * (d + ffn.wide * f + ffn.narrow * d) + FP32 * ffn.fp32
+        missing = attention + size * f * (0 if ffn.first is None else ffn.wide - ffn.first)  # in the lowest layer
+        sums = 4 if ffn.wide > DENSE.wide else 0  # over the experts
+        gradients = size * ((3 + sums) * f + 2 * d)
+        kept = layers * each - (0 if first is None else missing) + FP32 * d  # the last norm
+        return cls(tokens * kept, tokens * layers * size * d, tokens * each, tokens * gradients)
+
+    @property
+    def recomputed(self) -> float:
+        """What is kept at most where the layers recompute."""
+        return self.inputs + self.layer
 
     def recompute(self, setting: str) -> bool:
         """Whether the layers do, by a stage's `checkpoint_activations`."""
@@ -53,13 +91,15 @@ def activations(
     config: RunConfig, base: BaseModel, key: str, stage: OptimizerConfig, lengths: Sequence[int], world_size: int
 ) -> Activations:
     """Of the stage with these settings, the recipe's section `key`, at most, for rows of so many tokens."""
+    tokens, first = tokens_of(key, stage, lengths, world_size), None if key == "scratch.train" else min(base.layers)
+    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, Ffn.of(config, key))
+
+
+def tokens_of(key: str, stage: OptimizerConfig, lengths: Sequence[int], world_size: int) -> int:
+    """The tokens of a rank's micro batch with the longest rows, with padding."""
     rows = stage.batch // (world_size * stage.accumulation)
     longest = sorted(lengths, reverse=True)[:rows]
-    tokens = sum(longest) if key in PACKED else rows * max(longest, default=0)
-    axes = len(config.axes)
-    experts = {"align": 1 + axes, "baselines.h3fusion": min(H3FUSION.top_k, axes), "baselines.trinityx": axes}
-    first = 0 if key == "scratch.train" else min(base.layers)
-    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, experts.get(key, 1))
+    return sum(longest) if key in PACKED else rows * max(longest, default=0)
 
 
 def recompute(model: Any) -> None:

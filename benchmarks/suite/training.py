@@ -20,6 +20,7 @@ from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.runtime import distributed, memory
 from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align
+from alignx_ds.stages.activations import recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss, micro_batches, train
@@ -90,14 +91,19 @@ def here(setting: Setting) -> Setting:
 
 
 def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> Trainee:
-    """A specialist's fine-tune: the upper half's FFNs, from stage 1's JSON with this ZeRO stage."""
-    from alignx_ds.training.losses import language_loss
-
+    """A specialist's fine-tune, from stage 1's JSON with this ZeRO stage."""
     config = TrainConfig(batch=batch)
-    plan = _plan(config, setting)
     template = engines.read_template(config.deepspeed, "train.deepspeed")
     template["zero_optimization"]["stage"] = zero
-    filled = engines.fill(template, plan, distributed.world_size())
+    return fine_tune(setting, rows, config, template)
+
+
+def fine_tune(setting: Setting, rows: LabelledExamples, config: TrainConfig, template: dict[str, Any]) -> Trainee:
+    """Stage 1 with these settings, and a DeepSpeed JSON: the upper half's FFNs."""
+    from alignx_ds.training.losses import language_loss
+
+    plan = _plan(config, setting)
+    filled = engines.fill(template, plan, distributed.world_size(), setting.config.hidden_size)
     zero3 = HfDeepSpeedConfig(filled)
     torch.manual_seed(SEED)
     with torch.device(setting.device):
@@ -106,22 +112,31 @@ def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> T
     trained = {table.weight_name(layer, p) for layer in range(layers // 2, layers) for p in PROJECTIONS}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
+    if config.checkpoint_activations == "true":
+        recompute(model)
     engine = engines.start(model, engines.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
     return Trainee(engine, plan, language_loss, rows, True, zero3)
 
 
 def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int, expert_lr_scale: float = 0.1) -> Trainee:
     """The calibrated mixture: the project's own groups, losses and JSON; with ep_size 0 on the fused path."""
-    config = RunConfig(align=AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=expert_lr_scale))
-    plan = _plan(config.align, setting)
-    template = engines.read_template(config.align.deepspeed, "align.deepspeed")
+    config = AlignConfig(ep_size=ep_size, batch=batch, expert_lr_scale=expert_lr_scale)
+    return mixture(setting, rows, config, engines.read_template(config.deepspeed, "align.deepspeed"))
+
+
+def mixture(setting: Setting, rows: LabelledExamples, config: AlignConfig, template: dict[str, Any]) -> Trainee:
+    """Stage 2 with these settings, and a DeepSpeed JSON: every layer is an AlignX layer."""
+    run, plan = RunConfig(align=config), _plan(config, setting)
+    filled = engines.fill(template, plan, distributed.world_size(), setting.config.hidden_size)
     torch.manual_seed(SEED)
-    model = alignx(setting, placement=align.placement(ep_size))
-    freeze_trunk(model, experts=expert_lr_scale > 0)
-    align.make_expert_groups(ep_size)
-    filled = engines.fill(template, plan, distributed.world_size())
-    engine = engines.start(model, align.parameter_groups(model, config), filled, plan)
-    return Trainee(engine, plan, align.step_loss(config), rows, False)
+    model = alignx(setting, placement=align.placement(config.ep_size))  # whole: the engine shards it under ZeRO-3
+    align.mix_outputs(model)
+    freeze_trunk(model, experts=config.expert_lr_scale > 0)
+    align.make_expert_groups(config.ep_size)
+    if config.checkpoint_activations == "true":
+        recompute(model)
+    engine = engines.start(model, align.parameter_groups(model, run), filled, plan)
+    return Trainee(engine, plan, align.step_loss(run), rows, False)
 
 
 def _plan(config: TrainConfig | AlignConfig, setting: Setting) -> engines.Plan:
