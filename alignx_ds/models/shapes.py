@@ -1,4 +1,4 @@
-"""The configs of the paper's 7B models, shipped for dry runs and benchmarks, which need no weights."""
+"""The configs of the paper's 7B models and of a larger one, shipped for dry runs and benchmarks, which need no weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ SHAPES: dict[str, str] = {  # name, also of the file in assets/shapes -> hub id 
     "mistral-7b": "mistralai/Mistral-7B-v0.1",
     "gemma-7b": "google/gemma-7b",
     "deepseek-llm-7b": "deepseek-ai/deepseek-llm-7b-base",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
 }
 SIBLINGS: dict[str, str] = {  # hub id of a chat model of exactly the same shape -> name
     "meta-llama/Llama-2-7b-chat-hf": "llama2-7b",
+    "meta-llama/Llama-2-70b-chat-hf": "llama2-70b",
     "mistralai/Mistral-7B-Instruct-v0.1": "mistral-7b",  # v0.2 has no sliding window, v0.3 another vocabulary
     "google/gemma-7b-it": "gemma-7b",
     "google/gemma-1.1-7b-it": "gemma-7b",

@@ -20,6 +20,7 @@ PUBLISHED: dict[str, tuple[type[PreTrainedModel], int]] = {
     "mistral-7b": (MistralForCausalLM, 7_241_732_096),
     "gemma-7b": (GemmaForCausalLM, 8_537_680_896),
     "deepseek-llm-7b": (LlamaForCausalLM, 6_910_365_696),
+    "llama2-70b": (LlamaForCausalLM, 68_976_648_192),
 }
 
 
@@ -39,7 +40,9 @@ def test_a_shape_builds_the_published_model(name: str) -> None:
 
 def test_the_shapes_differ_where_the_published_models_do() -> None:
     """What parameter counts do not show."""
-    llama, mistral, gemma, deepseek = (shape(name) for name in SHAPES)
+    llama, mistral, gemma, deepseek, large = (shape(name) for name in SHAPES)
+    assert (large.num_hidden_layers, large.num_attention_heads, large.num_key_value_heads) == (80, 64, 8)
+    assert (large.max_position_embeddings, large.rms_norm_eps, large.eos_token_id) == (4096, 1e-5, 2)
     assert mistral.sliding_window == 4096 and not hasattr(llama, "sliding_window")
     assert gemma.head_dim == 256 and gemma.hidden_act == "gelu_pytorch_tanh" and gemma.tie_word_embeddings
     assert [c.num_key_value_heads for c in (llama, mistral, gemma, deepseek)] == [32, 8, 16, 32]
@@ -54,6 +57,7 @@ HUB_IDS = {
     "mistral-7b": ["mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.1"],
     "gemma-7b": ["google/gemma-7b", "google/gemma-7b-it", "google/gemma-1.1-7b-it"],
     "deepseek-llm-7b": ["deepseek-ai/deepseek-llm-7b-base", "deepseek-ai/deepseek-llm-7b-chat"],
+    "llama2-70b": ["meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"],
 }
 
 

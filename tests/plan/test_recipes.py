@@ -20,12 +20,13 @@ PARAMETERS = {
     "mistral-7b": "7,241,732,096",
     "gemma-7b": "8,537,680,896",
     "deepseek-llm-7b": "6,910,365,696",
+    "llama2-70b": "68,976,648,192",
 }
 RECIPES = Path(__file__).resolve().parents[2] / "launch/recipes"
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_7b_recipe_has_the_authors_settings(name: str) -> None:
+def test_a_large_recipe_has_the_authors_settings(name: str) -> None:
     c = parse.load(RECIPES / f"{name}.yaml")
     assert (c.train.lr, c.train.batch, c.train.weight_decay, c.train.epochs) == (2e-5, 64, 0.01, 3.0)
     assert (c.gate.latent, c.gate.temperature, c.gate.fractal, c.gate.natural) == (256, 1.0, 0.6, 0.4)
@@ -35,12 +36,15 @@ def test_a_7b_recipe_has_the_authors_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_7b_recipe_is_checked_without_weights_or_hub(
+def test_a_large_recipe_is_checked_without_weights_or_hub(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shape is shipped, so parameters and memory are known; what only the hub could tell is named."""
+    """The shape is shipped, so parameters and memory are known; what only the hub could tell is named.
+
+    Every stage fits the GPUs that the recipe is for.
+    """
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", str(RECIPES / f"{name}.yaml"), "--dry-run"]) == 0
+    assert cli.main(["run", str(RECIPES / f"{name}.yaml"), "--dry-run", "--gpu-memory", "80GiB"]) == 0
     shown = capsys.readouterr().out
     assert PARAMETERS[name] in shown
     unchecked = shown.split("\n\nnot checked\n")[1]
