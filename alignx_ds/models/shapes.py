@@ -1,4 +1,4 @@
-"""The configs of the paper's 7B models and of a larger one, shipped for dry runs and benchmarks, which need no weights."""
+"""The configs of the paper's 7B models and of LLaMA-2-70B, for dry runs and benchmarks, which need no weights."""
 
 from __future__ import annotations
 
