@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 from alignx_ds.config import parse
@@ -14,6 +15,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
+from alignx_ds.evaluation.tuned_merges import tuned
 from alignx_ds.plan import checks, training
 from alignx_ds.plan.accounts import accounts, notes
 from alignx_ds.plan.dry_run import describe, lengths_of
@@ -105,6 +107,9 @@ def run(
             fusions = fuse.train_fusions(context, specialists)
 
             console.heading("Evaluation")
+            if config.baselines.tune:
+                chosen = tuned(config, base, data, list(specialists.values()))
+                config = replace(config, baselines=chosen)
             systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
             systems += ablated_systems(config, base, aligned)
             evaluation = Evaluation(config, base, data, context.out)

@@ -245,6 +245,7 @@ class BaselinesConfig:
     """
 
     make: list[Annotated[str, OneOf((*MERGES, *FUSIONS))]] = field(default_factory=lambda: list(MERGES))
+    tune: bool = False  # choose the merges' scales and densities on the calibration split, instead of those below
     arithmetic_scale: PositiveFloat = 0.4  # λ of the summed task vectors
     ties_scale: PositiveFloat = 1.0
     ties_density: Density = 0.2  # share of a task vector's entries that remain

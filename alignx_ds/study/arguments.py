@@ -6,6 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from alignx_ds.errors import UserError
+
+SCALING = "scaling-axes"
+STUDY_HELP = """\
+Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
+  drift          how fine-tuning changes the features of each axis's prompts
+  forgetting     what each stage of sequential fine-tuning does to the axes before it
+  contributions  what each part of the gate contributes, and which expert answers what
+  calibration    how well calibrated the router and the answers are
+  overlap        how far the axes' task vectors conflict: their cosines, and the directions that they share
+
+Of a recipe with conflicting axes, for which it makes the runs:
+  scaling-axes   every system's worst axis against the number of axes, the rows of the smallest one, and the rank
+    alignx-ds study scaling-axes world-opposites
+The runs lie in OUTPUT/seed-N, where OUTPUT is the recipe's; those of a seed share their specialists. A finished run is
+not made again, and after a stop the same command goes on.
+"""
+
 
 def add_verbs(verbs: Any) -> None:
     explain = verbs.add_parser(
@@ -32,14 +50,32 @@ def add_verbs(verbs: Any) -> None:
     )
     compare.add_argument("--out", type=Path, metavar="FILE", help="write all figures to this file too, as JSON")
     compare.set_defaults(work=_compare)
+    _add_study(verbs)
+
+
+def _add_study(verbs: Any) -> None:
     study = verbs.add_parser(
         "study",
-        help="measure and plot drift, forgetting, contributions or calibration of a finished run",
-        description="Measure and plot one aspect of Axis Collapse on a finished run. Trains nothing.",
+        help="measure and plot an aspect of Axis Collapse: drift, forgetting, conflicting task vectors …",
+        description="Measure and plot one aspect of Axis Collapse.",
+        epilog=STUDY_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    study.add_argument("what", choices=("drift", "forgetting", "contributions", "calibration"), metavar="WHAT")
-    study.add_argument("run", type=Path, metavar="RUN_DIR", help="directory of a finished run, e.g. runs/world")
+    whats = ("drift", "forgetting", "contributions", "calibration", "overlap", SCALING)
+    study.add_argument("what", choices=whats, metavar="WHAT")
+    study.add_argument("run", metavar="RUN_DIR", help="directory of a finished run; of scaling-axes, a recipe")
+    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="scaling-axes: settings of all its runs")
     study.add_argument("--out", type=Path, help="directory of WHAT.json, .png and .pdf (default: RUN_DIR/study)")
+    for name, default, what in (
+        ("axes", [2, 4, 8], "numbers of axes, the recipe's first ones"),
+        ("rows", [50, 200, 800], "numbers of rows of the recipe's smallest axis"),
+        ("ranks", [4, 16, 32], "ranks of the experts"),
+        ("seeds", [0, 1, 2], "seeds"),
+    ):
+        shown = " ".join(map(str, default))
+        study.add_argument(
+            f"--{name}", type=int, nargs="+", default=default, metavar="N", help=f"{SCALING}: {what} (default: {shown})"
+        )
     study.set_defaults(work=_study)
 
 
@@ -58,7 +94,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
+    if args.what == SCALING:
+        from alignx_ds.study import scaling_axes
+        from alignx_ds.study.scaling_runs import Curves
+
+        curves = Curves(tuple(args.axes), tuple(args.rows), tuple(args.ranks))
+        scaling_axes.study(args.run, args.overrides, curves, args.seeds, args.out)
+        return 0
     from alignx_ds.study import command
 
-    command.study(args.what, args.run, args.out)
+    if args.overrides:
+        raise UserError(
+            f"{' '.join(args.overrides)}: only {SCALING} has settings, because nothing else here is trained"
+        )
+    command.study(args.what, Path(args.run), args.out)
     return 0

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from functools import partial
 
 from alignx_ds.data.rows import Record
 from alignx_ds.data.world import language
 from alignx_ds.data.world.composites import SETS, labelled_records
 from alignx_ds.data.world.lexicon import ATTRIBUTES, World
+from alignx_ds.data.world.opposites import PHRASES, opposite_records
 
 
 def source_records(source: str, schema: str, *, held_out: bool, count: int, seed: int) -> list[Record]:
     """About `count` distinct records of one of SOURCES."""
     _, _, name = source.partition(":")
-    make = partial(labelled_records, name) if name else partial(world_records, schema)
-    return make(held_out=held_out, count=count, seed=seed)
+    if not name:
+        return world_records(schema, held_out=held_out, count=count, seed=seed)
+    make = opposite_records if name in PHRASES else labelled_records
+    return make(name, held_out=held_out, count=count, seed=seed)
 
 
 def world_records(schema: str, *, held_out: bool, count: int, seed: int) -> list[Record]:
@@ -109,4 +111,5 @@ SCHEMAS_OF_THE_WORLD = frozenset(_MAKERS)
 SOURCES: dict[str, frozenset[str]] = {  # what the world can be a source of, and in which schemas
     "world": SCHEMAS_OF_THE_WORLD,
     **{f"world:{name}": frozenset({"labelled"}) for name in SETS},
+    **{f"world:{name}": frozenset({"plain"}) for name in PHRASES},
 }

@@ -1,0 +1,59 @@
+"""Overlap: against cases worked by hand, and on a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import generator
+
+from alignx_ds.study.overlap import LEADING, conflicts
+from alignx_ds.study.studied_run import StudiedRun
+
+Study = Callable[[str], dict[str, Any]]
+
+
+def outer(m: int, n: int, *entries: tuple[int, int, float]) -> torch.Tensor:
+    made = torch.zeros(m, n)
+    for i, j, value in entries:
+        made[i, j] = value
+    return made
+
+
+def test_cosine_and_overlaps_by_hand() -> None:
+    """In [4, 3], of rank 2: outputs e0, e1 of the first, e0, e2 of the second; inputs e0, e1 and e0, e1 again."""
+    first, second = outer(4, 3, (0, 0, 3.0), (1, 1, 4.0)), outer(4, 3, (0, 0, -6.0), (2, 1, 8.0))
+    found = conflicts([[first, second]], rank=2)
+    np.testing.assert_allclose(found["cosine"], [[1, -18 / 50], [-18 / 50, 1]], atol=1e-12)
+    np.testing.assert_allclose(found["output"], [[1, 0.5], [0.5, 1]], atol=1e-12)
+    np.testing.assert_allclose(found["input"], [[1, 1], [1, 1]], atol=1e-12)
+    assert found["random"] == {"output": 2 / 4, "input": 2 / 3}
+
+
+def test_the_cosine_is_of_all_weights_together_and_an_overlap_their_mean() -> None:
+    same, apart = outer(2, 2, (0, 0, 1.0)), outer(2, 2, (1, 1, 1.0))
+    found = conflicts([[3 * same, 3 * same], [same, -apart]], rank=1)
+    assert found["cosine"][0][1] == pytest.approx(9 / 10)
+    assert found["output"][0][1] == pytest.approx((1 + 0) / 2)
+
+
+def test_random_subspaces_overlap_as_is_said() -> None:
+    source = generator(0)
+    found = conflicts([[torch.randn(48, 32, generator=source) for _ in range(6)] for _ in range(5)], rank=4)
+    for side in ("output", "input"):
+        others = np.array(found[side])[~np.eye(6, dtype=bool)]
+        assert others.mean() == pytest.approx(found["random"][side], rel=0.15)
+
+
+def test_the_overlap_of_a_run_is_that_of_its_specialists(study: Study, studied_run: StudiedRun) -> None:
+    content = study("overlap")
+    assert content["axes"] == studied_run.axes and content["rank"] == LEADING
+    for what in ("cosine", "output", "input"):
+        values = np.array(content[what])
+        np.testing.assert_allclose(values, values.T, atol=1e-9)
+        np.testing.assert_allclose(np.diag(values), 1.0, atol=1e-9)
+    off = ~np.eye(3, dtype=bool)
+    assert (np.array(content["output"])[off] > content["random"]["output"]).all()
