@@ -43,6 +43,7 @@ ZERO3 = {
     "stage3_max_reuse_distance": 1e9,
     "stage3_gather_16bit_weights_on_model_save": True,
 }
+PRESETS = ("zero2_gpu", "zero3_gpu", "zero2_offload", "zero3_offload")  # of ds_configs/
 AUTO_ADAMW = {
     "type": "AdamW",
     "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed_jsons import JSONS
+from deepspeed_jsons import JSONS, PRESETS
 from problems import (
     ALIGNX_LAYERS,
     CALIBRATION_ROWS,
@@ -245,15 +245,16 @@ def _on_path(kind: str, combine: str, ep_size: int, manager: CheckpointManager) 
 
 
 def jsons(out: Path) -> dict[str, Any]:
-    """Stage 1 under DeepSpeed JSONs of other tools, and again from the checkpoint after its second step: the losses."""
-    names = ("ds_z0", "ds_z2_offload", "ds_z3_offload")
+    """Losses of stage 1 under JSONs of other tools and the presets, and again from the checkpoint after two steps."""
+    names = ("ds_z0", "ds_z2_offload", "ds_z3_offload", *PRESETS)
     return {name: [_with_json(out, name), _with_json(out, name)] for name in names}
 
 
 def _with_json(out: Path, name: str) -> list[float | None]:
     config = fine_tune_config(out / "base")
     base, plan = BaseModel(config.model), engine.Plan.of(config.train, "float32", config.train.steps)
-    filled = engine.fill(JSONS[name], plan, WORLD, base.config.hidden_size)
+    template = JSONS.get(name) or engine.read_template(f"ds_configs/{name}.json", "train.deepspeed")
+    filled = engine.fill(template, plan, WORLD, base.config.hidden_size)
     manager = CheckpointManager(name, {}, out / f"jsons{WORLD}", CheckpointsConfig(every=2), SEED)
     zero3 = HfDeepSpeedConfig(filled)
     model = load_backbone(base)

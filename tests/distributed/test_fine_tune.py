@@ -126,8 +126,8 @@ def test_a_stopped_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) 
         assert made["reused"] and made["removed"]
 
 
-def test_the_deepspeed_jsons_of_other_tools_train_what_ours_does(runs: Runs) -> None:
-    """Without an optimizer, with "auto" buckets, with states and weights on the CPU; also after a restart."""
+def test_the_deepspeed_jsons_of_other_tools_and_the_presets_train_what_ours_does(runs: Runs) -> None:
+    """Without an optimizer, with "auto" buckets, overlapped, with states and weights in RAM; also after a restart."""
     expected = fine_tune_in_plain_torch()
     for part in runs.of(2, "jsons"):
         for name, (losses, resumed) in part.items():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed_jsons import JSONS
+from deepspeed_jsons import CPU, JSONS, PRESETS
 from torch import nn
 
 from alignx_ds.config.schema import AlignConfig, FusionConfig, ScratchConfig, TrainConfig
@@ -25,6 +25,7 @@ STAGES = {
     "stage2_moe_zero2": AlignConfig(),
     "scratch_zero1": ScratchConfig().train,
     "fusion_zero2": FusionConfig(),
+    **{name: TrainConfig() for name in PRESETS},
 }
 FILLED = {  # in every stage, from the settings of `plan_of`
     "train_batch_size": 64,
@@ -41,6 +42,13 @@ FILLED = {  # in every stage, from the settings of `plan_of`
     "wall_clock_breakdown": False,
 }
 GRADIENTS = {"overlap_comm": False, "contiguous_gradients": True}
+OVERLAPPED = {"overlap_comm": True, "contiguous_gradients": True}
+LARGE = {"reduce_bucket_size": 200_000_000, "allgather_bucket_size": 200_000_000}
+BY_WIDTH = {  # at hidden size 100
+    "reduce_bucket_size": 10_000,
+    "stage3_prefetch_bucket_size": 9_000,
+    "stage3_param_persistence_threshold": 1_000,
+}
 ZERO: dict[str, dict[str, Any]] = {
     "stage1_zero3": {
         "stage": 3,
@@ -51,6 +59,10 @@ ZERO: dict[str, dict[str, Any]] = {
     "stage2_moe_zero2": {"stage": 2, **GRADIENTS, "reduce_scatter": True},
     "fusion_zero2": {"stage": 2, **GRADIENTS, "reduce_scatter": True},
     "scratch_zero1": {"stage": 1},
+    "zero2_gpu": {"stage": 2, **OVERLAPPED, "reduce_scatter": True, **LARGE},
+    "zero3_gpu": {"stage": 3, **OVERLAPPED, **BY_WIDTH},
+    "zero2_offload": {"stage": 2, **OVERLAPPED, "reduce_scatter": True, **LARGE, "offload_optimizer": CPU},
+    "zero3_offload": {"stage": 3, **OVERLAPPED, **BY_WIDTH, "offload_optimizer": CPU, "offload_param": CPU},
 }
 GOLDEN: dict[str, dict[str, Any]] = {name: FILLED | {"zero_optimization": zero} for name, zero in ZERO.items()}
 
@@ -79,7 +91,7 @@ def test_the_filled_file_is_golden(name: str) -> None:
     empty = template(name)
     before = copy.deepcopy(empty)
     assert autos(empty) > 0
-    filled = fill(empty, plan_of(STAGES[name]), world_size=2)
+    filled = fill(empty, plan_of(STAGES[name]), world_size=2, hidden_size=100)
     assert filled == GOLDEN[name]
     assert autos(filled) == 0
     assert empty == before, "the template itself is not changed"
@@ -97,7 +109,7 @@ def test_the_batch_sizes_multiply_at_any_world_size() -> None:
     ("name", "dtype", "bf16"), [*((name, "bfloat16", True) for name in GOLDEN), ("stage1_zero3", "float32", False)]
 )
 def test_deepspeed_accepts_the_filled_file(name: str, dtype: str, bf16: bool) -> None:
-    read = DeepSpeedConfig(fill(template(name), plan_of(STAGES[name], dtype), world_size=1))
+    read = DeepSpeedConfig(fill(template(name), plan_of(STAGES[name], dtype), 1, hidden_size=100))
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (64, 32, 2)
     assert read.zero_optimization_stage == GOLDEN[name]["zero_optimization"]["stage"]
     assert read.gradient_clipping == 0.5
