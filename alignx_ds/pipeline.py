@@ -16,7 +16,7 @@ from alignx_ds.evaluation import report
 from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.evaluation.tuned_merges import tuned
-from alignx_ds.plan import checks, training
+from alignx_ds.plan import capacity, checks, training
 from alignx_ds.plan.accounts import accounts, notes
 from alignx_ds.plan.dry_run import describe, lengths_of
 from alignx_ds.plan.gpu_memory import problems
@@ -75,6 +75,7 @@ def run(
         _refuse(problems(config, base, lengths_of(data), world_size, gpu_memory))
     context = StageContext(config, base, data, outputs.Outputs.of(config))
     results.check(context, inputs.texts, baselines=until == "run")
+    capacity.check(config, base, world_size, until)
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:

@@ -18,6 +18,7 @@ from alignx_ds.config.schema import BaselinesConfig
 from alignx_ds.experts.task_vectors import projections, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
+from alignx_ds.models.sharding import add
 
 Merge = Callable[[list[Tensor], str], Tensor]  # takes the axes' vectors of one weight, and the weight's name
 
@@ -86,4 +87,4 @@ def add_merged(model: nn.Module, base: BaseModel, directories: list[Path], merge
         weights = projections(model, base.table, layer)
         for p in PROJECTIONS:
             change = merge([v[p] for v in vectors], base.table.weight_name(layer, p))
-            weights[p].add_(change.to(weights[p]))
+            add(weights[p], change)

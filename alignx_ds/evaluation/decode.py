@@ -17,7 +17,8 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from alignx_ds.mocae import kv_cache
 from alignx_ds.mocae.modeling import AlignXForCausalLM
-from alignx_ds.runtime import attention
+from alignx_ds.models.sharding import is_sharded
+from alignx_ds.runtime import attention, distributed
 
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
@@ -86,16 +87,18 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, *, compiled: bool = False, captured: bool = True) -> None:
         attention.avoid_planning()
-        self.model, self.compiled = model.eval(), compiled
+        self.model, self.compiled = model.eval(), compiled and not is_sharded(model)
 
         # No method: the decoder would refer to itself, and so keep its model until Python looks for such circles.
         def step(ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
             return _step(model, ids, mask, position, cache)
 
         self.step: Step = step
-        if compiled:
+        if self.compiled:
             self.step = torch.compile(step, fullgraph=True, dynamic=False)
-        in_place = getattr(model, "hf_device_map", None) is None  # else accelerate may move weights between steps
+        self.lockstep = is_sharded(model)
+        moves = getattr(model, "hf_device_map", None) is not None  # accelerate may move weights between steps
+        in_place = not moves and not self.lockstep
         if captured and in_place and model.device.type == "cuda" and not needs_host_sync(model):
             self.step = CapturedStep(self.step)
 
@@ -104,7 +107,7 @@ class Decoder:
         """The most likely token at every step, until each row has one of the `ends` or `limit` tokens are made.
 
         `ids` and `mask` are [B, T] int64, padded on the left. Returns [B, at most `limit`] int64; what follows a row's
-        first end token is `pad_id`.
+        first end token is `pad_id`. Collective where the model is sharded.
         """
         cache, token = self.prefill(ids, mask, limit)
         # The mask also covers the tokens to come: causal attention hides those that are not decoded yet.
@@ -116,10 +119,15 @@ class Decoder:
         for number in range(limit):
             answers[:, number : number + 1] = token.masked_fill(done, pad_id)
             done = done | torch.isin(token, end_tokens)
-            if number + 1 == limit or (number % CHECK_EVERY == CHECK_EVERY - 1 and bool(done.all())):
+            if number + 1 == limit or (number % CHECK_EVERY == CHECK_EVERY - 1 and self._are_all(done)):
                 break
             token = self.step(token, full_mask, position + number, cache).clone()  # a graph's output is overwritten
         return answers
+
+    def _are_all(self, done: Tensor) -> bool:
+        """Whether all rows have ended, on all ranks where each needs the others' weights."""
+        ended = bool(done.all())
+        return distributed.on_all(ended) if self.lockstep else ended
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[StaticCache, Tensor]:

@@ -21,9 +21,10 @@ from alignx_ds.evaluation.judges.protocol import Judge, Metrics
 from alignx_ds.evaluation.likelihood import MEASURES, perplexity_by_axis
 from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.models.base import BaseModel
+from alignx_ds.models.sharding import is_sharded
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runtime import console, distributed, signals
+from alignx_ds.runtime import console, distributed, memory, signals
 from alignx_ds.runtime.console import Progress
 
 SAMPLES = 20  # answers of each system that the report prints, at least, spread over its question sets
@@ -125,11 +126,15 @@ class Evaluation:
             progress.advance()
         inputs = self._likelihood_inputs(system)
         if not distributed.on_main(lambda: self._stored_likelihoods(system, inputs)):
-            measured = self._measure(model or system.load())
+            model = model or system.load()
+            measured = self._measure(model)
             if distributed.is_main():
                 text = json.dumps({"inputs": inputs, **measured}, indent=2)
                 manifest.write_text(self.out.likelihoods / f"{system.name}.json", text + "\n")
         progress.advance()
+        if model is not None and is_sharded(model):
+            del model
+            memory.free()  # its modules refer to each other
 
     def judge(self, system: System, judges: dict[str, Judge]) -> Result:
         """Judge the stored answers of one system, on one rank. Verdicts that are on disk already are kept."""

@@ -37,9 +37,9 @@ def answers(
     for start in range(len(done), len(prompts), step):
         signals.stop_if_requested(f"answers, after {start} of {len(prompts)}")
         own = distributed.rank_share(list(prompts[start : start + step]))
-        part = distributed.interleave(
-            distributed.gather(_decode(decoder, tokenizer, own, max_new_tokens) if own else [])
-        )
+        taking_part = own or list(prompts[:1] if decoder.lockstep else [])
+        made = _decode(decoder, tokenizer, taking_part, max_new_tokens) if taking_part else []
+        part = distributed.interleave(distributed.gather(made[: len(own)]))
         if file is not None and distributed.is_main():
             file.append(start, part)
         done = [*done, *part]

@@ -42,8 +42,7 @@ def likelihoods(model: PreTrainedModel, examples: Sequence[Example], pad_id: int
     own = distributed.rank_share(list(range(len(examples))))
     by_length = sorted(own, key=lambda i: len(examples[i].ids))
     computed: dict[int, Likelihood] = {}
-    for start in range(0, len(by_length), batch):
-        chosen = by_length[start : start + batch]
+    for chosen, _ in distributed.lockstep(by_length, batch, len(examples), 0):
         sums = _log_probabilities(model, [examples[i] for i in chosen], pad_id)
         computed |= {i: Likelihood(float(s), examples[i].answer_length) for i, s in zip(chosen, sums, strict=True)}
     return distributed.interleave(distributed.gather([computed[i] for i in own]))

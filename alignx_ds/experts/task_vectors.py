@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel
+from alignx_ds.models.sharding import add
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
@@ -82,4 +83,4 @@ def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
             sharded = any(hasattr(w, "ds_id") for w in weights.values())
             if not sharded or distributed.is_main():
                 for name, change in read_task_vector(directory, layer).items():
-                    weights[name].add_(change.to(weights[name]))
+                    add(weights[name], change)

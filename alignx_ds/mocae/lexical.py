@@ -26,9 +26,9 @@ class Lexicon(nn.Module):
 
     def __init__(self, experts: int) -> None:
         super().__init__()
-        self.register_buffer("rarity", torch.zeros(BUCKETS))
-        self.register_buffer("weights", torch.zeros(experts, BUCKETS))
-        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("rarity", torch.zeros(BUCKETS, dtype=torch.float32))
+        self.register_buffer("weights", torch.zeros(experts, BUCKETS, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(experts, dtype=torch.float32))
 
     @torch.no_grad()
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

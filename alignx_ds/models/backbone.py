@@ -10,11 +10,16 @@ from typing import Any, get_origin, get_type_hints
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+from transformers.modeling_utils import set_zero3_state
 
 from alignx_ds.config.bounds import violations
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
 from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.models import sharding
 from alignx_ds.models.architecture import checkpoint_problem, match
 from alignx_ds.models.base import KEY, BaseModel
 from alignx_ds.models.ends import answering_tokenizer, vocabulary_of
@@ -22,7 +27,8 @@ from alignx_ds.models.pretrained import MODEL, NO_CODE, NO_PICKLE, model_type, r
 from alignx_ds.models.registration import MODEL_TYPE
 from alignx_ds.models.stored import not_finite, read_headers, weight_files
 from alignx_ds.models.tokenizer import vocabulary_problem
-from alignx_ds.runtime import attention
+from alignx_ds.runtime import attention, distributed
+from alignx_ds.runtime.deepspeed import load_deepspeed
 
 ALIGNED = "an aligned model that this version can read"
 ALIGN_AGAIN = "run `alignx-ds align` again"
@@ -64,16 +70,47 @@ def load_answering(directory: Path, key: str, given: str) -> tuple[PreTrainedMod
 def load_backbone(base: BaseModel) -> PreTrainedModel:
     """The base model with its weights in the run's dtype; where an HfDeepSpeedConfig is alive, sharded by ZeRO-3.
 
-    Raises ConfigError where a weight is not finite. Collective: each rank looks at a part of them.
+    Elsewhere it is sharded for forward passes alone if it is too large for a rank's memory (models/sharding.py). Raises
+    ConfigError where a weight is not finite. Collective: each rank looks at a part of them.
     """
     base.check_finite()
-    return load_causal_lm(base.path, KEY, base.settings.path, base.dtype)
+    if not sharding.is_too_large(base.size):
+        return load_causal_lm(base.path, KEY, base.settings.path, base.dtype)
+    attention.avoid_planning()
+    if is_deepspeed_zero3_enabled():
+        model = _partitioned(base)
+    else:
+        model = sharding.skeleton(base.config, base.dtype)
+        sharding.fill(model, base.tensors)
+    model.generation_config = base.generation_config
+    return model
+
+
+@torch.no_grad()
+def _partitioned(base: BaseModel) -> PreTrainedModel:
+    """Sharded by ZeRO-3 weight by weight: from_pretrained would hold all of them on rank 0."""
+    zero = load_deepspeed().zero
+    # As from_pretrained builds it. from_config by itself would draw random weights, and gather each for that.
+    sharded = zero.Init(config_dict_or_path=deepspeed_config())
+    with no_init_weights(), prevent_arange_dtype_change(), sharded, set_zero3_state():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
+    model.tie_weights()
+    sharding.mark_initialised(model)
+    parameters = dict(model.named_parameters())
+    for name, stored in base.tensors.items():
+        if name not in parameters:  # it is tied to another, and read with that
+            continue
+        with zero.GatheredParameters([parameters[name]], modifier_rank=0):
+            if distributed.is_main():
+                parameters[name].copy_(stored.read())
+    return model
 
 
 def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXForCausalLM:
     """An aligned model, all experts in this process (the fused path); "auto" is the dtype it was saved in.
 
-    Raises ConfigError when its files can't be read, or don't hold every weight of today's modules.
+    In a given dtype its trunk is sharded where it is too large for a rank's memory, and the call is collective. Raises
+    ConfigError when its files can't be read, or don't hold every weight of today's modules.
     """
     given = str(directory)
     attention.avoid_planning()
@@ -89,6 +126,12 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     if damaged := not_finite(tensors.values()):
         fix = f"its {damaged.name} holds NaN or infinite values: it is damaged; {ALIGN_AGAIN}"
         raise ConfigError(Problem("model", given, ALIGNED, fix))
+    if isinstance(dtype, torch.dtype):
+        size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
+        if sharding.is_too_large(size):
+            made = AlignXForCausalLM(config, backbone=sharding.skeleton(config.text_config, dtype))
+            sharding.fill(made, match(skeleton, tensors.values()).placed)
+            return made
     with reading("model", given, "weights", ALIGNED, ALIGN_AGAIN):
         model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, **NO_PICKLE)
     return model

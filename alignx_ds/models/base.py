@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +138,11 @@ class BaseModel:
     def tensors(self) -> dict[str, Stored]:
         """Every stored weight by its name in the model."""
         return self._stored.placed
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weights in the run's dtype."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * self.dtype.itemsize
 
     def checkpoint_problem(self) -> Problem | None:
         """What is wrong with its weights by their headers. Raises ConfigError where a file can't be read at all."""

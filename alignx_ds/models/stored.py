@@ -33,6 +33,12 @@ class Stored:
             tensor: Tensor = file.get_tensor(self.name)
         return tensor
 
+    def read_rows(self, first: int, last: int) -> Tensor:
+        """A copy of some of its rows; the others are not read. The file is not mapped any longer."""
+        with safe_open(self.file, framework="pt") as file:
+            rows: Tensor = file.get_slice(self.name)[first:last].clone()
+        return rows
+
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that transformers loads the weights from; none where it finds none. The index has been checked."""

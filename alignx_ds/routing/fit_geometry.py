@@ -64,13 +64,14 @@ def collect(
     model.eval()
     own = distributed.rank_share(list(range(len(rows.examples))))
     own.sort(key=lambda i: len(rows.examples[i].ids))  # little padding; `_pool` puts the rows back in order
-    for start in range(0, len(own), batch):
-        chosen = own[start : start + batch]
+    for chosen, wanted in distributed.lockstep(own, batch, len(rows.examples), 0):
         part = collate([rows.examples[i] for i in chosen], pad_id)
         labels = torch.tensor([rows.experts[i] for i in chosen])
         forced = nn.functional.one_hot(labels, experts).float().to(device)
         mask = part.attention_mask.to(device)
         model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
+        if not wanted:
+            continue
         sampled = [_sample(part.attention_mask[i], quota[rows.experts[row]], row) for i, row in enumerate(chosen)]
         lines = torch.cat([torch.full_like(places, i) for i, places in enumerate(sampled)]).to(device)
         columns, sizes = torch.cat(sampled).to(device), [len(places) for places in sampled]

@@ -57,14 +57,13 @@ def on_prompts(
     hooks = [gate.register_forward_hook(_keep(queries, i, last=i == max(gates))) for i, gate in gates.items()]
     own = distributed.rank_share(list(range(len(rows.examples))))
     made: dict[int, list[Tensor]] = {index: [] for index in gates}
-    for start in range(0, len(own), batch):
-        chosen = own[start : start + batch]
+    for chosen, wanted in distributed.lockstep(own, batch, len(rows.examples), 0):
         prompts = [rows.examples[i] for i in chosen]
         part = collate([replace(e, ids=e.ids[: e.prompt_length]) for e in prompts], pad_id)
         used = None if forced is None else forced[chosen].to(device)
         with suppress(_AllAsked):
             model(part.input_ids.to(device), part.attention_mask.to(device), forced=used, use_cache=False)
-        for index, gate in gates.items():
+        for index, gate in gates.items() if wanted else ():
             made[index] += list(read(gate, queries[index]).cpu())
     for hook in hooks:
         hook.remove()

@@ -7,7 +7,7 @@ import secrets
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -189,6 +189,15 @@ def broadcast(item: T) -> T:
     return box[0]
 
 
+def on_all(condition: bool) -> bool:
+    """Whether it holds on every rank. Collective."""
+    if world_size() == 1:
+        return condition
+    found = torch.tensor(int(condition), device=device())
+    torch_dist.all_reduce(found, op=torch_dist.ReduceOp.MIN)
+    return bool(found)
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Do it on rank 0; every rank gets the result, or raises the same UserError, so that no rank waits in vain."""
     outcome: tuple[T | None, UserError | None] = (None, None)
@@ -208,6 +217,17 @@ def on_main(work: Callable[[], T]) -> T:
 def rank_share(items: list[T]) -> list[T]:
     """This rank's items, strided; `interleave` puts the gathered shares back in order."""
     return items[rank() :: world_size()]
+
+
+def lockstep(own: list[T], size: int, items: int, spare: T) -> Iterator[tuple[list[T], bool]]:
+    """Batches of `size` of this rank's share of so many `items`, as many as any rank has.
+
+    So all ranks make the same number of forward passes, which experts or weights that are spread over them need. Where
+    this rank has no more, the batch is the `spare` item and the flag is false: its results are not wanted.
+    """
+    for start in range(0, -(-items // world_size()), size):
+        chosen = own[start : start + size]
+        yield chosen or [spare], bool(chosen)
 
 
 def interleave(shares: list[list[T]]) -> list[T]:

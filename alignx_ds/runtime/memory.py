@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
+from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 
+import psutil
 import torch
 
+CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")  # as torchrun, DeepSpeed and MPI say it
 CACHE = type(lru_cache(lambda: None))
 
 
@@ -28,9 +34,26 @@ def free() -> None:
 def peak() -> int:
     """The most bytes that this process has held: those that torch has allocated on the GPU, or without one, its RSS."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return int(torch.cuda.max_memory_allocated())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def available() -> int:
+    """About how many bytes this rank may hold: its GPU's memory, or without one, what is the least of its share of the
+    machine's, of its control group's and of what its limit on address space leaves."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    ranks = int(next((os.environ[name] for name in RANKS_HERE if os.environ.get(name)), 1))
+    limits = [psutil.virtual_memory().total // ranks]
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        used: int = psutil.Process().memory_info().vms
+        limits.append(max(0, most - used))
+    with suppress(OSError, ValueError):  # "max" is no number
+        limits.append(int(CONTROL_GROUP.read_text()) // ranks)
+    least: int = min(limits)
+    return least
 
 
 def clear_caches(module: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
@@ -25,7 +26,8 @@ from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
-from alignx_ds.models.base import dtype_of
+from alignx_ds.models import sharding
+from alignx_ds.models.base import BaseModel, dtype_of
 from alignx_ds.models.ends import set_ends
 from alignx_ds.routing.curves import router_sums, step_scalars
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
@@ -75,13 +77,22 @@ def _make(context: StageContext, specialists: dict[str, Path], job: TrainingJob)
     factors = {layer: [read_factors(d, layer) for d in specialists.values()] for layer in layers}
     model, losses = train_mixture(context, factors, job)
 
-    def save() -> None:
-        set_ends(model, context.base.tokenizer)
-        model.save_pretrained(directory)
-        context.base.tokenizer.save_pretrained(directory)
-
-    distributed.on_main(save)
+    save(model, context.base, directory)
     return {"losses": losses}
+
+
+def save(model: AlignXForCausalLM, base: BaseModel, directory: Path) -> None:
+    """Model and tokenizer, as transformers reads them. Collective."""
+    set_ends(model, base.tokenizer)
+    if sharding.is_sharded(model):
+        sharding.save(model, directory)
+
+    def write() -> None:
+        if not sharding.is_sharded(model):
+            model.save_pretrained(directory)
+        base.tokenizer.save_pretrained(directory)
+
+    distributed.on_main(write)
 
 
 def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJob) -> tuple[AlignXForCausalLM, Losses]:
@@ -93,10 +104,12 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
         job = replace(job, checkpoints=replace(job.checkpoints, inputs=inputs | {"calibrators": hashes}))
     else:
         fitted = fit_calibrators(context, factors)
+    memory.free()  # of the models that the calibrators were fitted to
     weights, losses = _train_spread(context, factors, fitted, job)
     memory.free()  # before the model is assembled once more
     fused = assemble(c, base, factors, fitted, None)
-    parameters = dict(fused.named_parameters())
+    # Without what is spread over the ranks: the trunk, which is not trained.
+    parameters = {name for name, p in fused.named_parameters() if not isinstance(p, DTensor)}
     fused.load_state_dict({name: t for name, t in weights.items() if name in parameters}, strict=False)
     fused.to(distributed.device()).eval()
     fit_temperatures(fused, context.data.calibration_rows, pad_token(base.tokenizer), c.evaluation.batch)

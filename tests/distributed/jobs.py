@@ -42,6 +42,7 @@ from problems import (
 )
 from rehearsed import rehearsed
 from safetensors.torch import load_file
+from sharded import sharded
 from stage_contexts import stage_context
 from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
@@ -431,5 +432,6 @@ WORK = (
     fusions,
     freed,
     rehearsed,
+    sharded,
 )
 JOBS = {job.__name__: job for job in WORK}

@@ -14,7 +14,7 @@ JOBS = {
     1: ("steps", "paths", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed"),
     2: (
         *("parity", "imbalanced", "lockstep", "steps", "paths", "untrained", "jsons"),
-        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed", "rehearsed"),
+        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed", "rehearsed", "sharded"),
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }

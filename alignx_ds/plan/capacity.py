@@ -1,0 +1,45 @@
+"""Whether a rank's memory holds the base model, where a stage keeps all of it on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignx_ds.config.schema import OptimizerConfig, RunConfig
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.models.base import BaseModel
+from alignx_ds.models.sharding import SHARE
+from alignx_ds.plan import training
+from alignx_ds.runtime import memory
+from alignx_ds.training import engine as engines
+
+NEEDED = {"specialists": ("train",), "align": ("train", "align")}  # by the last step of the run; else all stages
+ZERO3 = "ds_configs/stage1_zero3.json"
+FIXES = {
+    "train": f"use {ZERO3}",
+    "align": f"use {ZERO3} with align.ep_size=0",
+}
+
+
+def check(c: RunConfig, base: BaseModel, world_size: int, until: str) -> None:
+    """Raises ConfigError for each stage that needs the whole model on a rank which can't hold it."""
+    if c.from_scratch:
+        return
+    size, room = base.size, memory.available()
+    if size <= SHARE * room:
+        return
+    found = f"the weights take {size / 2**30:.1f} GiB, and a rank may hold {room / 2**30:.1f} GiB"
+    if world_size == 1:
+        raise ConfigError(Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}"))
+    stages = training.stages(c)
+    wanted = {key: stages[key] for key in NEEDED.get(until, stages)}
+    if problems := list(_whole(wanted, c, found)):
+        raise ConfigError(*problems)
+
+
+def _whole(stages: dict[str, OptimizerConfig], c: RunConfig, found: str) -> Iterator[Problem]:
+    for key, stage in stages.items():
+        template = engines.completed(engines.read_template(stage.deepspeed, f"{key}.deepspeed"))
+        expert_parallel = key == "align" and c.align.ep_size > 0
+        if template["zero_optimization"]["stage"] < 3 or expert_parallel:
+            fix = FIXES.get(key, f"leave {key.split('.')[-1]} out of baselines.make")
+            yield Problem(f"{key}.deepspeed", stage.deepspeed, "ZeRO-3, which shards the model", f"{fix}: {found}")
