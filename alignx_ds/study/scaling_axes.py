@@ -38,9 +38,12 @@ def study(recipe: str, overrides: Sequence[str], curves: Curves, seeds: Sequence
     target = out if out is not None else root / "study"
     results.check_writable(target)
     scores: dict[str, list[Scores]] = {}  # by run, a set of scores for each seed
+    merges: dict[str, list[dict[str, float]]] = {}
     for seed in seeds:
         for variant in variants(config, curves, seed, root):
             scores.setdefault(variant.name, []).append(make(variant, small))
+            if variant.baselines:
+                merges.setdefault(variant.name, []).append(_merges(variant.directory))
     distributed.silence_libraries()
     whole = root / f"seed-{seeds[0]}" / f"axes-{max(curves.axes)}"
     content = results.provenance(WHAT, Path(recipe), seeds[0]) | {
@@ -49,7 +52,7 @@ def study(recipe: str, overrides: Sequence[str], curves: Curves, seeds: Sequence
         "smallest": small,
         "curves": summarise(scores, curves, rows_of(config, small), config.experts.rank),
         "scores": scores,
-        "merges": _merges(whole),
+        "merges": merges,
         "overlap": overlap.measure(StudiedRun.open(whole)),
     }
     show(content)

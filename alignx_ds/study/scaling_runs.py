@@ -24,7 +24,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, signals
-from alignx_ds.study.studied_run import StudiedRun
+from alignx_ds.study.studied_run import FREE_JUDGES, StudiedRun
 
 Scores = dict[str, dict[str, float]]  # by system, by axis: 0–100
 OWN = "own specialist"  # each axis by its own specialist: a system of several models
@@ -67,7 +67,14 @@ def rows_of(config: RunConfig, axis: str) -> int:
 
 
 def check(config: RunConfig, curves: Curves) -> None:
-    """Raises ConfigError for a number of axes that the recipe does not have, or that leaves out its smallest axis."""
+    """Raises ConfigError for a number of axes that the recipe does not have, or that leaves out its smallest axis.
+
+    Also for an axis whose answers a study can't judge.
+    """
+    for name, axis in config.axes.items():
+        if axis.judge not in FREE_JUDGES:
+            wanted = ", ".join(FREE_JUDGES)
+            raise ConfigError(Problem(f"axes.{name}.judge", axis.judge, f"one of {wanted}", "a study calls no model"))
     needed = list(config.axes).index(smallest_axis(config)) + 1
     if min(curves.axes) < needed or max(curves.axes) > len(config.axes):
         fix = f"the smallest axis, {smallest_axis(config)}, is number {needed}; give numbers that have it"
@@ -128,8 +135,10 @@ def make(variant: Variant, small: str) -> Scores:
 def _is_finished(variant: Variant) -> bool:
     """Whether the directory has what this config makes."""
     out = Outputs.of(variant.config)
-    last = out.root / "report.json" if variant.baselines else out.model / manifest.NAME
-    return last.is_file() and out.config.read_text(encoding="utf-8") == parse.to_yaml(variant.config)
+    if not (out.model / manifest.NAME).is_file() or not out.config.is_file():
+        return False
+    same = out.config.read_text(encoding="utf-8") == parse.to_yaml(variant.config)
+    return same and (not variant.baselines or FinishedRun.open(variant.directory).report is not None)
 
 
 def _share_specialists(source: Path, target: Path, axes: Sequence[str]) -> None:

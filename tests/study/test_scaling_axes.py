@@ -55,6 +55,11 @@ def test_numbers_of_axes_that_can_t_be_are_refused(numbers: list[str], capsys: p
     assert line.startswith("alignx-ds: error: --axes: got ") and "serve, is number 2" in line
 
 
+def test_an_axis_without_a_judge_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["study", "scaling-axes", "world-opposites", "axes.brief.judge=beaver_dam"]) == 2
+    assert "axes.brief.judge: got 'beaver_dam'" in capsys.readouterr().err
+
+
 def test_settings_of_a_study_that_trains_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "drift", "runs/world", "train.lr=1"]) == 2
     assert "train.lr=1: only scaling-axes has settings" in capsys.readouterr().err
