@@ -121,6 +121,8 @@ class ModelConfig:
     path: Text = MISSING  # local directory or hub id of the base model, one of WORLD_MODELS, or "scratch" to train one
     layers: list[NonNegativeInt] = field(default_factory=list)  # that become AlignX layers; empty: the upper half
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
+    # How its attention is computed while a stage trains; auto: as transformers chooses, which is sdpa.
+    attention: Annotated[str, OneOf(("auto", "sdpa", "flash_attention_2", "eager"))] = "auto"
     max_length: PositiveInt = 2048  # tokens of a row, prompt and answer
     template_args: dict[str, TemplateValue] = field(
         default_factory=dict

@@ -25,6 +25,12 @@ class Batch:
     labels: Tensor
     position_ids: Tensor | None = None
 
+    def in_one_line(self) -> Batch:
+        """Packed rows as [1, B T]. A row's first token has no label, so no line's last token predicts one."""
+        assert self.position_ids is not None
+        tensors: dict[str, Any] = {f.name: getattr(self, f.name).reshape(1, -1) for f in fields(self)}
+        return Batch(**tensors)
+
     def to(self, device: torch.device) -> Batch:
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in tensors.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.utils import is_flash_attn_2_available
+
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.texts import SPECIAL, planned
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
@@ -16,6 +18,7 @@ from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
 from alignx_ds.models.stored import unread_weights
 from alignx_ds.models.tokenizer import vocabulary_problem
+from alignx_ds.runtime.attention import FLASH
 
 BYTES = 256
 
@@ -37,6 +40,7 @@ def base_model(c: RunConfig, weights: bool) -> BaseModel:
 
 def settings_problems(c: RunConfig) -> Iterator[Problem]:
     """What can be known without the base model."""
+    yield from _attention(c)
     if c.gate.top_k > len(c.expert_names):
         yield Problem("gate.top_k", c.gate.top_k, f"at most the {len(c.expert_names)} experts", "lower it")
     if c.gate.unsure not in ("", ALL, *c.expert_names):
@@ -51,6 +55,18 @@ def settings_problems(c: RunConfig) -> Iterator[Problem]:
         yield Problem(f"gate.more.{name}", c.gate.more[name], known, "see docs/extending.md for how to add one")
     if c.from_scratch:
         yield from _scratch(c)
+
+
+def _attention(c: RunConfig) -> Iterator[Problem]:
+    if c.model.attention != FLASH:
+        return
+    if not is_flash_attn_2_available():
+        fix = "pip install flash-attn on a machine with CUDA; or set it to sdpa, which is as right and needs nothing"
+        yield Problem("model.attention", FLASH, "the package flash-attn, and a GPU", fix)
+    elif c.model.dtype != "bfloat16":
+        yield Problem(
+            "model.dtype", c.model.dtype, f"bfloat16 with model.attention={FLASH}", "set model.dtype=bfloat16"
+        )
 
 
 def _scratch(c: RunConfig) -> Iterator[Problem]:

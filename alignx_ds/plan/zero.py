@@ -17,7 +17,7 @@ from alignx_ds.training import engine as engines
 FP32 = 4  # bytes of a number
 ADAM_STATES = 2  # first and second moment, fp32
 ADAM_COPIES = 2  # of what it steps through, which torch's AdamW makes where it is not fused
-BUCKET, PREFETCH, LIVE, SUB_GROUP = 500_000_000, 50_000_000, 1_000_000_000, 1_000_000_000  # DeepSpeed's defaults
+BUCKET, PREFETCH, LIVE, DISTANCE, SUB_GROUP = 500_000_000, 50_000_000, *[1_000_000_000] * 3  # DeepSpeed's defaults
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Model:
     frozen: float  # with buffers
     groups: tuple[tuple[float, int], ...]  # of the optimizer: numbers, and the ranks that share their states
     largest: float  # of a trained parameter
+    reused: float = 0.0  # in the layers that the backward pass goes through, and the head
     copies: float = 0.0  # of trained parameters, which the loss keeps
 
     @property
@@ -45,22 +46,28 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
     whole, ffn = n["base model"], n["trained in stage 1"]
     ffns = [base.table.ffn_of(base.skeleton, layer) for layer in base.layers]
     largest = max(p.numel() for part in ffns for p in part.parameters())
+    layers = base.table.decoder_layers(base.skeleton)[min(base.layers) :]
+    reused = (
+        sum(p.numel() for layer in layers for p in layer.parameters())
+        + base.config.vocab_size * base.config.hidden_size
+    )
     if key == "scratch.train":
-        return Model(0, ((whole, world_size),), max(p.numel() for p in base.skeleton.parameters()))
+        return Model(0, ((whole, world_size),), max(p.numel() for p in base.skeleton.parameters()), whole)
     if key == "train":
-        return Model(whole - ffn, ((ffn, world_size),), largest)
+        return Model(whole - ffn, ((ffn, world_size),), largest, reused)
     if key == "align":
         factors, dense = n["experts' factors"], n["gates and calibrations"]
         hosted = factors / align.ep_size if align.ep_size else factors * len(config.axes) / len(config.expert_names)
         frozen = whole + buffers(config, base)
         if align.expert_lr_scale == 0:
-            return Model(frozen + hosted, ((dense, world_size),), dense)
+            return Model(frozen + hosted, ((dense, world_size),), dense, reused + hosted + dense)
         stack = hosted / (2 * len(base.layers))  # two of a layer's stacks are large
-        return Model(frozen, ((dense, world_size), (hosted, world_size // (align.ep_size or 1))), stack)
+        groups = ((dense, world_size), (hosted, world_size // (align.ep_size or 1)))
+        return Model(frozen, groups, stack, reused + hosted + dense)
     settings, copies = getattr(config.baselines, key.removeprefix("baselines.")), n["full copies of the FFNs"]
     if settings.expert_lr_scale == 0:
         return Model(whole - ffn + copies, (), 0)
-    return Model(whole - ffn, ((copies, world_size),), largest, copies if settings.drift > 0 else 0)
+    return Model(whole - ffn, ((copies, world_size),), largest, copies=copies if settings.drift > 0 else 0)
 
 
 @dataclass(frozen=True)
@@ -172,12 +179,13 @@ class Zero:
     def _gathered(self, model: Model) -> tuple[float, float]:
         """`Held.gathered` and `fetched`.
 
-        Every module that runs prefetches more, so parameters are gathered up to the limit of live ones. A rank alone
+        Every module that runs prefetches more, up to the limit of live parameters. Those that the backward pass uses
+        again soon stay beyond it: at the end of the forward pass a layer is as far behind as it is ahead. A rank alone
         reads its shards themselves.
         """
         if self.stage < 3 or (self.world_size == 1 and not self._offloads("offload_param")):
             return 0, 0
         whole, ahead = model.frozen + model.trained, self._setting("prefetch_bucket_size", PREFETCH) + model.largest
-        return self.size * min(whole, self._setting("max_live_parameters", LIVE) + ahead), 2 * self.size * min(
-            whole, ahead
-        )
+        live = min(whole, self._setting("max_live_parameters", LIVE) + ahead)
+        near = min(model.reused, self._setting("max_reuse_distance", DISTANCE) / 2 + ahead)
+        return self.size * max(live, near), 2 * self.size * min(whole, ahead)

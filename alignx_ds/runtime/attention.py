@@ -1,4 +1,4 @@
-"""Whether PyTorch's attention may be cuDNN's, on CUDA.
+"""How attention is computed in training, and whether PyTorch's may be cuDNN's, on CUDA.
 
 cuDNN plans its kernels anew for every shape: the first prefill of LLaMA-2-7B with a prompt of a new length takes 75 ms
 with them and 35 ms without; later ones of that length take the same time. Where lengths vary, as in evaluation and
@@ -10,10 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 WIDTH_MULTIPLE = 64  # tokens; of the width of packed lines, so that few shapes occur
+
+
+FLASH = "flash_attention_2"
+
+
+def choose(model: Any, implementation: str) -> None:
+    """Let a causal LM of transformers compute its attention in this way; "auto" changes nothing."""
+    if implementation != "auto":
+        model.set_attn_implementation(implementation)
+
+
+def reads_one_line(model: Any) -> bool:
+    """Whether packed rows have to be in a single line: flash attention tells them apart by their positions there alone.
+
+    transformers' own masks, which SDPA and eager attention take, tell them apart in any number of lines.
+    """
+    return bool(model.config._attn_implementation == FLASH)
 
 
 def avoid_planning() -> None:

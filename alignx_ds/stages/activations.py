@@ -63,13 +63,18 @@ class Activations:
 
     @classmethod
     def estimate(
-        cls, shape: PreTrainedConfig, size: int, first: int | None, tokens: int, ffn: Ffn = DENSE
+        cls, shape: PreTrainedConfig, size: int, first: int | None, tokens: int, ffn: Ffn = DENSE, eager: int = 0
     ) -> Activations:
-        """Of a model in a dtype of `size` bytes, trained from layer `first` on; None: with its embedding."""
+        """Of a model in a dtype of `size` bytes, trained from layer `first` on; None: with its embedding.
+
+        `eager`: the tokens that each attends to with eager attention, which keeps its probabilities.
+        """
         d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers - (first or 0)
         width = getattr(shape, "head_dim", None) or d // shape.num_attention_heads
         heads, pairs = shape.num_attention_heads * width, (shape.num_key_value_heads or 0) * width
+        pairs = heads if eager else pairs  # each head has its own copy
         attention = 2 * FP32 * d + size * (2 * heads + 2 * pairs)  # both norms; q, k, v and the output
+        attention += shape.num_attention_heads * eager * (FP32 + (size if size < FP32 else 0))
         each = attention + size * (d + ffn.wide * f + ffn.narrow * d) + FP32 * ffn.fp32
         missing = attention + size * f * (0 if ffn.first is None else ffn.wide - ffn.first)  # in the lowest layer
         sums = 4 if ffn.wide > DENSE.wide else 0  # over the experts
@@ -92,7 +97,8 @@ def activations(
 ) -> Activations:
     """Of the stage with these settings, the recipe's section `key`, at most, for rows of so many tokens."""
     tokens, first = tokens_of(key, stage, lengths, world_size), None if key == "scratch.train" else min(base.layers)
-    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, Ffn.of(config, key))
+    eager = max(lengths, default=0) if config.model.attention == "eager" else 0
+    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, Ffn.of(config, key), eager)
 
 
 def tokens_of(key: str, stage: OptimizerConfig, lengths: Sequence[int], world_size: int) -> int:

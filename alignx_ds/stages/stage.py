@@ -21,7 +21,7 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import lock, manifest
 from alignx_ds.runs.lock import Lock
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runtime import console, distributed, memory
+from alignx_ds.runtime import attention, console, distributed, memory
 from alignx_ds.runtime.versions import version
 from alignx_ds.stages.activations import activations, recompute
 from alignx_ds.training import engine as engines
@@ -163,6 +163,7 @@ def trained(
     """
     if setup.recompute:
         recompute(model)
+    attention.choose(getattr(model, "backbone", model), context.config.model.attention)
     engine = engines.start(model, groups, setup.deepspeed, setup.plan)
     job = replace(job, cost=Cost(flops, peak_flops(context.base.dtype, context.config.launch.peak_tflops)))
     given = rows, setup.plan, pad_token(context.base.tokenizer), context.config.seed

@@ -25,6 +25,7 @@ from alignx_ds.data.labels import set_nll
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
 from alignx_ds.mocae.layer import alignx_layers, output_calibrations
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.runtime import attention
 from alignx_ds.training.metrics import MicroBatchLoss
 
 MOST_LOGITS = 2**28  # fp32 logits that are computed at once: 1 GiB
@@ -72,6 +73,8 @@ def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
     """This micro batch's share of the step's mean NLL per answer token (nats), of padded or packed rows."""
     b = part.batch
     packed = b.position_ids is not None
+    if packed and attention.reads_one_line(getattr(engine, "module", engine)):
+        b = b.in_one_line()
     where = {"position_ids": b.position_ids} if packed else {"attention_mask": b.attention_mask}
     nll = forward_nll(engine, b.labels, input_ids=b.input_ids, use_cache=False, **where)
     return MicroBatchLoss(nll * part.lm_scale)

@@ -264,3 +264,15 @@ def test_all_problems_are_found_at_once(write_recipe: WriteRecipe) -> None:
     }
     found = problems(parse.load(write_recipe(*(f"{k}={v}" for k, v in wrong.items()))), world_size=2)
     assert set(found) == set(wrong)
+
+
+def test_flash_attention_needs_its_package_and_bfloat16(
+    write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = parse.load(write_recipe("model.attention=flash_attention_2"))
+    for there, key, told in ((False, "model.attention", "pip install flash-attn"), (True, "model.dtype", "bfloat16")):
+        monkeypatch.setattr("alignx_ds.plan.model.is_flash_attn_2_available", lambda there=there: there)
+        found = problems(settings)
+        assert list(found) == [key] and told in found[key]
+    settings.model.dtype = "bfloat16"
+    assert problems(settings) == {}

@@ -53,6 +53,12 @@ def test_buckets_and_gathered_parameters_are_as_large_as_the_json_says() -> None
     assert holds(2, 4, contiguous_gradients=False).bucket == 0
     near = holds(3, 4, stage3_max_live_parameters=200, stage3_prefetch_bucket_size=50)
     assert near.gathered == 2 * (200 + 50 + 100)
+    again = Model(1000, ((600, 4),), 100, reused=700)
+    few = {"stage3_max_live_parameters": 200, "stage3_prefetch_bucket_size": 50}
+    zero = Zero(3, 2, 4, False, True, True, few)
+    assert zero.holds(again).gathered == 2 * 700, "what the backward pass uses again soon stays"
+    zero = Zero(3, 2, 4, False, True, True, {**few, "stage3_max_reuse_distance": 1000})
+    assert zero.holds(again).gathered == 2 * (1000 / 2 + 50 + 100)
     assert holds(3, 4).gathered == 3200, "by default all of so small a model stays gathered"
     assert holds(3, 1).gathered == holds(2, 4).gathered == 0
 

@@ -35,6 +35,7 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.models.base import BaseModel, Planned
 from alignx_ds.models.shapes import shape
 from alignx_ds.plan.zero import Zero, model_of
+from alignx_ds.runtime import attention
 from alignx_ds.stages import align, fuse
 from alignx_ds.stages.activations import MOST, Activations, Ffn, recompute
 from alignx_ds.training import engine as engines
@@ -292,6 +293,18 @@ def test_less_is_kept_and_the_estimate_tells_how_much(gate: str) -> None:
     estimate = Activations.estimate(model.config.text_config, 4, first, count, Ffn.of(config, "align"))
     assert sizes[1] < 0.3 * sizes[0]
     assert estimate.kept == pytest.approx(sizes[0], rel=0.25)
+
+
+def test_eager_attention_keeps_its_probabilities_too() -> None:
+    ids, found = torch.randint(1, VOCABULARY, (2, 40)), {}
+    for implementation in ("sdpa", "eager"):
+        model = base_model()
+        attention.choose(model, implementation)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("mlp" in name)
+        found[implementation] = kept(lambda m=model: m(input_ids=ids, use_cache=False).logits, model)[1]
+    estimates = [Activations.estimate(model.config, 4, 0, ids.numel(), eager=eager).kept for eager in (0, ids.shape[1])]
+    assert estimates[1] - estimates[0] == pytest.approx(found["eager"] - found["sdpa"], rel=0.15)
 
 
 def test_the_estimate_at_llama2_7b_is_what_was_measured() -> None:

@@ -30,6 +30,7 @@ from alignx_ds.data.encode import Example
 from alignx_ds.mocae.gate import Query
 from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
+from alignx_ds.runtime import attention
 from alignx_ds.training import losses
 from alignx_ds.training.losses import AlignTerms, align_terms, answer_nll, gating_terms, language_loss
 
@@ -70,21 +71,42 @@ def test_answer_nll_sums_over_the_answers_tokens_only() -> None:
     assert float(answer_nll(logits, torch.full_like(batch.labels, IGNORED))) == 0.0
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str) -> None:
-    """The window of some families is shorter than a line, so rows on it must not see each other there either."""
+def test_packed_rows_have_the_loss_and_gradient_of_padded_ones(family: str, implementation: str) -> None:
+    """Also in one line, which flash attention needs. The window of some families is shorter than a line, so rows on it
+    must not see each other there either.
+    """
     model, scale = base_model(family=family), 1 / ANSWER_TOKENS
+    attention.choose(model, implementation)
+    assert model.config._attn_implementation == implementation
     padded, packed = collate(EXAMPLES, 0), pack(EXAMPLES, 0)
-    assert packed.input_ids.shape[0] < len(EXAMPLES), "otherwise nothing is packed"
+    assert 1 < packed.input_ids.shape[0] < len(EXAMPLES), "otherwise nothing is packed, or all of it in one line"
     found = [
         language_loss(model, MicroBatch(batch, LABELS, one_hot(LABELS.tolist()), scale)).loss
-        for batch in (padded, packed)
+        for batch in (padded, packed, packed.in_one_line())
     ]
-    assert float(found[1].detach()) == pytest.approx(float(found[0].detach()), rel=1e-5)
     gradients = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]) for loss in found
     ]
-    assert relative(gradients[1], gradients[0]) < 1e-4
+    for loss, gradient in zip(found[1:], gradients[1:], strict=True):
+        assert float(loss.detach()) == pytest.approx(float(found[0].detach()), rel=1e-5)
+        assert relative(gradient, gradients[0]) < 1e-4
+
+
+def test_flash_attention_gets_packed_rows_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would let the rows of several lines see each other (transformers' _is_packed_sequence)."""
+    model, shapes = base_model(), []
+    monkeypatch.setattr(attention, "reads_one_line", lambda m: m is model)
+    model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    for batch in (collate(EXAMPLES, 0), pack(EXAMPLES, 0)):
+        language_loss(model, MicroBatch(batch, LABELS, one_hot(LABELS.tolist()), 1.0))
+    lines = pack(EXAMPLES, 0).input_ids
+    assert shapes == [collate(EXAMPLES, 0).input_ids.shape, (1, lines.numel())]
+    monkeypatch.undo()
+    assert not attention.reads_one_line(model)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", attention.FLASH)
+    assert attention.reads_one_line(model)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
