@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,14 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from alignx_ds.errors import DataError
 from alignx_ds.runtime import console
 from alignx_ds.serve.answers import Answers, ChatForm, CompletionForm, Form, TokenNames
-from alignx_ds.serve.jobs import Event, Failed, Job
+from alignx_ds.serve.delivery import EventStream, Mailbox, cancel, whole
+from alignx_ds.serve.jobs import Job
 from alignx_ds.serve.metrics import Metrics
 from alignx_ds.serve.page import page
 from alignx_ds.serve.prompts import PromptEncoder
@@ -41,28 +41,6 @@ class Limits:
     context: int  # tokens of a prompt and its answer
     queue: int  # prompts that wait
     body: int  # bytes
-
-
-class Mailbox:
-    """Takes the events of jobs from the scheduler's thread to the event loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-
-    def sender(self, number: int) -> Callable[[Event], None]:
-        return lambda event: self._send(number, event)
-
-    def _send(self, number: int, event: Event) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-    async def get(self) -> tuple[int, Event]:
-        """The next event and its job's number. Raises ApiError where a job has failed."""
-        number, event = await self._events.get()
-        if isinstance(event, Failed):
-            raise ApiError(500, event.message)
-        return number, event
 
 
 class Api:
@@ -215,11 +193,11 @@ class Api:
             self.metrics.first_token.observe(time.perf_counter() - asked)
             answers.take(*first)
             if wanted.stream:
-                return _EventStream(_chunks(answers, mailbox, with_usage=wanted.with_usage), jobs)
-            await while_connected(request, _whole(answers, mailbox))
+                return EventStream(answers, mailbox, jobs, with_usage=wanted.with_usage)
+            await while_connected(request, whole(answers, mailbox))
             return JSONResponse(answers.body())
         except BaseException:
-            _cancel(jobs)
+            cancel(jobs)
             raise
 
     def _answering(self, handler: Callable[[Request, bytes], Awaitable[Response]]) -> Handler:
@@ -248,49 +226,6 @@ class Api:
                 return _refused(ApiError(500, "the server failed to answer; its console says why"))
 
         return checked
-
-
-class _EventStream:
-    """A stream of server-sent events. Its jobs end with it, also where the client goes before the first event."""
-
-    def __init__(self, chunks: AsyncIterator[str], jobs: Sequence[Job]) -> None:
-        self._response = StreamingResponse(
-            chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        self._jobs = jobs
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await self._response(scope, receive, send)
-        finally:
-            _cancel(self._jobs)
-
-
-async def _chunks(answers: Answers, mailbox: Mailbox, *, with_usage: bool) -> AsyncIterator[str]:
-    try:
-        while not answers.done:
-            chunk = answers.take(*await mailbox.get())
-            if chunk is not None:
-                yield _event(chunk)
-        if with_usage:
-            yield _event(answers.usage_chunk())
-    except ApiError as error:
-        yield _event(error.body())
-    yield "data: [DONE]\n\n"
-
-
-async def _whole(answers: Answers, mailbox: Mailbox) -> None:
-    while not answers.done:
-        answers.take(*await mailbox.get())
-
-
-def _event(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-def _cancel(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        job.cancelled = True
 
 
 def _refused(error: ApiError) -> Response:

@@ -86,6 +86,8 @@ class Scheduler:
         """Raises QueueFullError if not all of them can wait."""
         with self._changed:
             if len(self._waiting) + len(jobs) > self._queue:
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            if len(self._waiting) + len(jobs) > self._queue:
                 raise QueueFullError
             self._waiting.extend(jobs)
             self._changed.notify()

@@ -123,14 +123,14 @@ def api_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
 
 
 def server_of(api: Api) -> Server:
-    """Its log has warnings alone: neither prompts nor keys."""
+    """Its log has failures of the server alone: neither prompts nor keys, and no line for every broken request."""
     config = uvicorn.Config(
         api.app(),
         http=Protocol,
         ws="none",
         lifespan="off",
         loop="asyncio",
-        log_level="warning",
+        log_level="error",
         access_log=False,
         limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=SENDING_SECONDS,

@@ -123,9 +123,9 @@ def test_a_request_that_is_cut_off_is_dropped(served: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_slot(served: Served, stream: bool) -> None:
-    """Whether it runs or waits."""
+    """Whether it runs or waits: then its place in the queue."""
     body = json.dumps({**BODY, "stream": stream}).encode()
-    with served.held():
+    with ThreadPoolExecutor(1) as threads, served.held():
         connections = [connect(served) for _ in range(3)]
         for number, connection in enumerate(connections):
             connection.sendall(head(body) + body)
@@ -137,6 +137,8 @@ def test_a_client_that_leaves_frees_its_slot(served: Served, stream: bool) -> No
             assert time.monotonic() < end
             time.sleep(0.01)
         (running,) = served.api.scheduler._running
+        threads.submit(ask, served.client())
+        served.wait(running=1, waiting=1)
     served.wait(running=0)
     assert len(running.tokens) == 2  # of twenty: the step that was held is the last one
 

@@ -1,0 +1,147 @@
+"""A served AlignX model beside its dense base behind the same server: requests/s, tokens/s and latency by clients.
+
+    python benchmarks/serving.py --shape medium --device cpu
+
+Both are models with random weights in an `alignx-ds serve` of their own; the one that is not asked does nothing. Every
+client asks one question after the other: a prompt of random tokens, and an answer of a fixed length. AlignX's requests
+go to the generalist and the axes in turn (`axes`), so that every batch mixes them. Both systems take turns in every
+round; the ratio is the median of the rounds' own ratios.
+
+Columns: requests and tokens per second (medians of the rounds), p50 and p99 of all requests' latencies, and AlignX's
+tokens per second over the dense base's, by the clock and by the server's CPU time. On a machine that others use too the
+second is the steadier one; on a GPU it says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from suite import load, record
+from suite.load import Body, Load, Server
+from suite.record import Target
+from suite.systems import AXES, Setting, alignx, dense
+from transformers import AutoTokenizer
+
+from alignx_ds.models.base import WORLD_BASES
+from alignx_ds.runtime import console
+
+BASE, OURS = "dense base", "AlignX"
+NEEDS = ({}, *({f"axis {axis}": 1} for axis in range(AXES)))  # of AlignX's requests, in turn
+Rounds = dict[str, list[Load]]  # by system
+
+
+@contextmanager
+def servers(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
+    """By system."""
+    torch.manual_seed(0)
+    setting, tokenizer = Setting.of(args), AutoTokenizer.from_pretrained(WORLD_BASES["world"])
+    base = dense(setting)
+    with torch.no_grad():
+        base.get_output_embeddings().weight[tokenizer.eos_token_id] = 0  # answers end at their limit
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {BASE: Path(folder, "base"), OURS: Path(folder, "alignx")}
+        for path, model in zip(paths.values(), (base, alignx(setting, base)), strict=True):
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        del base, model
+        most = str(max(args.clients))
+        with load.servers(paths, "--slots", most, "--queue", most, "--context", "256") as started:
+            yield started
+
+
+def requests(clients: int, args: argparse.Namespace, seed: int, *, mixed: bool) -> list[list[Body]]:
+    """By client. The same prompts for both systems, other ones in every round."""
+    random, made = Random(seed), []
+    for client in range(clients):
+        bodies = []
+        for number in range(args.requests):
+            prompt = [random.randrange(4, 600) for _ in range(random.randint(args.prompt // 2, args.prompt))]
+            axes = {"axes": NEEDS[(client + number) % len(NEEDS)]} if mixed else {}
+            bodies.append({"prompt": prompt, "max_tokens": args.tokens, **axes})
+        made.append(bodies)
+    return made
+
+
+def measure(started: dict[str, Server], clients: int, args: argparse.Namespace) -> Rounds:
+    found: Rounds = {name: [] for name in started}
+    for number in range(1 + args.repeats):
+        for name in sorted(started, reverse=bool(number % 2)):
+            asked = requests(clients, args, number, mixed=name == OURS)
+            found[name].append(load.load(started[name], asked))
+    return {name: rounds[1:] for name, rounds in found.items()}  # the first warms up
+
+
+def ratio(rounds: Rounds) -> float:
+    """By the clock."""
+    pairs = zip(rounds[OURS], rounds[BASE], strict=True)
+    return median(ours.tokens_per_second / base.tokens_per_second for ours, base in pairs)
+
+
+def cpu_ratio(rounds: Rounds) -> float:
+    """By the servers' CPU time."""
+    pairs = zip(rounds[OURS], rounds[BASE], strict=True)
+    return median(ours.tokens_per_cpu_second / base.tokens_per_cpu_second for ours, base in pairs)
+
+
+def percentiles(rounds: list[Load]) -> tuple[float, float]:
+    """p50 and p99 of the latencies, in seconds."""
+    latencies = [latency for one in rounds for latency in one.latencies]
+    cuts = quantiles(latencies, n=100, method="inclusive")
+    return cuts[49], cuts[98]
+
+
+def row(clients: int, name: str, rounds: Rounds) -> list[str]:
+    p50, p99 = percentiles(rounds[name])
+    rates = (median(one.requests_per_second for one in rounds[name]), median(o.tokens_per_second for o in rounds[name]))
+    compared = [f"{ratio(rounds):.3f}", f"{cpu_ratio(rounds):.3f}"] if name == OURS else ["", ""]
+    return [name, str(clients), f"{rates[0]:.2f}", f"{rates[1]:.1f}", f"{p50:.2f}", f"{p99:.2f}", *compared]
+
+
+def content(found: dict[int, Rounds]) -> list[dict[str, Any]]:
+    return [
+        {
+            "clients": clients,
+            "system": name,
+            "seconds": [one.seconds for one in loads],
+            "cpu_seconds": [one.cpu_seconds for one in loads],
+            "tokens": [one.tokens for one in loads],
+            "latencies": [one.latencies for one in loads],
+        }
+        for clients, rounds in found.items()
+        for name, loads in rounds.items()
+    ]
+
+
+def main() -> None:
+    parser = record.parser(__doc__)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="(default: 1 8 32)")
+    parser.add_argument("--requests", type=int, default=2, help="of a client in a round (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=64, help="greatest tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    args = parser.parse_args()
+    with servers(args) as started:
+        found = {clients: measure(started, clients, args) for clients in args.clients}
+    rows = [row(clients, name, rounds) for clients, rounds in found.items() for name in (BASE, OURS)]
+    columns = ["system", "clients", "requests/s", "tokens/s", "p50 s", "p99 s", "x base", "x base, CPU time"]
+    console.table("Served, mixed axes", columns, rows)
+    met = [
+        Target(f"{clients} clients: tokens/s over the base's", ratio(r), 0.9, at_least=True)
+        for clients, r in found.items()
+    ]
+    record.print_targets(met)
+    load_of_clients = {name: getattr(args, name) for name in ("requests", "prompt", "tokens")}
+    path = record.write("serving", args, {"load": load_of_clients, "points": content(found)}, met)
+    console.say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
