@@ -75,12 +75,12 @@ def run(
         _refuse(problems(config, base, lengths_of(data), world_size, gpu_memory))
     context = StageContext(config, base, data, outputs.Outputs.of(config))
     results.check(context, inputs.texts, baselines=until == "run")
-    capacity.check(config, base, world_size, until)
 
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:
         with inputs.encodings.shared():
             return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
+    capacity.check(config, base, world_size, until)  # here: to ask a GPU for its memory takes some of it
 
     with context.out.lock as lock:
         with _process_group(config.launch.timeout):

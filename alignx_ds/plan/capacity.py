@@ -24,10 +24,10 @@ def check(c: RunConfig, base: BaseModel, world_size: int, until: str) -> None:
     """Raises ConfigError for each stage that needs the whole model on a rank which can't hold it."""
     if c.from_scratch:
         return
-    size, room = base.size, memory.available()
-    if size <= SHARE * room:
+    size, room = base.size, SHARE * memory.available()
+    if size <= room:
         return
-    found = f"the weights take {size / 2**30:.1f} GiB, and a rank may hold {room / 2**30:.1f} GiB"
+    found = f"the weights take {size / 2**30:.1f} GiB, and a rank has room for {room / 2**30:.1f}"
     if world_size == 1:
         raise ConfigError(Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}"))
     stages = training.stages(c)
