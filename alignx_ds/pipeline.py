@@ -59,9 +59,8 @@ def run(
         outputs.Outputs.of(config).lock.check()
     outputs.check_owner(config)
     if dry_run:
-        baselines = until == "run"
         plan, too_large = describe(
-            config, base, world_size, show_config=show_config, baselines=baselines, gpu_memory=gpu_memory
+            config, base, world_size, show_config=show_config, until=until, gpu_memory=gpu_memory
         )
         print(plan)
         _refuse(too_large)
@@ -72,7 +71,7 @@ def run(
     inputs = read_inputs(config, base)
     base, data = inputs.base, inputs.data
     if gpu_memory is not None:
-        _refuse(problems(config, base, lengths_of(data), world_size, gpu_memory))
+        _refuse(problems(config, base, lengths_of(data), world_size, gpu_memory, until))
     context = StageContext(config, base, data, outputs.Outputs.of(config))
     results.check(context, inputs.texts, baselines=until == "run")
 

@@ -1,7 +1,7 @@
 """The dry run's estimate of a training stage's memory beside what a rank took, on a CPU.
 
     python benchmarks/training_memory.py
-    python benchmarks/training_memory.py --quick
+    python benchmarks/training_memory.py --cases 0 9
 
 Each case trains three optimizer steps of a stage with the project's engines. Weights are random, and all rows have the
 greatest length, which the estimate is for. Measured is the largest resident size of rank 0 from the first step on, over
@@ -53,7 +53,6 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)  # of the stage
     buckets: dict[str, int] = field(default_factory=dict)
     dtype: str = "float32"
-    quick: bool = False
 
     @property
     def name(self) -> str:
@@ -72,17 +71,17 @@ CASES = [
     Case("train", 1, 3, length=256, settings=AGAIN),
     Case("train", 2, 1),
     Case("train", 2, 2, batch=8, settings={"accumulation": 2}),
-    Case("train", 2, 2, buckets=BUCKETS, quick=True),
+    Case("train", 2, 2, buckets=BUCKETS),
     Case("train", 2, 2, LARGE_VOCABULARY, length=256, settings=AGAIN),
     Case("train", 2, 2, dtype="bfloat16"),
     Case("train", 2, 3, length=256),
     Case("train", 2, 3, length=256, buckets=BUCKETS),
-    Case("train", 2, 3, batch=8, settings={"accumulation": 2, **AGAIN}, buckets=BUCKETS, quick=True),
+    Case("train", 2, 3, batch=8, settings={"accumulation": 2, **AGAIN}, buckets=BUCKETS),
     Case("train", 2, 3, WIDE, batch=2, buckets=BUCKETS),
     Case("align", 1, 2, SHALLOW, settings={"ep_size": 1, **EXPERTS}),
     Case("align", 2, 2, SHALLOW, settings={"ep_size": 2}),
     Case("align", 2, 2, SHALLOW, settings={"ep_size": 2, **EXPERTS, **AGAIN}),
-    Case("align", 2, 2, SHALLOW, settings={"ep_size": 0, **EXPERTS}, quick=True),
+    Case("align", 2, 2, SHALLOW, settings={"ep_size": 0, **EXPERTS}),
     Case("align", 2, 2, SHALLOW, settings={"ep_size": 0, **EXPERTS, **AGAIN}),
     Case("align", 2, 3, SHALLOW, settings={"ep_size": 0, **EXPERTS}, buckets=BUCKETS),
 ]
@@ -153,11 +152,11 @@ def resident(name: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three of the cases, for a first look")
+    parser.add_argument("--cases", type=int, nargs="+", metavar="N", help="their numbers in CASES (default: all)")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="directory of the JSON")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    cases = [case for case in CASES if case.quick or not args.quick]
+    cases = CASES if args.cases is None else [CASES[n] for n in args.cases]
     if args.worker:
         ranks.work(args.worker, lambda: measure(cases))
     os.environ |= RETURN_MEMORY
@@ -172,7 +171,7 @@ def main() -> None:
     target = Target("estimate over measured: furthest from 1", worst, MOST_OFF)
     record.print_targets([target])
     path = args.out / "training-memory-cpu.json"
-    command = ["python", "benchmarks/training_memory.py", *(["--quick"] if args.quick else [])]
+    command = ["python", "benchmarks/training_memory.py", *(["--cases", *map(str, args.cases)] if args.cases else [])]
     record.write_plain(path, command, "cpu", {"steps": STEPS, "cases": found, "furthest_from_1": worst})
     console.say(f"written: {path}")
 

@@ -31,16 +31,16 @@ def describe(
     world_size: int,
     *,
     show_config: bool = False,
-    baselines: bool = True,
+    until: str = "run",
     gpu_memory: float | None = None,
 ) -> tuple[str, list[Problem]]:
     """(the plan as text, and after it the resolved config if wanted; the stages that are too large for a GPU with
     `gpu_memory` bytes). The text names what can't be checked without the hub.
 
-    `baselines`: whether the run goes on to them after stage 2.
+    `until` is the run's last step: specialists, align or run.
     """
     on_gpu = gpu_memory is not None or torch.cuda.is_available()
-    rows, steps, finished, unchecked, lengths = _rows(config, base, baselines)
+    rows, steps, finished, unchecked, lengths = _rows(config, base, until == "run")
     written = prompts.facts(base) if base.has_tokenizer else {}
     if not deepspeed_models():
         unchecked = [*unchecked, "names and types within zero_optimization and the other blocks: DeepSpeed is missing"]
@@ -61,7 +61,7 @@ def describe(
     }
     text = "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items() if lines)
     done = "everything is checked" if not unchecked else "everything else is checked"
-    found = [] if gpu_memory is None else list(problems(config, base, lengths, world_size, gpu_memory))
+    found = [] if gpu_memory is None else list(problems(config, base, lengths, world_size, gpu_memory, until))
     return f"{text}\n\ndry run: {done}, nothing is written", found
 
 

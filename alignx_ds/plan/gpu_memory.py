@@ -13,6 +13,7 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.errors import Problem
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import training
+from alignx_ds.plan.capacity import NEEDED
 from alignx_ds.plan.memory import Lengths, Rows, stage_memory
 
 FREE = 0.1  # of a GPU's memory: CUDA, NCCL, and gaps between blocks take some of it
@@ -20,10 +21,15 @@ MOST_RANKS = 1024
 Change = Mapping[str, Any]  # values by dotted key
 
 
-def problems(config: RunConfig, base: BaseModel, rows: Rows, world_size: int, memory: float) -> Iterator[Problem]:
-    """One for each stage whose peak is above what `memory` bytes of a GPU leave."""
+def problems(
+    config: RunConfig, base: BaseModel, rows: Rows, world_size: int, memory: float, until: str = "run"
+) -> Iterator[Problem]:
+    """One for each stage whose peak is above what `memory` bytes of a GPU leave; `until` is the run's last step."""
     room = memory * (1 - FREE)
+    needed = NEEDED.get(until)
     for key in training.stages(config):
+        if needed and key not in ("scratch.train", *needed):
+            continue
         stage = Fitted(config, base, key, rows.get(key, ()), world_size, room)
         if (peak := stage.peak({})) > room:
             change = stage.change()

@@ -100,6 +100,15 @@ def test_a_stage_that_is_too_large_is_told_what_makes_it_fit(room: int, stages: 
         assert memory(changed, base, {}, ranks, on_gpu=True)[key].peak <= room * GIB * (1 - gpu_memory.FREE)
 
 
+def test_a_stage_that_the_run_does_not_come_to_may_be_too_large() -> None:
+    config, base = llama()
+    keys = {
+        until: [p.key.split(",")[0] for p in gpu_memory.problems(config, base, {}, 8, 12 * GIB, until)]
+        for until in ("specialists", "align", "run")
+    }
+    assert keys == {"specialists": ["train"], "align": ["train", "align"], "run": ["train", "align"]}
+
+
 def test_what_is_named_is_needed() -> None:
     config, base = llama("align.checkpoint_activations=false")
     stage = gpu_memory.Fitted(config, base, "align", (), 8, 14 * GIB)
