@@ -41,7 +41,7 @@ class Masses(NamedTuple):
     def score(self, z: Tensor, dimensions: Tensor) -> Tensor:
         """As the function `fractal_score`."""
         mass = self.log_mass(z)
-        return mass.mean(-1) - ((mass * self.slope).sum(-1) / self.spread - dimensions).abs()
+        return mass.mean(-1) - (_slope(mass, self.slope, self.spread) - dimensions).abs()
 
 
 def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
@@ -55,7 +55,12 @@ def log_mass(z: Tensor, anchors: Tensor, scales: Tensor) -> Tensor:
 def local_dimension(mass: Tensor, scales: Tensor) -> Tensor:
     """The least-squares slope of log mass over log scale, a correlation dimension. [..., S], [S] -> [...]."""
     x = scales.log() - scales.log().mean()
-    return (mass * x).sum(-1) / x.square().sum()
+    return _slope(mass, x, x.square().sum())
+
+
+def _slope(mass: Tensor, x: Tensor, spread: Tensor) -> Tensor:
+    """Of the least-squares line of mass [..., S] over x [S], whose mean is 0 and whose squared norm is `spread`."""
+    return (mass * x).sum(-1) / spread
 
 
 def fractal_score(z: Tensor, anchors: Tensor, scales: Tensor, dimensions: Tensor) -> Tensor:
