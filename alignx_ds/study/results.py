@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,16 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def provenance(what: str, directory: Path, seed: int) -> dict[str, Any]:
-    """When, by which command and on which machine. Of an absolute path only the last part is recorded."""
+def provenance(what: str, directory: Path, seed: int, arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """When, by which command (the `arguments` follow the directory) and on which machine.
+
+    Of an absolute path only the last part is recorded.
+    """
     named = directory.name if directory.is_absolute() else directory.as_posix()
     return {
         "study": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"alignx-ds study {what} {named}",
+        "command": shlex.join(["alignx-ds", "study", what, named, *arguments]),
         "seed": seed,
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

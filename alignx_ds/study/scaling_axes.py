@@ -46,7 +46,7 @@ def study(recipe: str, overrides: Sequence[str], curves: Curves, seeds: Sequence
                 merges.setdefault(variant.name, []).append(_merges(variant.directory))
     distributed.silence_libraries()
     whole = root / f"seed-{seeds[0]}" / f"axes-{max(curves.axes)}"
-    content = results.provenance(WHAT, Path(recipe), seeds[0]) | {
+    content = results.provenance(WHAT, Path(recipe), seeds[0], _arguments(overrides, curves, seeds)) | {
         "seeds": list(seeds),
         "axes": list(config.axes),
         "smallest": small,
@@ -59,6 +59,13 @@ def study(recipe: str, overrides: Sequence[str], curves: Curves, seeds: Sequence
     written = results.write(WHAT, content, draw(content), target)
     console.say("wrote " + ", ".join(str(path) for path in written))
     return written
+
+
+def _arguments(overrides: Sequence[str], curves: Curves, seeds: Sequence[int]) -> list[str]:
+    """Of the command that repeats the study. Where its runs are kept changes no figure."""
+    numbers = {"--axes": curves.axes, "--rows": curves.rows, "--ranks": curves.ranks, "--seeds": seeds}
+    options = [word for name, values in numbers.items() for word in (name, *map(str, values))]
+    return [given for given in overrides if not given.startswith("output=")] + options
 
 
 def summarise(scores: dict[str, list[Scores]], curves: Curves, rows: int, rank: int) -> dict[str, Any]:

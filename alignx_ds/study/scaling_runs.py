@@ -35,9 +35,9 @@ ALIGNED = "alignx"
 class Curves:
     """What is varied, each by itself; the rows and the rank with all axes."""
 
-    axes: tuple[int, ...] = (2, 4, 8)
-    rows: tuple[int, ...] = (50, 200, 800)
-    ranks: tuple[int, ...] = (4, 16, 32)
+    axes: tuple[int, ...]
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)

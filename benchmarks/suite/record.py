@@ -86,10 +86,11 @@ def _commit() -> str:
 
 
 def provenance(command: list[str], device: str) -> dict[str, Any]:
-    """Date, command, commit, hardware and versions of a measurement."""
+    """Date, command, commit, hardware and versions of a measurement. Where its result is written changes nothing."""
+    shown = [word for n, word in enumerate(command) if "--out" not in (word, *command[n - 1 : n])]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + shlex.join(command),
+        "command": "python " + shlex.join(shown),
         "commit": _commit(),
         "hardware": hardware(device),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},

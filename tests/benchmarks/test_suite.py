@@ -100,8 +100,8 @@ def test_the_memory_benchmark_counts_what_the_models_hold(tmp_path: Path, repo_r
 def test_a_benchmark_of_one_process_runs(
     script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = f"{script}.py --shape tiny --layers 2 --device cpu --rank 4 --out {tmp_path} {options}"
-    monkeypatch.setattr(sys, "argv", command.split())
+    command = f"{script}.py --shape tiny --layers 2 --device cpu --rank 4 {options}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path)])
     import_module(script).main()
     record = json.loads((tmp_path / f"{script}-tiny-cpu.json").read_text())
     assert record["command"] == f"python benchmarks/{command}"

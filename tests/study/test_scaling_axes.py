@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def recipe() -> RunConfig:
 
 
 def test_each_run_differs_from_the_whole_one_in_one_thing(recipe: RunConfig, tmp_path: Path) -> None:
-    made = {v.name: v for v in variants(recipe, Curves(), 5, tmp_path)}
+    made = {v.name: v for v in variants(recipe, Curves((2, 4, 8), (50, 200, 800), (4, 16, 32)), 5, tmp_path)}
     assert list(made) == ["axes-8", "axes-4", "axes-2", "rows-200", "rows-800", "rank-4", "rank-16"]
     shared = str(tmp_path / "seed-5" / "specialists")
     for name, variant in made.items():
@@ -121,6 +122,10 @@ def test_a_study_shares_specialists_and_makes_nothing_twice(
     content: dict[str, Any] = json.loads((tmp_path / "runs/study/scaling-axes.json").read_text())
     report = json.loads((finished_run / "report.json").read_text())
     scores = report["systems"]["mixed"]
+    numbers = "--axes 3 --rows 80 80 --ranks 4 --seeds 0"
+    assert content["command"].startswith("alignx-ds study scaling-axes launch/recipes/world.yaml ")
+    assert content["command"].endswith(f" {numbers}") and "output=" not in content["command"]
+    assert all(shlex.quote(setting) in content["command"] for setting in small_run)
     found = content["curves"]["axes"]["3"]
     assert found["mixed"]["worst"]["mean"] == min(scores[axis] for axis in report["axes"])
     assert found["own specialist"]["mean"]["mean"] == np.mean([report["systems"][a][a] for a in report["axes"]])
