@@ -118,7 +118,9 @@ class GeneralistConfig:
 
 @dataclass
 class ModelConfig:
-    path: Text = MISSING  # local directory or hub id of the base model, one of WORLD_MODELS, or "scratch" to train one
+    path: Text = (
+        MISSING  # local directory or hub id of the base model; "world", "world-needs"; or "scratch", to train one
+    )
     layers: list[NonNegativeInt] = field(default_factory=list)  # that become AlignX layers; empty: the upper half
     dtype: Annotated[str, OneOf(("float32", "bfloat16"))] = "float32"
     # How its attention is computed while a stage trains; auto: as transformers chooses, which is sdpa.
@@ -144,7 +146,7 @@ class DataConfig:
 class OptimizerConfig:
     """What every training stage sets for its optimizer and its DeepSpeed engine."""
 
-    lr: PositiveFloat = 2e-5
+    lr: PositiveFloat = 2e-5  # the highest learning rate, after the warm-up
     batch: PositiveInt = 64  # rows of an optimizer step, over all ranks
     accumulation: PositiveInt = 1  # micro-batches of a step on each rank
     warmup_steps: NonNegativeInt = 10
@@ -203,7 +205,8 @@ class ExpertsConfig:
 class GateConfig(GateSettings):
     """The gate's settings, and those that only fitting its geometry needs."""
 
-    unsure: Text = ""  # checked in plan/
+    # Serves what the gate is unsure of: "generalist", an axis, or "all" axes; empty: as decided. Checked in plan/.
+    unsure: Text = ""
     # Per expert, at most, that the geometries are fitted on; per expert and label set, that a router of needs is.
     rows: PositiveInt = 4096
     granularity: PositiveFloat = 0.05  # the authors' clustering granularity ε, the unit of the kernel widths
@@ -324,8 +327,8 @@ class LaunchConfig:
 
 @dataclass
 class RunConfig:
-    output: Text = MISSING
-    seed: NonNegativeInt = 0
+    output: Text = MISSING  # directory of the run: config, specialists, aligned model, answers, report
+    seed: NonNegativeInt = 0  # of every random draw
     specialists: Text = ""  # directory of stage 1's results, if several runs share them; empty: in the output
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

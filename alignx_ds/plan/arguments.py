@@ -1,4 +1,4 @@
-"""The verb `data preview`, and the arguments of every verb that reads a recipe."""
+"""The verbs `data preview` and `config-schema`, and the arguments of every verb that reads a recipe."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def add_verbs(verbs: Any) -> None:
     add_recipe(preview)
     preview.add_argument("--rows", type=int, default=2, help="rows printed of each axis (default: %(default)s)")
     preview.set_defaults(work=_preview)
+    text = "print the JSON schema of a recipe, by which editors complete and check YAML"
+    schema = verbs.add_parser("config-schema", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    schema.set_defaults(work=_config_schema)
 
 
 def add_recipe(verb: argparse.ArgumentParser) -> None:
@@ -38,4 +41,14 @@ def _preview(args: argparse.Namespace) -> int:
     from alignx_ds.plan.preview import preview
 
     preview(args.recipe, args.overrides, args.rows)
+    return 0
+
+
+def _config_schema(args: argparse.Namespace) -> int:
+    import json
+
+    from alignx_ds.config import json_schema
+    from alignx_ds.plan.checks import TABLES
+
+    print(json.dumps(json_schema.of_recipes(TABLES), indent=2, ensure_ascii=False))
     return 0
