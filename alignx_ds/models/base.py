@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,7 +141,8 @@ class BaseModel:
     @property
     def size(self) -> int:
         """Bytes of its weights in the run's dtype."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values()) * self.dtype.itemsize
+        numbers: int = sum(weight.numel() for weight in self.skeleton.parameters())
+        return numbers * self.dtype.itemsize
 
     def checkpoint_problem(self) -> Problem | None:
         """What is wrong with its weights by their headers. Raises ConfigError where a file can't be read at all."""

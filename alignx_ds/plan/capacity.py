@@ -22,18 +22,27 @@ FIXES = {
 
 def check(c: RunConfig, base: BaseModel, world_size: int, until: str) -> None:
     """Raises ConfigError for each stage that needs the whole model on a rank which can't hold it."""
+    if found := list(problems(c, base, world_size, until)):
+        raise ConfigError(*found)
+
+
+def problems(c: RunConfig, base: BaseModel, world_size: int, until: str, here: int | None = None) -> Iterator[Problem]:
+    """One for each stage that needs the whole model on a rank of this machine which can't hold it.
+
+    `here` ranks share the machine's memory, where no launcher says how many do; `until` is the run's last step.
+    """
     if c.from_scratch:
         return
-    size, room = base.size, SHARE * memory.available()
+    size, room = base.size, SHARE * memory.available(here)
     if size <= room:
         return
     found = f"the weights take {size / 2**30:.1f} GiB, and a rank has room for {room / 2**30:.1f}"
     if world_size == 1:
-        raise ConfigError(Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}"))
+        yield Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}")
+        return
     stages = training.stages(c)
     wanted = {key: stages[key] for key in NEEDED.get(until, stages)}
-    if problems := list(_whole(wanted, c, found)):
-        raise ConfigError(*problems)
+    yield from _whole(wanted, c, found)
 
 
 def _whole(stages: dict[str, OptimizerConfig], c: RunConfig, found: str) -> Iterator[Problem]:

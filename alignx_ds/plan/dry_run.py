@@ -10,7 +10,7 @@ from alignx_ds.data.inputs import EncodedData, RunInputs, read_inputs
 from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import Problem, UnreachableError
 from alignx_ds.models.base import BaseModel
-from alignx_ds.plan import prompts, training
+from alignx_ds.plan import capacity, prompts, training
 from alignx_ds.plan.accounts import accounts, line, notes
 from alignx_ds.plan.deepspeed_keys import deepspeed_models
 from alignx_ds.plan.gpu_memory import problems
@@ -54,6 +54,7 @@ def describe(
         f"memory per rank on {world_size} ranks, while a {'GPU' if on_gpu else 'CPU'} trains, at most": _memory(
             config, memory(config, base, lengths, world_size, on_gpu=on_gpu)
         ),
+        "refused on this machine": [] if gpu_memory else _refused(config, base, world_size, until),
         "disk space, at most": _sizes(disk(config, base)),
         "DeepSpeed": [f"  {line}" for line in training.without_effect(config)],
         "not checked": [f"  {what}" for what in unchecked],
@@ -85,6 +86,11 @@ def _sizes(sizes: dict[str, float]) -> list[str]:
 
 def _size(gib: float) -> str:
     return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * GIB / MIB:,.1f} MiB"
+
+
+def _refused(config: RunConfig, base: BaseModel, world_size: int, until: str) -> list[str]:
+    """What the run would be refused for by the memory of this machine, which need not be the one that trains."""
+    return [f"  {problem}" for problem in capacity.problems(config, base, world_size, until, here=world_size)]
 
 
 def _memory(config: RunConfig, stages: dict[str, StageMemory]) -> list[str]:

@@ -39,12 +39,15 @@ def peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def available() -> int:
-    """About how many bytes this rank may hold: its GPU's memory, or without one, what is the least of its share of the
-    machine's, of its control group's and of what its limit on address space leaves."""
+def available(here: int | None = None) -> int:
+    """About how many bytes a rank may hold: its GPU's memory, or without one, what is the least of its share of the
+    machine's, of its control group's and of what its limit on address space leaves.
+
+    The launcher says how many ranks share the machine; where it does not, `here` do, or one.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    ranks = int(next((os.environ[name] for name in RANKS_HERE if os.environ.get(name)), 1))
+    ranks = int(next((os.environ[name] for name in RANKS_HERE if os.environ.get(name)), here or 1))
     limits = [psutil.virtual_memory().total // ranks]
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
