@@ -20,7 +20,7 @@ from alignx_ds.data.inputs import NOTHING_JOINED, EncodedData
 from alignx_ds.data.routing import RoutingRows
 from alignx_ds.evaluation import matrix, plots
 from alignx_ds.evaluation.evaluate import Result
-from alignx_ds.evaluation.judges.protocol import BESIDE, Metrics, label
+from alignx_ds.evaluation.judges.protocol import BESIDE, JUDGE_PREFIX, Metrics, label, set_columns
 from alignx_ds.routing.router_report import RouterReport
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
@@ -31,7 +31,6 @@ from alignx_ds.stages.finetune import baseline_fine_tunes
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
 MATRIX = "Every judge on every axis"  # a section of the page
 MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
-JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
 ABLATIONS = {NO_OUTPUT_CALIBRATION: "alignx, R = 0"}  # of the aligned model, by system
 SOURCE_KINDS = {"own": "own prompts", "routing": "routing rows", "set": "extra set"}  # of the gate's prompts
 SHOWN_SOURCES = 8  # at most, other than the experts' own, on the terminal
@@ -326,12 +325,6 @@ def _cells(content: dict[str, Any]) -> dict[str, list[str]]:
 def _score_columns(content: dict[str, Any], *extra: str) -> list[str]:
     """The judged axes, and those of the `extra` columns that this run has."""
     return [*content["scored"], *(name for name in extra if name in content["systems"]["base"])]
-
-
-def set_columns(by_system: dict[str, Metrics]) -> list[str]:
-    """The metrics of an extra question set. Some systems may lack some: HoneSet has one per category that was asked."""
-    every = dict.fromkeys(key for metrics in by_system.values() for key in metrics)
-    return [key for key in every if not key.startswith(JUDGE_PREFIX)]
 
 
 def _qualities(content: dict[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from alignx_ds.data.encode import Example, pad_token
 from alignx_ds.experts.adapters import CONFIG, HALVES, PREFIX, WEIGHTS
 from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, answered, compare, mixing_weights, plain, routed, without_calibration
+from alignx_ds.export.measured import measured
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_of
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
@@ -32,11 +33,27 @@ from alignx_ds.runtime import console
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank
 WITHOUT, WITH = "without output calibration", "with output calibration"
+LOAD = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, {place})
+```"""
 OUTPUTS = "with mixed outputs"  # of several experts, in a model without output calibration
 
 
-def export(root: Path, out: Path, chosen: str | None, prompts: Path | None, count: int, limit: int) -> None:
-    """Write a directory per axis, or one adapter of the axes in `chosen` (see weights.py).
+def export(
+    root: Path,
+    out: Path,
+    chosen: str | None,
+    prompts: Path | None,
+    count: int,
+    limit: int,
+    published: cards.Publication,
+) -> None:
+    """Write a directory per axis with a card of them all, or one adapter of the axes in `chosen` (see weights.py).
 
     Prints how far each adapter is from the aligned model with the same gates forced, on answers of at most `limit`
     tokens to `count` prompts of each set, or of the file `prompts`. Raises ConfigError or DataError.
@@ -54,14 +71,16 @@ def export(root: Path, out: Path, chosen: str | None, prompts: Path | None, coun
             target.mkdir(exist_ok=True)
             factors = sum_of([(w, factors_of(model, run.experts.index(axis))) for axis, w in weights.items()])
             found = dict(_differences(model, weights, factors, examples, pad_id)) if examples else {}
-            settings = config_of(factors, table, cards.base_name(run))
+            settings = config_of(factors, table, cards.base_name(run, published))
             save_file(tensors_of(factors, table), target / WEIGHTS, metadata={"format": "pt"})
             manifest.write_text(target / CONFIG, json.dumps(settings, indent=2) + "\n")
-            card = _card(run, name or out.name, weights, int(settings["r"]), found, ends)
+            card = _card(run, published, name, weights, int(settings["r"]), found, ends)
             manifest.write_text(target / "README.md", card)
             differences = "; ".join(f"{what}: {f}" for what, f in found.items()) or cards.NOT_MEASURED
             console.say(f"{described(weights)}: {out / name}")
             console.say(f"  against the same gates, forced, {differences}")
+        if chosen is None:
+            manifest.write_text(directory / "README.md", _card_of_all(run, published))
 
 
 def _differences(
@@ -125,7 +144,16 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
     }
 
 
-def _card(run: FinishedRun, name: str, weights: Weights, rank: int, found: dict[str, Fidelity], ends: str) -> str:
+def _card(
+    run: FinishedRun,
+    published: cards.Publication,
+    folder: str,
+    weights: Weights,
+    rank: int,
+    found: dict[str, Fidelity],
+    ends: str,
+) -> str:
+    """Of one adapter, in a folder of the export or at its top."""
     several = len(weights) > 1
     experts, these = ("Experts", "these experts") if several else ("One expert", "this expert")
     left_out, mixed = f"The gate, which chooses experts for each prompt: here every prompt is answered by {these}.", ""
@@ -139,22 +167,17 @@ def _card(run: FinishedRun, name: str, weights: Weights, rank: int, found: dict[
     served = next((r for r in VLLM_RANKS if r >= rank), None)
     limit = f"not in vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}"
     vllm = f"`--max-lora-rank {served}`" if served else limit
+    named = folder or Path(published.name).name
     return f"""\
-{cards.front_matter(run, ["lora", *weights], library_name="peft")}
+{cards.front_matter(run, published, "peft", ["lora", *weights], "adapter")}
 # {described(weights)} as a LoRA adapter
 
 {experts} of an aligned model (AlignX on DeepSpeed), of rank {rank}, for the untouched base model:
-{cards.base_named(run)}.
+{cards.base_named(run, published)}.
 
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+{LOAD.format(base=_base(run, published), place=_place(published, folder))}
 
-base = AutoModelForCausalLM.from_pretrained("{cards.hub_id(run) or "PATH-OF-THE-BASE-MODEL"}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modules {name}=DIRECTORY`, {vllm}.
+vLLM serves it beside the base model: `vllm serve BASE --enable-lora --lora-modules {named}=DIRECTORY`, {vllm}.
 
 An answer ends at {ends}. Where the base model's generation config does not name all of these tokens, pass them as
 `stop_token_ids` (vLLM) or `eos_token_id` (transformers).
@@ -166,4 +189,31 @@ The difference from the aligned model with {these} forced:
 
 {cards.comparison(found, f"against {these}, forced")}
 {mixed if several and found else ""}
+"""
+
+
+def _base(run: FinishedRun, published: cards.Publication) -> str:
+    return cards.hub_id(run, published) or "PATH-OF-THE-BASE-MODEL"
+
+
+def _place(published: cards.Publication, folder: str) -> str:
+    return f'"{published.name}"' + (f', subfolder="{folder}"' if folder else "")
+
+
+def _card_of_all(run: FinishedRun, published: cards.Publication) -> str:
+    folders = "\n".join(f"- [{axis}]({axis}/README.md)" for axis in run.axes)
+    return f"""\
+{cards.front_matter(run, published, "peft", ["lora", *run.axes], "adapter")}
+# {published.name}
+
+The experts of an aligned model (AlignX on DeepSpeed), each as a LoRA adapter in a folder of its own, for the untouched
+base model: {cards.base_named(run, published)}.
+
+{folders}
+
+{LOAD.format(base=_base(run, published), place=_place(published, run.axes[0]))}
+
+{cards.MEASURED}
+
+{measured(run)}
 """

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+PUBLISHED = ("hf", "adapters", "dense")  # have a model card, and can be pushed
+
 
 def add_verbs(verbs: Any) -> None:
     text = "a finished run as a Hugging Face checkpoint, PEFT adapters, a dense model, or files for other evaluators"
@@ -14,13 +16,16 @@ def add_verbs(verbs: Any) -> None:
     what = export.add_subparsers(dest="what", required=True, metavar="WHAT")
     hf = _of_a_run(what, "hf", "the aligned model with its model card", "a new directory")
     hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: %(default)s)")
+    _add_publishing(hf)
     text = "each axis's expert as a LoRA adapter (PEFT, vLLM), or several of them as one"
     adapters = _of_a_run(what, "adapters", text, "a new directory")
     _add_choice(adapters, "one adapter of the sum of", required=False)
     _add_measuring(adapters)
+    _add_publishing(adapters)
     dense = _of_a_run(what, "dense", "experts merged into a plain model of the backbone's own class", "a new directory")
     _add_choice(dense, "merge", required=True)
     _add_measuring(dense)
+    _add_publishing(dense)
     answers = _of_a_run(what, "answers", "a system's answers as model outputs for alpaca_eval", "a new .json file")
     answers.add_argument("--system", default="alignx", help="whose answers (default: %(default)s)")
     answers.add_argument("--set", required=True, metavar="NAME", help="an axis, or one of evaluation.sets")
@@ -59,6 +64,17 @@ def _add_measuring(made: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_publishing(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--license", default="", metavar="ID", help="of the export, as the hub spells it: apache-2.0")
+    text = "base model on the hub, for the card, where the run had it from a directory"
+    made.add_argument("--base-model", default="", metavar="OWNER/NAME", help=text)
+    text = "push the export to this repository of the hub, private, with your login (`hf auth login`, HF_TOKEN)"
+    made.add_argument("--push", metavar="OWNER/NAME", help=text)
+    made.add_argument("--public", action="store_true", help="with --push: anybody may see the repository")
+    text = "with --push: only show the repository, the files and their sizes, without the network"
+    made.add_argument("--push-dry-run", action="store_true", help=text)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
@@ -71,18 +87,8 @@ def run(args: argparse.Namespace) -> int:
 
     choose_accelerator()  # save_pretrained imports DeepSpeed
     distributed.silence_libraries()
-    if args.what == "hf":
-        from alignx_ds.export import huggingface
-
-        huggingface.export(args.run, args.out, args.max_shard_size)
-    elif args.what == "adapters":
-        from alignx_ds.export import adapters
-
-        adapters.export(args.run, args.out, args.axes or args.weights, args.prompts, args.rows, args.max_new_tokens)
-    elif args.what == "dense":
-        from alignx_ds.export import dense
-
-        dense.export(args.run, args.out, args.axes or args.weights, args.prompts, args.rows, args.max_new_tokens)
+    if args.what in PUBLISHED:
+        _published(args)
     elif args.what == "answers":
         from alignx_ds.export import answers
 
@@ -92,3 +98,27 @@ def run(args: argparse.Namespace) -> int:
 
         tasks.export(args.model, args.source, args.out)
     return 0
+
+
+def _published(args: argparse.Namespace) -> None:
+    """An export with a model card, which is pushed if that is asked for."""
+    from alignx_ds.errors import ConfigError, Problem
+    from alignx_ds.export import adapters, cards, dense, huggingface
+    from alignx_ds.export.publish import Repository
+
+    if (args.public or args.push_dry_run) and not args.push:
+        given = "--public" if args.public else "--push-dry-run"
+        raise ConfigError(Problem(given, None, "--push OWNER/NAME beside it", "say where the export goes"))
+    target = Repository(args.push, args.public, args.push_dry_run) if args.push else None
+    published = cards.Publication(args.push or args.out.name, args.license, args.base_model)
+    published.check()
+    if target:
+        target.check()
+    if args.what == "hf":
+        huggingface.export(args.run, args.out, args.max_shard_size, published)
+    else:
+        export = adapters.export if args.what == "adapters" else dense.export
+        chosen = args.axes or args.weights
+        export(args.run, args.out, chosen, args.prompts, args.rows, args.max_new_tokens, published)
+    if target:
+        target.push(args.out)

@@ -1,88 +1,98 @@
 """Model cards: the README.md of an exported directory, with the front matter that the hub reads.
 
-The licence is left to whoever publishes the model, since it depends on the licences of the base model and of the data.
+The licence is for whoever publishes the model to say, since it depends on those of the base model and of the data.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from alignx_ds.config.schema import SCRATCH_MODEL, WORLD_MODELS
-from alignx_ds.evaluation.judges.protocol import BESIDE, label
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export.fidelity import Fidelity
+from alignx_ds.export.licences import LICENCES
+from alignx_ds.export.measured import table
+from alignx_ds.export.publish import hub_name
 from alignx_ds.runs.finished import FinishedRun
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+|[\w-]+")
 LICENCE = "# license: yours to fill in; it has to agree with the licences of the base model and of the training data\n"
 
 
-def base_name(run: FinishedRun) -> str:
-    """The base model's id on the hub as the recipe has it; of a local one no more than the directory's name."""
+@dataclass(frozen=True)
+class Publication:
+    """What a card says that the run does not know."""
+
+    name: str  # from which the export is loaded: a repository of the hub, or the directory's name
+    licence: str = ""  # one of LICENCES; empty: none is named
+    base: str = ""  # the base model's id on the hub, where the run had it from a directory
+
+    def check(self) -> None:
+        """Raises ConfigError for a licence or a base model that the hub would not accept."""
+        if self.licence and self.licence not in LICENCES:
+            close = difflib.get_close_matches(self.licence, LICENCES, n=1)
+            fix = f"did you mean '{close[0]}'?" if close else "for one without an identifier write other"
+            raise ConfigError(Problem("--license", self.licence, "an identifier of the hub's, as apache-2.0", fix))
+        if self.base:
+            hub_name("--base-model", self.base)
+
+
+def base_name(run: FinishedRun, published: Publication) -> str:
+    """The base model's id on the hub as far as it is known; of a local one no more than the directory's name."""
     known = {**{name: name for name in WORLD_MODELS}, SCRATCH_MODEL: run.out.base.name}
     given = run.config.model.path
-    return hub_id(run) or known.get(given) or Path(given).resolve().name
+    return hub_id(run, published) or known.get(given) or Path(given).resolve().name
 
 
-def hub_id(run: FinishedRun) -> str | None:
-    """The base model's name on the hub, when it comes from there."""
+def hub_id(run: FinishedRun, published: Publication) -> str | None:
+    """The base model's name on the hub, when it is said or comes from there."""
     given = run.config.model.path
     local = given in (*WORLD_MODELS, SCRATCH_MODEL) or Path(given).is_dir() or not HUB_ID.fullmatch(given)
-    return None if local else given
+    return published.base or (None if local else given)
 
 
-def front_matter(run: FinishedRun, tags: Sequence[str], **more: str) -> str:
-    """The hub's metadata; it names the base model when that is on the hub."""
-    named = hub_id(run)
-    content: dict[str, Any] = {"base_model": named} if named else {}
-    content |= {"pipeline_tag": "text-generation", "tags": ["alignx", *tags], **more}
-    return f"---\n{LICENCE}{yaml.safe_dump(content, sort_keys=False)}---\n"
+def front_matter(
+    run: FinishedRun,
+    published: Publication,
+    library: str,
+    tags: Sequence[str],
+    relation: str,
+    results: Sequence[EvalResult] = (),
+) -> str:
+    """The hub's metadata. `relation` to the base model, which is named when it is on the hub: finetune or adapter."""
+    named = hub_id(run, published)
+    data = ModelCardData(
+        base_model=named,
+        base_model_relation=relation if named else None,
+        library_name=library,
+        license=published.licence or None,
+        pipeline_tag="text-generation",
+        tags=["alignx", *tags],
+        model_name=published.name,
+        eval_results=list(results) or None,
+    )
+    if not results:
+        data.model_name = None
+    return f"---\n{'' if published.licence else LICENCE}{data.to_yaml()}\n---\n"
 
 
-def base_named(run: FinishedRun) -> str:
+def base_named(run: FinishedRun, published: Publication) -> str:
     """The base model in words."""
     known = {
         **dict.fromkeys(WORLD_MODELS, "a small base model that ships with AlignX on DeepSpeed"),
         SCRATCH_MODEL: "a small base model that the run trained from scratch",
     }
-    named = hub_id(run)
-    return known.get(run.config.model.path, f"`{named}`" if named else "a local base model")
+    named = hub_id(run, published)
+    return f"`{named}`" if named else known.get(run.config.model.path, "a local base model")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def measured(run: FinishedRun) -> str:
-    """What the run measured, from its report."""
-    report = run.report
-    if report is None:
-        return "Not evaluated: the model was made by `alignx-ds align`, which does not measure it."
-    scored, systems, r = report["scored"], report["systems"], report["router"]
-    parts = []
-    if scored:
-        extra = [name for name in ("avg", *BESIDE) if name in systems["alignx"]]
-        rows = [[name, *(f"{s[c]:.1f}" for c in (*scored, *extra))] for name, s in systems.items()]
-        parts.append("Held-out rows, no hint of the axis in the prompt (0–100, higher is better):\n")
-        parts.append(table(["system", *scored, *map(label, extra)], rows) + "\n")
-        judges = ", ".join(f"{axis} by {report['judges'][axis]}" for axis in scored)
-        parts.append(f"Judges: {judges}; at most {report['run']['held_out_rows']} held-out rows per axis.\n")
-    perplexity = report["perplexity"]
-    rows = [[name, *(f"{value:.2f}" for value in p.values())] for name, p in perplexity.items()]
-    parts.append("Perplexity of held-out reference answers (lower is better):\n")
-    parts.append(table(["system", *perplexity["alignx"]], rows) + "\n")
-    parts.append(f"Router: accuracy {r['accuracy']:.3f}, ECE {r['ece']:.3f}, Brier {r['brier']:.3f}.")
-    parts.append(
-        f"Measured {report['run']['date'][:10]}, seed {report['run']['seed']}, on {report['run']['hardware']}."
-    )
-    return "\n".join(parts)
-
-
+MEASURED = "## The run: the aligned model, its specialists and the baselines"
 NOT_MEASURED = "Not measured: the run has no answers (`alignx-ds align`), and no `--prompts FILE` was given."
 HOW_MEASURED = """\
 Both models predict every token of the aligned model's own greedy answers. Relative logits error: ‖z − z′‖ / ‖z′‖, where

@@ -10,6 +10,7 @@ from pathlib import Path
 from alignx_ds.data.encode import pad_token
 from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed
+from alignx_ds.export.measured import measured
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
@@ -20,7 +21,15 @@ from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.runtime import console
 
 
-def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int, limit: int) -> None:
+def export(
+    root: Path,
+    out: Path,
+    chosen: str,
+    prompts: Path | None,
+    count: int,
+    limit: int,
+    published: cards.Publication,
+) -> None:
     """Write the directory, and print how far it is from the aligned model. Raises ConfigError or DataError.
 
     `chosen` names axes, or `axis=weight` pairs. The models are compared on the answers, of at most `limit` tokens, to
@@ -41,25 +50,27 @@ def export(root: Path, out: Path, chosen: str, prompts: Path | None, count: int,
             console.say(f"against the aligned model, on prompts of {name}: {found[name]}")
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        manifest.write_text(directory / "README.md", _card(run, out.name, kind, merged, found))
+        manifest.write_text(directory / "README.md", _card(run, published, kind, merged, found))
     console.say(f"dense {kind}: {out}" if prompts_by_set else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
 
 
-def _card(run: FinishedRun, name: str, kind: str, merged: Weights, found: dict[str, Fidelity]) -> str:
+def _card(
+    run: FinishedRun, published: cards.Publication, kind: str, merged: Weights, found: dict[str, Fidelity]
+) -> str:
     calibration = " And the calibration of the experts' output." if run.config.gate.output_latent else ""
     return f"""\
-{cards.front_matter(run, ["merge", *merged], library_name="transformers")}
-# {name}
+{cards.front_matter(run, published, "transformers", ["merge", *merged], "finetune")}
+# {published.name}
 
 Experts of an aligned model (AlignX on DeepSpeed), merged into the base model's feed-forward weights:
-base + {described(merged)}. The base model is {cards.base_named(run)}. The result is a plain
+base + {described(merged)}. The base model is {cards.base_named(run, published)}. The result is a plain
 `{kind}`:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{published.name}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{published.name}")
 ```
 
 ## What it leaves out
@@ -68,4 +79,8 @@ The gate: every prompt is answered with the same weights.{calibration} The diffe
 from the aligned model that it was made from:
 
 {cards.comparison(found, "prompts of")}
+
+{cards.MEASURED}
+
+{measured(run)}
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards
+from alignx_ds.export.measured import measured, results
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.models.templates import template_of
@@ -34,7 +35,7 @@ question = f"{intro}\\n\\n### Instruction:\\nHow do I make tea?\\n\\n### Respons
 prompt = tokenizer(question, return_tensors="pt")"""
 
 
-def export(root: Path, out: Path, max_shard_size: str) -> None:
+def export(root: Path, out: Path, max_shard_size: str, published: cards.Publication) -> None:
     """Write the directory. Raises ConfigError or DataError."""
     run = FinishedRun.open(root)
     model, tokenizer = aligned_of(run), tokenizer_of(run)
@@ -46,26 +47,27 @@ def export(root: Path, out: Path, max_shard_size: str) -> None:
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
         tokenizer.save_pretrained(directory)
         encode = CHAT if template_of(tokenizer) else PLAIN
-        manifest.write_text(directory / "README.md", _card(run, out.name, model.config.layers, encode))
+        manifest.write_text(directory / "README.md", _card(run, published, model.config.layers, encode))
     console.say(f"aligned model with its model card: {out}")
 
 
-def _card(run: FinishedRun, name: str, layers: list[int], encode: str) -> str:
+def _card(run: FinishedRun, published: cards.Publication, layers: list[int], encode: str) -> str:
+    tags = ["mixture-of-experts", *run.axes]
     return f"""\
-{cards.front_matter(run, ["mixture-of-experts", *run.axes], library_name="transformers")}
-# {name}
+{cards.front_matter(run, published, "transformers", tags, "finetune", results(run))}
+# {published.name}
 
 A mixture of calibrated experts ({", ".join(run.axes)}, and a generalist), made with AlignX on DeepSpeed. The experts
-are in layers {", ".join(map(str, layers))} of the base model: {cards.base_named(run)}.
+are in layers {", ".join(map(str, layers))} of the base model: {cards.base_named(run, published)}.
 A calibrated gate chooses experts once per user turn, from the last one; the decision is kept with the KV cache.
 
 ## Load it
 
-{LOAD.format(name=name, encode=encode)}
+{LOAD.format(name=published.name, encode=encode)}
 In bfloat16 or float16 the gates stay in float32. Prompts in one batch do not influence each other. The decision needs
 the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
 
 ## Measured
 
-{cards.measured(run)}
+{measured(run)}
 """

@@ -28,6 +28,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise ConfigError(Problem("OUT", str(out), "a directory that can be written", fix)) from error
     try:
         yield partial
+        for path in (partial, *partial.rglob("*")):  # safetensors writes files that only their owner may read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if out.exists():
             out.rmdir()
         partial.rename(out)

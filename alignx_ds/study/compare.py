@@ -9,8 +9,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from alignx_ds.errors import DataError
-from alignx_ds.evaluation.judges.protocol import BESIDE, KIND, label
-from alignx_ds.evaluation.report import ABLATIONS, JUDGE_PREFIX
+from alignx_ds.evaluation.judges.protocol import BESIDE, JUDGE_PREFIX, KIND, label
+from alignx_ds.evaluation.report import ABLATIONS
 from alignx_ds.runs.report import is_current, read_report
 from alignx_ds.runtime import console
 

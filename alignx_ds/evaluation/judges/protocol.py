@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from alignx_ds.data.rows import Row
@@ -10,6 +10,7 @@ from alignx_ds.data.rows import Row
 Verdict = dict[str, Any]  # on one answer; a JSON line of the file of verdicts
 Metrics = dict[str, float]  # by name; "score" is the main one: percent, higher is better
 BESIDE = ("benign_served", "length_controlled")  # are shown beside the scores of the axes that have them
+JUDGE_PREFIX = "judge_"  # of metrics that a judge has measured of itself
 KIND = "kind/"  # begins the names of metrics that are the score of one kind of rows
 
 
@@ -42,3 +43,9 @@ def percent(hits: Sequence[bool]) -> float:
 def label(metric: str) -> str:
     """A metric's name in tables: "benign served" for "benign_served", "category: drugs, weapons" for its key."""
     return metric.replace("_", " ").replace("/", ": ").replace(",", ", ")
+
+
+def set_columns(by_system: Mapping[str, Metrics]) -> list[str]:
+    """The metrics of an extra question set. Some systems may lack some: HoneSet has one per category that was asked."""
+    every = dict.fromkeys(key for metrics in by_system.values() for key in metrics)
+    return [key for key in every if not key.startswith(JUDGE_PREFIX)]
