@@ -172,7 +172,7 @@ def test_a_malformed_command_shows_its_usage(arguments: list[str], capsys: pytes
 
 def test_every_verb_has_help_and_work(capsys: pytest.CaptureFixture[str]) -> None:
     (verbs,) = [action.choices for action in cli.parser()._actions if isinstance(action.choices, dict)]
-    assert len(verbs) == 18
+    assert len(verbs) == 19
     for verb, made in verbs.items():
         assert made.get_default("work") or verb == "data"  # its `preview` has one
         with pytest.raises(SystemExit) as stop:

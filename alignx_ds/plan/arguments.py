@@ -6,6 +6,8 @@ import argparse
 import re
 from typing import Any
 
+from alignx_ds.config import completion
+
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
@@ -25,8 +27,12 @@ def add_verbs(verbs: Any) -> None:
 
 
 def add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a YAML file, or a shipped recipe: see `alignx-ds recipes`")
-    verb.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's")
+    recipe = verb.add_argument("recipe", help="a YAML file, or a shipped recipe: see `alignx-ds recipes`")
+    overrides = verb.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's"
+    )
+    recipe.completer = completion.recipes  # type: ignore[attr-defined]
+    overrides.completer = completion.settings  # type: ignore[attr-defined]
 
 
 def memory_size(text: str) -> float:

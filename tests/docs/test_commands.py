@@ -34,6 +34,8 @@ TESTED = {  # commands that other tests run, by how they begin
     "alignx-ds study": (
         "tests/study/test_study_command.py::test_a_study_records_its_provenance_and_does_not_change_the_run"
     ),
+    "alignx-ds completion": "tests/config/test_completion.py::test_the_verb_prints_code_for_the_shell",
+    "source <(alignx-ds completion": "tests/config/test_completion.py::test_the_verb_prints_code_for_the_shell",
     "alignx-ds config-schema": "tests/config/test_json_schema.py::test_the_verb_prints_the_schema",
     "alignx-ds doctor": "tests/doctor/test_doctor.py::test_a_healthy_machine_passes_and_nothing_is_left_behind",
     "alignx-ds serve": ("tests/serve/test_serve_process.py::test_sigterm_ends_it_after_the_answers_that_have_begun"),
