@@ -6,6 +6,7 @@
 # make study   draw the figures of Axis Collapse: a world run that keeps its checkpoints, then four plots in runs/study/study
 # make test    install everything, then run lint, types and tests, these in two processes (WORKERS=4 make test: in four)
 # make compat  run the tests of decoding and exports on the lowest and the newest supported transformers; needs the package index
+# make docs    build the site of the pages, with an API reference, in build/site/index.html; needs the package index
 # make faults  cause every fault that a run must survive (half an hour on 2 cores); writes the table of docs/reliability.md
 # make launchers  run the main job under every launcher: deepspeed on one and two hosts, mpirun, torchrun, Slurm's script
 # make check   the same as make test
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
-.PHONY: install demo seeds real bench gpu study test compat faults launchers check wheel lint format clean
+.PHONY: install demo seeds real bench gpu study docs test compat faults launchers check wheel lint format clean
 
 install: $(READY)
 
@@ -59,6 +60,13 @@ STUDY := checkpoints.every=20 checkpoints.keep=100 checkpoints.finished=true bas
 study: $(READY)
 	$(BIN)/alignx-ds run launch/recipes/world.yaml $(STUDY)
 	for what in drift forgetting contributions calibration; do $(BIN)/alignx-ds study $$what runs/study || exit 1; done
+
+$(VENV)/.ready-docs: docs/site/requirements.lock $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r docs/site/requirements.lock -c requirements.lock
+	@touch $@
+
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict -f docs/site/mkdocs.yml
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder

@@ -90,7 +90,7 @@ def router_metrics(logits: Tensor, labels: Tensor, kind: str = "choice") -> dict
 
 
 def confusion(logits: Tensor, labels: Tensor, kind: str = "choice") -> list[list[int]]:
-    """Counts [E][E]: rows are the experts that a prompt needs, columns those that the gate takes for it.
+    """Counts [E, E]: rows are the experts that a prompt needs, columns those that the gate takes for it.
 
     logits [N, E], labels [N] int64 or [N, E]. A prompt counts once in the row of each expert that it needs. In needs,
     the gate can take several: what another of the prompt's needs calls for is left out of a row, and where nothing is

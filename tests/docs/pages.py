@@ -8,7 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+AT_THE_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = (*AT_THE_TOP, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 PROGRAMS = r"(?:alignx-ds|make|python|pip|torchrun|deepspeed|sbatch|srun|mpirun|vllm|hf|alpaca_eval|source|pytest)"
 COMMAND = re.compile(  # a program and something to do
     rf'(?:[A-Z_]+=(?:"[^"]*"|\S+) )*(?:(?:\.venv/bin/)?{PROGRAMS}|launch/\w+\.sh) \S'

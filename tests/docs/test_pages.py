@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from pages import FENCE, PAGES, ROOT, read, text
+from pages import AT_THE_TOP, FENCE, PAGES, ROOT, read, text
 from test_house import LEVEL
 
 from alignx_ds import cli
@@ -42,8 +42,14 @@ EVERYTHING = "\n".join(map(read, PAGES))
 
 def test_the_readme_is_short_and_links_every_page_in_one_place() -> None:
     assert len(read("README.md").splitlines()) <= 150
-    assert {f"docs/{topic}.md" for topic in TOPICS} == set(PAGES) - {"README.md"}
+    assert {f"docs/{topic}.md" for topic in TOPICS} == set(PAGES) - set(AT_THE_TOP)
     assert all(f"]({page})" in text("README.md", "The pages") for page in PAGES if page != "README.md")
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = read("docs/site/mkdocs.yml")
+    named = re.findall(r"^ +- (?:\w+: \[)?([\w-]+\.md)", site, re.MULTILINE)
+    assert sorted(named) == sorted("index.md" if page == "README.md" else Path(page).name.lower() for page in PAGES)
 
 
 def test_the_readme_s_map_names_every_room_in_the_order_of_the_imports() -> None:
