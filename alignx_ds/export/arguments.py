@@ -26,6 +26,10 @@ def add_verbs(verbs: Any) -> None:
     _add_choice(dense, "merge", required=True)
     _add_measuring(dense)
     _add_publishing(dense)
+    push = what.add_parser("push", help="push an export to the hub", description="Push an export to the hub.")
+    push.add_argument("out", type=Path, metavar="OUT", help="directory that `alignx-ds export` has written")
+    push.add_argument("push", metavar="OWNER/NAME", help="repository of the hub; private, if it is new")
+    _add_visibility(push)
     answers = _of_a_run(what, "answers", "a system's answers as model outputs for alpaca_eval", "a new .json file")
     answers.add_argument("--system", default="alignx", help="whose answers (default: %(default)s)")
     answers.add_argument("--set", required=True, metavar="NAME", help="an axis, or one of evaluation.sets")
@@ -70,8 +74,12 @@ def _add_publishing(made: argparse.ArgumentParser) -> None:
     made.add_argument("--base-model", default="", metavar="OWNER/NAME", help=text)
     text = "push the export to this repository of the hub, private, with your login (`hf auth login`, HF_TOKEN)"
     made.add_argument("--push", metavar="OWNER/NAME", help=text)
-    made.add_argument("--public", action="store_true", help="with --push: anybody may see the repository")
-    text = "with --push: only show the repository, the files and their sizes, without the network"
+    _add_visibility(made)
+
+
+def _add_visibility(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--public", action="store_true", help="push to a repository that anybody may see")
+    text = "instead of pushing, show the repository, the files and their sizes, without the network"
     made.add_argument("--push-dry-run", action="store_true", help=text)
 
 
@@ -89,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
     distributed.silence_libraries()
     if args.what in PUBLISHED:
         _published(args)
+    elif args.what == "push":
+        from alignx_ds.export import publish
+
+        publish.push(args.out, publish.Repository(args.push, args.public, args.push_dry_run))
     elif args.what == "answers":
         from alignx_ds.export import answers
 

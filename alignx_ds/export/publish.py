@@ -1,10 +1,13 @@
 """`alignx-ds export … --push OWNER/NAME`: the export as a model repository of the hub, with the user's own login.
 
+`alignx-ds export push OUT OWNER/NAME` does the same with an export that is there already.
+
 The token is the one of `hf auth login` or of HF_TOKEN. Only the hub's client reads it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import enable_progress_bars, validate_repo_id  # type: ignore[attr-defined]
 
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.runtime import console
@@ -62,13 +65,17 @@ class Repository:
     def push(self, directory: Path) -> None:
         """Send the files; the repository then holds these and no others. Raises DataError; the export stays."""
         files = {str(path.relative_to(directory)): path.stat().st_size for path in _files(directory)}
+        again = f"alignx-ds export push {directory} {self.name}{' --public' if self.public else ''}"
         place = f"{constants.ENDPOINT}/{self.name} ({self.visibility})"
         total = f"{len(files)} files, {size(sum(files.values()))}"
         if self.dry_run:
             console.say(f"would be pushed to {place}: {total}")
             for name, count in files.items():
                 console.say(f"  {size(count):>9}  {name}")
+            console.say(f"push it with `{again}`")
             return
+        if sys.stderr.isatty():
+            enable_progress_bars()
         try:
             with _asking():
                 HfApi().create_repo(self.name, private=not self.public, exist_ok=True)
@@ -77,9 +84,17 @@ class Repository:
                     repo_id=self.name, folder_path=directory, commit_message=message, delete_patterns="*"
                 )
         except OSError as error:
-            again = f"hf upload {self.name} {directory} . {'--no-private' if self.public else '--private'}"
             raise DataError(f"{directory} is written, but not pushed ({error}); push it with `{again}`") from error
         console.say(f"pushed to {place}: {total}")
+
+
+def push(directory: Path, target: Repository) -> None:
+    """Send an export that was made before. Raises ConfigError and DataError."""
+    if not (directory / "README.md").is_file():
+        fix = "it has no README.md; give the directory that `alignx-ds export` has written"
+        raise ConfigError(Problem("OUT", str(directory), "an export with its model card", fix))
+    target.check()
+    target.push(directory)
 
 
 def hub_name(key: str, given: str) -> None:

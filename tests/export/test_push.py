@@ -63,6 +63,18 @@ def test_the_files_arrive_in_a_private_repository(
     assert capsys.readouterr().out == f"pushed to {constants.ENDPOINT}/me/world (private): 2 files, 2.1 kB\n"
 
 
+def test_an_export_that_is_there_is_pushed(
+    hub: Hub, directory: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["export", "push", str(directory), "me/world", "--public"]) == 0
+    assert hub.private == {"me/world": False}
+    assert "README.md" in hub.files["me/world"]
+    capsys.readouterr()
+    assert cli.main(["export", "push", str(tmp_path), "me/other"]) == 2
+    assert "an export with its model card" in capsys.readouterr().err
+    assert "me/other" not in hub.private
+
+
 def test_a_second_push_replaces_the_files_and_a_public_one_is_public(hub: Hub, directory: Path) -> None:
     target = Repository("team/world", public=True, dry_run=False)
     target.push(directory)
@@ -81,7 +93,8 @@ def test_a_dry_run_needs_neither_login_nor_network(
     target = Repository("me/world", public=False, dry_run=True)
     target.check()
     target.push(directory)
-    first, *files = capsys.readouterr().out.splitlines()
+    first, *files, last = capsys.readouterr().out.splitlines()
+    assert last == f"push it with `alignx-ds export push {directory} me/world`"
     assert first == f"would be pushed to {constants.ENDPOINT}/me/world (private): 2 files, 2.1 kB"
     assert [line.split() for line in files] == [["31", "B", "README.md"], ["2.0", "kB", "helpful/weights.bin"]]
     assert hub.requests == []
@@ -130,7 +143,7 @@ def test_a_push_that_fails_says_how_to_repeat_it(hub: Hub, directory: Path, faul
     with pytest.raises(DataError) as failed:
         Repository("me/world", public=False, dry_run=False).push(directory)
     (line,) = str(failed.value).splitlines()
-    assert named in line and f"`hf upload me/world {directory} . --private`" in line
+    assert named in line and f"`alignx-ds export push {directory} me/world`" in line
     assert TOKEN not in line
 
 
