@@ -138,6 +138,7 @@ class DataConfig:
     held_out_share: Share = 0.15  # of the questions, where an axis has no held-out source of its own
     calibration_share: Share = 0.15  # of the training questions: the calibration split, which fits the constants
     records: NonNegativeInt = 0  # read from each source, at most; 0: all
+    decontaminate: bool = True  # leave out training rows that are near-duplicates of a prompt that is judged
     # Answers of a dialogue that stage 1 learns: all, or the last. Stage 2 learns the last, which its gate decides for.
     answers: Annotated[str, OneOf(("all", "last"))] = "all"
 

@@ -85,7 +85,7 @@ def read_inputs(config: RunConfig, base: BaseModel) -> RunInputs:
     sources = read_sources(config)
     texts: list[Row] = []
     if from_scratch:
-        texts = read_texts(config, limited(sources, config).judged_questions)
+        texts = read_texts(config, limited(sources, config).judges)
         tokenizer = train_tokenizer(texts, config.scratch.vocabulary)
         base = BaseModel(config.model, planned(config, tokenizer))
     encodings = Encodings(base.tokenizer)

@@ -5,11 +5,13 @@ Every record is accounted for: it becomes a row, or it is dropped with a reason.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.config.sources import training_sources
 from alignx_ds.data.columns import Records
+from alignx_ds.data.contamination import EvaluationPrompts, left_out, near_duplicates
 from alignx_ds.data.routing import RoutingRows, gated, more_needs, read_routing
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
@@ -40,6 +42,21 @@ class DataSplits:
     sets: dict[str, SplitRows]
     judged_questions: frozenset[str]  # of all held-out rows, those beyond data.held_out_rows too: never trained on
     routing: tuple[RoutingRows, ...] = ()  # by source: prompts that the gate alone learns from
+    # What training rows were compared with; empty where the recipe does not ask for that.
+    compared_with: tuple[EvaluationPrompts, ...] = field(default=(), compare=False)
+
+    def judges(self, row: Row) -> bool:
+        """Whether a row's question, or one that is like it, is judged."""
+        exactly = not self.judged_questions.isdisjoint(row.questions)
+        return exactly or any(prompts.like(row) is not None for prompts in self.compared_with)
+
+    def decontamination(self) -> dict[str, int] | None:
+        """Prompts that training rows were compared with, the rows that were left out; None: nothing was compared."""
+        if not self.compared_with:
+            return None
+        trained = [*self.train.values(), *(part.train for part in self.routing)]
+        prompts = sum(len(known.kinds) for known in self.compared_with)
+        return {"prompts": prompts, "near_duplicates": sum(map(left_out, trained))}
 
 
 def read_splits(config: RunConfig) -> DataSplits:
@@ -59,25 +76,85 @@ def read_sources(config: RunConfig) -> Sources:
 def limited(sources: Sources, config: RunConfig, too_long: TooLong | None = None) -> DataSplits:
     """The rows that a run uses: none that is too long, none that is trained on and judged, as many as the limits allow.
 
-    Rows that are too long do not count towards a limit. Raises DataError for a source that is left without rows.
+    Rows that are too long do not count towards a limit. With `data.decontaminate`, no training row is a near-duplicate
+    of a prompt that is judged. Raises DataError for a source that is left without rows.
     """
     judged = frozenset(row.question for parts in sources.held_out.values() for part in parts for row in part.rows)
+    kept = {name: [part.without(leaked(part, judged)) for part in parts] for name, parts in sources.train.items()}
+    sources = replace(sources, train=kept)
+    if not config.data.decontaminate:
+        return _chosen(sources, config, judged, too_long)
+    held_out = EvaluationPrompts(
+        {f"a held-out prompt of {n}": [r for p in parts for r in p.rows] for n, parts in sources.held_out.items()}
+    )
+    sources = _decontaminated(sources, held_out, judged)
+    splits = _chosen(sources, config, judged, too_long)
+    # Sets and held-out routing rows have lost what is trained on word for word. Nothing like the rest is trained on.
+    measured = {f"a prompt of set {name}": split.rows for name, split in splits.sets.items()}
+    measured |= {f"a held-out routing prompt of {part.name}": part.held_out.rows for part in splits.routing}
+    others = EvaluationPrompts(measured)
+    cleaned = _decontaminated(sources, others, judged)
+    if cleaned != sources:
+        splits = _chosen(cleaned, config, judged, too_long, measured_on=splits)
+    return replace(splits, compared_with=(held_out, others))
+
+
+def _chosen(
+    sources: Sources,
+    config: RunConfig,
+    judged: frozenset[str],
+    too_long: TooLong | None,
+    measured_on: DataSplits | None = None,
+) -> DataSplits:
+    """As many rows as the limits allow; `judged` are the held-out questions.
+
+    The sets and held-out routing rows are those of `measured_on`, if given.
+    """
     train, held_out = {}, {}
     for name, settings in _experts(config).items():
-        parts = [part.without(leaked(part, judged)) for part in sources.train[name]]
         weights = [source.weight for source in training_sources(settings)]
-        train[name] = used(parts, _train_limit(settings, config), "train", name, too_long, weights)
+        train[name] = used(sources.train[name], _train_limit(settings, config), "train", name, too_long, weights)
         held_out[name] = used(sources.held_out[name], config.data.held_out_rows, "held out", name, too_long)
     routing = gated(sources.routing, train, judged, config, too_long)
     train, held_out = more_needs(train, sources.routing), more_needs(held_out, sources.routing)
+    if measured_on is None:
+        sets = _sets(sources, config, train, routing, too_long)
+    else:
+        sets, known = measured_on.sets, measured_on.routing
+        routing = [replace(part, held_out=other.held_out) for part, other in zip(routing, known, strict=True)]
+    judged |= {row.question for split in sets.values() for row in split.rows}
+    return DataSplits(train, held_out, sets, judged, tuple(routing))
+
+
+def _sets(
+    sources: Sources,
+    config: RunConfig,
+    train: dict[str, SplitRows],
+    routing: Sequence[RoutingRows],
+    too_long: TooLong | None,
+) -> dict[str, SplitRows]:
+    """The extra sets, without the questions of training and routing rows."""
     gate_rows = [part.train for part in routing]
     trained = frozenset(q for split in (*train.values(), *gate_rows) for row in split.rows for q in row.questions)
     sets = {}
     for name, split in sources.sets.items():
         known = {i: "its question is trained on" for i, row in enumerate(split.rows) if row.question in trained}
         sets[name] = used([split.without(known)], _set_limit(name, config), "set", name, too_long)
-    judged |= {row.question for split in sets.values() for row in split.rows}
-    return DataSplits(train, held_out, sets, judged, tuple(routing))
+    return sets
+
+
+def _decontaminated(sources: Sources, prompts: EvaluationPrompts, judged: frozenset[str]) -> Sources:
+    """Without the training and routing rows that are near-duplicates of these prompts.
+
+    Routing rows with a held-out question to the letter, one of `judged`, are left to `gated`, which says so.
+    """
+
+    def clean(split: SplitRows) -> SplitRows:
+        near = near_duplicates(split, prompts)
+        return split.without({i: why for i, why in near.items() if judged.isdisjoint(split.rows[i].questions)})
+
+    train = {name: [clean(part) for part in parts] for name, parts in sources.train.items()}
+    return replace(sources, train=train, routing=[replace(part, train=clean(part.train)) for part in sources.routing])
 
 
 def _experts(config: RunConfig) -> dict[str, AxisConfig | GeneralistConfig]:

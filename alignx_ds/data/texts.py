@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,8 +41,8 @@ def planned(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None)
     return Planned(Path(config.output) / "base", architecture, tokenizer)
 
 
-def read_texts(config: RunConfig, held_out: frozenset[str]) -> list[Row]:
-    """All rows of `scratch.texts`, wrong and harmful answers too, except those of `held_out` questions.
+def read_texts(config: RunConfig, judged: Callable[[Row], bool]) -> list[Row]:
+    """All rows of `scratch.texts`, wrong and harmful answers too, except those whose question is `judged`.
 
     Raises DataError naming file, row and column.
     """
@@ -50,7 +51,7 @@ def read_texts(config: RunConfig, held_out: frozenset[str]) -> list[Row]:
         limit = config.data.records
         source = Source(s.source, s.schema, s.columns)
         records = source.records(held_out=False, count=config.data.train_rows, seed=config.seed, limit=limit)
-        rows = [row for row in SCHEMAS[s.schema].texts(records) if held_out.isdisjoint(row.questions)]
+        rows = [row for row in SCHEMAS[s.schema].texts(records) if not judged(row)]
         if not rows:
             problem = "no row is left to train on, all are held out; give a source with other questions"
             raise DataError(f"{s.source} (scratch.texts.{name}): {problem}")

@@ -88,6 +88,7 @@ def build(
         "experts": config.expert_names,
         "collapse": {axis: _collapse(results, axis) for axis in scored},
         "rows": {name: _row_counts(data, name) for name in config.expert_names if data.splits.train[name].source},
+        "decontamination": data.splits.decontamination(),  # None: off
         "routing_rows": {part.name: _routing_counts(part) for part in data.splits.routing},
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
         "config": to_dict(config),

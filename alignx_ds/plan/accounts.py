@@ -39,7 +39,14 @@ def accounts(rows: DataSplits, joined: Mapping[str, JoinedRows] = MappingProxyTy
         name = "negatives" if part.owner == GENERALIST else f"{part.owner}, routing"
         for what, side in (("for the gate", part.train), ("held out", part.held_out)):
             lines += _account(f"{name}, {what}", side, f" of {side.source}")
-    return lines
+    return [*lines, _decontamination(rows)]
+
+
+def _decontamination(rows: DataSplits) -> str:
+    if (found := rows.decontamination()) is None:
+        return line("decontamination", "off", " training rows may be near-duplicates of prompts that are judged")
+    what = f" training rows left out, near-duplicates of one of the {found['prompts']:,} prompts that are judged"
+    return line("decontamination", f"{found['near_duplicates']:,}", what)
 
 
 def _account(name: str, side: SplitRows, note: str) -> list[str]:

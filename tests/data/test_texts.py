@@ -67,7 +67,7 @@ def sourced(config: RunConfig, **sources: tuple[str, Path]) -> RunConfig:
 def test_texts_hold_wrong_and_harmful_answers_too(tiny_config: RunConfig, tmp_path: Path) -> None:
     truth = write_json(tmp_path / "t.json", [GOOD["truthfulqa"]])
     harm = write_lines(tmp_path / "h.jsonl", [answer("How?", "Like so.", False), answer("How?", "No.", True)])
-    texts = read_texts(sourced(tiny_config, truth=("truthfulqa", truth), harm=("beavertails", harm)), frozenset())
+    texts = read_texts(sourced(tiny_config, truth=("truthfulqa", truth), harm=("beavertails", harm)), lambda row: False)
     assert [(row.prompt, row.response) for row in texts] == [
         *(("Why?", text) for text in ("So.", "Thus.", "No.")),
         *(("How?", text) for text in ("Like so.", "No.")),
@@ -79,12 +79,12 @@ def test_no_text_has_a_held_out_question(tiny_config: RunConfig, tmp_path: Path,
     """Regardless of case and spacing; none of its answers is left either."""
     records = [GOOD["truthfulqa"] | {"Question": question}, GOOD["truthfulqa"] | {"Question": "Who?"}]
     path = write_json(tmp_path / "t.json", records)
-    held_out = frozenset({Row("Why?", "").question})
-    texts = read_texts(sourced(tiny_config, truth=("truthfulqa", path)), held_out)
+    held_out = Row("Why?", "").question
+    texts = read_texts(sourced(tiny_config, truth=("truthfulqa", path)), lambda row: held_out in row.questions)
     assert {row.prompt for row in texts} == {"Who?"}
 
 
 def test_texts_that_are_all_held_out_are_refused(tiny_config: RunConfig, tmp_path: Path) -> None:
     path = write_json(tmp_path / "t.json", [GOOD["plain"]])
     with pytest.raises(DataError, match=r"t\.json \(scratch\.texts\.talk\): no row is left"):
-        read_texts(sourced(tiny_config, talk=("plain", path)), frozenset({"hello"}))
+        read_texts(sourced(tiny_config, talk=("plain", path)), lambda row: True)
