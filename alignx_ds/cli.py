@@ -28,7 +28,6 @@ from alignx_ds.study import arguments as study
 DISTRIBUTED = "alignx_ds.runtime.distributed"  # it imports torch
 EXIT_CLOSED_OUTPUT = 1  # as Python's own, when nothing reads the standard output any more
 LISTS = ("overrides", "settings", "prompts")  # arguments of any number, between which options may stand
-SHELLS = ("bash", "zsh", "fish")
 COMPLETING = "_ARGCOMPLETE"  # set by the code of `alignx-ds completion`: the shell asks what may follow
 RUN_HELP = """\
 Three verbs run the same job up to a step. Each step reuses what is finished in the output directory:
@@ -52,10 +51,6 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"alignx-ds {version('alignx-ds')}")
     verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_run_verbs(verbs)
-    text = "print the code that makes a shell complete this command's verbs, options, recipes and keys"
-    completion = verbs.add_parser("completion", help=text, description=f"{text[:1].upper()}{text[1:]}.")
-    completion.add_argument("shell", choices=SHELLS)
-    completion.set_defaults(work=_completion)
     for room in (plan, config, world, serve, study, evaluation, export, doctor):
         room.add_verbs(verbs)
     return main
@@ -91,13 +86,6 @@ def _run(args: argparse.Namespace) -> int:
         show_config=args.show_config,
         gpu_memory=args.gpu_memory,
     )
-
-
-def _completion(args: argparse.Namespace) -> int:
-    import argcomplete
-
-    print(argcomplete.shellcode(["alignx-ds"], shell=args.shell))
-    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,10 +1,12 @@
-"""The verb `recipes`."""
+"""The verbs `recipes` and `completion`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 def add_verbs(verbs: Any) -> None:
@@ -19,6 +21,10 @@ def add_verbs(verbs: Any) -> None:
     copy.add_argument("name", metavar="NAME", help="as listed by `alignx-ds recipes`")
     copy.add_argument("directory", type=Path, nargs="?", default=Path(), metavar="DEST", help="(default: here)")
     copy.set_defaults(work=_copy)
+    text = "print the code that makes a shell complete this command's verbs, options, recipes and keys"
+    completion = verbs.add_parser("completion", help=text, description=f"{text[:1].upper()}{text[1:]}.")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(work=_completion)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -42,4 +48,11 @@ def _copy(args: argparse.Namespace) -> int:
         raise ConfigError(Problem("NAME", args.name, f"one of {', '.join(known)}", "correct the name"))
     for path in shipped.copy(args.name, parse.load(known[args.name]), args.directory):
         console.say(str(path))
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    import argcomplete
+
+    print(argcomplete.shellcode(["alignx-ds"], shell=args.shell))
     return 0

@@ -74,11 +74,9 @@ def front_matter(
         license=published.licence or None,
         pipeline_tag="text-generation",
         tags=["alignx", *tags],
-        model_name=published.name,
+        model_name=published.name if results else None,
         eval_results=list(results) or None,
     )
-    if not results:
-        data.model_name = None
     return f"---\n{'' if published.licence else LICENCE}{data.to_yaml()}\n---\n"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignx_ds import cli
+from alignx_ds.config.arguments import SHELLS
 
 argcomplete = pytest.importorskip("argcomplete")
 
@@ -59,7 +60,7 @@ def test_what_may_follow_is_offered(typed: str, expected: list[str], monkeypatch
     assert offered(f"alignx-ds {typed}", monkeypatch) == expected
 
 
-@pytest.mark.parametrize("shell_name", cli.SHELLS)
+@pytest.mark.parametrize("shell_name", SHELLS)
 def test_the_verb_prints_code_for_the_shell(shell_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell_name]) == 0
     printed = capsys.readouterr().out
