@@ -1,22 +1,22 @@
-"""Strong and weak scaling of stage 2's training step over ranks, and a cost model extrapolated to 1,024 GPUs.
+"""Strong and weak scaling of both stages' training steps over ranks, and a cost model of them.
 
     python benchmarks/scaling.py --shape tiny --device cpu
     python benchmarks/scaling.py --shape llama2-7b --device cuda --ranks 1 2 4 8 --rows 2 4 8 --length 2048
 
-Measured: worlds of all sizes run at once and take turns; in its turn a world runs a step of every batch size. Experts
-are spread over the largest number of ranks that divides them. Bytes are counted from the routes of Dispatch and checked
-against the collectives that DeepSpeed called. Columns: ranks and rows per rank, median milliseconds of a step with
+Measured: stage 1 under ZeRO-3, and stage 2 with expert parallelism and on the fused path, both under ZeRO-2. Worlds of
+all sizes run at once and take turns; in its turn a world runs a step of every stage and batch size. Experts are spread
+over the largest number of ranks that divides them. Bytes are counted at the collectives that DeepSpeed called, those of
+all-to-alls also from the routes of Dispatch. Columns: ranks and rows per rank, median milliseconds of a step with
 quartiles, CPU milliseconds, tokens per second, MiB that a rank sends in all-to-alls, share of padding in the dispatched
 slots, and efficiencies: tokens per second and rank over one rank's, with the same global batch (strong) or the same
 batch per rank (weak).
 
-Modelled: seconds by token, and by message (α) and byte (β) of the collectives, which a microbenchmark on the same ranks
-measures. The largest batch on the most ranks is left out of the fit, and its error tests the model. The model does not
-include other processes, so it is fitted to the fastest rounds. Columns: the fastest measured step, the modelled step,
-the part of it that is communication, the error, and whether the point was left out.
+Modelled, for each stage by itself: seconds by token, and by message (α) and byte (β) of the collectives, which a
+microbenchmark on the same ranks measures. The largest batch on the most ranks is left out of the fit, and its error
+tests the model. The model does not include other processes, so it is fitted to the fastest rounds. Columns: the fastest
+measured step, the modelled step, the part of it that is communication, the error, and whether the point was left out.
 
-The extrapolation for `--drawn-shape` is A MODEL, NOT A MEASUREMENT: the speeds of GPUs and links are assumed, and each
-is an option.
+cluster.py draws a model of this form for many GPUs.
 """
 
 from __future__ import annotations
@@ -25,50 +25,53 @@ import argparse
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from typing import Any
 
-import torch
 from suite import plots, ranks, record
-from suite.cluster import Assumptions, Drawn, Shape, draw, expert_parallel
-from suite.costs import ALL_TO_ALL, Fit, Point, World, fastest, rate
+from suite.costs import ALL_TO_ALL, Fit, Point, World, fastest, of_stage, rate
 from suite.record import Target
-from suite.shapes import NAMES, config_of
-from suite.systems import AXES, Setting, alignx
+from suite.systems import Setting
 from suite.timing import WARM_UP, Times, interleaved
 
-from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.runtime import console, distributed
+from alignx_ds.training.speed import own_tokens
 
-GPUS = [8 * 2**k for k in range(8)]
-MODEL = "model, not a measurement"
+STAGE1, EXPERT_PARALLEL, FUSED = "stage 1, ZeRO-3", "stage 2, expert parallel", "stage 2, fused"
+STAGES = (STAGE1, EXPERT_PARALLEL, FUSED)
 MIB = 2**20
 
 
 def measure(args: argparse.Namespace) -> World:
     """All measurements of this world size. Collective."""
     from suite.collectives import microbenchmark
-    from suite.training import ep_sizes, here, random_rows, stage2
+    from suite.training import ep_sizes, here, random_rows, stage1, stage2
 
     world = distributed.world_size()
     ep_size = max(ep_sizes(world))
     setting = here(Setting.of(args))
     rows = random_rows(max(args.rows) * max(args.ranks), setting.config.vocab_size, args.length)
-    trainee = stage2(setting, rows, world * args.rows[0], ep_size)
-    trainees = {str(own): trainee.with_batch(world * own) for own in args.rows}
-    points = [{"rows": world * own, **watched(trainees[str(own)])} for own in args.rows]
-    steps = {name: repeat(next(t.stream())) for name, t in trainees.items()}  # the same step in every round
-    spent: dict[str, list[float]] = {name: [] for name in trainees}
-    work: dict[str, Callable[[], object]] = {n: partial(one_step, t, steps[n], spent[n]) for n, t in trainees.items()}
+    given = setting, rows, world * args.rows[0]
+    engines = {EXPERT_PARALLEL: stage2(*given, ep_size), FUSED: stage2(*given, 0)}
+    engines[STAGE1] = stage1(*given, zero=3)  # the last: from now on transformers shards the models that it makes
+    trainees = {(stage, own): engine.with_batch(world * own) for stage, engine in engines.items() for own in args.rows}
+    points = [{"stage": stage, "rows": world * own, **watched(trainee)} for (stage, own), trainee in trainees.items()]
+    names = {name: f"{name[0]}, {name[1]} rows" for name in trainees}
+    spent: dict[str, list[float]] = {name: [] for name in names.values()}
+    work: dict[str, Callable[[], object]] = {
+        names[n]: partial(one_step, t, repeat(next(t.stream())), spent[names[n]])  # the same step in every round
+        for n, t in trainees.items()
+    }
     turns = ranks.Turns(args.worker, args.ranks, world)
     turns.ready()
     times = interleaved(work, args.repeats, args.device, turns.turn)
     with turns.turn():
         links = microbenchmark(distributed.device(), args.repeats) if world > 1 else {}
-    trainee.close()
-    for point, name in zip(points, trainees, strict=True):
+    for trainee in engines.values():
+        trainee.close()
+    for point, name in zip(points, work, strict=True):
         point["milliseconds"], point["cpu_milliseconds"] = times[name].rounds, spent[name][WARM_UP:]
     return {"ranks": world, "ep_size": ep_size, "links": links, "points": points}
 
@@ -81,9 +84,8 @@ def one_step(trainee: Any, steps: Any, spent: list[float]) -> None:
 
 
 def watched(trainee: Any) -> Point:
-    """An untimed step, for what the rank that sends most has dispatched and called. Collective."""
+    """An untimed step, for what the rank with the most slots has dispatched and called. Collective."""
     from suite.collectives import listening, watching
-    from suite.training import tokens
 
     step = next(trainee.stream())
     with watching(trainee.engine.module) as seen, listening() as tally:
@@ -91,16 +93,21 @@ def watched(trainee: Any) -> Point:
     dispatched = tally.calls[ALL_TO_ALL] > 0
     assert not dispatched or seen.size == tally.size[ALL_TO_ALL], "Dispatch and DeepSpeed differ in the bytes sent"
     own: Point = {
-        "tokens": tokens([step]),
-        "slots": max(seen.capacities),
-        "padding": sum(seen.padding) / len(seen.padding),
+        "tokens": own_tokens(step),
+        "slots": max(seen.capacities, default=sum(computed_slots(part, packed=trainee.packed) for part in step)),
+        "padding": sum(seen.padding) / max(1, len(seen.padding)),
         "all_to_all_bytes": seen.size if dispatched else 0,
         "traffic": {kind: asdict(traffic) for kind, traffic in tally.traffic().items()},
     }
     every = distributed.gather(own)
-    most = max(every, key=lambda found: int(found["all_to_all_bytes"]))
+    most = max(every, key=lambda found: int(found["slots"]))
     total, padding = sum(found["tokens"] for found in every), sum(found["padding"] for found in every)
     return {**most, "tokens": total, "padding": padding / len(every)}
+
+
+def computed_slots(part: Any, *, packed: bool) -> int:
+    """Places for tokens that a micro batch computes without dispatch: packed lines with their padding."""
+    return part.batch.input_ids.numel() if packed else int(part.batch.attention_mask.sum())
 
 
 def efficiencies(worlds: list[World], world: World, point: Point) -> tuple[float | None, float | None]:
@@ -120,170 +127,111 @@ def efficiencies(worlds: list[World], world: World, point: Point) -> tuple[float
     return over(point["rows"]), over(point["rows"] // world["ranks"])
 
 
-def show(worlds: list[World], fit: Fit) -> None:
-    rows, checked = [], []
-    for w in worlds:
-        for p in w["points"]:
-            times, name = Times(p["milliseconds"]), f"{w['ranks']} x {p['rows'] // w['ranks']}"
-            strong, weak = ("-" if e is None else f"{e:.2f}" for e in efficiencies(worlds, w, p))
-            sizes = [f"{p['all_to_all_bytes'] / MIB:.1f}", f"{100 * p['padding']:.1f} %"]
-            quartiles = "{:.0f} – {:.0f}".format(*times.quartiles)
-            rows.append(
-                [
-                    name,
-                    f"{times.median:.0f}",
-                    quartiles,
-                    f"{Times(p['cpu_milliseconds']).median:.0f}",
-                    f"{rate(p):.0f}",
-                    *sizes,
-                    strong,
-                    weak,
-                ]
-            )
-            left_out = (w["ranks"], p["rows"]) == fit.left_out
-            modelled = [1000 * fit.predicted(w["ranks"], p), 1000 * fit.communication(w["ranks"], p)]
-            milliseconds = [f"{v:.1f}" for v in (1000 * fastest(p), *modelled)]
-            checked.append(
-                [name, *milliseconds, f"{100 * fit.error(w['ranks'], p):+.1f} %", "LEFT OUT" if left_out else ""]
-            )
-    columns = [
-        "ranks x rows",
-        "ms a step",
-        "quartiles",
-        "CPU ms",
-        "tokens/s",
-        "all-to-all MiB",
-        "padding",
-        "strong",
-        "weak",
-    ]
-    console.table("Measured: stage 2's step; all-to-all and padding per rank, efficiencies", columns, rows)
+def show(worlds: list[World], fits: dict[str, Fit]) -> None:
+    for stage, fit in fits.items():
+        own = of_stage(worlds, stage)
+        columns = ["ranks x rows", "ms a step", "quartiles", "CPU ms", "tokens/s"]
+        columns += ["all-to-all MiB", "padding", "strong", "weak"]
+        title = f"Measured: {stage}; all-to-all and padding per rank, efficiencies"
+        console.table(title, columns, [measured_row(own, w, p) for w in own for p in w["points"]])
+        c = fit.compute
+        title = f"Modelled: {stage}; {1000 * c.fixed:.1f} ms per step + {1e6 * c.per_slot:.0f} µs per token"
+        columns = ["ranks x rows", "fastest ms", "modelled ms", "communication", "error", "in the fit"]
+        console.table(title, columns, [modelled_row(fit, w["ranks"], p) for w in own for p in w["points"]])
     links = [
         [f"{kind}, {n} ranks", f"{1e6 * link.alpha:.0f}", f"{1e-9 / link.beta:.2f}" if link.beta else "-"]
-        for n, of_world in fit.links.items()
+        for n, of_world in next(iter(fits.values())).links.items()
         for kind, link in of_world.items()
     ]
     console.table("Fitted to the microbenchmark", ["collective", "α, µs per call", "1/β, GB/s"], links)
-    c = fit.compute
-    title = f"The model against the measurement: {1000 * c.fixed:.1f} ms per step + {1e6 * c.per_slot:.0f} µs per token"
-    columns = ["ranks x rows", "fastest ms", "modelled ms", "communication", "error", "in the fit"]
-    console.table(title, columns, checked)
 
 
-def show_drawn(drawn: dict[str, list[Drawn]], given: dict[str, Any]) -> None:
-    for kind, points in drawn.items():
-        rows = []
-        for d in points:
-            parts = [d.compute, d.all_to_all, d.all_reduce, d.overhead]
-            efficiency = d.tokens_per_second / d.gpus / (points[0].tokens_per_second / points[0].gpus)
-            milliseconds = [f"{1000 * part:.1f}" for part in (d.step, *parts)]
-            rows.append([str(d.gpus), *milliseconds, f"{d.tokens_per_second / 1e6:.2f}", f"{efficiency:.3f}"])
-        columns = ["GPUs", "ms a step", "compute", "all-to-all", "all-reduce", "overhead", "M tokens/s", "efficiency"]
-        console.table(f"{given['shape']}, {kind} scaling: A {MODEL.upper()}", columns, rows)
-    console.say(f"Assumed, not measured: {assumed(given)}")
-
-
-def assumed(given: dict[str, Any]) -> str:
-    a = Assumptions(**given["cluster"])
-    return (
-        f"{a.flops / 1e12:g} TFLOP/s achieved by a GPU; {a.overhead_ms:g} ms of overhead a step; within nodes of "
-        f"{a.gpus_per_node} {a.nvlink_gb_s:g} GB/s and {a.nvlink_latency_us:g} µs a call, across them {a.ib_gb_s:g} "
-        f"GB/s a GPU and {a.ib_latency_us:g} µs a hop; {a.tokens_per_gpu:,} tokens a GPU and micro batch (strong "
-        f"scaling: {a.strong_tokens:,} a global batch), sequences of {a.sequence}; {100 * a.padding:g} % padding; "
-        f"{a.element} bytes an element. ep_size {given['ep_size']} within a node, data parallel across nodes, ZeRO-2 "
-        f"on factors of rank {given['rank']} and {given['shared_trained'] / 1e6:.1f} M shared weights; all ranks have "
-        "the same number of tokens, nothing overlaps, no stragglers, FLOP/s independent of the batch."
+def measured_row(worlds: list[World], world: World, p: Point) -> list[str]:
+    times = Times(p["milliseconds"])
+    sizes = (
+        [f"{p['all_to_all_bytes'] / MIB:.1f}", f"{100 * p['padding']:.1f} %"] if p["all_to_all_bytes"] else ["-", "-"]
     )
+    ratios = ["-" if e is None else f"{e:.2f}" for e in efficiencies(worlds, world, p)]
+    cpu = f"{Times(p['cpu_milliseconds']).median:.0f}"
+    quartiles = "{:.0f} – {:.0f}".format(*times.quartiles)
+    return [name_of(world["ranks"], p), f"{times.median:.0f}", quartiles, cpu, f"{rate(p):.0f}", *sizes, *ratios]
 
 
-def draw_all(args: argparse.Namespace) -> tuple[dict[str, list[Drawn]], dict[str, Any]]:
-    cluster = Assumptions(**{f.name: getattr(args, f.name) for f in fields(Assumptions)})
-    config = config_of(args.drawn_shape)
-    model = alignx(Setting(config, "meta", torch.bfloat16, args.rank))
-    freeze_trunk(model)
-    shared = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".mixture." not in n)
-    shape = Shape.of(config, AXES + 1, args.rank, shared)
-    drawn = {
-        "weak": [draw(shape, n, n * cluster.tokens_per_gpu, cluster) for n in GPUS],
-        "strong": [draw(shape, n, cluster.strong_tokens, cluster) for n in GPUS],
-    }
-    given = {
-        "shape": args.drawn_shape,
-        "rank": args.rank,
-        "shared_trained": shared,
-        "ep_size": expert_parallel(shape, GPUS[0], cluster),
-        "cluster": asdict(cluster),
-    }
-    return drawn, given
+def modelled_row(fit: Fit, n: int, p: Point) -> list[str]:
+    modelled = [1000 * fit.predicted(n, p), 1000 * fit.communication(n, p)]
+    milliseconds = [f"{v:.1f}" for v in (1000 * fastest(p), *modelled)]
+    left_out = "LEFT OUT" if (n, p["rows"]) == fit.left_out else ""
+    return [name_of(n, p), *milliseconds, f"{100 * fit.error(n, p):+.1f} %", left_out]
 
 
-def _with_sums(drawn: Drawn) -> dict[str, float]:
-    return {**asdict(drawn), "step": drawn.step, "tokens_per_second": drawn.tokens_per_second}
+def name_of(n: int, p: Point) -> str:
+    return f"{n} x {p['rows'] // n}"
 
 
-def plot(
-    worlds: list[World],
-    fit: Fit,
-    drawn: dict[str, list[Drawn]],
-    given: dict[str, Any],
-    notes: list[str],
-    title: str,
-    path: Any,
-) -> None:
-    figure, (left, middle, right) = plots.subplots(1, 3, figsize=(13, 4.9))
+def plot(worlds: list[World], fits: dict[str, Fit], notes: list[str], title: str, path: Any) -> None:
+    figure, axes = plots.subplots(2, len(fits), figsize=(4.4 * len(fits), 7.4))
+    for (above, below), (stage, fit) in zip(axes.T, fits.items(), strict=True):
+        own = of_stage(worlds, stage)
+        draw_rates(above, own)
+        above.set(xlabel="ranks", ylabel="tokens/s", title=stage, ylim=(0, None))
+        draw_errors(below, own, fit)
+        below.set(xlabel="ms a step, fastest round", ylabel="ms modelled")
+        for axis in (above, below):
+            axis.legend(fontsize=7, frameon=False)
+    lines = [f"Above: measured, {title}. Below: the cost model against the measurement.", *(f"{n}." for n in notes)]
+    figure.text(0.01, 0.01, "\n".join(textwrap.fill(line, 160) for line in lines), fontsize=7.5, color="#444")
+    plots.save(figure, path, (0, 0.08, 1, 1))
+
+
+def draw_rates(axis: Any, worlds: list[World]) -> None:
     for number, own in enumerate(sorted({p["rows"] // w["ranks"] for w in worlds for p in w["points"]})):
         line = [(w["ranks"], rate(p)) for w in worlds for p in w["points"] if p["rows"] == own * w["ranks"]]
-        left.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=f"weak: {own} rows a rank")
+        axis.plot(*zip(*line, strict=True), "o-", color=f"C{number}", label=f"weak: {own} rows a rank")
     for number, rows in enumerate(sorted({p["rows"] for w in worlds for p in w["points"]})):
         line = [(w["ranks"], rate(p)) for w in worlds for p in w["points"] if p["rows"] == rows]
         if len(line) > 1:
-            left.plot(*zip(*line, strict=True), "s--", color=f"C{number}", label=f"strong: {rows} rows")
-    left.set(xlabel="ranks", ylabel="tokens/s", title=f"measured: stage 2, {title}", ylim=(0, None))
-    left.set_xticks([w["ranks"] for w in worlds])
+            axis.plot(*zip(*line, strict=True), "s--", color=f"C{number}", label=f"strong: {rows} rows")
+    axis.set_xticks([w["ranks"] for w in worlds])
+
+
+def draw_errors(axis: Any, worlds: list[World], fit: Fit) -> None:
     points = [(w["ranks"], p) for w in worlds for p in w["points"]]
     for n, p in points:
         out = (n, p["rows"]) == fit.left_out
         label = f"left out of the fit: {100 * fit.error(n, p):+.1f} %" if out else None
         x, y, mark, size = 1000 * fastest(p), 1000 * fit.predicted(n, p), "*" if out else "o", 14 if out else 6
-        middle.plot(x, y, mark, markersize=size, color=f"C{n}", label=label)
+        axis.plot(x, y, mark, markersize=size, color=f"C{n}", label=label)
     for n in sorted({n for n, _ in points}):
-        middle.plot([], [], "o", color=f"C{n}", label=f"{n} rank{'s' * (n > 1)}")
+        axis.plot([], [], "o", color=f"C{n}", label=f"{n} rank{'s' * (n > 1)}")
     top = 1.1 * max(1000 * fastest(p) for _, p in points)
-    middle.plot([0, top], [0, top], color="#9aa5b1", linewidth=1)
-    middle.set(xlabel="ms a step, fastest round", ylabel="ms modelled", title="the cost model against the measurement")
-    for kind, style in (("weak", "o-"), ("strong", "s--")):
-        of_one = [d.tokens_per_second / d.gpus for d in drawn[kind]]
-        right.plot([d.gpus for d in drawn[kind]], [v / of_one[0] for v in of_one], style, color="#8e44ad", label=kind)
-    right.set_xscale("log", base=2)
-    right.set_xticks(GPUS, [str(n) for n in GPUS])
-    right.set(xlabel="GPUs", ylabel=f"efficiency over {GPUS[0]} GPUs", ylim=(0, 1.08))
-    right.set_title(f"MODEL, not a measurement: {given['shape']}", color="#8e44ad")
-    for axis in (left, middle, right):
-        axis.title.set_size(10)
-        axis.legend(fontsize=8, frameon=False)
-    lines = [*(f"Left, middle: {note}." for note in notes), f"Right: a {MODEL}. Assumed: {assumed(given)}"]
-    caption = "\n".join(textwrap.fill(line, 215) for line in lines)
-    figure.text(0.01, 0.01, caption, fontsize=7.5, color="#444", va="bottom")
-    plots.save(figure, path, (0, 0.15, 1, 1))
+    axis.plot([0, top], [0, top], color="#9aa5b1", linewidth=1)
 
 
-def options() -> argparse.ArgumentParser:
+def modelled(worlds: list[World], stage: str, fit: Fit) -> dict[str, Any]:
+    """What the fit of a stage found, and its prediction of the point left out."""
+    n, rows = fit.left_out
+    [out] = [p for w in of_stage(worlds, stage) for p in w["points"] if (w["ranks"], p["rows"]) == fit.left_out]
+    return {
+        "compute": asdict(fit.compute),
+        "links": {str(n): {kind: asdict(link) for kind, link in links.items()} for n, links in fit.links.items()},
+        "left_out": {
+            "ranks": n,
+            "rows": rows,
+            "fastest_s": fastest(out),
+            "predicted_s": fit.predicted(n, out),
+            "error": fit.error(n, out),
+        },
+    }
+
+
+def main() -> None:
+    ranks.hide_gpus()
     parser = record.parser(__doc__, shape="tiny")
     ranks.add_options(parser, default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 8], help="of a rank (default: %(default)s)")
     parser.add_argument("--length", type=int, default=128, help="greatest tokens of a row (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: %(default)s)")
-    drawn = parser.add_argument_group(f"assumed for what is drawn ({MODEL})")
-    drawn.add_argument("--drawn-shape", choices=NAMES, default="llama2-7b", help="(default: %(default)s)")
-    for f in fields(Assumptions):
-        name, kind = "--" + f.name.replace("_", "-"), type(f.default)
-        drawn.add_argument(name, type=kind, default=f.default, metavar="X", help="(default: %(default)s)")
-    return parser
-
-
-def main() -> None:
-    ranks.hide_gpus()
-    args = options().parse_args()
+    args = parser.parse_args()
     args.rows, args.ranks = sorted(set(args.rows)), sorted(set(args.ranks))
     if args.quick:
         args.repeats = min(args.repeats, 5)
@@ -294,42 +242,25 @@ def main() -> None:
 
     notes = ranks.check(args.ranks, args.device)
     worlds = ranks.collect(args.ranks, args.device)
-    fit = Fit(worlds)
-    show(worlds, fit)
+    fits = {stage: Fit(of_stage(worlds, stage)) for stage in STAGES}
+    show(worlds, fits)
     for note in notes:
         console.say(note)
-    drawn, given = draw_all(args)
-    show_drawn(drawn, given)
-    n, rows = fit.left_out
-    left_out = next(p for w in worlds for p in w["points"] if (w["ranks"], p["rows"]) == fit.left_out)
-    error = fit.error(n, left_out)
-    met = [Target(f"cost model: error on the point left out, {n} ranks x {rows // n} rows", abs(error), 0.1)]
+    model = {stage: modelled(worlds, stage, fit) for stage, fit in fits.items()}
+    met = [
+        Target(f"{stage}: error of the cost model on the point left out", abs(found["left_out"]["error"]), 0.1)
+        for stage, found in model.items()
+    ]
     record.print_targets(met)
     content = {
         "threads_per_rank": ranks.threads(args.device),
         "step": {"longest": args.length, "drawn": ROWS},
         "notes": notes,
         "measured": worlds,
-        "model": {
-            "compute": asdict(fit.compute),
-            "links": {str(n): {kind: asdict(link) for kind, link in links.items()} for n, links in fit.links.items()},
-            "left_out": {
-                "ranks": n,
-                "rows": rows,
-                "fastest_s": fastest(left_out),
-                "predicted_s": fit.predicted(n, left_out),
-                "error": error,
-            },
-        },
-        "drawn": {
-            "is": MODEL,
-            "assumed": given,
-            "assumed_in_words": assumed(given),
-            **{kind: [_with_sums(d) for d in points] for kind, points in drawn.items()},
-        },
+        "model": model,
     }
     path = record.write("scaling", args, content, met)
-    plot(worlds, fit, drawn, given, notes, f"{args.shape}, {args.device}", path.with_suffix(".png"))
+    plot(worlds, fits, notes, f"{args.shape}, {args.device}", path.with_suffix(".png"))
     console.say(f"written: {path}")
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from statistics import median
 from typing import Any
@@ -38,7 +38,7 @@ Point = dict[str, Any]  # stage, ranks, zero, ep_size, tokens of each round, mil
 
 def measure(args: argparse.Namespace) -> list[Point]:
     """Everything of this world size. Collective."""
-    from suite.training import ep_sizes, here, random_rows, stage2, tokens
+    from suite.training import by_round, ep_sizes, here, random_rows, stage2
 
     setting = here(Setting.of(args))
     rows = random_rows(8 * args.batch, setting.config.vocab_size, args.length)
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> list[Point]:
         return [{"ranks": world, **point} for point in points]
     trainees = {f"ep_size {n}": stage2(setting, rows, args.batch, n) for n in sizes}
     rounds = (WARM_UP + args.repeats) * args.steps
-    counted = by_round(tokens, list(islice(next(iter(trainees.values())).stream(), rounds)), args)
+    counted = by_round(list(islice(next(iter(trainees.values())).stream(), rounds)), args.steps)
     work = {name: runner(t, t.stream(), args.steps) for name, t in trainees.items()}
     times = interleaved(work, args.repeats, args.device)
     for size, (name, trainee) in zip(sizes, trainees.items(), strict=True):
@@ -62,32 +62,23 @@ def measure(args: argparse.Namespace) -> list[Point]:
 
 
 def against_bare(setting: Setting, rows: Any, zero: int, args: argparse.Namespace) -> Point:
-    from suite.training import stage1, tokens
+    from suite.training import bare_loop, by_round, stage1
 
     trainee = stage1(setting, rows, args.batch, zero)
     ahead = list(islice(trainee.stream(), (WARM_UP + args.repeats) * args.steps))
     prepared = iter(ahead)
-
-    def bare(steps: Iterable[list[Any]]) -> None:
-        for step in steps:
-            for part in step:
-                b = part.batch
-                output = trainee.engine(
-                    input_ids=b.input_ids, position_ids=b.position_ids, labels=b.labels, use_cache=False
-                )
-                trainee.engine.backward(output.loss)
-                trainee.engine.step()
-
     trainee.engine.train()
     if args.device == "cuda":
-        bare(ahead)  # cuDNN plans its kernels for every new shape: neither loop should be the one that waits for it
+        bare_loop(
+            trainee.engine, ahead
+        )  # cuDNN plans its kernels for every new shape: neither loop should be the one that waits for it
     work = {
         OURS: runner(trainee, trainee.stream(), args.steps),
-        BARE: lambda: bare(islice(prepared, args.steps)),
+        BARE: lambda: bare_loop(trainee.engine, islice(prepared, args.steps)),
     }
     times = interleaved(work, args.repeats, args.device)
     trainee.close()
-    counted = by_round(tokens, ahead, args)
+    counted = by_round(ahead, args.steps)
     milliseconds = {name: found.rounds for name, found in times.items()}
     return {"stage": 1, "zero": zero, "ep_size": 1, "tokens": counted, "milliseconds": milliseconds} | peak(args)
 
@@ -105,12 +96,6 @@ def peak(args: argparse.Namespace) -> dict[str, float]:
 
 def runner(trainee: Any, stream: Iterator[Any], steps: int) -> Callable[[], object]:
     return lambda: trainee.steps(stream, steps)
-
-
-def by_round(tokens: Callable[[list[Any]], int], steps: list[Any], args: argparse.Namespace) -> list[int]:
-    """Tokens of each timed round over all ranks. Collective."""
-    own = [tokens(steps[i : i + args.steps]) for i in range(0, len(steps), args.steps)][WARM_UP:]
-    return [sum(of_ranks) for of_ranks in zip(*distributed.gather(own), strict=True)]
 
 
 def rate(point: Point, system: str = OURS) -> list[float]:

@@ -1,9 +1,10 @@
-"""A cost model of stage 2's step: compute by token, communication by call (α) and by byte (β).
+"""A cost model of a training step: compute by token, communication by call (α) and by byte (β).
 
     T = fixed + c·n + Σ over kinds of (α·calls + β·bytes)
 
-n is the number of slots of one expert that a rank dispatches in a step: its tokens, padded to the fullest rank's. The
-model is fitted to measurements and tested on one that is left out; `suite.cluster` extrapolates it.
+n is the number of tokens that a rank computes in a step, padding included; under expert parallelism, of slots of one
+expert that it dispatches: its tokens, padded to the fullest rank's. The model is fitted to measurements and tested on
+one that is left out; `suite.cluster` extrapolates it.
 """
 
 from __future__ import annotations
@@ -85,7 +86,12 @@ def dispatched_bytes(capacity: int, experts: int, hidden: int, element: int, dir
 
 
 World = dict[str, Any]  # ranks, links (the microbenchmark by kind), points
-Point = dict[str, Any]  # rows, tokens, slots, traffic by kind, milliseconds of each round
+Point = dict[str, Any]  # stage, rows, tokens, slots, traffic by kind, milliseconds of each round
+
+
+def of_stage(worlds: list[World], stage: str) -> list[World]:
+    """The worlds with the points of this stage alone."""
+    return [{**w, "points": [p for p in w["points"] if p["stage"] == stage]} for w in worlds]
 
 
 class Fit:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
@@ -24,7 +24,9 @@ from alignx_ds.stages.activations import recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss, micro_batches, train
+from alignx_ds.training.speed import own_tokens
 from suite.systems import AXES, Setting, alignx
+from suite.timing import WARM_UP
 
 PAD, SEED, ENDLESS = 0, 0, 100_000  # steps: more than any benchmark takes
 EXPERTS = AXES + 1  # and the generalist
@@ -60,6 +62,7 @@ class Trainee:
     step_loss: StepLoss
     rows: LabelledExamples
     packed: bool
+    deepspeed: dict[str, Any]  # the filled JSON
     zero3: Any = None  # while it is alive, transformers shards the models that it makes
 
     def stream(self) -> Iterator[list[MicroBatch]]:
@@ -80,9 +83,21 @@ class Trainee:
         memory.free()
 
 
-def tokens(steps: list[list[MicroBatch]]) -> int:
-    """Real tokens of this rank's steps, without padding."""
-    return sum(int(part.batch.attention_mask.sum()) for step in steps for part in step)
+def bare_loop(engine: Any, steps: Iterable[list[MicroBatch]]) -> None:
+    """Stage 1 without anything but forward, with the model's own loss, backward and step."""
+    for step in steps:
+        for part in step:
+            b = part.batch
+            where = {"attention_mask": b.attention_mask} if b.position_ids is None else {"position_ids": b.position_ids}
+            output = engine(input_ids=b.input_ids, labels=b.labels, use_cache=False, **where)
+            engine.backward(output.loss)
+            engine.step()
+
+
+def by_round(steps: list[list[MicroBatch]], of_round: int) -> list[int]:
+    """Real tokens, without padding, of each timed round of so many steps, over all ranks. Collective."""
+    own = [sum(own_tokens(step) for step in steps[i : i + of_round]) for i in range(0, len(steps), of_round)][WARM_UP:]
+    return [sum(of_ranks) for of_ranks in zip(*distributed.gather(own), strict=True)]
 
 
 def here(setting: Setting) -> Setting:
@@ -90,32 +105,40 @@ def here(setting: Setting) -> Setting:
     return replace(setting, device=str(distributed.device()))
 
 
-def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int) -> Trainee:
+def stage1(setting: Setting, rows: LabelledExamples, batch: int, zero: int, *, packed: bool = True) -> Trainee:
     """A specialist's fine-tune, from stage 1's JSON with this ZeRO stage."""
     config = TrainConfig(batch=batch)
     template = engines.read_template(config.deepspeed, "train.deepspeed")
     template["zero_optimization"]["stage"] = zero
-    return fine_tune(setting, rows, config, template)
+    return fine_tune(setting, rows, config, template, packed=packed)
 
 
-def fine_tune(setting: Setting, rows: LabelledExamples, config: TrainConfig, template: dict[str, Any]) -> Trainee:
+def fine_tune(
+    setting: Setting, rows: LabelledExamples, config: TrainConfig, template: dict[str, Any], *, packed: bool = True
+) -> Trainee:
     """Stage 1 with these settings, and a DeepSpeed JSON: the upper half's FFNs."""
     from alignx_ds.training.losses import language_loss
 
-    plan = _plan(config, setting)
+    plan = plan_of(config, setting)
     filled = engines.fill(template, plan, distributed.world_size(), setting.config.hidden_size)
     zero3 = HfDeepSpeedConfig(filled)
+    model = specialist(setting)
+    if config.checkpoint_activations == "true":
+        recompute(model)
+    engine = engines.start(model, engines.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
+    return Trainee(engine, plan, language_loss, rows, packed, filled, zero3)
+
+
+def specialist(setting: Setting) -> PreTrainedModel:
+    """A model that stage 1 trains: the upper half's FFNs. The weights are the same at every call."""
     torch.manual_seed(SEED)
     with torch.device(setting.device):
-        model = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
     table, layers = backbone_of(setting.config.model_type), setting.config.num_hidden_layers
     trained = {table.weight_name(layer, p) for layer in range(layers // 2, layers) for p in PROJECTIONS}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    if config.checkpoint_activations == "true":
-        recompute(model)
-    engine = engines.start(model, engines.decay_groups(list(model.named_parameters()), plan.weight_decay), filled, plan)
-    return Trainee(engine, plan, language_loss, rows, True, zero3)
+    return model
 
 
 def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int, expert_lr_scale: float = 0.1) -> Trainee:
@@ -126,7 +149,7 @@ def stage2(setting: Setting, rows: LabelledExamples, batch: int, ep_size: int, e
 
 def mixture(setting: Setting, rows: LabelledExamples, config: AlignConfig, template: dict[str, Any]) -> Trainee:
     """Stage 2 with these settings, and a DeepSpeed JSON: every layer is an AlignX layer."""
-    run, plan = RunConfig(align=config), _plan(config, setting)
+    run, plan = RunConfig(align=config), plan_of(config, setting)
     filled = engines.fill(template, plan, distributed.world_size(), setting.config.hidden_size)
     torch.manual_seed(SEED)
     model = alignx(setting, placement=align.placement(config.ep_size))  # whole: the engine shards it under ZeRO-3
@@ -136,8 +159,8 @@ def mixture(setting: Setting, rows: LabelledExamples, config: AlignConfig, templ
     if config.checkpoint_activations == "true":
         recompute(model)
     engine = engines.start(model, align.parameter_groups(model, run), filled, plan)
-    return Trainee(engine, plan, align.step_loss(run), rows, False)
+    return Trainee(engine, plan, align.step_loss(run), rows, False, filled)
 
 
-def _plan(config: TrainConfig | AlignConfig, setting: Setting) -> engines.Plan:
+def plan_of(config: TrainConfig | AlignConfig, setting: Setting) -> engines.Plan:
     return engines.Plan.of(config, "bfloat16" if setting.dtype == torch.bfloat16 else "float32", ENDLESS)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from cluster import cells, of_recipe
 from scaling import efficiencies
-from suite.cluster import Assumptions, Shape, draw, expert_parallel
+from suite.cluster import WAYS, Assumptions, Drawn, Way, cost, draw, expert_parallel
 from suite.collectives import watching
 from suite.costs import ALL_REDUCE, ALL_TO_ALL, Fit, Link, Traffic, communication, fit_compute, fit_link
 from suite.ranks import Turns
@@ -95,51 +96,72 @@ def test_efficiency_is_of_the_rounds_that_ran_beside_each_other() -> None:
     assert efficiencies(worlds[1:], worlds[1], two) == (None, None)
 
 
-SMALL = Shape(layers=2, hidden=10, ffn=20, attention=400, head=1000, experts=4, rank=1, shared_trained=500)
 ROUND = Assumptions(
-    flops=1e6,
+    flops=1e12,
     overhead_ms=7.0,
     nvlink_latency_us=1000.0,
-    nvlink_gb_s=1e-3,
+    nvlink_gb_s=100.0,
     ib_latency_us=2000.0,
-    ib_gb_s=1e-4,
-    gpus_per_node=8,
-    tokens_per_gpu=100,
-    sequence=30,
-    element=2,
+    ib_gb_s=10.0,
     padding=0.2,
 )
+EXPERT_PARALLEL, FUSED3 = (next(way for way in WAYS if way.name == f"stage 2, {name}") for name in
+                           ("expert parallel, ZeRO-2", "fused, ZeRO-3"))  # fmt: skip
+FFN, ATTENTION, HEAD = 3 * 4096 * 11008, 4 * 4096 * 4096, 32000 * 4096  # of LLaMA-2-7B, with 32 layers
+FACTORS = 4 * 16 * 3 * 64 * (4096 + 11008)  # of four experts of rank 64 in 16 layers
+SHARED = 256 * 4 + 16 * (4096 * 32 + 2)  # router and output calibrations
+TOKENS = 8 * 2048  # of a GPU and step
 
 
-def test_the_drawing_is_what_a_hand_computes() -> None:
-    """16 GPUs of two nodes, 150 tokens each: two micro batches, experts over 4 ranks, so 4 ranks share an expert."""
-    found = draw(SMALL, 16, 16 * 150, ROUND)
-    slots = 150 / 0.8
-    factors = 3 * 1 * (10 + 20)
-    flops = 2 * (4 * (400 + 4 * 3 * 10 * 20) + 6 * (30 * 10 + 4 * factors)) + 4 * 1000
-    assert SMALL.flops_per_token(30) == flops
-    assert found.compute == pytest.approx(flops * slots / 1e6)
-    moved = (
-        2 * 4 * slots * 4 * 10 * 2 * 3 / 4
-    )  # layers, directions, slots, experts, hidden, bytes, what leaves the rank
-    assert found.all_to_all == pytest.approx(2 * 4 * 2 * 1e-3 + moved / 1e6)
-    shared = 4 * 2e-3 + 15 / 16 * 500 * 2 / 1e5
-    experts = 2 * 2e-3 + 3 / 4 * (2 * factors * 2) / 1e5
-    assert found.all_reduce == pytest.approx((2 + 1) * (shared + experts))  # reduced twice, gathered once
-    assert found.step == pytest.approx(found.compute + found.all_to_all + found.all_reduce + 7e-3)
-    assert found.tokens_per_second == pytest.approx(2400 / found.step)
+def drawn(way: Way, gpus: int, micro: int) -> Drawn:
+    config, base = of_recipe("llama2-7b")
+    config = way.settings(config, gpus, micro, ROUND, recomputed=False)
+    return cost(config, base, way, gpus, micro, ROUND, peak=0.0, recomputed=False)
 
 
-def test_a_node_uses_only_the_fast_link_and_one_gpu_none() -> None:
-    experts = 1 * 1e-3 + 1 / 2 * (2 * 90 * 2) / 1e6
-    shared = 3 * 1e-3 + 7 / 8 * 1000 / 1e6
-    assert draw(SMALL, 8, 800, ROUND).all_reduce == pytest.approx(2 * (shared + experts))
-    alone = draw(SMALL, 1, 100, ROUND)
-    assert alone.all_to_all == alone.all_reduce == 0.0
+def test_expert_parallelism_is_drawn_as_a_hand_computes_it() -> None:
+    """16 GPUs of two nodes, two micro batches, experts over 4 ranks, so 4 ranks share an expert."""
+    found = drawn(EXPERT_PARALLEL, 16, 2)
+    slots = TOKENS / 0.8
+    moved = 4 * 16 * slots * 4 * 4096 * 2 * 3 / 4  # directions, layers, slots, experts, hidden, bytes, what leaves
+    assert found.all_to_all == pytest.approx(4 * 16 * 2 * 1e-3 + moved / 1e11)
+    shared = 4 * 2e-3 + 15 / 16 * SHARED * 2 / 1e10
+    experts = 2 * 2e-3 + 3 / 4 * FACTORS / 4 * 2 / 1e10
+    assert found.reduced == pytest.approx((2 + 1) * (shared + experts))  # reduced twice, gathered once
+    assert found.gathered == 0.0 and found.tokens == 16 * TOKENS
+    assert found.step == pytest.approx(found.compute + found.all_to_all + found.reduced + 7e-3)
+
+
+def test_zero_3_gathers_the_weights_twice_in_every_micro_batch() -> None:
+    found, fewer = drawn(FUSED3, 8, 4), drawn(FUSED3, 8, 2)
+    weights = 32 * (ATTENTION + FFN + 2 * 4096) + 2 * HEAD + 4096
+    above = 16 * (ATTENTION + FFN) + HEAD
+    once = (32 + 16) * 3 * 1e-3 + 7 / 8 * (weights + above) * 2 / 1e11
+    assert found.gathered == pytest.approx(4 * once) and fewer.gathered == pytest.approx(2 * once)
+    assert found.reduced == pytest.approx(4 * (3 * 1e-3 + 7 / 8 * (FACTORS + SHARED) * 2 / 1e11))
+    assert found.all_to_all == 0.0 and found.compute == fewer.compute
+
+
+def test_one_gpu_sends_nothing() -> None:
+    for way in WAYS:
+        alone = drawn(way, 1, 1)
+        assert alone.all_to_all == alone.gathered == alone.reduced == 0.0
+
+
+def test_the_micro_batch_fits_and_the_fastest_way_is_marked() -> None:
+    a = Assumptions(rows_per_gpu=2)
+    points = [draw(*of_recipe("llama2-7b"), way, 8, a) for way in WAYS]
+    assert all(p is not None and p.peak_gib <= 72 and p.micro_rows in (1, 2) for p in points)
+    assert [way.name for way, cell in zip(WAYS, cells(points), strict=True) if "*" in cell] == [
+        "stage 1, ZeRO-2",
+        "stage 2, fused, ZeRO-2",
+    ]
+    larger = [draw(*of_recipe("llama2-70b"), way, 8, a) for way in WAYS]
+    assert [cell == "-" for cell in cells(larger)] == [way.zero == 2 for way in WAYS]
 
 
 def test_experts_stay_within_a_node() -> None:
-    assert [expert_parallel(SMALL, n, ROUND) for n in (1, 2, 6, 8, 1024)] == [1, 2, 2, 4, 4]
+    assert [expert_parallel(4, n, ROUND) for n in (1, 2, 6, 8, 1024)] == [1, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize("trained_below", [True, False])
