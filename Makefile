@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/calibrator.py --shape tiny --repeats 5 --out runs/bench
 	$(BIN)/python benchmarks/throughput.py --shape tiny --quick --out runs/bench
 	$(BIN)/python benchmarks/scaling.py --shape tiny --quick --out runs/bench
+	$(BIN)/python benchmarks/cluster.py --gpus 1 8 1024 --out runs/bench
 
 gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
