@@ -17,6 +17,9 @@ from alignx_ds.mocae.settings import GateSettings, Probability
 WORLD_MODELS = ("world", "world-needs")  # model.path of the base models that are shipped with the package
 SCRATCH_MODEL = "scratch"  # model.path of one that the run trains itself
 MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
+IMITATING = ("sft", "poft")  # objectives of stage 1 that need good answers alone;
+PAIRED = ("dpo", "orpo", "simpo")  # those that compare two answers to one prompt;
+JUDGED = ("kto", "bco")  # and those that need answers, each good or bad
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
 # Keys of a stage that say how its work is done and do not change its result. For a DeepSpeed JSON see `engine`.
@@ -96,6 +99,13 @@ class AxisConfig:
     # Answers to prompts that ask for harm and have no safe answer (beavertails), which the axis then learns to refuse;
     # each takes one of them, by its hash. Empty: these prompts teach the gate alone.
     refusals: list[Prose] = field(default_factory=list)
+    # What stage 1 minimises on its rows (docs/method.md): sft and poft imitate good answers; dpo, orpo and simpo set
+    # each against a bad one; kto and bco take every answer by itself.
+    objective: Annotated[str, OneOf((*IMITATING, *PAIRED, *JUDGED))] = "sft"
+    beta: NonNegativeFloat = 0.0  # what the objective multiplies log-probabilities by; 0: as in its paper
+    margin: NonNegativeFloat = 1.0  # γ of simpo, by which a good answer's reward should exceed a bad one's
+    sft_weight: NonNegativeFloat = 0.0  # of the good answers' NLL beside dpo or simpo; orpo has it already
+    bad_weight: NonNegativeFloat = 0.0  # of bad answers in kto, λ_U; 0: as many good ones as there are to a bad one
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -17,24 +17,30 @@ Side = Literal["left", "right"]  # of the padding
 
 @dataclass(frozen=True)
 class Batch:
-    """All [B, T] int64. Labels are IGNORED outside the answers. Packed rows have `position_ids` from 0 for each row."""
+    """All [B, T] int64. Labels are IGNORED outside the answers. Packed rows have `position_ids` from 0 for each row.
+
+    `owners` has the number of the example that each token is of, among those of the batch; 0 in the padding.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompt_mask: Tensor
     labels: Tensor
     position_ids: Tensor | None = None
+    owners: Tensor | None = None
 
     def in_one_line(self) -> Batch:
         """Packed rows as [1, B T]. A row's first token has no label, so no line's last token predicts one."""
         assert self.position_ids is not None
-        tensors: dict[str, Any] = {f.name: getattr(self, f.name).reshape(1, -1) for f in fields(self)}
-        return Batch(**tensors)
+        return self._each(lambda tensor: tensor.reshape(1, -1))
 
     def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in tensors.items()}
-        return Batch(**moved)
+        changed: dict[str, Any] = {name: t if t is None else change(t) for name, t in tensors.items()}
+        return Batch(**changed)
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,8 @@ class MicroBatch:
     needs: Tensor
     lm_scale: float
     gate_weights: Tensor | None = field(default=None, kw_only=True)
-    examples: tuple[Example, ...] = ()  # the rows of the batch, and
-    numbers: tuple[int, ...] = ()  # their indices among all training rows
+    examples: tuple[Example, ...] = ()  # the rows of the batch, then their other answers, if they have any, and
+    numbers: tuple[int, ...] = ()  # the indices of these rows among all training rows
 
 
 def collate(examples: list[Example], pad_id: int, side: Side = "right", multiple: int = 1) -> Batch:
@@ -62,7 +68,7 @@ def collate(examples: list[Example], pad_id: int, side: Side = "right", multiple
     width = -(-max(len(e.ids) for e in examples) // multiple) * multiple
     batch = _empty_batch(len(examples), width, pad_id)
     for line, example in enumerate(examples):
-        _write(batch, line, width - len(example.ids) if side == "left" else 0, example)
+        _write(batch, line, width - len(example.ids) if side == "left" else 0, example, line)
     return batch
 
 
@@ -88,36 +94,40 @@ def pack(examples: list[Example], pad_id: int, multiple: int = 1, limit: int = 0
     positions = torch.zeros_like(batch.input_ids)
     for number, line in enumerate(lines):
         start = 0
-        for example in line:
-            end = _write(batch, number, start, example)
+        for owner in line:
+            end = _write(batch, number, start, examples[owner], owner)
             positions[number, start:end] = torch.arange(end - start)
             start = end
         positions[number, start:] = torch.arange(width - start)
     return replace(batch, position_ids=positions)
 
 
-def _first_fit_decreasing(examples: list[Example], width: int) -> list[list[Example]]:
-    """Longest first, each example goes into the first line with room for it."""
-    lines: list[list[Example]] = []
+def _first_fit_decreasing(examples: list[Example], width: int) -> list[list[int]]:
+    """The numbers of each line's examples: longest first, each goes into the first line with room for it."""
+    lines: list[list[int]] = []
     free: list[int] = []  # by line
-    for example in sorted(examples, key=lambda e: -len(e.ids)):
-        line = next((i for i, columns in enumerate(free) if columns >= len(example.ids)), len(lines))
+    for number in sorted(range(len(examples)), key=lambda n: -len(examples[n].ids)):
+        length = len(examples[number].ids)
+        line = next((i for i, columns in enumerate(free) if columns >= length), len(lines))
         if line == len(lines):
             lines.append([])
             free.append(width)
-        lines[line].append(example)
-        free[line] -= len(example.ids)
+        lines[line].append(number)
+        free[line] -= length
     return lines
 
 
 def _empty_batch(lines: int, width: int, pad_id: int) -> Batch:
     ids = torch.full((lines, width), pad_id)
-    return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, IGNORED))
+    ignored, owners = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+    return Batch(ids, torch.zeros_like(ids), torch.zeros_like(ids), ignored, owners=owners)
 
 
-def _write(batch: Batch, line: int, start: int, example: Example) -> int:
+def _write(batch: Batch, line: int, start: int, example: Example, owner: int) -> int:
     """Fill a line's columns from `start` on; returns the column behind the example."""
     answer, end = start + example.prompt_length, start + len(example.ids)
+    assert batch.owners is not None
+    batch.owners[line, start:end] = owner
     batch.input_ids[line, start:end] = torch.tensor(example.ids)
     batch.attention_mask[line, start:end] = 1
     batch.prompt_mask[line, start:answer] = 1

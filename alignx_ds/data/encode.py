@@ -56,13 +56,15 @@ class LabelledExamples:
     """Examples, each with the number of the expert that owns it and the set of those that its prompt needs.
 
     The owner is the expert whose source the row is from; `sources` number its sources. Without `needs`, each row needs
-    its owner; without `sources`, each expert has a single one.
+    its owner; without `sources`, each expert has a single one. `others` are second answers to the same prompts, which
+    share the micro batch of the first, or none.
     """
 
     examples: list[Example]
     experts: list[int]
     needs: list[LabelSet] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+    others: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.needs:
@@ -73,11 +75,22 @@ class LabelledExamples:
 
     def _check(self) -> None:
         assert len(self.examples) == len(self.experts) == len(self.needs) == len(self.sources)
+        assert len(self.others) in (0, len(self.examples))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, with those of its other answer."""
+        lengths = [len(example.ids) for example in self.examples]
+        return [a + len(b.ids) for a, b in zip(lengths, self.others, strict=True)] if self.others else lengths
+
+    def at(self, numbers: Sequence[int]) -> list[Example]:
+        """The examples with these numbers, and after them their other answers."""
+        return [part[number] for part in (self.examples, self.others) if part for number in numbers]
 
     @property
     def digest(self) -> str:
         """As of examples, with all that is known of each."""
-        labels = [getattr(self, f.name) for f in fields(self) if f.name != "examples"]
+        labels = [getattr(self, f.name) for f in fields(self) if f.name not in ("examples", "others")]
         return hashlib.sha256(f"{digest(self.examples)} {labels}".encode()).hexdigest()
 
     @property

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
+from alignx_ds.data.compared import ComparedRows, compared_rows
 from alignx_ds.data.encode import Example, LabelledExamples, digest
 from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.join import Joiner
@@ -23,7 +24,7 @@ from alignx_ds.models.base import BaseModel
 
 # Fields of EncodedData that nothing is trained or fitted on.
 HELD_OUT = ("held_out", "references", "routed", "routing", "sets")
-INJECTED = "injected "  # before an axis's name, in `digests`
+INJECTED, COMPARED = "injected ", "compared "  # before an axis's name, in `digests`
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
 
 
@@ -60,13 +61,21 @@ class EncodedData:
     routing: dict[str, LabelledExamples] = field(default_factory=dict)  # held-out prompts by source of routing rows
     sets: dict[str, LabelledExamples] = field(default_factory=dict)  # by extra set: prompts whose needs are known
     joined: dict[str, JoinedRows] = field(default_factory=dict)  # by axis that has some
+    compared: dict[str, ComparedRows] = field(default_factory=dict)  # by axis whose objective needs bad answers too
+
+    def taught(self, axis: str) -> LabelledExamples:
+        """What stage 1 trains the axis's specialist on, for its objective."""
+        if axis in self.compared:
+            return self.compared[axis].examples
+        return LabelledExamples(self.injected[axis], [0] * len(self.injected[axis]))
 
     @cached_property
     def digests(self) -> dict[str, str]:
         """Hashes of what is trained and fitted on: the rows of stage 2 by field, of the axes with system prompts."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in HELD_OUT}
         stage2 = {name: rows.digest for name, rows in named.items() if isinstance(rows, LabelledExamples)}
-        return stage2 | {f"{INJECTED}{axis}": digest(examples) for axis, examples in self.injected.items()}
+        compared = {f"{COMPARED}{axis}": rows.digest for axis, rows in self.compared.items()}
+        return stage2 | compared | {f"{INJECTED}{axis}": digest(examples) for axis, examples in self.injected.items()}
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,7 @@ def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> 
         routing=_add_routing(config, splits, encodings, train, calibration),
         sets=_known_sets(config, splits, encodings),
         joined=joined,
+        compared=compared_rows(config, splits, encodings),
     )
 
 

@@ -79,9 +79,13 @@ def alpaca_question(record: Record) -> str:
 
 
 def beavertails(records: list[PlacedRecord]) -> Parsed:
-    """Only safe answers are imitated. A prompt that has none becomes a row without an answer: the router needs it."""
+    """Only safe answers are imitated. A prompt that has none becomes a row without an answer: the router needs it.
+
+    The unsafe answers to a row's prompt are its incorrect ones.
+    """
     parsed = Parsed()
     harmful = _harmful_prompts(records)
+    unsafe = _unsafe_answers(records)
     imitated = {r["prompt"].strip() for _, r in records if r["is_safe"] and r["response"].strip()}
     unanswered: set[str] = set()
     for place, r in records:
@@ -91,13 +95,27 @@ def beavertails(records: list[PlacedRecord]) -> Parsed:
         elif r["is_safe"] and not response:
             parsed.drop(place, "empty response")
         elif r["is_safe"]:
-            parsed.rows.append(Row(prompt, response, prompt in harmful, category=_categories(r), place=place))
+            parsed.rows.append(_trained_on(place, r, response, prompt in harmful, unsafe))
         elif prompt in imitated or prompt in unanswered:
             parsed.drop(place, "unsafe answer, not imitated")
         else:
             unanswered.add(prompt)
-            parsed.rows.append(Row(prompt, "", True, category=_categories(r), place=place))
+            parsed.rows.append(_trained_on(place, r, "", True, unsafe))
     return parsed
+
+
+def _trained_on(place: str, r: Record, response: str, harmful: bool, unsafe: dict[str, tuple[str, ...]]) -> Row:
+    prompt = r["prompt"].strip()
+    return Row(prompt, response, harmful, incorrect=unsafe.get(prompt, ()), category=_categories(r), place=place)
+
+
+def _unsafe_answers(records: list[PlacedRecord]) -> dict[str, tuple[str, ...]]:
+    """By prompt, each of them once."""
+    found: dict[str, dict[str, None]] = {}
+    for _, r in records:
+        if not r["is_safe"] and (response := r["response"].strip()):
+            found.setdefault(r["prompt"].strip(), {})[response] = None
+    return {prompt: tuple(responses) for prompt, responses in found.items()}
 
 
 def beavertails_held_out(records: list[PlacedRecord]) -> Parsed:

@@ -36,13 +36,18 @@ class Row:
     response: str
     harmful: bool = False  # the prompt asks for harm
     correct: tuple[str, ...] = ()  # statements that a truthful answer may make
-    incorrect: tuple[str, ...] = ()  # statements that it may not make
+    incorrect: tuple[str, ...] = ()  # statements that it may not make, or unsafe answers
     rejected: str = ""  # the worse answer of a preference pair
     category: str = ""  # the data set's own grouping of its questions
     place: str = field(default="", compare=False)  # file and row, for error messages
     before: Chat = ()  # earlier turns of a dialogue, and a system prompt of the row's own
     source: int = field(default=0, compare=False)  # its number among the sources of its expert
     needs: tuple[str, ...] = ()  # the experts whose work the prompt asks for; empty: the one of its source
+
+    @property
+    def worse(self) -> tuple[str, ...]:
+        """Answers to the prompt that are worse than the response."""
+        return (self.rejected,) if self.rejected else self.incorrect
 
     @property
     def chat(self) -> Chat:

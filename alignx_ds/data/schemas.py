@@ -25,6 +25,7 @@ class Schema:
     parse: Callable[[list[PlacedRecord]], parsers.Parsed]
     parse_held_out: Callable[[list[PlacedRecord]], parsers.Parsed] | None = None
     parse_texts: Callable[[list[PlacedRecord]], list[Row]] | None = None
+    has_bad_answers: bool = False  # beside the good ones: what objectives other than sft and poft need
 
     def texts(self, records: list[PlacedRecord]) -> list[Row]:
         """All prompts with all their answers, wrong and harmful ones too, to train a base model from scratch on."""
@@ -50,8 +51,11 @@ def _question(prompt: str, response: str = "", category: str = "", *, harmful: b
     return Schema(columns, itemgetter(prompt), parsers.each_record(make))
 
 
-def _dialogues(columns: dict[str, Column], parse: Callable[[str, Record], Row | str]) -> Schema:
-    return Schema(columns, dialogues.question_of(parse), parsers.each_record(parse))
+def _dialogues(
+    columns: dict[str, Column], parse: Callable[[str, Record], Row | str], *, has_bad_answers: bool = False
+) -> Schema:
+    read = parsers.each_record(parse)
+    return Schema(columns, dialogues.question_of(parse), read, has_bad_answers=has_bad_answers)
 
 
 TURNS = (list, dict)  # `datasets` has lists of objects as a mapping of lists
@@ -104,16 +108,23 @@ SCHEMAS: dict[str, Schema] = {
             "system": OPTIONAL_TEXT,
         },
         dialogues.pair,
+        has_bad_answers=True,
     ),
-    "hh_rlhf": _dialogues({"chosen": TEXT, "rejected": TEXT}, dialogues.hh_rlhf),
+    "hh_rlhf": _dialogues({"chosen": TEXT, "rejected": TEXT}, dialogues.hh_rlhf, has_bad_answers=True),
     "beavertails": Schema(
-        BEAVERTAILS, itemgetter("prompt"), parsers.beavertails, parsers.beavertails_held_out, parsers.beavertails_texts
+        BEAVERTAILS,
+        itemgetter("prompt"),
+        parsers.beavertails,
+        parsers.beavertails_held_out,
+        parsers.beavertails_texts,
+        has_bad_answers=True,
     ),
     "truthfulqa": Schema(
         TRUTHFULQA,
         itemgetter("Question"),
         parsers.each_record(parsers.truthfulqa),
         parse_texts=parsers.truthfulqa_texts,
+        has_bad_answers=True,
     ),
     "plain": Schema({"prompt": TEXT, "response": TEXT}, itemgetter("prompt"), parsers.each_record(parsers.plain)),
     "truthfulqa_mc": Schema(CHOICES, itemgetter("question"), parsers.each_record(parsers.truthfulqa_choices)),
@@ -121,6 +132,7 @@ SCHEMAS: dict[str, Schema] = {
         {"instruction": TEXT, "input": OPTIONAL_TEXT, "output": Column((list,))},
         parsers.instruction_with_input,
         parsers.each_record(parsers.preference),
+        has_bad_answers=True,
     ),
     "alpaca_eval": _question("instruction", "output", "dataset"),
     "honeset": _question("instruction", category="category"),

@@ -6,6 +6,7 @@ import torch
 
 from alignx_ds.config.parse import to_yaml
 from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.inputs import EncodedData, RunInputs, read_inputs
 from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import Problem, UnreachableError
@@ -145,9 +146,16 @@ def _rows(
 
 def lengths_of(data: EncodedData) -> Rows:
     """Of the training rows of each stage that has the run's own."""
-    injected = [Lengths(len(e.ids), e.learned_length) for examples in data.injected.values() for e in examples]
+    taught = [length for axis in data.injected for length in _of_rows(data.taught(axis))]
     plain = [Lengths(len(e.ids), e.learned_length) for e in data.train.examples]
-    return {"train": injected, "align": plain, **{f"baselines.{name}": plain for name in FUSIONS}}
+    return {"train": taught, "align": plain, **{f"baselines.{name}": plain for name in FUSIONS}}
+
+
+def _of_rows(rows: LabelledExamples) -> list[Lengths]:
+    answers = [e.learned_length for e in rows.examples]
+    if rows.others:
+        answers = [a + e.learned_length for a, e in zip(answers, rows.others, strict=True)]
+    return [Lengths(whole, answer) for whole, answer in zip(rows.lengths, answers, strict=True)]
 
 
 def _finished(config: RunConfig, inputs: RunInputs, baselines: bool) -> list[str]:
@@ -164,8 +172,9 @@ def _steps(config: RunConfig, inputs: RunInputs) -> list[str]:
     jobs = {}
     if inputs.texts:
         jobs["base model"] = (steps_of(config.scratch.train, len(inputs.texts)), config.scratch.train.batch)
-    for axis, examples in inputs.data.injected.items():
-        jobs[f"specialist {axis}"] = (steps_of(config.train, len(examples)), config.train.batch)
+    for axis in inputs.data.injected:
+        count = len(inputs.data.taught(axis).examples)
+        jobs[f"specialist {axis}"] = (steps_of(config.train, count), config.train.batch)
     jobs["stage 2"] = (config.align.steps, config.align.batch)
     for name in FUSIONS:
         if name in config.baselines.make:

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignx_ds.config.bounds import violations
-from alignx_ds.config.schema import FUSIONS, MERGES, NO_OUTPUT_CALIBRATION, AxisConfig, GeneralistConfig, RunConfig
+from alignx_ds.config.schema import (
+    FUSIONS,
+    IMITATING,
+    JUDGED,
+    MERGES,
+    NO_OUTPUT_CALIBRATION,
+    PAIRED,
+    AxisConfig,
+    GeneralistConfig,
+    RunConfig,
+)
 from alignx_ds.config.sources import routing_sources, training_sources
 from alignx_ds.data.schemas import LABELS_HARM, QUESTIONS_ONLY, SCHEMAS, schema_problem
 from alignx_ds.data.sources import WORLD, names_a_source
@@ -36,11 +46,28 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         if name in RESERVED or not name.isidentifier():
             yield Problem(key, name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis")
         yield from _trained_on(key, axis)
+        yield from _objective(key, axis)
         if not all(text.strip() for text in axis.refusals):
             yield Problem(f"{key}.refusals", axis.refusals, "texts", "remove the empty ones")
         if axis.refusals and all(s.schema != "beavertails" for s in training_sources(axis)):
             fix = "remove it, or train on a source whose rows say which answers are unsafe"
             yield Problem(f"{key}.refusals", axis.refusals, "nothing without rows of the beavertails schema", fix)
+
+
+def _objective(key: str, axis: AxisConfig) -> Iterator[Problem]:
+    """Of an objective whose rows the axis doesn't have, or that would not be used."""
+    if axis.objective != "sft" and axis.adapter:
+        fix = "remove one of the two: with an adapter nothing is trained"
+        yield Problem(f"{key}.objective", axis.objective, "sft beside an adapter", fix)
+    if axis.objective in (*PAIRED, *JUDGED):
+        feeding = ", ".join(name for name, schema in SCHEMAS.items() if schema.has_bad_answers)
+        for s in training_sources(axis):
+            if s.schema in SCHEMAS and not SCHEMAS[s.schema].has_bad_answers:
+                fix = f"rows of the {s.schema} schema have no bad answers; those of {feeding} have"
+                yield Problem(f"{key}.objective", axis.objective, f"one of {', '.join(IMITATING)}", fix)
+        if axis.join.share:
+            fix = "set it to 0, or use sft: joined rows have no bad answers"
+            yield Problem(f"{key}.join.share", axis.join.share, f"0 with the objective {axis.objective}", fix)
 
 
 def _generalist(g: GeneralistConfig) -> Iterator[Problem]:

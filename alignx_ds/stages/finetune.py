@@ -16,8 +16,9 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
+from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import LabelledExamples, pad_token
-from alignx_ds.data.inputs import INJECTED
+from alignx_ds.data.inputs import COMPARED, INJECTED
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.task_vectors import add_task_vector, layer_file, task_vectors
@@ -30,7 +31,10 @@ from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
 from alignx_ds.training import flops
 from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.loop import StepLoss
 from alignx_ds.training.losses import language_loss
+from alignx_ds.training.objectives import Settings
+from alignx_ds.training.preferences import ObjectiveLoss
 
 MIXED = "mixed"
 
@@ -115,6 +119,7 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
     c, base, data = context.config, context.base, context.data
     if (adapter := _adapter(context, tune)) is not None:
         return {"base": base.digest, "layers": base.layers, "adapter": adapter.digest}
+    settings = _objective(context, tune)
     return {
         "base": base.digest,
         "layers": base.layers,
@@ -124,16 +129,23 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
         "deepspeed": engines.settings_of(c.train.deepspeed, "train.deepspeed"),
         "experts": asdict(c.experts) if tune.is_expert else None,
         "rows": [[axis, data.digests[f"{INJECTED}{axis}"]] for axis in tune.axes],
+        "objective": [asdict(settings), data.digests.get(f"{COMPARED}{tune.axes[0]}")] if settings else None,
         "start": start,
     }
 
 
+def _objective(context: StageContext, tune: FineTune) -> Settings | None:
+    """What it minimises; None: the NLL of good answers, which a fine-tune on several axes always does."""
+    axis = context.config.axes[tune.axes[0]]
+    return None if len(tune.axes) > 1 or axis.objective == "sft" else Settings.of(axis)
+
+
 def _train(context: StageContext, tune: FineTune, directory: Path, job: TrainingJob) -> dict[str, Any]:
-    config, base, examples = context.config, context.base, context.data.injected
+    config, base, settings = context.config, context.base, _objective(context, tune)
+    rows = context.data.taught(tune.axes[0]) if settings else _imitated(context, tune)
     # As many epochs over its rows as a specialist makes: over three axes a fine-tune takes the steps of all three.
-    steps = sum(engines.steps_of(config.train, len(examples[axis])) for axis in tune.axes)
-    pooled = [example for axis in tune.axes for example in examples[axis]]
-    rows = LabelledExamples(pooled, [0] * len(pooled))
+    counts = [len(rows.examples)] if settings else [len(context.data.injected[axis]) for axis in tune.axes]
+    steps = sum(engines.steps_of(config.train, count) for count in counts)
     setup = set_up(context, config.train, "train", steps, rows)
     zero3 = HfDeepSpeedConfig(setup.deepspeed)  # while it is alive, from_pretrained shards the weights as it loads them
     model = load_backbone(base)
@@ -143,10 +155,21 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
     needed = flops.fine_tune(base.config, base.layers)
     how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
-    with trained(context, setup, model, groups, rows, language_loss, job, **how) as (module, losses):
+    loss: StepLoss = language_loss
+    if settings:
+        compared = context.data.compared.get(tune.axes[0], ComparedRows(rows))
+        taught = ObjectiveLoss(settings, compared, setup.plan, pad_token(base.tokenizer), config.seed, packed=True)
+        loss, job = taught, taught.of_job(job)
+    with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
         layers = _extract(context, tune, module, directory)
     del zero3
     return {"name": tune.name, "axes": list(tune.axes), "losses": losses, "layers": layers}
+
+
+def _imitated(context: StageContext, tune: FineTune) -> LabelledExamples:
+    """The rows of all its axes, whose good answers are imitated."""
+    pooled = [example for axis in tune.axes for example in context.data.injected[axis]]
+    return LabelledExamples(pooled, [0] * len(pooled))
 
 
 def train_ffns_alone(model: nn.Module, base: BaseModel) -> None:

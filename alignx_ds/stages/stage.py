@@ -135,7 +135,7 @@ def set_up(context: StageContext, settings: OptimizerConfig, key: str, steps: in
     """Of the recipe's section `key`, for so many steps on `rows`. Raises ConfigError under `key`.deepspeed."""
     plan = engines.Plan.of(settings, context.config.model.dtype, steps)
     template = engines.read_template(settings.deepspeed, f"{key}.deepspeed")
-    base, world_size, lengths = context.base, distributed.world_size(), [len(e.ids) for e in rows.examples]
+    base, world_size, lengths = context.base, distributed.world_size(), rows.lengths
     kept = activations(context.config, base, key, settings, lengths, world_size)
     filled = engines.fill(template, plan, world_size, base.config.hidden_size)
     return Setup(plan, filled, kept.recompute(settings.checkpoint_activations))

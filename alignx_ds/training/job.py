@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignx_ds.data.batches import MicroBatch
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, StepMetrics, no_log
 from alignx_ds.training.nonfinite import NonFiniteSteps
 from alignx_ds.training.speed import Cost
+
+
+def _nothing(*_: Any) -> None:
+    """For jobs that need nothing done."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class TrainingJob:
     log: ScalarLogger = no_log
     scalars: Callable[[StepMetrics], dict[str, float]] = StepMetrics.scalars  # what is logged of a step, beside speed
     cost: Cost | None = None  # of a token, for MFU
+    at_start: Callable[[Any], None] = _nothing  # takes the engine, before any checkpoint is loaded into it
+    before_step: Callable[[Any, list[MicroBatch]], None] = _nothing  # takes it and all micro batches of a step
 
     def save(self, engine: Any, losses: Losses) -> None:
         """Write a checkpoint of the state after these steps, if this job has any. Raises DataError. Collective."""

@@ -37,7 +37,7 @@ def micro_batches(
     token's id. With `packed`, several rows share a line of the batch: less padding and the same loss, but only for a
     model that does not route each row by itself.
     """
-    build = _builder(rows, pad_id, packed=packed)
+    build = builder(rows, pad_id, packed=packed)
     world = distributed.world_size()
     for chosen in islice(global_batches(len(rows.examples), plan.batch, plan.steps, seed), start, None):
         answer_tokens = max(1, sum(rows.examples[i].learned_length for i in chosen))
@@ -51,12 +51,12 @@ def largest_micro_batch(
     """That of this rank's micro batches which has the most tokens, padding included; the first of several."""
 
     def size(part: tuple[int, ...]) -> int:
-        lengths = [len(rows.examples[i].ids) for i in part]
-        return sum(lengths) if packed else len(part) * max(lengths)
+        lengths = [len(example.ids) for example in rows.at(part)]
+        return sum(lengths) if packed else len(lengths) * max(lengths)
 
     steps = global_batches(len(rows.examples), plan.batch, plan.steps, seed)
     largest = max((part for chosen in steps for part in _parts(chosen, plan)), key=size)
-    return _builder(rows, pad_id, packed=packed)(largest, 1.0)
+    return builder(rows, pad_id, packed=packed)(largest, 1.0)
 
 
 def _parts(chosen: list[int], plan: Plan) -> list[tuple[int, ...]]:
@@ -67,19 +67,23 @@ def _parts(chosen: list[int], plan: Plan) -> list[tuple[int, ...]]:
     return [tuple(own[first : first + size]) for first in range(0, len(own), size)]
 
 
-def _builder(rows: LabelledExamples, pad_id: int, *, packed: bool) -> Callable[[tuple[int, ...], float], MicroBatch]:
+def builder(rows: LabelledExamples, pad_id: int, *, packed: bool) -> Callable[[tuple[int, ...], float], MicroBatch]:
     """Makes a micro batch of the rows with these numbers, with this `lm_scale`."""
     device = distributed.device()
     needs, weights = rows.multi_hot(rows.width), rows.weights()
-    multiple, longest = attention.width_multiple(device), max((len(e.ids) for e in rows.examples), default=0)
+    multiple, longest = (
+        attention.width_multiple(device),
+        max((len(e.ids) for e in (*rows.examples, *rows.others)), default=0),
+    )
 
     def build(part: tuple[int, ...], scale: float) -> MicroBatch:
-        examples = [rows.examples[i] for i in part]
+        examples = rows.at(part)
         batch = pack(examples, pad_id, multiple, longest) if packed else collate(examples, pad_id)
         experts = torch.tensor([rows.experts[i] for i in part], device=device)
         needed = needs[list(part)].to(device)
         weight = None if weights is None else weights[list(part)].to(device)
-        return MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), part, gate_weights=weight)
+        numbers = part * (len(examples) // len(part))
+        return MicroBatch(batch.to(device), experts, needed, scale, tuple(examples), numbers, gate_weights=weight)
 
     return build
 
@@ -104,12 +108,14 @@ def train(
     DataError when a step is not finite and may not be skipped.
     """
     engine.train()
+    job.at_start(engine)
     if largest is not None:
         rehearse(engine, largest, step_loss)
     losses = job.checkpoints.restore(engine) if job.checkpoints else []
     progress.advance(by=len(losses))
     watch = Stopwatch(job.cost)
     for parts in watch.batches(batches(len(losses))):
+        job.before_step(engine, parts)
         rate, outputs = engine.get_lr()[0], []
         with attention.planning_pays():
             for part in parts:

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, V vocabulary, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from alignx_ds.config.schema import AlignConfig
-from alignx_ds.data.batches import IGNORED, MicroBatch
+from alignx_ds.data.batches import IGNORED, Batch, MicroBatch
 from alignx_ds.data.labels import set_nll
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
 from alignx_ds.mocae.layer import alignx_layers, output_calibrations
@@ -44,17 +45,43 @@ def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
+def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [N, V], targets [N] -> [N] fp32."""
+    return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
 def forward_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
     """`answer_nll` of the engine's forward pass with these inputs; `engine` may be a model too.
 
     Where the logits of all tokens would be more than MOST_LOGITS, the head computes only those that predict an answer's
     token, and their fp32 copies are made piece by piece, in the forward and in the backward pass.
     """
-    model = getattr(engine, "module", engine)
-    head = model.get_output_embeddings()
-    if labels.numel() * head.out_features <= MOST_LOGITS:
+    if not _needs_pieces(engine, labels):
         return answer_nll(engine(**inputs).logits, labels)
-    wanted = labels[:, 1:] != IGNORED
+    pieces = _pieces(engine, labels, inputs)
+    return torch.stack([checkpoint(_summed_nll, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def forward_each_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
+    """As `forward_nll`, but [N] fp32, of each of the N answer tokens in the order of `labels`."""
+    if not _needs_pieces(engine, labels):
+        wanted = labels[:, 1:] != IGNORED
+        return _each_nll(engine(**inputs).logits[:, :-1][wanted], labels[:, 1:][wanted])
+    pieces = _pieces(engine, labels, inputs)
+    return torch.cat([checkpoint(_each_nll, *piece, use_reentrant=False) for piece in pieces])
+
+
+def _head(engine: Any) -> Any:
+    return getattr(engine, "module", engine).get_output_embeddings()
+
+
+def _needs_pieces(engine: Any, labels: Tensor) -> bool:
+    return bool(labels.numel() * _head(engine).out_features > MOST_LOGITS)
+
+
+def _pieces(engine: Any, labels: Tensor, inputs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, targets) of the answer tokens of a forward pass, at most MOST_LOGITS at a time."""
+    head, wanted = _head(engine), labels[:, 1:] != IGNORED
 
     def select(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0][:, :-1][wanted].unsqueeze(0),)  # [1, N, d]
@@ -65,19 +92,31 @@ def forward_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
     finally:
         hook.remove()
     rows = max(1, MOST_LOGITS // head.out_features)
-    pieces = zip(torch.split(logits, rows), torch.split(labels[:, 1:][wanted], rows), strict=True)
-    return torch.stack([checkpoint(_summed_nll, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return zip(torch.split(logits, rows), torch.split(labels[:, 1:][wanted], rows), strict=True)
 
 
 def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
     """This micro batch's share of the step's mean NLL per answer token (nats), of padded or packed rows."""
-    b = part.batch
+    b, inputs = model_inputs(engine, part.batch)
+    return MicroBatchLoss(forward_nll(engine, b.labels, **inputs) * part.lm_scale)
+
+
+def answer_log_probabilities(engine: Any, batch: Batch, count: int) -> Tensor:
+    """[count] fp32: the summed log-probability (nats) of the answer of each example of a padded or packed batch."""
+    b, inputs = model_inputs(engine, batch)
+    each = forward_each_nll(engine, b.labels, **inputs)
+    assert b.owners is not None
+    owners = b.owners[:, 1:][b.labels[:, 1:] != IGNORED]
+    return -each.new_zeros(count).index_add(0, owners, each)
+
+
+def model_inputs(engine: Any, b: Batch) -> tuple[Batch, dict[str, Any]]:
+    """(the batch as the model reads it, the arguments of a base model's forward pass), of padded or packed rows."""
     packed = b.position_ids is not None
     if packed and attention.reads_one_line(getattr(engine, "module", engine)):
         b = b.in_one_line()
     where = {"position_ids": b.position_ids} if packed else {"attention_mask": b.attention_mask}
-    nll = forward_nll(engine, b.labels, input_ids=b.input_ids, use_cache=False, **where)
-    return MicroBatchLoss(nll * part.lm_scale)
+    return b, {"input_ids": b.input_ids, "use_cache": False, **where}
 
 
 @dataclass(frozen=True)

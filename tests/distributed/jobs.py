@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from deepspeed_jsons import JSONS, PRESETS
 from freed import freed
+from objectives import objectives
 from problems import (
     ALIGNX_LAYERS,
     CALIBRATION_ROWS,
@@ -384,5 +385,6 @@ WORK = (
     freed,
     rehearsed,
     sharded,
+    objectives,
 )
 JOBS = {job.__name__: job for job in WORK}

@@ -1,0 +1,189 @@
+"""Training on an objective: its loss of a micro batch, what it needs before a step, and the reference of its rows.
+
+DeepSpeed averages micro batches and ranks. All micro batches of a step have the same number of rows, so a mean over the
+rows of each is one over the step's. What depends on several rows at once (the shifts of kto and bco) is found for all
+rows of the step, on all ranks, before its first backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignx_ds.data.batches import MicroBatch
+from alignx_ds.data.compared import ComparedRows
+from alignx_ds.data.encode import LabelledExamples
+from alignx_ds.data.sampling import global_batches
+from alignx_ds.runtime import distributed
+from alignx_ds.training import objectives
+from alignx_ds.training.engine import Plan
+from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.loop import builder
+from alignx_ds.training.losses import answer_log_probabilities
+from alignx_ds.training.metrics import MicroBatchLoss, StepMetrics
+from alignx_ds.training.objectives import Settings
+
+GOOD = "good"  # the share of good answers, among the terms
+
+
+class ObjectiveLoss:
+    """The loss of rows under an axis's objective.
+
+    `at_start` computes the reference log-probabilities, with the weights that training starts from: a resumed job loads
+    its checkpoint after it. No second model is held. `before_step` finds the shift. Both are collective.
+    """
+
+    def __init__(self, settings: Settings, rows: ComparedRows, plan: Plan, pad_id: int, seed: int, *, packed: bool):
+        self.settings, self.rows, self.plan = settings, rows, plan
+        self.used = sorted({i for chosen in global_batches(len(rows), plan.batch, plan.steps, seed) for i in chosen})
+        self.build = builder(rows.examples, pad_id, packed=packed)
+        mismatched = LabelledExamples(rows.mismatched, [0] * len(rows.mismatched))
+        self.build_mismatched = builder(mismatched, pad_id, packed=packed)
+        device = distributed.device()
+        self.good = torch.tensor(rows.good, device=device).float()
+        self.weights = torch.tensor(rows.weights, device=device)
+        self.bad_weight = settings.bad_weight or sum(rows.good) / max(1, len(rows.good) - sum(rows.good))
+        self.reference = self.reference_mismatched = torch.zeros(0)
+        self.shift = torch.zeros((), device=device)
+
+    def of_job(self, job: TrainingJob) -> TrainingJob:
+        """The job, with what this loss does at its start and before its steps, and what it logs."""
+        return replace(job, at_start=self.at_start, before_step=self.before_step, scalars=self.scalars)
+
+    def at_start(self, engine: Any) -> None:
+        """Keep the log-probabilities of all answers that the job will see, [rows, answers of a row] fp32."""
+        if self.settings.has_reference:
+            self.reference = self._of_all(engine, self.build, 1 + self.settings.paired)
+        if self.rows.mismatched:
+            self.reference_mismatched = self._of_all(engine, self.build_mismatched, 1)[:, 0]
+
+    @torch.no_grad()
+    def _of_all(self, engine: Any, build: Callable[..., MicroBatch], answers: int) -> Tensor:
+        """Every rank makes as many forward passes as the others: under ZeRO-3 they work together."""
+        world, size = distributed.world_size(), self.plan.micro_batch(distributed.world_size())
+        parts = [tuple(self.used[first : first + size]) for first in range(0, len(self.used), size)]
+        parts += parts[:1] * (-len(parts) % world)
+        engine.eval()
+        found = []
+        for numbers in parts[distributed.rank() :: world]:
+            part = build(numbers, 1.0)
+            found.append((numbers, answer_log_probabilities(engine.module, part.batch, len(part.examples)).cpu()))
+        engine.train()
+        reference = torch.full((len(self.rows), answers), torch.nan)
+        for numbers, values in (entry for share in distributed.gather(found) for entry in share):
+            reference[list(numbers)] = values.view(answers, -1).T
+        return reference.to(distributed.device())
+
+    @torch.no_grad()
+    def before_step(self, engine: Any, parts: list[MicroBatch]) -> None:
+        """Set the shift z₀ of kto or δ of bco for the step, from all of its rows."""
+        if self.settings.name == "kto":
+            ratios = [self._mismatched_ratio(engine, part.numbers) for part in parts]
+            total, count = _summed([torch.cat(ratios).sum(), len(torch.cat(ratios))])
+            self.shift = (total / count).clamp(min=0)
+        elif self.settings.name == "bco":
+            numbers = torch.tensor([n for part in parts for n in part.numbers], device=self.good.device)
+            answers = [answer_log_probabilities(engine.module, part.batch, len(part.numbers)) for part in parts]
+            rewards, good = self.settings.beta * (torch.cat(answers) - self.reference[numbers, 0]), self.good[numbers]
+            sums = _summed([(rewards * good).sum(), (rewards * (1 - good)).sum(), good.sum(), (1 - good).sum()])
+            self.shift = (sums[:2] / sums[2:].clamp(min=1)).sum() / (sums[2:] > 0).sum()
+
+    def _mismatched_ratio(self, engine: Any, numbers: Sequence[int]) -> Tensor:
+        part = self.build_mismatched(tuple(numbers), 1.0)
+        found = answer_log_probabilities(engine.module, part.batch, len(part.examples))
+        return found - self.reference_mismatched[list(numbers)]
+
+    def __call__(self, engine: Any, part: MicroBatch) -> MicroBatchLoss:
+        """The mean over the micro batch's rows, and the good answers' NLL per token of the step where it is asked for.
+
+        The terms: rewards and log-probabilities of good and of bad answers, and how often a reward is right.
+        """
+        answers = answer_log_probabilities(engine, part.batch, len(part.examples))
+        lengths = answers.new_tensor([example.learned_length for example in part.examples])
+        if self.settings.paired:
+            return self._of_pairs(part, answers.view(2, -1), lengths.view(2, -1))
+        return self._of_verdicts(part, answers, lengths)
+
+    def _of_pairs(self, part: MicroBatch, answers: Tensor, lengths: Tensor) -> MicroBatchLoss:
+        """answers, lengths [2, B]: of the good ones and of the bad ones."""
+        s, (good, bad) = self.settings, answers
+        if s.name == "dpo":
+            reference = self.reference[list(part.numbers[: len(good)])].T
+            losses = objectives.dpo(good, bad, reference[0], reference[1], s.beta)
+            rewards = s.beta * (answers.detach() - reference)
+        else:
+            per_token = answers / lengths
+            rewards = s.beta * per_token.detach()
+            if s.name == "orpo":
+                losses = objectives.orpo(per_token[0], per_token[1], s.beta)
+            else:
+                losses = objectives.simpo(per_token[0], per_token[1], s.beta, s.margin)
+        loss, nll = losses.mean(), -good.sum() * part.lm_scale
+        margin, found = rewards[0] - rewards[1], answers.detach().mean(1)
+        terms = _terms(*rewards.mean(1), *found) | {
+            "objective": loss.detach(),
+            "rewards/margin": margin.mean(),
+            "rewards/accuracy": (margin > 0).float().mean(),
+            "nll": nll.detach(),
+        }
+        return MicroBatchLoss(loss + s.sft_weight * nll if s.sft_weight else loss, terms)
+
+    def _of_verdicts(self, part: MicroBatch, answers: Tensor, lengths: Tensor) -> MicroBatchLoss:
+        """answers, lengths [B]. Terms of good and of bad answers are sums over those divided by B; see `scalars`."""
+        s, numbers = self.settings, list(part.numbers)
+        reference = self.reference[numbers, 0]
+        if s.name == "poft":
+            losses = objectives.poft(answers / lengths, reference / lengths, s.beta)
+            ratio = (answers - reference).detach()
+            return MicroBatchLoss(
+                losses.mean(), {"rewards/good": ratio.mean(), "log_probabilities/good": answers.detach().mean()}
+            )
+        good = self.good[numbers]
+        if s.name == "kto":
+            losses = objectives.kto(answers, reference, good, self.shift, s.beta, self.bad_weight)
+            threshold = s.beta * self.shift
+        else:
+            losses = objectives.bco(answers, reference, good, self.shift, s.beta, self.weights[numbers])
+            threshold = self.shift
+        found, rewards = answers.detach(), s.beta * (answers.detach() - reference)
+        shares = [(values * which).mean() for values in (rewards, found) for which in (good, 1 - good)]
+        terms = _terms(*shares) | {
+            GOOD: good.mean(),
+            "rewards/accuracy": ((rewards > threshold) == good.bool()).float().mean(),
+            "rewards/shift": threshold,
+        }
+        return MicroBatchLoss(losses.mean(), terms)
+
+    def scalars(self, metrics: StepMetrics) -> dict[str, float]:
+        """What is logged of a step: of verdicts, means over its good and over its bad answers."""
+        found = metrics.scalars()
+        if not self.settings.judged:
+            return found
+        shares = {"good": found.pop(GOOD)}
+        shares["bad"] = 1 - shares["good"]
+        for name, value in found.items():
+            kind = name.rpartition("/")[2]
+            if kind in shares:
+                found[name] = value / shares[kind] if shares[kind] else torch.nan
+        return found | {"rewards/margin": found["rewards/good"] - found["rewards/bad"]}
+
+
+def _terms(good_reward: Tensor, bad_reward: Tensor, good: Tensor, bad: Tensor) -> dict[str, Tensor]:
+    return {
+        "rewards/good": good_reward,
+        "rewards/bad": bad_reward,
+        "log_probabilities/good": good,
+        "log_probabilities/bad": bad,
+    }
+
+
+def _summed(values: Sequence[Tensor | int]) -> Tensor:
+    """[n] fp64: each of the n values, summed over all ranks."""
+    stacked = torch.stack([torch.as_tensor(v, device=distributed.device()).double() for v in values])
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(stacked)
+    return stacked
