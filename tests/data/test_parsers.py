@@ -123,7 +123,11 @@ def test_beavertails_imitates_safe_answers_and_keeps_the_prompts_without_one() -
         *(answer("c", "bad", False), answer("c", "worse", False)),
     )
     made = SCHEMAS["beavertails"].parse(records)
-    assert made.rows == [Row("a", "good", harmful=True), Row("b", "fine"), Row("c", "", harmful=True)]
+    assert made.rows == [
+        Row("a", "good", harmful=True, incorrect=("bad",)),
+        Row("b", "fine"),
+        Row("c", "", harmful=True, incorrect=("bad", "worse")),
+    ]
     assert reasons(made) == ["unsafe answer, not imitated"] * 2
 
 
