@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -31,6 +32,9 @@ class ComparedRows:
     mismatched: list[Example] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+
+    def reasons(self) -> Counter[str]:
+        return Counter(d.reason for d in self.dropped)
 
     def __len__(self) -> int:
         return len(self.examples.examples)

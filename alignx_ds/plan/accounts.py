@@ -7,6 +7,7 @@ from itertools import combinations
 from types import MappingProxyType
 
 from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.inputs import EncodedData, JoinedRows, unlearned_answers
 from alignx_ds.data.routing import GENERALIST
 from alignx_ds.data.rows import Row
@@ -55,7 +56,16 @@ def _account(name: str, side: SplitRows, note: str) -> list[str]:
     return lines + _not_used(side)
 
 
-def _not_used(side: SplitRows | JoinedRows) -> list[str]:
+def compared(data: EncodedData) -> list[str]:
+    """A line for each axis whose objective needs bad answers too, and one for every reason why answers are not used."""
+    lines = []
+    for axis, rows in data.compared.items():
+        kind = "verdicts" if rows.good else "pairs"
+        lines += [line(f"{axis}, {kind}", f"{len(rows):,}"), *_not_used(rows)]
+    return lines
+
+
+def _not_used(side: SplitRows | JoinedRows | ComparedRows) -> list[str]:
     places = {d.reason: d.place for d in reversed(side.dropped)}
     reasons = side.reasons().most_common()
     return [line("", f"{-count:,}", f" {reason}, e.g. {places[reason]}") for reason, count in reasons]

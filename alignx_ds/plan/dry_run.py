@@ -12,7 +12,7 @@ from alignx_ds.data.splits import read_splits
 from alignx_ds.errors import Problem, UnreachableError
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import capacity, prompts, training
-from alignx_ds.plan.accounts import accounts, line, notes
+from alignx_ds.plan.accounts import accounts, compared, line, notes
 from alignx_ds.plan.deepspeed_keys import deepspeed_models
 from alignx_ds.plan.gpu_memory import problems
 from alignx_ds.plan.memory import Lengths, Rows, StageMemory, memory
@@ -138,6 +138,7 @@ def _rows(
     stage2 = f" to train on, {len(data.calibration_rows.examples):,} in the calibration split"
     rows = [
         *accounts(data.splits, data.joined),
+        *compared(data),
         line("all axes, for stage 2", f"{len(data.train.examples):,}", stage2),
         *notes(config, data),
     ]
