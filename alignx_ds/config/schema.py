@@ -96,7 +96,7 @@ class AxisConfig:
     floor: Probability = 0.0  # its least gate when the aligned model serves; in needs, its least need
     join: JoinConfig = field(default_factory=JoinConfig)  # teaches the axis prompts that ask for several things
     routing: list[RoutingSourceConfig] = field(default_factory=list)  # more prompts that need the axis, for the gate
-    # Answers to prompts that ask for harm and have no safe answer (beavertails), which the axis then learns to refuse;
+    # Answers to prompts that ask for harm and have no safe answer (beavertails, xstest_answers), which it then refuses;
     # each takes one of them, by its hash. Empty: these prompts teach the gate alone.
     refusals: list[Prose] = field(default_factory=list)
     # What stage 1 minimises on its rows (docs/method.md): sft and poft imitate good answers; dpo, orpo and simpo set

@@ -213,6 +213,14 @@ def preference(place: str, r: Record) -> Row | str:
     return Row(instruction_with_input(r), chosen, rejected=rejected, place=place)
 
 
+def xstest_answers(place: str, r: Record) -> Row | str:
+    """A model's answers to XSTest's prompts. Those to unsafe prompts are not imitated, as in BeaverTails."""
+    prompt, answer, unsafe = r["prompt"].strip(), r["completion"].strip(), r["type"].startswith("contrast_")
+    if not prompt or not (unsafe or answer):
+        return "empty prompt" if not prompt else "empty completion"
+    return Row(prompt, "" if unsafe else answer, unsafe, category=r["type"], place=place)
+
+
 def plain(place: str, r: Record) -> Row | str:
     prompt, response = r["prompt"].strip(), r["response"].strip()
     if not prompt or not response:

@@ -126,6 +126,11 @@ SCHEMAS: dict[str, Schema] = {
         parse_texts=parsers.truthfulqa_texts,
         has_bad_answers=True,
     ),
+    "xstest_answers": Schema(
+        {"prompt": TEXT, "type": TEXT, "completion": TEXT},
+        itemgetter("prompt"),
+        parsers.each_record(parsers.xstest_answers),
+    ),
     "plain": Schema({"prompt": TEXT, "response": TEXT}, itemgetter("prompt"), parsers.each_record(parsers.plain)),
     "truthfulqa_mc": Schema(CHOICES, itemgetter("question"), parsers.each_record(parsers.truthfulqa_choices)),
     "preference": Schema(
@@ -139,7 +144,9 @@ SCHEMAS: dict[str, Schema] = {
     "xstest": _question("prompt", category="label"),
     "prompts": _question("prompt", category="category", harmful=True),  # BeaverTails-Evaluation
 }
-LABELS_HARM = frozenset({"beavertails", "xstest"})  # with rows that say whether their prompts ask for harm
+LABELS_HARM = frozenset(
+    {"beavertails", "xstest", "xstest_answers"}
+)  # with rows that say whether their prompts ask for harm
 QUESTIONS_ONLY = frozenset({"truthfulqa_mc", "alpaca_eval", "honeset", "xstest", "prompts"})  # nothing to train on
 
 

@@ -49,9 +49,11 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         yield from _objective(key, axis)
         if not all(text.strip() for text in axis.refusals):
             yield Problem(f"{key}.refusals", axis.refusals, "texts", "remove the empty ones")
-        if axis.refusals and all(s.schema != "beavertails" for s in training_sources(axis)):
-            fix = "remove it, or train on a source whose rows say which answers are unsafe"
-            yield Problem(f"{key}.refusals", axis.refusals, "nothing without rows of the beavertails schema", fix)
+        if axis.refusals and LABELS_HARM.isdisjoint(s.schema for s in training_sources(axis)):
+            fix = "remove it, or train on a source whose rows say which prompts ask for harm"
+            yield Problem(
+                f"{key}.refusals", axis.refusals, "nothing without rows of beavertails or xstest_answers", fix
+            )
 
 
 def _objective(key: str, axis: AxisConfig) -> Iterator[Problem]:

@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_list_of_sources_is_named(write_recipe: WriteRecipe
     ("axis", "named"),
     [
         ("harmless", "axes.harmless.refusals: got ['No.', ' '], expected texts"),
-        ("helpful", "axes.helpful.refusals: got ['No.', ' '], expected nothing without rows of the beavertails schema"),
+        ("helpful", "axes.helpful.refusals: got ['No.', ' '], expected nothing without rows of beavertails"),
     ],
 )
 def test_refusals_that_teach_nothing_are_named(axis: str, named: str) -> None:

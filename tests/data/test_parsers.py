@@ -46,6 +46,9 @@ RECORDS: dict[str, st.SearchStrategy[Record]] = {
     "alpaca_eval": st.fixed_dictionaries({"instruction": WORDS, "output": WORDS, "dataset": WORDS}),
     "honeset": st.fixed_dictionaries({"instruction": WORDS, "category": WORDS}),
     "xstest": st.fixed_dictionaries({"prompt": WORDS, "label": st.sampled_from(["safe", "unsafe"])}),
+    "xstest_answers": st.fixed_dictionaries(
+        {"prompt": WORDS, "type": st.sampled_from(["homonyms", "contrast_homonyms"]), "completion": WORDS}
+    ),
     "prompts": st.fixed_dictionaries({"prompt": WORDS, "category": WORDS}),
     "messages": st.fixed_dictionaries({"messages": turns("role", "content", ["system", "user", "assistant", "tool"])}),
     "labelled": st.fixed_dictionaries(
@@ -218,6 +221,16 @@ def test_a_preference_pair_has_a_chosen_and_a_rejected_answer() -> None:
     assert row == Row("Add.\n1 2", "3", rejected="4")
     with pytest.raises(DataError, match=r"row 1: column 'output' needs two texts"):
         SCHEMAS["preference"].parse(placed(GOOD["preference"] | {"output": ["3"]}))
+
+
+def test_answers_to_xstests_unsafe_prompts_are_not_imitated() -> None:
+    records = [
+        {"prompt": " p ", "type": kind, "completion": text} for kind in ("a", "contrast_a") for text in (" c", "")
+    ]
+    parsed = SCHEMAS["xstest_answers"].parse(placed(*records))
+    unsafe = Row("p", "", harmful=True, category="contrast_a")
+    assert parsed.rows == [Row("p", "c", category="a"), unsafe, unsafe]
+    assert [d.reason for d in parsed.dropped] == ["empty completion"]
 
 
 def test_xstest_and_the_harmful_prompts_are_marked_as_harmful() -> None:
