@@ -44,6 +44,9 @@ class SourceConfig:
     weight: NonNegativeFloat = 0.0  # the sources' shares of the rows; 0 for all: in proportion to their sizes
     schema: OptionalSchemaName = ""  # empty: the axis's
     columns: dict[str, Text] = field(default_factory=dict)  # empty: the axis's, if the schema is the axis's too
+    # The experts that its prompts need, those that ask for harm excepted; empty: the axis. With others, the rows teach
+    # the axis's specialist what to leave as it is, and stage 2 gives them to the first expert that is named.
+    needs: list[Text] = field(default_factory=list)
 
 
 @dataclass

@@ -6,10 +6,11 @@ The flow: sources -> schemas -> splits -> token ids -> the run's inputs.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
+from alignx_ds.config.sources import training_sources
 from alignx_ds.data.compared import ComparedRows, compared_rows
 from alignx_ds.data.encode import Example, LabelledExamples, digest
 from alignx_ds.data.encodings import Encodings
@@ -24,6 +25,8 @@ from alignx_ds.models.base import BaseModel
 
 # Fields of EncodedData that nothing is trained or fitted on.
 HELD_OUT = ("held_out", "references", "routed", "routing", "sets")
+INJECTED = "injected "  # before an axis's name, in `digests`
+LENT = 1000  # the first number of the sources whose rows belong to another expert than their axis
 INJECTED, COMPARED = "injected ", "compared "  # before an axis's name, in `digests`
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
 
@@ -198,11 +201,30 @@ def _training_examples(
         parts, made = _cut(config, splits.train[name].rows), joined.get(name, NOTHING_JOINED)
         company = made.train, made.calibration
         for target, rows, more, use in zip((train, calibration), parts, company, ("train", "calibrate"), strict=True):
-            _add(target, [*rows, *more], expert, config, encodings)
-            if source and not rows:
+            own, lent = _lent(config, name, rows)
+            _add(target, [*own, *more], expert, config, encodings)
+            for owner, others in lent.items():
+                _add(target, others, config.expert_names.index(owner), config, encodings)
+            if source and not own:
                 fix = "give more rows, or change data.calibration_share"
                 raise DataError(f"{source} ({name}): no row is left to {use} on; {fix}")
     return train, calibration
+
+
+def _lent(config: RunConfig, name: str, rows: list[Row]) -> tuple[list[Row], dict[str, list[Row]]]:
+    """The rows of an expert, and by name those of another one: of a source whose prompts don't need this expert."""
+    settings = config.generalist if name == "generalist" else config.axes[name]
+    sources = training_sources(settings)
+    own: list[Row] = []
+    lent: dict[str, list[Row]] = {}
+    for row in rows:
+        needs = [] if row.harmful else sources[row.source].needs
+        if not needs or name in needs:
+            own.append(row)
+        else:
+            number = LENT + config.expert_names.index(name) * len(sources) + row.source  # no source of the owner's
+            lent.setdefault(needs[0], []).append(replace(row, source=number))
+    return own, lent
 
 
 def _injected_examples(

@@ -92,6 +92,12 @@ def refusing(split: SplitRows, refusals: Sequence[str]) -> SplitRows:
     return replace(split, rows=[answered(row) for row in split.rows])
 
 
+def needing(split: SplitRows, needs: Sequence[str]) -> SplitRows:
+    """The split with these experts as those that its prompts need; what asks for harm keeps needing its axis."""
+    rows = [row if row.harmful or row.needs else replace(row, needs=tuple(needs)) for row in split.rows]
+    return replace(split, rows=rows)
+
+
 def leaked(split: SplitRows, judged: frozenset[str]) -> dict[int, str]:
     """The rows with a question that is held out, also as an earlier turn."""
     rows = enumerate(split.rows)

@@ -16,7 +16,7 @@ from alignx_ds.data.routing import RoutingRows, gated, more_needs, read_routing
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
-from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, of_wrong_kind, refusing, used
+from alignx_ds.data.split_rows import HELD_OUT, SplitRows, TooLong, leaked, needing, of_wrong_kind, refusing, used
 from alignx_ds.errors import DataError
 
 
@@ -174,18 +174,28 @@ def _read_source(
         if not s.held_out:
             positions = [Row(schema.question(record), "").position(HELD_OUT) for _, record in train.usable]
             cut = [record for record, position in zip(train.usable, positions, strict=True) if position < share]
-            held_out_parts.append(SplitRows.of(given.source, Records(cut, []), schema.held_out(cut)))
+            held_out = SplitRows.of(given.source, Records(cut, []), schema.held_out(cut))
+            if given.needs:
+                held_out = _of_the_expert(needing(held_out, given.needs), name)
+            if held_out.rows or not given.needs:  # a source may have no row that the axis is judged by
+                held_out_parts.append(held_out)
             rest = [record for record, position in zip(train.usable, positions, strict=True) if position >= share]
             train = Records(rest, train.dropped)
-        part = SplitRows.of(given.source, train, schema.parse(train.usable))
+        part = needing(SplitRows.of(given.source, train, schema.parse(train.usable)), given.needs)
         train_parts.append(refusing(part, s.refusals) if isinstance(s, AxisConfig) else part)
     if not s.held_out:
         _check_held_out(name, train_parts, held_out_parts, share)
         return train_parts, [part for part in held_out_parts if part.records] or held_out_parts[:1]
     source = Source(s.held_out, *s.judged_as())
-    held_out = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
-    parsed = SCHEMAS[s.judged_as()[0]].held_out(held_out.usable)
-    return train_parts, [SplitRows.of(s.held_out, held_out, parsed)]
+    records = source.read(held_out=True, count=config.data.held_out_rows, seed=seed, limit=limit)
+    parsed = SCHEMAS[s.judged_as()[0]].held_out(records.usable)
+    return train_parts, [SplitRows.of(s.held_out, records, parsed)]
+
+
+def _of_the_expert(split: SplitRows, name: str) -> SplitRows:
+    """The split less the rows whose prompts need others, which say nothing about this expert's answers."""
+    others = {i: "its prompt needs another" for i, row in enumerate(split.rows) if row.needs and name not in row.needs}
+    return split.without(others)
 
 
 def _check_held_out(name: str, train: list[SplitRows], held_out: list[SplitRows], share: float) -> None:

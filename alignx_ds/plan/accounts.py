@@ -93,7 +93,8 @@ def _unmeasured(config: RunConfig, data: EncodedData) -> Iterator[str]:
 def overlaps(splits: DataSplits) -> Iterator[str]:
     """Pairs of experts that are trained on the same questions: no router can tell them apart."""
     for (one, a), (other, b) in combinations(splits.train.items(), 2):
-        shared = {row.question for row in a.rows} & {row.question for row in b.rows}
+        asked = [{row.question for row in s.rows if not row.needs or n in row.needs} for n, s in ((one, a), (other, b))]
+        shared = asked[0] & asked[1]
         shares = {name: _share(split.rows, shared) for name, split in ((one, a), (other, b))}
         if max(shares.values()) >= ODD:
             counted = " and ".join(f"{share:.1%} of {name}'s" for name, share in shares.items())

@@ -31,7 +31,7 @@ RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", NO_
 
 def problems(c: RunConfig) -> Iterator[Problem]:
     yield from _axes(c)
-    yield from _generalist(c.generalist)
+    yield from _generalist(c)
     yield from _routing(c)
     yield from _sets(c)
     yield from _texts(c)
@@ -45,7 +45,7 @@ def _axes(c: RunConfig) -> Iterator[Problem]:
         key = f"axes.{name}"
         if name in RESERVED or not name.isidentifier():
             yield Problem(key, name, f"a plain word other than {', '.join(sorted(RESERVED))}", "rename the axis")
-        yield from _trained_on(key, axis)
+        yield from _trained_on(key, axis, c)
         yield from _objective(key, axis)
         if not all(text.strip() for text in axis.refusals):
             yield Problem(f"{key}.refusals", axis.refusals, "texts", "remove the empty ones")
@@ -72,15 +72,16 @@ def _objective(key: str, axis: AxisConfig) -> Iterator[Problem]:
             yield Problem(f"{key}.join.share", axis.join.share, f"0 with the objective {axis.objective}", fix)
 
 
-def _generalist(g: GeneralistConfig) -> Iterator[Problem]:
+def _generalist(c: RunConfig) -> Iterator[Problem]:
+    g = c.generalist
     if g.train:
-        yield from _trained_on("generalist", g)
+        yield from _trained_on("generalist", g, c)
     elif g.held_out:
         fix = "set generalist.train too, or remove generalist.held_out"
         yield Problem("generalist.held_out", g.held_out, "nothing without generalist.train", fix)
 
 
-def _trained_on(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[Problem]:
+def _trained_on(key: str, settings: AxisConfig | GeneralistConfig, c: RunConfig) -> Iterator[Problem]:
     sources = training_sources(settings)
     if not sources:
         yield Problem(f"{key}.train", settings.train, "a source", "name a file, a data set or 'world'")
@@ -92,6 +93,7 @@ def _trained_on(key: str, settings: AxisConfig | GeneralistConfig) -> Iterator[P
             fix = "list it under evaluation.sets, and train on another source"
             yield Problem(f"{place}.schema", s.schema, "a schema with answers to imitate", fix)
         yield from _source(place, "source" if listed else "train", s.source, s.schema, s.columns)
+        yield from _needs(f"{place}.needs", s.needs, c)
     if len({bool(s.weight) for s in sources}) > 1:
         weights = [s.weight for s in sources]
         yield Problem(f"{key}.train", weights, "a weight for every source, or for none", "add the others, e.g. 1")

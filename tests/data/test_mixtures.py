@@ -88,7 +88,7 @@ def test_sources_may_have_schemas_and_columns_of_their_own(one_axis: RunConfig, 
         {"source": str(write_lines(tmp_path / "a.jsonl", plain))},
         {"source": str(write_lines(tmp_path / "b.jsonl", other)), "schema": "alpaca"},
     ]
-    assert list(plan._trained_on("axes.kind", axis)) == []
+    assert list(plan._trained_on("axes.kind", axis, one_axis)) == []
     splits = read_splits(one_axis)
     train, held_out = splits.train["kind"], splits.held_out["kind"]
     assert len(train.rows) + len(held_out.rows) == 120

@@ -200,7 +200,9 @@ def test_no_real_record_disappears_between_the_file_and_the_rows(real_config: Ru
     splits = read_splits(real_config)
     assert_all_accounted_for(splits, real_config)
     assert not splits.judged_questions & {row.question for split in splits.train.values() for row in split.rows}
-    assert len(splits.train["honest"].rows) + len(splits.held_out["honest"].rows) == 817
+    near = [d for d in splits.train["honest"].dropped if d.reason.startswith("near-duplicate")]
+    assert len(splits.train["honest"].rows) + len(near) + len(splits.held_out["honest"].rows) == 817
+    assert 0 < len(near) < 10
     for split in splits.held_out.values():
         assert not split.source or split.rows
 
