@@ -103,7 +103,7 @@ def run(case: Case) -> dict[str, Any]:
     from suite.systems import AXES, Setting
     from suite.training import fine_tune, mixture
 
-    from alignx_ds.config.schema import AlignConfig, AxisConfig, ModelConfig, RunConfig, TrainConfig
+    from alignx_ds.config.schema import AlignConfig, AxisConfig, ModelConfig, RunConfig, SpecialistConfig
     from alignx_ds.data.encode import Example, LabelledExamples
     from alignx_ds.models.base import BaseModel, Planned, dtype_of
     from alignx_ds.plan.memory import Lengths, stage_memory
@@ -113,7 +113,7 @@ def run(case: Case) -> dict[str, Any]:
     setting = Setting(shape, "cpu", dtype_of(case.dtype))
     ids = torch.randint(3, shape.vocab_size, (case.batch, case.length)).tolist()
     rows = LabelledExamples([Example(tuple(row), half) for row in ids], [n % (AXES + 1) for n in range(case.batch)])
-    stage = (TrainConfig if case.stage == "train" else AlignConfig)(
+    stage = (SpecialistConfig if case.stage == "train" else AlignConfig)(
         **{"batch": case.batch, "checkpoint_activations": "false", **case.settings}
     )
     template = engines.read_template(stage.deepspeed, case.stage)

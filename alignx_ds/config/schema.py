@@ -20,6 +20,7 @@ MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 IMITATING = ("sft", "poft")  # objectives of stage 1 that need good answers alone;
 PAIRED = ("dpo", "orpo", "simpo")  # those that compare two answers to one prompt;
 JUDGED = ("kto", "bco")  # and those that need answers, each good or bad
+LORA_TARGETS = ("gate_proj", "up_proj", "down_proj")
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
 # Keys of a stage that say how its work is done and do not change its result. For a DeepSpeed JSON see `engine`.
@@ -33,6 +34,7 @@ SchemaName = Annotated[str, NameIn("schemas")]
 OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
 OptionalJudgeName = Annotated[str, NameIn("judges", optional=True)]
 Share = Annotated[float, Range(above=0, below=1, fix="0.15 is a good value")]
+DropRate = Annotated[float, Range(least=0, below=1)]
 Density = Annotated[float, Range(above=0, most=1)]
 
 
@@ -174,12 +176,32 @@ class OptimizerConfig:
 
 @dataclass
 class TrainConfig(OptimizerConfig):
-    """Stage 1: one fine-tune per axis under ZeRO-3. It trains the FFNs of the AlignX layers, which stage 2 hosts."""
+    """A fine-tune under ZeRO."""
 
     epochs: NonNegativeFloat = 3.0  # passes over the rows
     steps: NonNegativeInt = 0  # number of optimizer steps, instead of epochs; 0: as many as the epochs need
     warmup_steps: NonNegativeInt = 20
     deepspeed: Text = "ds_configs/stage1_zero3.json"
+
+
+@dataclass
+class LoraConfig:
+    """The low-rank factors that `train.trainable: lora` trains. Their rank is experts.rank: they are the expert."""
+
+    alpha: PositiveFloat = 32.0  # the change is alpha / rank · B·A
+    dropout: DropRate = 0.0  # of the factors' input, in training
+    rslora: bool = False  # rank-stabilised: alpha / √rank · B·A
+    # By their names in LLaMA, whatever the architecture calls them.
+    targets: list[Annotated[str, OneOf(LORA_TARGETS)]] = field(default_factory=lambda: list(LORA_TARGETS))
+
+
+@dataclass
+class SpecialistConfig(TrainConfig):
+    """Stage 1: one fine-tune per axis under ZeRO-3, whose change of the AlignX layers' FFNs stage 2 hosts."""
+
+    # The FFNs of the AlignX layers, or low-rank factors beside them, which are then the expert as they are.
+    trainable: Annotated[str, OneOf(("ffn", "lora"))] = "ffn"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass
@@ -211,7 +233,7 @@ class ScratchConfig:
 
 @dataclass
 class ExpertsConfig:
-    rank: NonNegativeInt = 64  # of each low-rank expert; 0 keeps full rank
+    rank: NonNegativeInt = 64  # of each low-rank expert, and of LoRA; 0 keeps full rank
     feature_rows: PositiveInt = 512  # rows per axis whose features weight the approximation
 
 
@@ -351,7 +373,7 @@ class RunConfig:
     generalist: GeneralistConfig = field(default_factory=GeneralistConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: SpecialistConfig = field(default_factory=SpecialistConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     align: AlignConfig = field(default_factory=AlignConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.experts.lora import Lora
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.lexical import Lexicon
@@ -18,21 +19,22 @@ ADAM_STATES = 2  # first and second moment, fp32
 def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
     """Parameters: of the base, of what stage 1 trains, of the experts' factors, and of what else stage 2 trains."""
     model = base.skeleton
-    trained = factors = 0
+    lora = Lora.of(config) if config.train.trainable == "lora" else None
+    ffns = factors = 0
     for layer in base.layers:
         ffn = base.table.view(base.table.ffn_of(model, layer))
         for p in PROJECTIONS:
             m, n = ffn.projection(p).weight.shape
-            rank = min(m, n, config.experts.rank or min(m, n))
-            trained += m * n
+            rank = min(m, n, config.experts.rank or min(m, n)) if lora is None else lora.rank_of(p)
+            ffns += m * n
             factors += rank * (m + n) * len(config.expert_names)
     gates = 1 if config.gate.scope == "shared" else len(base.layers)
     latent = config.gate.output_latent
     calibrations = len(base.layers) * (base.config.hidden_size * latent + 2) if latent else 0
-    copies = {"full copies of the FFNs": trained * len(config.axes)} if _fuses(config) else {}
+    copies = {"full copies of the FFNs": ffns * len(config.axes)} if _fuses(config) else {}
     return {
         "base model": sum(p.numel() for p in model.parameters()),
-        "trained in stage 1": trained,
+        "trained in stage 1": ffns if lora is None else lora.numbers(base) * len(base.layers),
         "experts' factors": factors,
         "gates and calibrations": gates * config.gate.latent * len(config.expert_names) + calibrations,
         **copies,

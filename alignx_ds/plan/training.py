@@ -30,12 +30,23 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
             key = f"baselines.{name}.drift_scale.{axis}"
             yield Problem(key, scales[axis], f"an axis of {', '.join(c.axes)}", "correct the name")
     yield from _expert_parallel(c, world_size)
+    yield from _lora(c)
     for key, stage in stages(c).items():
         yield from _steps(key, stage)
         yield from _batch(key, stage, world_size)
         allowed = _zero_stages(c, key)
         fix = "correct the stage" if allowed == ANY else ZERO_FIXES.get(f"{key}.deepspeed", "correct the stage")
         yield from StageJson(key, stage, c.model.dtype, world_size, allowed, fix).problems()
+
+
+def _lora(c: RunConfig) -> Iterator[Problem]:
+    if c.train.trainable != "lora":
+        return
+    if not c.experts.rank:
+        fix = "set LoRA's rank, e.g. 16"
+        yield Problem("experts.rank", 0, "at least 1 with train.trainable=lora: the factors are the expert", fix)
+    if not c.train.lora.targets or len(set(c.train.lora.targets)) != len(c.train.lora.targets):
+        yield Problem("train.lora.targets", c.train.lora.targets, "distinct projections, at least one", "correct it")
 
 
 def without_effect(c: RunConfig) -> list[str]:

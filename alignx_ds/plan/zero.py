@@ -43,8 +43,9 @@ class Model:
 def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> Model:
     """What the stage with the settings at `key` of the recipe trains, and what else its model holds."""
     n, align = counts(config, base), config.align
-    whole, ffn = n["base model"], n["trained in stage 1"]
+    whole, trained = n["base model"], n["trained in stage 1"]
     ffns = [base.table.ffn_of(base.skeleton, layer) for layer in base.layers]
+    ffn = sum(p.numel() for part in ffns for p in part.parameters())
     largest = max(p.numel() for part in ffns for p in part.parameters())
     layers = base.table.decoder_layers(base.skeleton)[min(base.layers) :]
     reused = (
@@ -53,8 +54,11 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
     )
     if key == "scratch.train":
         return Model(0, ((whole, world_size),), max(p.numel() for p in base.skeleton.parameters()), whole)
+    if key == "train" and config.train.trainable == "lora":  # the factors are added to the model
+        factor = config.experts.rank * max(base.config.hidden_size, base.config.intermediate_size)
+        return Model(whole, ((trained, world_size),), factor, reused + trained)
     if key == "train":
-        return Model(whole - ffn, ((ffn, world_size),), largest, reused)
+        return Model(whole - trained, ((trained, world_size),), largest, reused)
     if key == "align":
         factors, dense = n["experts' factors"], n["gates and calibrations"]
         hosted = factors / align.ep_size if align.ep_size else factors * len(config.axes) / len(config.expert_names)

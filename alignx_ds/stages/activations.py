@@ -34,6 +34,8 @@ class Ffn:
     @classmethod
     def of(cls, config: RunConfig, key: str) -> Ffn:
         """In the stage at this key of the recipe. Counted with torch's saved tensors."""
+        if key == "train" and config.train.trainable == "lora" and config.train.lora.dropout:
+            return cls(5, 2)  # each projection's factors have their own copy of its input
         axes, gate, trained = len(config.axes), config.gate, config.align.expert_lr_scale > 0
         if key == "align":
             e = 1 + axes

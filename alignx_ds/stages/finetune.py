@@ -1,4 +1,4 @@
-"""Fine-tune the AlignX layers' FFNs under ZeRO-3: stage 1's specialists, and the sequential and mixed baselines.
+"""Fine-tune the AlignX layers' FFNs, or LoRA on them, under ZeRO-3: stage 1's specialists, and two baselines.
 
 A fine-tune leaves a directory with its task vectors, a specialist's also with the factors of its expert. An adapter
 that the recipe names for an axis leaves the same directory, and nothing is trained.
@@ -16,13 +16,16 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.inputs import COMPARED, INJECTED
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
-from alignx_ds.experts.task_vectors import add_task_vector, layer_file, task_vectors
-from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.experts.lora import Lora, add_lora, lora_factors
+from alignx_ds.experts.low_rank import LowRank
+from alignx_ds.experts.task_vectors import Changes, add_task_vector, layer_file, read_task_vector, task_vectors
+from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
@@ -125,9 +128,9 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
         "layers": base.layers,
         "dtype": c.model.dtype,
         "seed": c.seed,
-        "train": substance(c.train),
+        "train": _train_settings(c),
         "deepspeed": engines.settings_of(c.train.deepspeed, "train.deepspeed"),
-        "experts": asdict(c.experts) if tune.is_expert else None,
+        "experts": _expert_settings(c, tune),
         "rows": [[axis, data.digests[f"{INJECTED}{axis}"]] for axis in tune.axes],
         "objective": [asdict(settings), data.digests.get(f"{COMPARED}{tune.axes[0]}")] if settings else None,
         "start": start,
@@ -138,6 +141,23 @@ def _objective(context: StageContext, tune: FineTune) -> Settings | None:
     """What it minimises; None: the NLL of good answers, which a fine-tune on several axes always does."""
     axis = context.config.axes[tune.axes[0]]
     return None if len(tune.axes) > 1 or axis.objective == "sft" else Settings.of(axis)
+
+
+def _train_settings(c: RunConfig) -> dict[str, Any]:
+    """Without LoRA's where none is trained."""
+    return {name: value for name, value in substance(c.train).items() if name != "lora" or is_lora(c)}
+
+
+def _expert_settings(c: RunConfig, tune: FineTune) -> dict[str, Any] | None:
+    """LoRA's rank counts for every fine-tune, and no features weight an approximation."""
+    if is_lora(c):
+        return {"rank": c.experts.rank}
+    return asdict(c.experts) if tune.is_expert else None
+
+
+def is_lora(c: RunConfig) -> bool:
+    """Whether stage 1 trains low-rank factors."""
+    return c.train.trainable == "lora"
 
 
 def _train(context: StageContext, tune: FineTune, directory: Path, job: TrainingJob) -> dict[str, Any]:
@@ -151,9 +171,12 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     model = load_backbone(base)
     if tune.start:
         add_task_vector(model, base, context.out.specialists / tune.start)
-    train_ffns_alone(model, base)
+    if is_lora(config):
+        add_lora(model, base.table, base.layers, Lora.of(config), config.seed)
+    else:
+        train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    needed = flops.fine_tune(base.config, base.layers)
+    needed = flops.fine_tune(base.config, base.layers, Lora.of(config).numbers(base) if is_lora(config) else None)
     how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
     loss: StepLoss = language_loss
     if settings:
@@ -161,7 +184,8 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         taught = ObjectiveLoss(settings, compared, setup.plan, pad_token(base.tokenizer), config.seed, packed=True)
         loss, job = taught, taught.of_job(job)
     with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
-        layers = _extract(context, tune, module, directory)
+        extract = _extract_lora if is_lora(config) else _extract
+        layers = extract(context, tune, module, directory)
     del zero3
     return {"name": tune.name, "axes": list(tune.axes), "losses": losses, "layers": layers}
 
@@ -181,19 +205,26 @@ def train_ffns_alone(model: nn.Module, base: BaseModel) -> None:
 
 def _adopt(context: StageContext, tune: FineTune, adapter: Adapter, directory: Path) -> dict[str, Any]:
     """The adapter's factors are the expert's, and their product is its task vector: nothing is trained or rounded."""
-    facts: dict[str, Any] = {}
+    facts = {}
     for layer, factors in adapter.factors(context.base).items():
-        changes = {p: factors.delta(p) for p in PROJECTIONS}
-        tensors = {f"task_vector.{p}": changes[p] for p in PROJECTIONS}
-        tensors |= {f"factors.{p}.down": factors.down[p].contiguous() for p in PROJECTIONS}
-        tensors |= {f"factors.{p}.up": factors.up[p].contiguous() for p in PROJECTIONS}
-        save_file(tensors, layer_file(directory, layer))
-        exact = {"error": 0.0, "plain_svd_error": 0.0}
-        facts[str(layer)] = {
-            p: {"norm": float(changes[p].norm()), "rank": factors.rank(p)} | exact for p in PROJECTIONS
-        }
+        facts[str(layer)] = _write_exact(directory, layer, factors)
     console.say(f"{tune.name}: the adapter {adapter.given} is its expert")
     return {"name": tune.name, "axes": list(tune.axes), "losses": [], "adapter": adapter.given, "layers": facts}
+
+
+def _extract_lora(context: StageContext, tune: FineTune, model: Any, directory: Path) -> dict[str, Any]:
+    """As `_extract`, of LoRA's factors, which are the expert as they are."""
+    start, facts = context.out.specialists / tune.start if tune.start else None, dict[str, Any]()
+    for layer, factors in lora_factors(model, context.base):
+        if factors is None:
+            continue
+        if tune.is_expert:
+            facts[str(layer)] = _write_exact(directory, layer, factors)
+        else:
+            before = read_task_vector(start, layer) if start else dict.fromkeys(PROJECTIONS, 0)
+            changes = {p: before[p] + factors.delta(p) for p in PROJECTIONS}
+            facts[str(layer)] = _write_layer(directory, layer, changes, None)
+    return _merged(facts)
 
 
 def _extract(context: StageContext, tune: FineTune, model: Any, directory: Path) -> dict[str, Any]:
@@ -203,23 +234,41 @@ def _extract(context: StageContext, tune: FineTune, model: Any, directory: Path)
     """
     config, base = context.config, context.base
     changes = {layer: change for layer, change in task_vectors(model, base) if change}
-    factors = {}
+    fitted: dict[int, dict[str, LowRank]] = {}
     if tune.is_expert:
         examples = context.data.injected[tune.axes[0]][: config.experts.feature_rows]
-        factors = expert_factors(model, base.table, changes, examples, pad_token(base.tokenizer), config.experts.rank)
+        fitted = expert_factors(model, base.table, changes, examples, pad_token(base.tokenizer), config.experts.rank)
     facts: dict[str, Any] = {}
     for layer, change in changes.items():
-        tensors = {f"task_vector.{p}": change[p].contiguous() for p in PROJECTIONS}
-        facts[str(layer)] = {p: {"norm": float(change[p].norm())} for p in PROJECTIONS}
-        for p, low_rank in factors.get(layer, {}).items():
-            tensors[f"factors.{p}.down"] = low_rank.down.cpu().contiguous()
-            tensors[f"factors.{p}.up"] = low_rank.up.cpu().contiguous()
-            facts[str(layer)][p] |= {
-                "rank": low_rank.down.shape[0],
-                "error": low_rank.error,
-                "plain_svd_error": low_rank.plain_svd_error,
-            }
-        save_file(tensors, layer_file(directory, layer))
+        low_rank = fitted.get(layer, {})
+        factors = Factors({p: f.down for p, f in low_rank.items()}, {p: f.up for p, f in low_rank.items()})
+        facts[str(layer)] = _write_layer(directory, layer, change, factors if low_rank else None)
+        for p, f in low_rank.items():
+            facts[str(layer)][p] |= {"error": f.error, "plain_svd_error": f.plain_svd_error}
+    return _merged(facts)
+
+
+def _write_exact(directory: Path, layer: int, factors: Factors) -> dict[str, Any]:
+    """The layer's file of an expert whose task vector is the product of its factors."""
+    facts = _write_layer(directory, layer, {p: factors.delta(p) for p in PROJECTIONS}, factors)
+    return {p: of_projection | {"error": 0.0, "plain_svd_error": 0.0} for p, of_projection in facts.items()}
+
+
+def _write_layer(directory: Path, layer: int, changes: Changes, factors: Factors | None) -> dict[str, Any]:
+    """A layer's file: its task vector, and an expert's factors. Returns facts by projection."""
+    tensors = {f"task_vector.{p}": changes[p].contiguous() for p in PROJECTIONS}
+    facts: dict[str, Any] = {p: {"norm": float(changes[p].norm())} for p in PROJECTIONS}
+    if factors is not None:
+        for p in PROJECTIONS:
+            tensors[f"factors.{p}.down"] = factors.down[p].cpu().contiguous()
+            tensors[f"factors.{p}.up"] = factors.up[p].cpu().contiguous()
+            facts[p]["rank"] = factors.rank(p)
+    save_file(tensors, layer_file(directory, layer))
+    return facts
+
+
+def _merged(facts: dict[str, Any]) -> dict[str, Any]:
+    """All ranks' facts. Collective."""
     merged: dict[str, Any] = {}
     for part in distributed.gather(facts):
         merged |= part

@@ -35,9 +35,11 @@ def whole_model(c: PreTrainedConfig) -> float:
     return 6.0 * (w.layers * (w.attention + w.ffn) + w.head)
 
 
-def fine_tune(c: PreTrainedConfig, layers: Sequence[int]) -> float:
-    """Stage 1: the FFNs of these layers are trained."""
+def fine_tune(c: PreTrainedConfig, layers: Sequence[int], factors: int | None = None) -> float:
+    """Stage 1: the FFNs of these layers are trained, or so many numbers of low-rank factors in each."""
     w = Weights.of(c)
+    if factors is not None:
+        return _step(w, layers, ffn=w.ffn + factors, to_lowest=w.ffn / 3, trained=factors)
     return _step(w, layers, ffn=w.ffn, to_lowest=w.ffn / 3, trained=w.ffn)
 
 

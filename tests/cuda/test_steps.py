@@ -22,7 +22,7 @@ from tiny_models import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.baselines.fusion import FullExperts, replace_ffns
-from alignx_ds.config.schema import AlignConfig, FusionConfig, RunConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, FusionConfig, RunConfig, SpecialistConfig
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.experts import FeedForward
 from alignx_ds.mocae.layer import freeze_trunk
@@ -47,7 +47,7 @@ OPTIMIZERS = {  # changes to stage 1's JSON
 
 
 def template(which: str) -> dict[str, Any]:
-    made, changes = engine.read_template(TrainConfig().deepspeed, "train.deepspeed"), OPTIMIZERS[which]
+    made, changes = engine.read_template(SpecialistConfig().deepspeed, "train.deepspeed"), OPTIMIZERS[which]
     if not changes.get("torch_adam", True):
         made["optimizer"]["params"]["torch_adam"] = False
         del made["optimizer"]["params"]["fused"]  # an argument of torch's
@@ -57,7 +57,7 @@ def template(which: str) -> dict[str, Any]:
 
 
 def stage1(which: str, dtype: str, device: str) -> tuple[list[float | None], dict[str, torch.Tensor]]:
-    plan = engine.Plan.of(TrainConfig(batch=BATCH, lr=0.01, warmup_steps=0), dtype, STEPS)
+    plan = engine.Plan.of(SpecialistConfig(batch=BATCH, lr=0.01, warmup_steps=0), dtype, STEPS)
     filled = engine.fill(template(which), plan, 1)
     sharded = HfDeepSpeedConfig(filled)
     model = base_model().to(device, dtype_of(dtype))

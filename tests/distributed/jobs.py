@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,24 @@ def fine_tune(out: Path) -> dict[str, Any]:
     return {"manifest": manifest.read(made)}
 
 
+def lora(out: Path) -> dict[str, Any]:
+    """LoRA fine-tunes: one after another; and one with dropout, whole, and stopped after two steps and resumed."""
+    plain, whole, broken = (fine_tune_context(out, f"{name}{WORLD}") for name in ("lora", "lora_whole", "lora_stopped"))
+    for context, dropout in ((plain, 0.0), (whole, 0.25), (broken, 0.25)):
+        context.config.train.trainable, context.config.train.lora.dropout = "lora", dropout
+        context.config.checkpoints = CheckpointsConfig(every=3, finished=context is plain)
+    tune = finetune.FineTune("a", ("a",), is_expert=True)
+    finetune.fine_tune(plain, tune)
+    finetune.fine_tune(plain, finetune.FineTune("then_b", ("b",), start="a"))
+    made = finetune.fine_tune(whole, tune)
+    calls = iter([False, True])
+    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
+    with suppress(Stopped):
+        finetune.fine_tune(broken, tune)
+    signals.stop_requested = asked
+    return {"whole": manifest.read(made), "resumed": manifest.read(finetune.fine_tune(broken, tune))}
+
+
 def interrupted(out: Path) -> dict[str, Any]:
     """The same fine-tune as `fine_tune`'s, stopped after two of its three steps and given again, three times over."""
     context = fine_tune_context(out, f"interrupted{WORLD}")
@@ -378,6 +397,7 @@ WORK = (
     untrained,
     jsons,
     fine_tune,
+    lora,
     interrupted,
     streamed,
     whole_stage,

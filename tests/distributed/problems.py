@@ -41,7 +41,7 @@ from alignx_ds.config.schema import (
     GateConfig,
     ModelConfig,
     RunConfig,
-    TrainConfig,
+    SpecialistConfig,
 )
 from alignx_ds.data.batches import Batch, collate
 from alignx_ds.data.encode import Example, LabelledExamples
@@ -119,7 +119,7 @@ def fine_tune_config(base: Path, lr: float = 0.01, dtype: str = "float32") -> Ru
         seed=SEED,
         model=ModelConfig(path=str(base), layers=ALIGNX_LAYERS, dtype=dtype),
         axes={"a": AxisConfig(prompt="p"), "b": AxisConfig(prompt="q")},
-        train=TrainConfig(lr=lr, batch=4, steps=3, warmup_steps=2, weight_decay=0.1, clip=0.5),
+        train=SpecialistConfig(lr=lr, batch=4, steps=3, warmup_steps=2, weight_decay=0.1, clip=0.5),
         experts=ExpertsConfig(rank=4, feature_rows=6),
     )
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from problems import ALIGNX_LAYERS, EXAMPLES, fine_tune_config, fine_tune_in_plain_torch
+from safetensors.torch import load_file
 from tiny_models import TABLE, base_model, specialist
 from torch import Tensor
 from worlds import Runs
 
+from alignx_ds.config.schema import LoraConfig
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.task_vectors import layer_file, read_factors, read_task_vector
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -124,6 +126,37 @@ def test_a_stopped_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) 
         assert made["manifest"]["losses"] == expected["losses"]
         assert made["manifest"]["files"] == expected["files"]
         assert made["reused"] and made["removed"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_lora_s_trained_factors_are_the_expert_and_the_task_vector(runs: Runs, world: int) -> None:
+    """The fp32 masters, as the checkpoint after the last step has them, times alpha / rank; at any world size."""
+    runs.of(world, "lora")
+    runs.of(1, "lora")
+    root = runs.root / f"lora{world}"
+    saved = {}
+    for file in root.glob("checkpoints/stage1/a/step_00000003/rank*.safetensors"):
+        saved |= load_file(file)
+    kinds = {name.split("/")[0] for name in saved}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq"} and all("lora_" in name for name in saved)
+    for layer in ALIGNX_LAYERS:
+        factors, change = read_factors(root / "a", layer), read_task_vector(root / "a", layer)
+        then, alone = read_task_vector(root / "then_b", layer), read_task_vector(runs.root / "lora1/a", layer)
+        for p in PROJECTIONS:
+            module = f"weight/{TABLE.weight_name(layer, p).removesuffix('.weight')}"
+            assert torch.equal(factors.down[p], saved[f"{module}.lora_down"])
+            assert torch.equal(factors.up[p], LoraConfig().alpha / 4 * saved[f"{module}.lora_up"])
+            assert torch.equal(change[p], factors.delta(p)) and float(change[p].abs().max()) > 1e-3
+            assert float((change[p] - alone[p]).abs().max()) < 1e-4 * float(change[p].abs().max())
+            assert 0 < float((then[p] - change[p]).norm()) < 3 * float(change[p].norm())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_stopped_lora_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) -> None:
+    """With dropout, whose random numbers go on where they stopped."""
+    for made in runs.of(world, "lora"):
+        assert made["resumed"]["losses"] == made["whole"]["losses"] and len(made["whole"]["losses"]) == 3
+        assert made["resumed"]["files"] == made["whole"]["files"]
 
 
 def test_the_deepspeed_jsons_of_other_tools_and_the_presets_train_what_ours_does(runs: Runs) -> None:

@@ -11,10 +11,13 @@ import torch
 from ranks import RanksError, start
 
 JOBS = {
-    1: ("steps", "paths", "fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed", "objectives"),
+    1: (
+        *("steps", "paths", "fine_tune", "lora", "interrupted", "streamed"),
+        *("whole_stage", "fusions", "freed", "objectives"),
+    ),
     2: (
         *("parity", "imbalanced", "lockstep", "steps", "paths", "untrained", "jsons", "objectives"),
-        *("fine_tune", "interrupted", "streamed", "whole_stage", "fusions", "freed", "rehearsed", "sharded"),
+        *("fine_tune", "lora", "interrupted", "streamed", "whole_stage", "fusions", "freed", "rehearsed", "sharded"),
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }

@@ -3,7 +3,8 @@
 Resumes SOURCE's newest checkpoint ("-": none) and trains up to STEPS steps, with a checkpoint in TARGET after each
 EVERY steps. Reports whether what was loaded equals what was saved, tensor by tensor.
 
-KIND is stage1, stage2 or "stage2, untrained experts"; HOW is the ZeRO stage, and for stage 2 the ep_size: "3", "2 ep4".
+KIND is stage1, "stage1, LoRA", stage2 or "stage2, untrained experts"; HOW is the ZeRO stage, and for stage 2 the
+ep_size: "3", "2 ep4".
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from safetensors.torch import load_file
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "")]  # what tests share
 
 
-def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
+def stage1(root: Path, zero: int, lora: bool) -> tuple[Any, Any, Any, Any]:
     from problems import fine_tune_config
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from alignx_ds.experts.lora import Lora, add_lora
     from alignx_ds.mocae.experts import PROJECTIONS
     from alignx_ds.models.base import BaseModel
     from alignx_ds.runtime import distributed
@@ -42,8 +44,10 @@ def stage1(root: Path, zero: int) -> tuple[Any, Any, Any, Any]:
     zero3 = HfDeepSpeedConfig(filled)
     model = AutoModelForCausalLM.from_pretrained(base.path)
     trained = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
+    if lora:
+        add_lora(model, base.table, base.layers, Lora.of(config), config.seed)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained or "norm" in name)
+        parameter.requires_grad_("lora_" in name if lora else name in trained or "norm" in name)
     groups = engine.decay_groups(list(model.named_parameters()), plan.weight_decay)
     return engine.start(model, groups, filled, plan), plan, language_loss, zero3
 
@@ -83,7 +87,10 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int, 
     from alignx_ds.training.manager import CheckpointManager
 
     zero, _, ep = how.partition(" ep")
-    made, plan, loss, _alive = stage1(root, int(zero)) if kind == "stage1" else stage2(kind, int(zero), int(ep))
+    if kind.startswith("stage1"):
+        made, plan, loss, _alive = stage1(root, int(zero), "LoRA" in kind)
+    else:
+        made, plan, loss, _alive = stage2(kind, int(zero), int(ep))
     inputs, same = {"kind": kind}, True
     losses: list[float | None] = []
     if source != "-":

@@ -48,6 +48,7 @@ def assert_equal(a: Trained, b: Trained) -> None:
 
 ROUTES = {
     "stage1": [(2, "3"), (4, "3"), (1, "2"), (2, "1")],
+    "stage1, LoRA": [(2, "3"), (4, "3"), (1, "2")],
     "stage2": [(2, "2 ep2"), (4, "2 ep4"), (1, "1 ep1"), (4, "2 ep2")],
     "stage2, fused path": [(2, "2 ep2"), (1, "1 ep0"), (2, "3 ep0"), (2, "2 ep1")],
     "stage2, untrained experts": [(2, "2 ep2"), (1, "1 ep1"), (4, "2 ep4")],

@@ -103,6 +103,21 @@ def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -
     assert problems(parse.load(write_recipe(override))) == {}
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("experts.rank=0", "experts.rank"),
+        ("train.lora.targets=[]", "train.lora.targets"),
+        ("train.lora.targets=[up_proj,up_proj]", "train.lora.targets"),
+        ("train.lora.targets=[q_proj]", "train.lora.targets"),
+    ],
+)
+def test_lora_that_is_no_expert_is_refused(write_recipe: WriteRecipe, override: str, key: str) -> None:
+    found = problems(parse.load(write_recipe("train.trainable=lora", override)))
+    assert list(found) == [key]
+    assert problems(parse.load(write_recipe("train.trainable=lora"))) == {}
+
+
 def test_the_fractal_subspace_fits_into_both_latent_spaces(tiny_config: RunConfig) -> None:
     tiny_config.gate.fractal_dimensions = tiny_config.gate.output_latent + 1
     assert list(problems(tiny_config)) == ["gate.fractal_dimensions"]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import AlignConfig, FusionConfig, OptimizerConfig, RunConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, FusionConfig, OptimizerConfig, RunConfig, SpecialistConfig
 from alignx_ds.errors import Problem
 from alignx_ds.plan import deepspeed_keys as keys
 from alignx_ds.plan import training
@@ -37,7 +37,7 @@ def found(tmp_path: Path) -> Found:
     def check(content: Any, key: str = "train", stage: OptimizerConfig | None = None, **others: Any) -> list[str]:
         path = tmp_path / "ds.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        stage = stage or TrainConfig(lr=1e-3, batch=8, accumulation=2, warmup_steps=3, steps=9, clip=0.5)
+        stage = stage or SpecialistConfig(lr=1e-3, batch=8, accumulation=2, warmup_steps=3, steps=9, clip=0.5)
         stage.deepspeed = str(path)
         settings = {"dtype": "float32", "world_size": 2, "zero_stages": (0, 1, 2, 3), "zero_fix": "lower it"} | others
         problems: list[Problem] = list(StageJson(key, stage, **settings).problems())
@@ -51,7 +51,7 @@ def found(tmp_path: Path) -> Found:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_jsons_of_other_tools_are_accepted(found: Found, name: str, dtype: str) -> None:
     assert found(JSONS[name], dtype=dtype) == []
-    assert found(JSONS[name], stage=TrainConfig(), dtype=dtype, world_size=1) == []
+    assert found(JSONS[name], stage=SpecialistConfig(), dtype=dtype, world_size=1) == []
 
 
 def test_the_shipped_jsons_have_no_problem_and_nothing_without_effect(repo_root: Path, found: Found) -> None:
@@ -203,9 +203,9 @@ def test_whatever_a_json_holds_it_is_refused_in_a_line_or_deepspeed_accepts_it(
     lines = found(spoiled)
     assert all("\n" not in line for line in lines)
     if not lines:
-        template, plan = json.loads(json.dumps(spoiled)), engine.Plan.of(TrainConfig(), "float32", 9)
+        template, plan = json.loads(json.dumps(spoiled)), engine.Plan.of(SpecialistConfig(), "float32", 9)
         filled = engine.fill(template, plan, 1, 64)
-        assert DeepSpeedConfig(filled).train_batch_size == TrainConfig().batch
+        assert DeepSpeedConfig(filled).train_batch_size == SpecialistConfig().batch
         assert all(isinstance(line, str) for line in without_effect(template))
 
 
@@ -234,7 +234,7 @@ def test_blocks_that_are_switched_off_are_no_problem(found: Found) -> None:
 def test_a_file_that_is_no_plain_json_object(tmp_path: Path, content: str, part: str) -> None:
     path = tmp_path / "ds.json"
     path.write_text(content)
-    stage = TrainConfig(deepspeed=str(path))
+    stage = SpecialistConfig(deepspeed=str(path))
     (problem,) = StageJson("train", stage, "float32", 1, (1,), "").problems()
     assert part in str(problem)
 

@@ -20,7 +20,8 @@ from alignx_ds.plan.memory import Lengths, memory, stage_memory
 from alignx_ds.plan.model import base_model
 from alignx_ds.plan.zero import Held, Model, Zero
 
-RECIPES = Path(__file__).resolve().parents[2] / "launch/recipes"
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES, DOCS = ROOT / "launch/recipes", ROOT / "docs"
 GIB = 2**30
 WriteRecipe = Callable[..., Path]
 
@@ -107,6 +108,29 @@ def test_a_stage_that_the_run_does_not_come_to_may_be_too_large() -> None:
         for until in ("specialists", "align", "run")
     }
     assert keys == {"specialists": ["train"], "align": ["train", "align"], "run": ["train", "align"]}
+
+
+def test_lora_s_optimizer_takes_a_tenth_of_ffn_s_or_less() -> None:
+    """The trunk has no gradients, fp32 weights or optimizer states: only the factors do."""
+    held = {}
+    for trained in ("ffn", "lora"):
+        config, base = llama(f"train.trainable={trained}")  # of rank 64
+        held[trained] = stage_memory(config, base, "train", (), 8, on_gpu=True).zero
+    factors = 16 * 3 * 64 * (4096 + 11008)
+    assert held["lora"].optimizer == pytest.approx(12 * factors / 8)
+    assert held["lora"].optimizer <= 0.1 * held["ffn"].optimizer
+    assert held["lora"].gradients <= 0.1 * held["ffn"].gradients
+    assert held["lora"].parameters == pytest.approx(held["ffn"].parameters + 2 * factors / 8)
+
+
+def test_llama2_7b_s_lora_fits_a_gpu_of_24_gib_as_the_docs_say() -> None:
+    (line,) = [line for line in (DOCS / "recipes.md").read_text().splitlines() if "--gpu-memory 24GiB" in line]
+    settings = [word for word in line.split("`")[1].split() if "=" in word]
+    assert {"train.trainable=lora", "launch.ranks=1"} <= set(settings)
+    config, base = llama(*settings)
+    assert list(gpu_memory.problems(config, base, {}, 1, 24 * GIB)) == []
+    config.train.trainable = "ffn"
+    assert [p.key for p in gpu_memory.problems(config, base, {}, 1, 24 * GIB)] == ["train, peak of a rank"]
 
 
 def test_what_is_named_is_needed() -> None:

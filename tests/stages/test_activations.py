@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
-from alignx_ds.config.schema import AlignConfig, AxisConfig, FusionConfig, ModelConfig, RunConfig, TrainConfig
+from alignx_ds.config.schema import AlignConfig, AxisConfig, FusionConfig, ModelConfig, RunConfig, SpecialistConfig
 from alignx_ds.data.batches import MicroBatch, collate, pack
 from alignx_ds.data.encode import Example
 from alignx_ds.mocae.layer import freeze_trunk, output_calibrations
@@ -194,7 +194,7 @@ def on_an_engine(which: str, again: bool) -> dict[str, Tensor]:
     """Losses and full gradients of two micro batches on a DeepSpeed engine."""
     from deepspeed.utils import safe_get_full_grad
 
-    stage = TrainConfig(batch=8, accumulation=2) if which == "stage 1" else AlignConfig(batch=8, accumulation=2)
+    stage = SpecialistConfig(batch=8, accumulation=2) if which == "stage 1" else AlignConfig(batch=8, accumulation=2)
     plan = engines.Plan.of(stage, "float32", 10)
     filled = engines.fill(engines.read_template(stage.deepspeed, "deepspeed"), plan, 1, HIDDEN)
     sharded = HfDeepSpeedConfig(filled)
@@ -249,7 +249,7 @@ def test_an_engine_holds_what_the_dry_run_counts(group: None, name: str, dtype: 
     """Its own tensors after a step of stage 1: weights, fp32 weights, Adam's states, and the next step's gradients."""
     settings = ModelConfig(path="tiny", dtype=dtype, layers=ALIGNX_LAYERS)
     base = BaseModel(settings, Planned(Path("tiny"), tiny_config()))
-    stage = TrainConfig(batch=4, deepspeed=f"ds_configs/{name}.json")
+    stage = SpecialistConfig(batch=4, deepspeed=f"ds_configs/{name}.json")
     config = RunConfig(model=settings, axes={"a": AxisConfig()}, train=stage)
     held = Zero.of(config, base, "train", stage, 1, on_gpu=False).holds(model_of(config, base, "train", 1))
     plan = engines.Plan.of(stage, dtype, 10)

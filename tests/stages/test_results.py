@@ -48,8 +48,8 @@ class Run:
         inputs = read_inputs(config, BaseModel(config.model))
         return StageContext(config, inputs.base, inputs.data, outputs.Outputs.of(config))
 
-    def finish(self) -> None:
-        context = self.context()
+    def finish(self, *overrides: str) -> None:
+        context = self.context(*overrides)
         outputs.claim(context.config)
         for stage in results.planned(context, []):
             stage.directory.mkdir(parents=True)
@@ -94,10 +94,23 @@ def test_keys_that_no_result_depends_on_may_change_and_files_may_move(run: Run) 
     assert run.stale(f"train.deepspeed={run.root / 'sharded.json'}") == []
 
 
+def test_the_settings_of_lora_count_where_it_is_trained(run: Run) -> None:
+    assert run.stale("train.lora.alpha=3", "train.lora.targets=[up_proj]") == []
+    shutil.rmtree(run.output)
+    run.finish("train.trainable=lora")
+    assert run.stale("train.trainable=lora", "experts.feature_rows=7") == []
+    for override in ("train.lora.alpha=3", "train.lora.targets=[up_proj]", "experts.rank=3"):
+        with pytest.raises(
+            ConfigError, match=f"it holds {', '.join(EVERY)}, made with another {override.split('=')[0]}"
+        ):
+            run.stale("train.trainable=lora", override)
+
+
 @pytest.mark.parametrize(
     ("override", "blamed", "made"),
     [
         ("train.lr=0.5", "train.lr", EVERY),
+        ("train.trainable=lora", "train.trainable", EVERY),
         ("seed=9", "seed", EVERY),
         ("model.dtype=bfloat16", "model.dtype", EVERY),
         (

@@ -1,0 +1,99 @@
+"""LoRA specialists beside FFN specialists of the embedded world: same rows, same steps, without stage 2.
+
+    python benchmarks/lora.py
+    python benchmarks/lora.py --ranks 16 --seeds 0 --steps 60
+
+Columns: each specialist's score on its own axis, their mean over axes and seeds, and the bytes that stage 1's optimizer
+holds: fp32 weights and both of Adam's moments, which are what a checkpoint holds. Targets: LoRA within 2 points of FFN,
+at a tenth of its optimizer memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from suite import record
+from suite.record import Target
+
+from alignx_ds.config import parse
+from alignx_ds.data.inputs import read_inputs
+from alignx_ds.evaluation.compared import load_specialist
+from alignx_ds.evaluation.evaluate import Evaluation, System
+from alignx_ds.plan.checks import check
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import console, distributed
+from alignx_ds.stages.finetune import train_specialists
+from alignx_ds.stages.stage import StageContext
+
+MB, POINTS, SHARE = 1e6, 2.0, 0.1
+
+
+def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str, Any]:
+    """Scores by axis, and bytes of the optimizer."""
+    kept = [f"checkpoints.every={steps - 1}", "checkpoints.finished=true", "launch.ranks=1", "align.ep_size=1"]
+    config = parse.load("world", [f"output={output}", f"seed={seed}", f"train.steps={steps}", *kept, *settings])
+    inputs = read_inputs(config, check(config, 1))
+    base, data, out = inputs.base, inputs.data, Outputs.of(config)
+    made = train_specialists(StageContext(config, base, data, out))
+    systems = [
+        System(axis, {"specialist": manifest.read(path)["fingerprint"]}, partial(load_specialist, base, path))
+        for axis, path in made.items()
+    ]
+    evaluation = Evaluation(config, base, data, out)
+    evaluation.evaluate_all(systems)
+    judged = evaluation.judge_all(systems)
+    scores = {axis: float(judged[axis].metrics[axis]["score"]) for axis in made}
+    files = (out.checkpoints / "stage1" / next(iter(made))).glob("step_*/rank*.safetensors")
+    return {"seed": seed, "settings": settings, "scores": scores, "optimizer": sum(f.stat().st_size for f in files)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32], help="of LoRA")
+    parser.add_argument("--lr", type=float, default=5e-3, help="of LoRA; FFN specialists keep the recipe's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--runs", type=Path, default=Path("runs/lora"), help="what it holds is not trained again")
+    parser.add_argument("--out", type=Path, default=record.RESULTS, help="directory of the JSON")
+    args = parser.parse_args()
+    lora = ["train.trainable=lora", f"train.lr={args.lr}"]
+    kinds = {"FFN": [], **{f"LoRA, rank {rank}": [*lora, f"experts.rank={rank}"] for rank in args.ranks}}
+    distributed.init_process_group(600)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind, settings in kinds.items():
+        name = kind.replace(",", "").replace(" ", "-")
+        found[kind] = [measure(seed, args.steps, settings, f"{args.runs}/{name}-{seed}") for seed in args.seeds]
+    distributed.shutdown()
+    axes = list(found["FFN"][0]["scores"])
+    means = {kind: {axis: mean(one["scores"][axis] for one in runs) for axis in axes} for kind, runs in found.items()}
+    rows = [
+        [kind, *(f"{scores[axis]:.1f}" for axis in axes), f"{mean(scores.values()):.1f}", f"{size(found[kind]):.2f}"]
+        for kind, scores in means.items()
+    ]
+    console.table("Specialists on their own axes", ["trained", *axes, "mean", "optimizer, MB"], rows)
+    targets = []
+    for kind in list(kinds)[1:]:
+        behind = mean(means["FFN"].values()) - mean(means[kind].values())
+        targets.append(Target(f"{kind}: points behind FFN", behind, POINTS))
+        targets.append(Target(f"{kind}: optimizer memory over FFN's", size(found[kind]) / size(found["FFN"]), SHARE))
+    record.print_targets(targets)
+    path = args.out / "lora-world-cpu.json"
+    record.write_plain(
+        path, ["python", "benchmarks/lora.py", *sys.argv[1:]], "cpu", {"steps": args.steps, "runs": found}
+    )
+    console.say(f"written: {path}")
+
+
+def size(runs: list[dict[str, Any]]) -> float:
+    """Megabytes of the optimizer."""
+    return float(runs[0]["optimizer"]) / MB
+
+
+if __name__ == "__main__":
+    main()
