@@ -21,7 +21,7 @@ from alignx_ds.mocae.fused import FusedMixture, stack
 from alignx_ds.mocae.gate import CalibratedGate
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.kv_cache import kv_cache
-from alignx_ds.mocae.layer import AlignXLayer, alignx_layers
+from alignx_ds.mocae.layer import AlignXLayer, alignx_layers, output_calibrations
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
 from alignx_ds.mocae.parallel import ParallelMixture
@@ -317,6 +317,12 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         """The routing of the last forward pass."""
         assert self.forward_pass.routing is not None, "no forward pass has been made yet"
         return self.forward_pass.routing
+
+    def forget_forward_pass(self) -> None:
+        """Drop what the last forward pass has left: its graph keeps the model alive in a cycle unseen by Python."""
+        self.forward_pass.routing = None
+        for calibration in output_calibrations(self):
+            calibration.last_drift = None
 
     def fused_state(self) -> dict[str, Tensor]:
         """The state dict that the same model has on the fused path. Collective where experts are spread over ranks."""

@@ -106,16 +106,17 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
-    """What save_pretrained writes, with the weights in files of at most LARGEST bytes. Collective.
+    """What save_pretrained writes. Collective.
 
-    Rank 0 holds those of one file at a time.
+    Rank 0 holds the weights of one file at a time: LARGEST bytes at most, and about as many as each rank has of all.
     """
     state, tied = model.state_dict(), architecture.tied(model)
+    sizes = {name: t.numel() * t.dtype.itemsize for name, t in state.items() if name not in tied}
+    largest = min(LARGEST, sum(sizes.values()) // distributed.world_size())
     files: list[list[str]] = [[]]
     size = 0
-    for name in (name for name in state if name not in tied):
-        added = state[name].numel() * state[name].dtype.itemsize
-        if files[-1] and size + added > LARGEST:
+    for name, added in sizes.items():
+        if files[-1] and size + added > largest:
             files.append([])
             size = 0
         files[-1].append(name)

@@ -135,6 +135,7 @@ def _train_spread(
     needed = _flops(c, model.config)
     with trained(context, setup, model, groups, rows, step_loss(c), job, title="align", flops=needed) as (made, losses):
         weights = whole_state(made)
+        made.forget_forward_pass()
     del zero3
     return weights, losses
 

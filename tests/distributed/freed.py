@@ -52,10 +52,11 @@ def freed(out: Path) -> dict[str, list[str]]:
     for name in fuse.SETTINGS:
         fuse.train_fusion(fusion_context(out, f"freed{WORLD}", 1), name, specialists)
         found[name] = left_of(watched.pop())
-    config = whole_stage_config(out / "base", f"ep{WORLD}")
-    context = stage_context(config, Outputs(out / "freed_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
-    align.train_mixture(context, low_rank_experts(base_model()), TrainingJob("stage2"))
-    found["stage2"] = left_of(watched.pop())
+    for name, how in (("stage2", f"ep{WORLD}"), ("stage2, ZeRO-3", "ep0 zero3")):
+        config = whole_stage_config(out / "base", how)
+        context = stage_context(config, Outputs(out / "freed_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
+        align.train_mixture(context, low_rank_experts(base_model()), TrainingJob("stage2"))
+        found[name] = left_of(watched.pop())
     engine.end = end_of
     assert not watched
     return found
