@@ -108,11 +108,12 @@ def whole(tensor: Tensor) -> Tensor:
 def save(model: PreTrainedModel, directory: Path) -> None:
     """What save_pretrained writes. Collective.
 
-    Rank 0 holds the weights of one file at a time: LARGEST bytes at most, and about as many as each rank has of all.
+    Rank 0 holds the weights of one file at a time, and who reads them maps one: LARGEST bytes at most, and a quarter of
+    what each rank has of all, so that no rank needs much more than its part.
     """
     state, tied = model.state_dict(), architecture.tied(model)
     sizes = {name: t.numel() * t.dtype.itemsize for name, t in state.items() if name not in tied}
-    largest = min(LARGEST, sum(sizes.values()) // distributed.world_size())
+    largest = min(LARGEST, sum(sizes.values()) // (4 * distributed.world_size()))
     files: list[list[str]] = [[]]
     size = 0
     for name, added in sizes.items():

@@ -49,7 +49,7 @@ def offered(line: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("export hf --push-", ["--push-dry-run"]),
         ("run world-o", ["world-opposites"]),
         ("run launch/recipes/world-o", ["launch/recipes/world-opposites.yaml"]),
-        ("run world seed=1 train.l", ["train.lr="]),
+        ("run world seed=1 train.lr", ["train.lr="]),
         ("run world axes.honest.pro", ["axes.honest.prompt="]),
         ("run nowhere.yaml seed=1 nonf", ["nonfinite="]),
         ("run world nonfinite=s", ["stop", "skip"]),  # bash takes what follows an = for a word of its own

@@ -47,6 +47,7 @@ GOOD: dict[str, Record] = {
     "alpaca_eval": {"instruction": "do", "output": "done", "dataset": "d"},
     "honeset": {"instruction": "do", "category": "c"},
     "xstest": {"prompt": "p", "label": "safe"},
+    "xstest_answers": {"prompt": "p", "type": "homonyms", "completion": "r"},
     "prompts": {"prompt": "p", "category": "c"},
     "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
     "labelled": {
