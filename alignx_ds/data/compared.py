@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 
 import numpy as np
 
@@ -41,7 +42,8 @@ class ComparedRows:
 
     @property
     def digest(self) -> str:
-        return digest([*self.examples.examples, *self.examples.others, *self.mismatched]) + str(sum(self.good))
+        compared = digest([*self.examples.examples, *self.examples.others, *self.mismatched])
+        return compared + sha256(bytes(self.good)).hexdigest()
 
 
 def compared_rows(config: RunConfig, splits: DataSplits, encodings: Encodings) -> dict[str, ComparedRows]:

@@ -25,7 +25,6 @@ from alignx_ds.models.base import BaseModel
 
 # Fields of EncodedData that nothing is trained or fitted on.
 HELD_OUT = ("held_out", "references", "routed", "routing", "sets")
-INJECTED = "injected "  # before an axis's name, in `digests`
 LENT = 1000  # the first number of the sources whose rows belong to another expert than their axis
 INJECTED, COMPARED = "injected ", "compared "  # before an axis's name, in `digests`
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows

@@ -144,9 +144,7 @@ SCHEMAS: dict[str, Schema] = {
     "xstest": _question("prompt", category="label"),
     "prompts": _question("prompt", category="category", harmful=True),  # BeaverTails-Evaluation
 }
-LABELS_HARM = frozenset(
-    {"beavertails", "xstest", "xstest_answers"}
-)  # with rows that say whether their prompts ask for harm
+LABELS_HARM = frozenset({"beavertails", "xstest", "xstest_answers"})  # their rows say whether a prompt asks for harm
 QUESTIONS_ONLY = frozenset({"truthfulqa_mc", "alpaca_eval", "honeset", "xstest", "prompts"})  # nothing to train on
 
 

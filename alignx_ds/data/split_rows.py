@@ -94,6 +94,8 @@ def refusing(split: SplitRows, refusals: Sequence[str]) -> SplitRows:
 
 def needing(split: SplitRows, needs: Sequence[str]) -> SplitRows:
     """The split with these experts as those that its prompts need; what asks for harm keeps needing its axis."""
+    if not needs:
+        return split
     rows = [row if row.harmful or row.needs else replace(row, needs=tuple(needs)) for row in split.rows]
     return replace(split, rows=rows)
 

@@ -194,8 +194,8 @@ def _read_source(
 
 def _of_the_expert(split: SplitRows, name: str) -> SplitRows:
     """The split less the rows whose prompts need others, which say nothing about this expert's answers."""
-    others = {i: "its prompt needs another" for i, row in enumerate(split.rows) if row.needs and name not in row.needs}
-    return split.without(others)
+    others = (i for i, row in enumerate(split.rows) if row.needs and name not in row.needs)
+    return split.without(dict.fromkeys(others, "its prompt needs another expert"))
 
 
 def _check_held_out(name: str, train: list[SplitRows], held_out: list[SplitRows], share: float) -> None:

@@ -108,8 +108,8 @@ def whole(tensor: Tensor) -> Tensor:
 def save(model: PreTrainedModel, directory: Path) -> None:
     """What save_pretrained writes. Collective.
 
-    Rank 0 holds the weights of one file at a time, and who reads them maps one: LARGEST bytes at most, and a quarter of
-    what each rank has of all, so that no rank needs much more than its part.
+    Rank 0 holds the weights of one file at a time, and a reader maps one. So a file has at most LARGEST bytes, and at
+    most a quarter of a rank's part of the model: no rank needs much more memory than its part takes.
     """
     state, tied = model.state_dict(), architecture.tied(model)
     sizes = {name: t.numel() * t.dtype.itemsize for name, t in state.items() if name not in tied}

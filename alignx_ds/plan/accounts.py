@@ -93,12 +93,16 @@ def _unmeasured(config: RunConfig, data: EncodedData) -> Iterator[str]:
 def overlaps(splits: DataSplits) -> Iterator[str]:
     """Pairs of experts that are trained on the same questions: no router can tell them apart."""
     for (one, a), (other, b) in combinations(splits.train.items(), 2):
-        asked = [{row.question for row in s.rows if not row.needs or n in row.needs} for n, s in ((one, a), (other, b))]
-        shared = asked[0] & asked[1]
+        shared = _asked_of(one, a) & _asked_of(other, b)
         shares = {name: _share(split.rows, shared) for name, split in ((one, a), (other, b))}
         if max(shares.values()) >= ODD:
             counted = " and ".join(f"{share:.1%} of {name}'s" for name, share in shares.items())
             yield f"{counted} training rows have the same questions, which the router can't tell apart"
+
+
+def _asked_of(name: str, split: SplitRows) -> set[str]:
+    """The questions of this expert, less those of its rows that need another."""
+    return {row.question for row in split.rows if not row.needs or name in row.needs}
 
 
 def _share(rows: list[Row], questions: set[str]) -> float:

@@ -6,8 +6,6 @@ import argparse
 import re
 from typing import Any
 
-from alignx_ds.config import completion
-
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
@@ -31,8 +29,20 @@ def add_recipe(verb: argparse.ArgumentParser) -> None:
     overrides = verb.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the recipe's"
     )
-    recipe.completer = completion.recipes  # type: ignore[attr-defined]
-    overrides.completer = completion.settings  # type: ignore[attr-defined]
+    recipe.completer = _recipes  # type: ignore[attr-defined]
+    overrides.completer = _settings  # type: ignore[attr-defined]
+
+
+def _recipes(prefix: str, **rest: Any) -> list[str]:
+    from alignx_ds.config import completion
+
+    return completion.recipes(prefix, **rest)
+
+
+def _settings(prefix: str, **rest: Any) -> list[str]:
+    from alignx_ds.config import completion
+
+    return completion.settings(prefix, **rest)
 
 
 def memory_size(text: str) -> float:

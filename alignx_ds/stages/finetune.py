@@ -214,7 +214,8 @@ def _adopt(context: StageContext, tune: FineTune, adapter: Adapter, directory: P
 
 def _extract_lora(context: StageContext, tune: FineTune, model: Any, directory: Path) -> dict[str, Any]:
     """As `_extract`, of LoRA's factors, which are the expert as they are."""
-    start, facts = context.out.specialists / tune.start if tune.start else None, dict[str, Any]()
+    start = context.out.specialists / tune.start if tune.start else None
+    facts: dict[str, Any] = {}
     for layer, factors in lora_factors(model, context.base):
         if factors is None:
             continue

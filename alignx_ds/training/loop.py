@@ -71,10 +71,8 @@ def builder(rows: LabelledExamples, pad_id: int, *, packed: bool) -> Callable[[t
     """Makes a micro batch of the rows with these numbers, with this `lm_scale`."""
     device = distributed.device()
     needs, weights = rows.multi_hot(rows.width), rows.weights()
-    multiple, longest = (
-        attention.width_multiple(device),
-        max((len(e.ids) for e in (*rows.examples, *rows.others)), default=0),
-    )
+    multiple = attention.width_multiple(device)
+    longest = max((len(e.ids) for e in (*rows.examples, *rows.others)), default=0)
 
     def build(part: tuple[int, ...], scale: float) -> MicroBatch:
         examples = rows.at(part)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -59,3 +61,10 @@ def test_an_objective_that_the_schema_can_t_feed_is_refused() -> None:
     joined = config("kto")
     joined.axes["a"].join.share = 0.5
     assert "axes.a.join.share" in [p.key for p in plan_rows.problems(joined)]
+
+
+def test_the_digest_knows_which_answers_are_good(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    found = made(config("kto"), [*ROWS, *OTHERS], world_tokenizer)
+    turned = replace(found, good=found.good[::-1])
+    assert sum(turned.good) == sum(found.good) and turned.good != found.good
+    assert turned.digest != found.digest

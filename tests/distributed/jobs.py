@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import pytest
 import torch
 from deepspeed_jsons import JSONS, PRESETS
 from freed import freed
+from lora_fine_tunes import lora
 from objectives import objectives
 from problems import (
     ALIGNX_LAYERS,
@@ -38,6 +39,7 @@ from problems import (
     generated,
     imbalanced_steps,
     mixture,
+    stopped_after_two_steps,
     uneven_mixture,
     whole_stage_config,
 )
@@ -62,7 +64,7 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.routing.curves import step_scalars
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.runtime import distributed, signals
+from alignx_ds.runtime import distributed
 from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align, finetune, fuse
 from alignx_ds.training import engine, loop
@@ -291,36 +293,12 @@ def fine_tune(out: Path) -> dict[str, Any]:
     return {"manifest": manifest.read(made)}
 
 
-def lora(out: Path) -> dict[str, Any]:
-    """LoRA fine-tunes: one after another; and one with dropout, whole, and stopped after two steps and resumed."""
-    plain, whole, broken = (fine_tune_context(out, f"{name}{WORLD}") for name in ("lora", "lora_whole", "lora_stopped"))
-    for context, dropout in ((plain, 0.0), (whole, 0.25), (broken, 0.25)):
-        context.config.train.trainable, context.config.train.lora.dropout = "lora", dropout
-        context.config.checkpoints = CheckpointsConfig(every=3, finished=context is plain)
-    tune = finetune.FineTune("a", ("a",), is_expert=True)
-    finetune.fine_tune(plain, tune)
-    finetune.fine_tune(plain, finetune.FineTune("then_b", ("b",), start="a"))
-    made = finetune.fine_tune(whole, tune)
-    calls = iter([False, True])
-    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
-    with suppress(Stopped):
-        finetune.fine_tune(broken, tune)
-    signals.stop_requested = asked
-    return {"whole": manifest.read(made), "resumed": manifest.read(finetune.fine_tune(broken, tune))}
-
-
 def interrupted(out: Path) -> dict[str, Any]:
     """The same fine-tune as `fine_tune`'s, stopped after two of its three steps and given again, three times over."""
     context = fine_tune_context(out, f"interrupted{WORLD}")
     tune = finetune.FineTune("a", ("a",), is_expert=True)
-    calls = iter([False, True])
-    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
-    try:
+    with pytest.raises(Stopped) as stopped, stopped_after_two_steps():
         finetune.fine_tune(context, tune)
-        stopped = ""
-    except Stopped as request:
-        stopped = str(request)
-    signals.stop_requested = asked
     directory = context.out.specialists / "a"
     left = sorted(path.name for path in directory.iterdir())
     checkpoints = sorted(path.name for path in context.out.checkpoints.glob("*/*/step_*"))
@@ -328,7 +306,7 @@ def interrupted(out: Path) -> dict[str, Any]:
     written = [layer_file(directory, layer).stat().st_mtime_ns for layer in ALIGNX_LAYERS]
     finetune.fine_tune(context, tune)
     reused = [layer_file(directory, layer).stat().st_mtime_ns for layer in ALIGNX_LAYERS] == written
-    facts = {"stopped": stopped, "left": left, "checkpoints": checkpoints, "reused": reused}
+    facts = {"stopped": str(stopped.value), "left": left, "checkpoints": checkpoints, "reused": reused}
     return facts | {"removed": not context.out.checkpoints.exists(), "manifest": manifest.read(directory)}
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from problems import EXAMPLES, fine_tune_context
+from problems import EXAMPLES, fine_tune_context, stopped_after_two_steps
 
 from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.errors import Stopped
 from alignx_ds.experts.task_vectors import read_task_vector
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import distributed, signals
+from alignx_ds.runtime import distributed
 from alignx_ds.stages import finetune
 from alignx_ds.stages.stage import StageContext
 from alignx_ds.training.metrics import ScalarLogger
@@ -34,12 +35,8 @@ def _trained(out: Path, name: str) -> dict[str, Any]:
     curves: list[dict[str, float]] = []
     made = finetune.fine_tune(_context(out, name, "whole", curves), finetune.FineTune("a", ("a",)))
     context = _context(out, name, "interrupted", [])
-    calls = iter([False, True])
-    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
-    try:
+    with stopped_after_two_steps(), suppress(Stopped):
         finetune.fine_tune(context, finetune.FineTune("a", ("a",)))
-    except Stopped:
-        signals.stop_requested = asked
     resumed = finetune.fine_tune(context, finetune.FineTune("a", ("a",)))
     return {
         "losses": manifest.read(made)["losses"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from alignx_ds.mocae.layer import freeze_trunk
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
+from alignx_ds.runtime import signals
 from alignx_ds.stages.stage import StageContext
 from alignx_ds.training import engine
 from alignx_ds.training.losses import align_terms, answer_nll
@@ -180,6 +183,17 @@ def fine_tune_context(root: Path, name: str, lr: float = 0.01) -> StageContext:
     out = Outputs(root / name, root / name)
     injected = {"a": EXAMPLES, "b": EXAMPLES[::-1]}
     return stage_context(fine_tune_config(root / "base", lr), out, injected=injected)
+
+
+@contextmanager
+def stopped_after_two_steps() -> Iterator[None]:
+    """A request to stop, which a job of three steps sees after its second."""
+    calls = iter([False, True])
+    signals.stop_requested, asked = lambda: next(calls), signals.stop_requested
+    try:
+        yield
+    finally:
+        signals.stop_requested = asked
 
 
 def fusion_context(root: Path, name: str, accumulation: int) -> StageContext:
