@@ -12,24 +12,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from suite import record
+from suite import record, specialists
 from suite.record import Target
 
 from alignx_ds.config import parse
-from alignx_ds.data.inputs import read_inputs
-from alignx_ds.evaluation.compared import load_specialist
-from alignx_ds.evaluation.evaluate import Evaluation, System
-from alignx_ds.plan.checks import check
-from alignx_ds.runs import manifest
-from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import console, distributed
-from alignx_ds.stages.finetune import train_specialists
-from alignx_ds.stages.stage import StageContext
 
 MB, POINTS, SHARE = 1e6, 2.0, 0.1
 
@@ -38,18 +29,9 @@ def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str
     """Scores by axis, and bytes of the optimizer."""
     kept = [f"checkpoints.every={steps - 1}", "checkpoints.finished=true", "launch.ranks=1", "align.ep_size=1"]
     config = parse.load("world", [f"output={output}", f"seed={seed}", f"train.steps={steps}", *kept, *settings])
-    inputs = read_inputs(config, check(config, 1))
-    base, data, out = inputs.base, inputs.data, Outputs.of(config)
-    made = train_specialists(StageContext(config, base, data, out))
-    systems = [
-        System(axis, {"specialist": manifest.read(path)["fingerprint"]}, partial(load_specialist, base, path))
-        for axis, path in made.items()
-    ]
-    evaluation = Evaluation(config, base, data, out)
-    evaluation.evaluate_all(systems)
-    judged = evaluation.judge_all(systems)
-    scores = {axis: float(judged[axis].metrics[axis]["score"]) for axis in made}
-    files = (out.checkpoints / "stage1" / next(iter(made))).glob("step_*/rank*.safetensors")
+    found = specialists.trained(config)
+    scores = {axis: found.score(axis) for axis in found.made}
+    files = (found.out.checkpoints / "stage1" / next(iter(found.made))).glob("step_*/rank*.safetensors")
     return {"seed": seed, "settings": settings, "scores": scores, "optimizer": sum(f.stat().st_size for f in files)}
 
 

@@ -1,0 +1,44 @@
+"""Specialists of the embedded world, trained and judged without stage 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from alignx_ds.config.schema import RunConfig
+from alignx_ds.data.inputs import RunInputs, read_inputs
+from alignx_ds.evaluation.compared import load_specialist
+from alignx_ds.evaluation.evaluate import Evaluation, Result, System
+from alignx_ds.plan.checks import check
+from alignx_ds.runs import manifest
+from alignx_ds.runs.outputs import Outputs
+from alignx_ds.stages.finetune import train_specialists
+from alignx_ds.stages.stage import StageContext
+
+
+@dataclass(frozen=True)
+class Specialists:
+    """What was trained, by axis, and how its answers were judged."""
+
+    inputs: RunInputs
+    out: Outputs
+    made: dict[str, Path]
+    judged: dict[str, Result]
+
+    def score(self, axis: str) -> float:
+        return float(self.judged[axis].metrics[axis]["score"])
+
+
+def trained(config: RunConfig) -> Specialists:
+    """One specialist for each axis of the recipe; what its output directory holds is not trained again."""
+    inputs = read_inputs(config, check(config, 1))
+    base, data, out = inputs.base, inputs.data, Outputs.of(config)
+    made = train_specialists(StageContext(config, base, data, out))
+    systems = [
+        System(axis, {"specialist": manifest.read(path)["fingerprint"]}, partial(load_specialist, base, path))
+        for axis, path in made.items()
+    ]
+    evaluation = Evaluation(config, base, data, out)
+    evaluation.evaluate_all(systems)
+    return Specialists(inputs, out, made, evaluation.judge_all(systems))
