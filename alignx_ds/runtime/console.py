@@ -18,6 +18,7 @@ from rich.text import Text
 from alignx_ds.errors import visible
 from alignx_ds.runtime import distributed
 
+LOG_SECONDS = 60.0  # between two lines about the same work, where there is no terminal
 WIDE = 100  # characters; a line of this length has room for more than the essentials
 
 
@@ -32,15 +33,49 @@ _console = _RaisingConsole(highlight=False, emoji=False, soft_wrap=True, width=N
 
 @dataclass
 class Progress:
-    """A handle that advances the bar; without a bar it does nothing."""
+    """A handle that advances what shows how far some work is; this one shows nothing."""
 
-    bar: Bar | None = None
-    task: int = 0
     summary: str = ""  # added to the line that is printed at the end where there is no terminal
 
     def advance(self, note: str = "", by: int = 1) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.task_ids[self.task], advance=by, note=note)
+        """So much more is done."""
+
+
+@dataclass
+class _Shown(Progress):
+    """A bar on a terminal."""
+
+    bar: Bar | None = None
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        assert self.bar is not None
+        self.bar.update(self.bar.task_ids[0], advance=by, note=note)
+
+
+@dataclass
+class _Logged(Progress):
+    """A line a minute, for the log file of a job that nobody watches."""
+
+    title: str = ""
+    total: int = 0
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, note: str = "", by: int = 1) -> None:
+        self.done += by
+        now = time.monotonic()
+        if now - self._printed >= LOG_SECONDS and self.done < self.total:
+            self._printed = now
+            say(f"{self.title}: {self.done} of {self.total} after {self._seconds(now)}{f' ({note})' if note else ''}")
+
+    def end(self) -> None:
+        summary = f" ({self.summary})" if self.summary else ""
+        say(f"{self.title}: {self.total} done in {self._seconds(time.monotonic())}{summary}")
+
+    def _seconds(self, now: float) -> str:
+        return f"{now - self._started:.0f} s"
 
 
 def say(text: str | Text) -> None:
@@ -69,20 +104,19 @@ def heading(text: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Progress]:
-    """Show a progress bar on a terminal; elsewhere print one line at the end."""
+    """Show a progress bar on a terminal; elsewhere print a line a minute, and one at the end."""
     if not distributed.is_main():
         yield Progress()
         return
     if not _console.is_terminal:
-        started, silent = time.monotonic(), Progress()
-        yield silent
-        summary = f" ({silent.summary})" if silent.summary else ""
-        say(f"{title}: {total} done in {time.monotonic() - started:.0f} s{summary}")
+        logged = _Logged(title=title, total=total)
+        yield logged
+        logged.end()
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bar(*columns, TextColumn("{task.fields[note]}", markup=False), console=_console) as bar:
         bar.add_task(title, total=total, note="")
-        yield Progress(bar)
+        yield _Shown(bar=bar)
 
 
 def is_wide() -> bool:
