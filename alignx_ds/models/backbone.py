@@ -6,7 +6,7 @@ All of them are read from safetensors, and no code of a model directory is run (
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -112,14 +112,35 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     In a given dtype its trunk is sharded where it is too large for a rank's memory, and the call is collective. Raises
     ConfigError when its files can't be read, or don't hold every weight of today's modules.
     """
+    return _load(directory, dtype, AlignXForCausalLM)
+
+
+class LowerLayers(AlignXForCausalLM):
+    """An aligned model up to its lowest AlignX layer, whose gate decides; the layers above are not read."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["."]
+
+
+def load_gate(directory: Path) -> LowerLayers:
+    """The shared gate of an aligned model, with all that it needs. Raises ConfigError as `load_aligned` does."""
+    made = _load(directory, "auto", LowerLayers)
+    assert isinstance(made, LowerLayers)
+    return made
+
+
+def _load(directory: Path, dtype: torch.dtype | str, kind: type[AlignXForCausalLM]) -> AlignXForCausalLM:
     given = str(directory)
     attention.avoid_planning()
     with reading("model", given, "config.json", ALIGNED, f"another version wrote it; {ALIGN_AGAIN}"):
         config = AlignXConfig.from_pretrained(directory, **NO_CODE)
         _check_settings(config.gate_settings())
+        if kind is LowerLayers:
+            _cut(config)
         with torch.device("meta"):
-            skeleton = AlignXForCausalLM(config)
-    tensors = read_headers(weight_files(directory), "model", given)
+            skeleton = kind(config)
+    names = skeleton.state_dict().keys() if kind is LowerLayers else None
+    headers = read_headers(weight_files(directory), "model", given)
+    tensors = {name: stored for name, stored in headers.items() if names is None or name in names}
     if problem := checkpoint_problem(skeleton, match(skeleton, tensors.values()), "model", given):
         fix = f"{problem.fix}; where another version wrote it, {ALIGN_AGAIN}"
         raise ConfigError(Problem("model", given, ALIGNED, fix))
@@ -129,12 +150,20 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
     if isinstance(dtype, torch.dtype):
         size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
         if sharding.is_too_large(size):
-            made = AlignXForCausalLM(config, backbone=sharding.skeleton(config.text_config, dtype))
+            made = kind(config, backbone=sharding.skeleton(config.text_config, dtype))
             sharding.fill(made, match(skeleton, tensors.values()).placed)
             return made
     with reading("model", given, "weights", ALIGNED, ALIGN_AGAIN):
-        model: AlignXForCausalLM = AlignXForCausalLM.from_pretrained(directory, dtype=dtype, **NO_PICKLE)
+        model: AlignXForCausalLM = kind.from_pretrained(directory, config=config, dtype=dtype, **NO_PICKLE)
     return model
+
+
+def _cut(config: AlignXConfig) -> None:
+    """Take the layers above the lowest AlignX layer out of a config."""
+    text, count = config.text_config, config.layers[0] + 1
+    config.layers, text.num_hidden_layers = config.layers[:1], count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
 
 
 def _check_settings(gate: GateSettings) -> None:

@@ -8,7 +8,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # import names; pyproject.toml has the p
         *("sklearn", "scipy", "matplotlib"),
     ),
     "judge": ("openai", "sentencepiece"),
-    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic"),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic", "httpx2"),
 }
 
 

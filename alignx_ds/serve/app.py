@@ -1,36 +1,29 @@
-"""The server's routes: OpenAI's endpoints, health and metrics. Nothing here computes with the model."""
+"""OpenAI's endpoints of a model in this process. Nothing here computes with the model."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from alignx_ds.errors import DataError
-from alignx_ds.runtime import console
 from alignx_ds.serve.answers import Answers, ChatForm, CompletionForm, Form, TokenNames
 from alignx_ds.serve.delivery import EventStream, Mailbox, cancel, whole
+from alignx_ds.serve.http import HttpApi
 from alignx_ds.serve.jobs import Job
 from alignx_ds.serve.metrics import Metrics
 from alignx_ds.serve.page import page
 from alignx_ds.serve.prompts import PromptEncoder
 from alignx_ds.serve.protocol import ApiError, ChatRequest, CompletionRequest, parsed
-from alignx_ds.serve.requests import check_host, check_key, read_body, while_connected
+from alignx_ds.serve.requests import while_connected
 from alignx_ds.serve.scheduler import QueueFullError, Scheduler
-
-RETRY_SECONDS = "5"
-NOBODY = 499  # nginx's, for a client that has left: it is counted, and nobody reads it
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +36,8 @@ class Limits:
     body: int  # bytes
 
 
-class Api:
-    """The routes and what they share."""
+class Api(HttpApi):
+    """The endpoints of a model in this process."""
 
     def __init__(
         self,
@@ -60,54 +53,33 @@ class Api:
         local: bool,
     ) -> None:
         """`local`: only this machine can reach the server."""
-        self.scheduler, self.metrics, self.limits = scheduler, metrics, limits
-        self.draining = False  # set when the server is to stop: no new work
-        self._encoder, self._names, self._name, self._experts, self._key = encoder, names, name, experts, key
-        self._own_host = local and key is None  # whether requests have to be addressed to this machine
+        super().__init__(metrics, body=limits.body, key=key, local=local)
+        self.scheduler, self.limits = scheduler, limits
+        self._encoder, self._names, self.name, self._experts = encoder, names, name, experts
         self._encoding = ThreadPoolExecutor(1, "encoding")  # one: a tokenizer is not safe to share between threads
         self._started, self._page = int(time.time()), page()
 
     def app(self) -> Any:
         """The ASGI application."""
-        routes = [
+        return self.asgi(
             Route("/", self.page, methods=["GET"]),
-            Route("/v1/chat/completions", self._answering(self.chat), methods=["POST"]),
-            Route("/v1/completions", self._answering(self.completions), methods=["POST"]),
-            Route("/v1/models", self._checked(self.models), methods=["GET"]),
-            Route("/v1/models/{name:path}", self._checked(self.model), methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-            Route("/metrics", self.prometheus, methods=["GET"]),
-        ]
-        inner = Starlette(routes=routes, exception_handlers={HTTPException: _no_route})
-        paths = {route.path for route in routes}
+            Route("/v1/chat/completions", self.answering(self.chat), methods=["POST"]),
+            Route("/v1/completions", self.answering(self.completions), methods=["POST"]),
+            Route("/v1/models", self.checked(self.models), methods=["GET"]),
+            Route("/v1/models/{name:path}", self.checked(self.model), methods=["GET"]),
+        )
 
-        async def counted(scope: Any, receive: Any, send: Any) -> None:
-            status, started = 0, time.perf_counter()
+    @property
+    def alive(self) -> bool:
+        return self.scheduler.alive
 
-            async def sending(message: Any) -> None:
-                nonlocal status
-                status = message.get("status", status)
-                await send(message)
-
-            try:
-                await inner(scope, receive, sending)
-            finally:
-                path = scope["path"] if scope["path"] in paths else "other"
-                self.metrics.request(path, status, time.perf_counter() - started)
-
-        return counted
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
 
     async def page(self, request: Request) -> Response:
         """For people; it asks for the key itself."""
         return self._page
-
-    async def health(self, request: Request) -> Response:
-        """200 while requests are accepted, 503 otherwise."""
-        state = "draining" if self.draining else "ok" if self.scheduler.alive else "failed"
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
-
-    async def prometheus(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -117,7 +89,7 @@ class Api:
         return JSONResponse(self._card())
 
     def _card(self) -> dict[str, Any]:
-        card = {"id": self._name, "object": "model", "created": self._started, "owned_by": "alignx-ds"}
+        card = {"id": self.name, "object": "model", "created": self._started, "owned_by": "alignx-ds"}
         return {**card, "alignx": {"axes": self._experts[1:]} if self._experts else None}
 
     async def chat(self, request: Request, body: bytes) -> Response:
@@ -142,8 +114,8 @@ class Api:
         return ids
 
     def _check_name(self, name: str) -> None:
-        if name != self._name:
-            message = f"there is no model {name!r} here; this server has {self._name!r}"
+        if name != self.name:
+            message = f"there is no model {name!r} here; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def _max_tokens(self, prompt: int, limit: int | None) -> int:
@@ -182,7 +154,7 @@ class Api:
             )
             for number, ids in enumerate(prompts)
         ]
-        answers, asked = Answers(form, jobs, self._name, self._names), time.perf_counter()
+        answers, asked = Answers(form, jobs, self.name, self._names), time.perf_counter()
         try:
             self.scheduler.submit(jobs)
         except QueueFullError as error:
@@ -199,40 +171,3 @@ class Api:
         except BaseException:
             cancel(jobs)
             raise
-
-    def _answering(self, handler: Callable[[Request, bytes], Awaitable[Response]]) -> Handler:
-        async def answer(request: Request) -> Response:
-            if self.draining:
-                raise ApiError(503, "the server is shutting down; ask another one, or try again later", retry=True)
-            return await handler(request, await read_body(request, self.limits.body))
-
-        return self._checked(answer)
-
-    def _checked(self, handler: Handler) -> Handler:
-        """The handler behind the key; what it raises becomes an answer in OpenAI's format."""
-
-        async def checked(request: Request) -> Response:
-            try:
-                if self._own_host:
-                    check_host(request)
-                check_key(request, self._key)
-                return await handler(request)
-            except ApiError as error:
-                return _refused(error)
-            except ClientDisconnect:
-                return Response(status_code=NOBODY)
-            except Exception as error:  # noqa: BLE001 - a client never sees a traceback, the console does
-                console.warn(f"a request failed:\n{''.join(traceback.format_exception(error))}")
-                return _refused(ApiError(500, "the server failed to answer; its console says why"))
-
-        return checked
-
-
-def _refused(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, headers={"Retry-After": RETRY_SECONDS} if error.retry else None)
-
-
-async def _no_route(request: Request, error: HTTPException) -> Response:
-    what = f"{request.method} {request.url.path}"
-    known = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /metrics"
-    return _refused(ApiError(error.status_code, f"{what}: there is no such endpoint; there are {known}"))

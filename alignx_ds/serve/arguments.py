@@ -70,6 +70,8 @@ def _add_serve(verbs: Any) -> None:
     serve.add_argument("--context", type=int, default=0, metavar="TOKENS", help=context)
     serve.add_argument("--queue", type=int, default=64, help="prompts that may wait (default: %(default)s)")
     serve.add_argument("--max-body", type=int, default=1_000_000, metavar="BYTES", help="(default: %(default)s)")
+    router = "decide alone, and let this server answer, which has an adapter for every axis (vLLM: --enable-lora)"
+    serve.add_argument("--router-for", default="", metavar="URL", help=router)
     serve.set_defaults(work=_serve)
 
 

@@ -45,6 +45,10 @@ class Metrics:
         self._distance = Histogram(
             "alignx_gate_distance", "From the nearest expert's own prompts, by prompt", buckets=DISTANCES, registry=own
         )
+        self.routing = Histogram(
+            "alignx_routing_seconds", "From a prompt to its gate's decision, in a router", buckets=SECONDS, registry=own
+        )
+        self._passed_on = Counter("alignx_passed_on", "Requests that a router passed on", ["model"], registry=own)
         for expert in experts:
             self._gates.labels(expert)
 
@@ -65,6 +69,9 @@ class Metrics:
                 self._gates.labels(expert).inc(gate)
             self._confidence.observe(report.confidence)
             self._distance.observe(report.distance)
+
+    def passed_on(self, model: str) -> None:
+        self._passed_on.labels(model).inc()
 
     def tokens(self, count: int) -> None:
         self._answer_tokens.inc(count)

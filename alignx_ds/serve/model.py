@@ -8,11 +8,12 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from alignx_ds.errors import DataError
+from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.mocae.backbones import BACKBONES
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models import pretrained
-from alignx_ds.models.backbone import load_answering
+from alignx_ds.models.backbone import LowerLayers, load_answering, load_gate
+from alignx_ds.models.ends import answering_tokenizer
 from alignx_ds.models.registration import MODEL_TYPE
 from alignx_ds.runtime import distributed
 
@@ -36,6 +37,22 @@ def load_any(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if kind not in (MODEL_TYPE, *BACKBONES):
         raise DataError(f"{directory}: a model of the type {kind}; served are {', '.join((MODEL_TYPE, *BACKBONES))}")
     return _loaded(given, directory)
+
+
+def load_router(directory: str) -> tuple[LowerLayers, PreTrainedTokenizerBase]:
+    """The gate of an aligned model, or of a run's. Raises ConfigError, or DataError where there is no aligned model."""
+    given = model_directory(directory)
+    pretrained.check(given, "model", directory)
+    if not (given / "config.json").is_file() or pretrained.model_type(given, "model", directory) != MODEL_TYPE:
+        raise DataError(f"{directory}: no aligned model there; give a finished run's directory, or its model's")
+    logging.disable_progress_bar()
+    model = load_gate(given)
+    if model.config.gate["scope"] != "shared":
+        fix = "an adapter changes all layers alike; serve the model itself"
+        raise ConfigError(Problem("gate.scope", model.config.gate["scope"], "shared, for a router", fix))
+    tokenizer = answering_tokenizer(given, "model", directory)
+    model.to(distributed.device()).eval()
+    return model, tokenizer
 
 
 def model_directory(given: str) -> Path:

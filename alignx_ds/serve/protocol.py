@@ -104,17 +104,11 @@ class _Request(BaseModel):
 
     def needs(self, experts: list[str]) -> list[float] | None:
         """Of every axis, from `axes`: those that are not named are not needed."""
-        if self.axes is None:
-            return None
-        if not experts:
-            raise ApiError(400, "this model is dense and has no axes; leave axes out", param="axes")
-        if unknown := sorted(self.axes.keys() - set(experts[1:])):
-            fix = f"its axes are {', '.join(experts[1:])}; name those that shall serve"
-            raise ApiError(400, f"{unknown[0]!r} is no axis of this model; {fix}", param="axes")
-        return [self.axes.get(name, 0.0) for name in experts[1:]]
+        return None if self.axes is None else needs_of(self.axes, experts)
 
 
 Kind = TypeVar("Kind", bound=_Request)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ChatRequest(_Request):
@@ -134,10 +128,7 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def chat(self) -> Chat:
-        turns = tuple(_turn(message, f"messages.{number}") for number, message in enumerate(self.messages))
-        if turns[-1].role != "user":
-            raise ApiError(400, "the last message has to be the user's, which the model answers", param="messages")
-        return turns
+        return chat_of(self.messages)
 
 
 class CompletionRequest(_Request):
@@ -157,28 +148,81 @@ class CompletionRequest(_Request):
     def prompts(self) -> list[str | list[int]]:
         if not self.prompt and isinstance(self.prompt, list):
             raise ApiError(400, "prompt: got an empty list; give at least one prompt", param="prompt")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [token for token in self.prompt if isinstance(token, int)]
-        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+        return prompts_of(self.prompt)
 
 
-def parsed(kind: type[Kind], body: bytes) -> Kind:
-    """Raises ApiError, which says what is wrong with the body and where."""
+class RoutedRequest(BaseModel):
+    """What a router reads of a body; the rest is for the server behind it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    stream: bool | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    axes: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
+
+    def one_prompt(self) -> str | list[int]:
+        """The prompt of /v1/completions, of which each could need another expert."""
+        prompts = [] if self.prompt is None else prompts_of(self.prompt)
+        if len(prompts) != 1:
+            raise ApiError(400, f"prompt: got {len(prompts)}; give one prompt a request", param="prompt")
+        return prompts[0]
+
+
+def needs_of(axes: dict[str, float], experts: list[str]) -> list[float]:
+    """Of every axis of the model, in its order. Raises ApiError for a name that it does not have."""
+    if not experts:
+        raise ApiError(400, "this model is dense and has no axes; leave axes out", param="axes")
+    if unknown := sorted(axes.keys() - set(experts[1:])):
+        fix = f"its axes are {', '.join(experts[1:])}; name those that shall serve"
+        raise ApiError(400, f"{unknown[0]!r} is no axis of this model; {fix}", param="axes")
+    return [axes.get(name, 0.0) for name in experts[1:]]
+
+
+def chat_of(messages: list[dict[str, Any]]) -> Chat:
+    """The dialogue. Raises ApiError for a message that has no text, and where the last is not the user's."""
+    turns = tuple(_turn(message, f"messages.{number}") for number, message in enumerate(messages))
+    if turns[-1].role != "user":
+        raise ApiError(400, "the last message has to be the user's, which the model answers", param="messages")
+    return turns
+
+
+def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
+    """Texts, or token ids, of /v1/completions."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [token for token in prompt if isinstance(token, int)]
+    return [ids] if ids else [part for part in prompt if not isinstance(part, int)]
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The body's JSON object. Raises ApiError."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON ({error}); send one JSON object") from error
     if not isinstance(given, dict):
         raise ApiError(400, f"the body is a JSON {type(given).__name__}; send one JSON object")
+    return given
+
+
+def validated(kind: type[Model], given: dict[str, Any]) -> Model:
+    """Raises ApiError, which says what is wrong with the request and where."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise _explained(error) from error
+
+
+def parsed(kind: type[Kind], body: bytes) -> Kind:
+    """Raises ApiError, which says what is wrong with the body and where."""
+    given = read_object(body)
     for name, neutral in UNSUPPORTED.items():
         value = given.pop(name, None)
         if value is not None and value not in neutral:
             raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name)
-    try:
-        return kind.model_validate({name: value for name, value in given.items() if name not in IGNORED})
-    except ValidationError as error:
-        raise _explained(error) from error
+    return validated(kind, {name: value for name, value in given.items() if name not in IGNORED})
 
 
 def _explained(error: ValidationError) -> ApiError:

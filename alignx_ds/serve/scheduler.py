@@ -13,12 +13,12 @@ from random import Random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.mocae.layer import gates_of
 from alignx_ds.models.ends import ends_of
 from alignx_ds.runtime import console
 from alignx_ds.runtime.failures import is_out_of_memory
-from alignx_ds.serve.jobs import Failed, Finished, Job, Piece, Report, Started
+from alignx_ds.serve.jobs import Failed, Finished, Job, Piece, Started
 from alignx_ds.serve.metrics import Metrics
+from alignx_ds.serve.report import report_of
 from alignx_ds.serve.sampling import Chosen, choose
 from alignx_ds.serve.slots import Prefilled, Slots
 from alignx_ds.serve.text import AnswerText
@@ -135,7 +135,7 @@ class Scheduler:
             return self._waiting.popleft() if self._waiting and self._waiting[0].n <= room else None
 
     def _start(self, job: Job, read: Prefilled) -> None:
-        report = self._report(read)
+        report = report_of(self._slots.model, read.routing, self._experts)
         self._metrics.prompt(len(job.ids), report)
         job.send(Started(report))
         for choice in range(job.n):
@@ -144,20 +144,6 @@ class Scheduler:
             self._running.append(Running(job, choice, job.sampling.draws(choice), text))
         rows = list(range(len(self._running) - job.n, len(self._running)))
         self._take(rows, read.logits.expand(job.n, -1))
-
-    def _report(self, read: Prefilled) -> Report | None:
-        """Of the lowest gate, which decides in the shared scope."""
-        routing = read.routing
-        if routing is None:
-            return None
-        layer, gate = next(iter(gates_of(self._slots.model).items()))
-        decision = routing.decisions[layer]
-        gates = decision.gates if routing.forced is None else routing.forced
-        return Report(
-            gates=dict(zip(self._experts, gates[0].tolist(), strict=True)),
-            confidence=float(decision.confidence()[0]),
-            distance=float(gate.distance(routing.queries[layer])[0]),
-        )
 
     def _step(self) -> None:
         started = time.perf_counter()

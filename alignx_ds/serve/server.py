@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import socket
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ from alignx_ds.runtime.signals import Requests
 from alignx_ds.serve.answers import TokenNames
 from alignx_ds.serve.app import Api, Limits
 from alignx_ds.serve.metrics import Metrics
-from alignx_ds.serve.model import load_any, model_directory
+from alignx_ds.serve.model import load_any, load_router, model_directory
 from alignx_ds.serve.prompts import PromptEncoder
+from alignx_ds.serve.proxy import Gate, Proxy
 from alignx_ds.serve.requests import LOOPBACK
 from alignx_ds.serve.scheduler import Scheduler
+from alignx_ds.serve.upstream import Upstream
 
 KEY_VARIABLE = "ALIGNX_API_KEY"
+UPSTREAM_KEY_VARIABLE = "ALIGNX_UPSTREAM_API_KEY"  # of the server behind a router
 MOST_CONTEXT = 4096  # tokens, unless --context says more: every slot holds so many
 HEADER_SECONDS = 30.0  # within which a connection has to send its first request's headers
 SENDING_SECONDS = 30  # that a client has to read the rest of its answer when the server ends
@@ -52,6 +55,7 @@ class Settings:
     context: int = 0
     queue: int = 64
     max_body: int = 1_000_000
+    router_for: str = ""
 
 
 class Server(uvicorn.Server):  # type: ignore[misc]
@@ -87,10 +91,14 @@ def serve(settings: Settings) -> int:
             f"everybody who reaches {settings.host} may use the model; set {KEY_VARIABLE} to a key of your own"
         )
     with listening:
-        model, tokenizer = load_any(settings.model)
-        api = api_of(model, tokenizer, settings, key)
-        asyncio.run(_until_signal(api, server_of(api), listening, name_of(settings)))
-    api.scheduler.close()
+        if settings.router_for:
+            proxy = proxy_of(settings, key)
+            asyncio.run(_until_signal(proxy, listening, f"routes for {settings.router_for}"))
+        else:
+            api = api_of(*load_any(settings.model), settings, key)
+            with closing(api.scheduler):
+                limits = f"{api.limits.slots} slots of {api.limits.context} tokens"
+                asyncio.run(_until_signal(api, listening, limits))
     return 0
 
 
@@ -122,7 +130,23 @@ def api_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
     )
 
 
-def server_of(api: Api) -> Server:
+def proxy_of(settings: Settings, key: str | None) -> Proxy:
+    """Asks the server behind it for its models. Raises ConfigError where it lacks one, DataError for a dense model."""
+    model, tokenizer = load_router(settings.model)
+    gate = Gate(model, tokenizer)
+    return Proxy(
+        gate,
+        Upstream(settings.router_for, gate.experts, os.environ.get(UPSTREAM_KEY_VARIABLE)),
+        Metrics(gate.experts),
+        name=name_of(settings),
+        queue=settings.queue,
+        body=settings.max_body,
+        key=key,
+        local=settings.host in LOOPBACK,
+    )
+
+
+def server_of(api: Api | Proxy) -> Server:
     """Its log has failures of the server alone: neither prompts nor keys, and no line for every broken request."""
     config = uvicorn.Config(
         api.app(),
@@ -138,11 +162,12 @@ def server_of(api: Api) -> Server:
     return Server(config)
 
 
-async def _until_signal(api: Api, server: Server, listening: socket.socket, name: str) -> None:
+async def _until_signal(api: Api | Proxy, listening: socket.socket, what: str) -> None:
+    server = server_of(api)
     loop, running = asyncio.get_running_loop(), asyncio.ensure_future(server.serve([listening]))
 
     async def drain() -> None:
-        while not api.scheduler.idle:
+        while not api.idle:
             await asyncio.sleep(0.05)
         server.should_exit = True  # uvicorn waits until the last answers are sent
 
@@ -162,7 +187,7 @@ async def _until_signal(api: Api, server: Server, listening: socket.socket, name
         await asyncio.sleep(0.01)
     host, port = listening.getsockname()[:2]
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    console.note(f"serving {name} at {at}/v1: {api.limits.slots} slots of {api.limits.context} tokens")
+    console.note(f"serving {api.name} at {at}/v1: {what}")
     await running
 
 
