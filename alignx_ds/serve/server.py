@@ -92,14 +92,16 @@ def serve(settings: Settings) -> int:
         )
     with listening:
         if settings.router_for:
-            proxy = proxy_of(settings, key)
-            asyncio.run(_until_signal(proxy, listening, f"routes for {settings.router_for}"))
+            asyncio.run(_until_signal(proxy_of(settings, key), listening, f"routes for {settings.router_for}"))
         else:
-            api = api_of(*load_any(settings.model), settings, key)
-            with closing(api.scheduler):
-                limits = f"{api.limits.slots} slots of {api.limits.context} tokens"
-                asyncio.run(_until_signal(api, listening, limits))
+            answer(api_of(*load_any(settings.model), settings, key), listening)
     return 0
+
+
+def answer(api: Api, listening: socket.socket) -> None:
+    """Serve a model of this process until a signal."""
+    with closing(api.scheduler):
+        asyncio.run(_until_signal(api, listening, f"{api.limits.slots} slots of {api.limits.context} tokens"))
 
 
 def _check(settings: Settings) -> None:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -57,12 +56,11 @@ class Load:
 
 
 @contextmanager
-def servers(models: Mapping[str, Path], *options: str) -> Iterator[dict[str, Server]]:
-    """`alignx-ds serve MODEL` in a process for each, by name."""
-    command = [sys.executable, "-m", "alignx_ds", "serve", "--port", "0", "--name", "model", *options]
+def servers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Server]]:
+    """A process of the Python interpreter for each command, by name, which says where it listens as `serve` does."""
     processes = {
-        name: subprocess.Popen([*command, str(model)], stderr=subprocess.PIPE, text=True)
-        for name, model in models.items()
+        name: subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+        for name, command in commands.items()
     }
     try:
         yield {name: Server(_port(process), psutil.Process(process.pid)) for name, process in processes.items()}
