@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from alignx_ds.config.bounds import AnyText, NameIn
+from alignx_ds.config.monitoring import EvaluateConfig
 from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
 from alignx_ds.mocae.settings import GateSettings, Probability
 
@@ -202,6 +203,7 @@ class SpecialistConfig(TrainConfig):
     # The FFNs of the AlignX layers, or low-rank factors beside them, which are then the expert as they are.
     trainable: Annotated[str, OneOf(("ffn", "lora"))] = "ffn"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 @dataclass

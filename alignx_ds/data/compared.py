@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
@@ -13,7 +13,7 @@ from alignx_ds.config.schema import JUDGED, PAIRED, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples, digest
 from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.rows import Dropped, Row
-from alignx_ds.data.splits import DataSplits
+from alignx_ds.data.split_rows import SplitRows
 from alignx_ds.errors import DataError
 
 LEAST, MOST = 0.5, 10.0  # bounds of the weights that match prompts, as in TRL
@@ -46,14 +46,14 @@ class ComparedRows:
         return compared + sha256(bytes(self.good)).hexdigest()
 
 
-def compared_rows(config: RunConfig, splits: DataSplits, encodings: Encodings) -> dict[str, ComparedRows]:
-    """By axis with an objective that needs them. Raises DataError where there are none."""
+def compared_rows(config: RunConfig, splits: Mapping[str, SplitRows], encodings: Encodings) -> dict[str, ComparedRows]:
+    """Of the rows by axis, for the objectives that need them. Raises DataError where there are none."""
     found = {}
-    for axis, settings in config.axes.items():
+    for axis, split in splits.items():
+        settings = config.axes[axis]
         if settings.objective not in (*PAIRED, *JUDGED):
             continue
         make = _pairs if settings.objective in PAIRED else _verdicts
-        split = splits.train[axis]
         rows = make(split.rows, settings.prompt, encodings, config.model.max_length)
         if not rows.examples.examples or len(set(rows.good)) == 1:
             problem = f"no answer that fits is {'good' if rows.good and not rows.good[0] else 'bad'}"

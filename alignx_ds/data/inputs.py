@@ -17,7 +17,7 @@ from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.join import Joiner
 from alignx_ds.data.labels import known_set, label_set
 from alignx_ds.data.rows import Dropped, Row, split_by_question
-from alignx_ds.data.split_rows import TooLong, Use
+from alignx_ds.data.split_rows import SplitRows, TooLong, Use
 from alignx_ds.data.splits import DataSplits, Sources, limited, read_sources
 from alignx_ds.data.texts import planned, read_texts, train_tokenizer
 from alignx_ds.errors import DataError, UnreachableError
@@ -28,6 +28,7 @@ HELD_OUT = ("held_out", "references", "routed", "routing", "sets")
 LENT = 1000  # the first number of the sources whose rows belong to another expert than their axis
 INJECTED, COMPARED = "injected ", "compared "  # before an axis's name, in `digests`
 CALIBRATION = "calibration"  # the salt of the hash that cuts the calibration split off the training rows
+EVALUATED = "evaluated"  # that of the hash by which stage 1's evaluation takes some of that split
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class EncodedData:
     sets: dict[str, LabelledExamples] = field(default_factory=dict)  # by extra set: prompts whose needs are known
     joined: dict[str, JoinedRows] = field(default_factory=dict)  # by axis that has some
     compared: dict[str, ComparedRows] = field(default_factory=dict)  # by axis whose objective needs bad answers too
+    # What stage 1 is evaluated on while it trains, like `injected` and `compared`; empty without `train.evaluate`.
+    evaluated: dict[str, list[Example]] = field(default_factory=dict)
+    evaluated_compared: dict[str, ComparedRows] = field(default_factory=dict)
 
     def taught(self, axis: str) -> LabelledExamples:
         """What stage 1 trains the axis's specialist on, for its objective."""
@@ -112,6 +116,8 @@ def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> 
     splits = limited(sources, config, too_long)
     joined = _joined_rows(config, splits, too_long)
     train, calibration = _training_examples(config, splits, joined, encodings)
+    taught = {axis: taught_rows(config, splits.train[axis]) for axis in config.axes}
+    evaluated = _evaluated_rows(config, splits, joined)
     references, routed = LabelledExamples([], []), LabelledExamples([], [])
     for expert, name in enumerate(config.expert_names):
         examples = encodings.encode(splits.held_out[name].rows)
@@ -121,7 +127,7 @@ def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> 
         routed.add([e.prompt() for e in examples], expert, needs)
     return EncodedData(
         splits=splits,
-        injected=_injected_examples(config, splits, joined, encodings),
+        injected=_injected_examples(config, taught, joined, encodings),
         train=train,
         calibration_rows=calibration,
         held_out={axis: splits.held_out[axis].rows for axis in config.axes},
@@ -130,7 +136,9 @@ def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> 
         routing=_add_routing(config, splits, encodings, train, calibration),
         sets=_known_sets(config, splits, encodings),
         joined=joined,
-        compared=compared_rows(config, splits, encodings),
+        compared=compared_rows(config, taught, encodings),
+        evaluated=_injected_examples(config, evaluated, {}, encodings),
+        evaluated_compared=compared_rows(config, evaluated, encodings),
     )
 
 
@@ -227,20 +235,35 @@ def _lent(config: RunConfig, name: str, rows: list[Row]) -> tuple[list[Row], dic
 
 
 def _injected_examples(
-    config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows], encodings: Encodings
+    config: RunConfig, rows: dict[str, SplitRows], joined: dict[str, JoinedRows], encodings: Encodings
 ) -> dict[str, list[Example]]:
-    """Each axis's training rows that have an answer, then its joined rows, with the axis's system prompt."""
+    """Each axis's rows that have an answer, then the joined rows that it trains on, with the axis's system prompt."""
     injected = {}
-    for axis, settings in config.axes.items():
-        answered = [row for row in splits.train[axis].rows if row.response]
+    for axis, split in rows.items():
+        answered = [row for row in split.rows if row.response]
         if not answered:
-            raise DataError(
-                f"{splits.train[axis].source} ({axis}): no row has an answer to imitate; give rows with one"
-            )
-        every = config.data.answers == "all"
-        rows = [*answered, *joined.get(axis, NOTHING_JOINED).rows]
-        injected[axis] = encodings.encode(rows, settings.prompt, every_answer=every)
+            raise DataError(f"{split.source} ({axis}): no row has an answer to imitate; give rows with one")
+        every, made = config.data.answers == "all", joined.get(axis, NOTHING_JOINED)
+        answered += made.train if config.train.evaluate.every else made.rows
+        injected[axis] = encodings.encode(answered, config.axes[axis].prompt, every_answer=every)
     return injected
+
+
+def taught_rows(config: RunConfig, split: SplitRows) -> SplitRows:
+    """The rows of an axis that stage 1 trains on: all, or those that are not in the calibration split."""
+    return replace(split, rows=_cut(config, split.rows)[0]) if config.train.evaluate.every else split
+
+
+def _evaluated_rows(config: RunConfig, splits: DataSplits, joined: dict[str, JoinedRows]) -> dict[str, SplitRows]:
+    """By axis, the first rows of its calibration split, in the order of a hash; nothing without `train.evaluate`."""
+    found = {}
+    for axis in config.axes if config.train.evaluate.every else ():
+        split = splits.train[axis]
+        rows = [*_cut(config, split.rows)[1], *joined.get(axis, NOTHING_JOINED).calibration]
+        usable = sorted((row for row in rows if row.response or row.worse), key=lambda row: row.position(EVALUATED))
+        source = f"{split.source}, calibration split"
+        found[axis] = replace(split, source=source, rows=usable[: config.train.evaluate.rows])
+    return found
 
 
 def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
@@ -249,7 +272,7 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
         return {}
     found = {}
     for axis, examples in data.injected.items():
-        rows = (row for row in data.splits.train[axis].rows if row.response)
+        rows = (row for row in taught_rows(config, data.splits.train[axis]).rows if row.response)
         dialogues = [any(turn.role == "assistant" and turn.learned for turn in row.before) for row in rows]
         found[axis] = sum(d and not e.earlier for d, e in zip(dialogues, examples, strict=False))  # joined rows follow
     return {axis: count for axis, count in found.items() if count}

@@ -91,6 +91,7 @@ def build(
         "decontamination": data.splits.decontamination(),  # None: off
         "routing_rows": {part.name: _routing_counts(part) for part in data.splits.routing},
         "specialists": {axis: stage1[axis]["layers"] for axis in axes},
+        "evaluations": {name: m["evaluation"] for name, m in stage1.items() if "evaluation" in m},  # while it trained
         "config": to_dict(config),
     }
     shared: dict[str, Any] = shareable(content)

@@ -77,6 +77,11 @@ def notes(config: RunConfig, data: EncodedData) -> list[str]:
     unlearned = unlearned_answers(config, data).items()
     lines = [f"  {name}: of {count:,} dialogues only the last answer is learned: {reason}" for name, count in unlearned]
     lines += [f"  {unmeasured}" for unmeasured in _unmeasured(config, data)]
+    for axis, rows in data.evaluated.items():
+        count = len(data.evaluated_compared.get(axis, rows))
+        lines.append(
+            f"  {axis}: stage 1 trains on no row of the calibration split, and is evaluated on {count:,} of it"
+        )
     return lines + [f"  warning: {overlap}" for overlap in overlaps(data.splits)]
 
 

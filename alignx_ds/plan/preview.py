@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, encode
-from alignx_ds.data.inputs import RunInputs, read_inputs
+from alignx_ds.data.inputs import RunInputs, read_inputs, taught_rows
 from alignx_ds.data.rows import Row
 from alignx_ds.plan import checks
 from alignx_ds.plan.accounts import accounts, notes
@@ -61,7 +61,7 @@ def _show(config: RunConfig, inputs: RunInputs, shown: int) -> None:
     columns = ["tokens of the training rows", "min", "median", "95 %", "max", "total"]
     console.table("Lengths", columns, rows)
     for axis, settings in config.axes.items():
-        kinds = {"training rows": [row for row in data.splits.train[axis].rows if row.response]}
+        kinds = {"training rows": [row for row in taught_rows(config, data.splits.train[axis]).rows if row.response]}
         if axis in data.joined:
             kinds["joined rows"] = data.joined[axis].rows
         for kind, rows_of in kinds.items():

@@ -31,6 +31,9 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
             yield Problem(key, scales[axis], f"an axis of {', '.join(c.axes)}", "correct the name")
     yield from _expert_parallel(c, world_size)
     yield from _lora(c)
+    if c.train.evaluate.patience and not c.train.evaluate.every:
+        fix = "set train.evaluate.every to the steps between two evaluations"
+        yield Problem("train.evaluate.patience", c.train.evaluate.patience, "0 without evaluations", fix)
     for key, stage in stages(c).items():
         yield from _steps(key, stage)
         yield from _batch(key, stage, world_size)

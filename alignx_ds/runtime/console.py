@@ -40,6 +40,9 @@ class Progress:
     def advance(self, note: str = "", by: int = 1) -> None:
         """So much more is done."""
 
+    def end_at(self, total: int) -> None:
+        """There is less to do than was expected."""
+
 
 @dataclass
 class _Shown(Progress):
@@ -50,6 +53,10 @@ class _Shown(Progress):
     def advance(self, note: str = "", by: int = 1) -> None:
         assert self.bar is not None
         self.bar.update(self.bar.task_ids[0], advance=by, note=note)
+
+    def end_at(self, total: int) -> None:
+        assert self.bar is not None
+        self.bar.update(self.bar.task_ids[0], total=total)
 
 
 @dataclass
@@ -69,6 +76,9 @@ class _Logged(Progress):
         if now - self._printed >= LOG_SECONDS and self.done < self.total:
             self._printed = now
             say(f"{self.title}: {self.done} of {self.total} after {self._seconds(now)}{f' ({note})' if note else ''}")
+
+    def end_at(self, total: int) -> None:
+        self.total = total
 
     def end(self) -> None:
         summary = f" ({self.summary})" if self.summary else ""

@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.compared import ComparedRows
-from alignx_ds.data.encode import LabelledExamples, pad_token
+from alignx_ds.data.encode import Example, LabelledExamples, pad_token
 from alignx_ds.data.inputs import COMPARED, INJECTED
 from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
@@ -33,8 +33,9 @@ from alignx_ds.runtime import console, distributed, signals
 from alignx_ds.stages.stage import Stage, StageContext, ensure, set_up, trained
 from alignx_ds.training import engine as engines
 from alignx_ds.training import flops
+from alignx_ds.training.evaluation import Evaluation
 from alignx_ds.training.job import TrainingJob
-from alignx_ds.training.loop import StepLoss
+from alignx_ds.training.loop import StepLoss, builder
 from alignx_ds.training.losses import language_loss
 from alignx_ds.training.objectives import Settings
 from alignx_ds.training.preferences import ObjectiveLoss
@@ -134,6 +135,7 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
         "rows": [[axis, data.digests[f"{INJECTED}{axis}"]] for axis in tune.axes],
         "objective": [asdict(settings), data.digests.get(f"{COMPARED}{tune.axes[0]}")] if settings else None,
         "start": start,
+        **({"evaluated": _evaluated(context, tune, settings).digest} if c.train.evaluate.every else {}),
     }
 
 
@@ -144,8 +146,9 @@ def _objective(context: StageContext, tune: FineTune) -> Settings | None:
 
 
 def _train_settings(c: RunConfig) -> dict[str, Any]:
-    """Without LoRA's where none is trained."""
-    return {name: value for name, value in substance(c.train).items() if name != "lora" or is_lora(c)}
+    """Without LoRA's where none is trained, and without the evaluation's where there is none."""
+    unused = {"lora": not is_lora(c), "evaluate": not c.train.evaluate.every}
+    return {name: value for name, value in substance(c.train).items() if not unused.get(name)}
 
 
 def _expert_settings(c: RunConfig, tune: FineTune) -> dict[str, Any] | None:
@@ -162,7 +165,7 @@ def is_lora(c: RunConfig) -> bool:
 
 def _train(context: StageContext, tune: FineTune, directory: Path, job: TrainingJob) -> dict[str, Any]:
     config, base, settings = context.config, context.base, _objective(context, tune)
-    rows = context.data.taught(tune.axes[0]) if settings else _imitated(context, tune)
+    rows = context.data.taught(tune.axes[0]) if settings else _imitated(context.data.injected, tune)
     # As many epochs over its rows as a specialist makes: over three axes a fine-tune takes the steps of all three.
     counts = [len(rows.examples)] if settings else [len(context.data.injected[axis]) for axis in tune.axes]
     steps = sum(engines.steps_of(config.train, count) for count in counts)
@@ -183,17 +186,36 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         compared = context.data.compared.get(tune.axes[0], ComparedRows(rows))
         taught = ObjectiveLoss(settings, compared, setup.plan, pad_token(base.tokenizer), config.seed, packed=True)
         loss, job = taught, taught.of_job(job)
+    if config.train.evaluate.every:
+        job = job.evaluated(_evaluation(context, setup.plan, _evaluated(context, tune, settings), loss))
     with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
         extract = _extract_lora if is_lora(config) else _extract
         layers = extract(context, tune, module, directory)
     del zero3
-    return {"name": tune.name, "axes": list(tune.axes), "losses": losses, "layers": layers}
+    evaluation = {"evaluation": job.evaluation.facts(len(losses))} if job.evaluation else {}
+    return {"name": tune.name, "axes": list(tune.axes), "losses": losses, **evaluation, "layers": layers}
 
 
-def _imitated(context: StageContext, tune: FineTune) -> LabelledExamples:
+def _imitated(examples: dict[str, list[Example]], tune: FineTune) -> LabelledExamples:
     """The rows of all its axes, whose good answers are imitated."""
-    pooled = [example for axis in tune.axes for example in context.data.injected[axis]]
+    pooled = [example for axis in tune.axes for example in examples[axis]]
     return LabelledExamples(pooled, [0] * len(pooled))
+
+
+def _evaluated(context: StageContext, tune: FineTune, settings: Settings | None) -> ComparedRows:
+    """The rows of the calibration split that it is evaluated on, as it trains on the others."""
+    imitated = ComparedRows(_imitated(context.data.evaluated, tune))
+    return context.data.evaluated_compared.get(tune.axes[0], imitated) if settings else imitated
+
+
+def _evaluation(context: StageContext, plan: engines.Plan, rows: ComparedRows, loss: StepLoss) -> Evaluation:
+    hooks: dict[str, Any] = {"loss": loss}
+    if isinstance(loss, ObjectiveLoss):
+        same = loss.on(rows)
+        hooks = {"loss": same, "at_start": same.at_start, "before": same.before_step, "scalars": same.scalars}
+    build = builder(rows.examples, pad_token(context.base.tokenizer), packed=True)
+    size = plan.micro_batch(distributed.world_size())
+    return Evaluation(context.config.train.evaluate, rows.examples, build, size=size, steps=plan.steps, **hooks)
 
 
 def train_ffns_alone(model: nn.Module, base: BaseModel) -> None:

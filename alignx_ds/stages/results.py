@@ -34,6 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # by name of an input of a stage: the reci
     "experts": ("experts",),
     "adapter": ("axes",),
     "start": STAGE1,
+    "evaluated": STAGE1,
     "specialists": STAGE1,
     "align": ("align",),
     "gate": ("gate",),

@@ -44,6 +44,11 @@ class Checkpoint:
         return int(self.facts["step"])
 
     @property
+    def evaluations(self) -> dict[int, float | None]:
+        """By step, of a job that is evaluated while it trains."""
+        return dict(self.facts.get("evaluations", ()))
+
+    @property
     def losses(self) -> list[float | None]:
         """Of those steps; None for a skipped one."""
         return list(self.facts["losses"])
@@ -85,6 +90,16 @@ def newest(directory: Path, inputs: dict[str, Any]) -> Checkpoint | None:
     return None
 
 
+def at(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint after a step. Raises DataError when it is damaged or not there. Collective."""
+    path = directory / f"{PREFIX}{step:08d}"
+    found = distributed.on_main(partial(_read, path))
+    damage = found if isinstance(found, str) else _damage(path, found["files"])
+    if damage or isinstance(found, str):
+        raise DataError(f"{damage}: it has the job's best weights; remove {directory}, and the job trains anew")
+    return Checkpoint(path, found)
+
+
 def _set_aside(path: Path, why: str) -> None:
     """Rename it, so that it no longer counts; it stays there to be inspected until the job ends."""
     aside = path.with_name(f".{path.name}.{why}")
@@ -117,9 +132,13 @@ def load(checkpoint: Checkpoint, engine: Any, seed: int) -> None:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the one with the lowest loss. On rank 0 alone."""
+    """Remove all but the newest `keep` checkpoints and the first with the lowest loss. On rank 0 alone.
+
+    The loss of a job that is evaluated is that of the evaluation after the checkpoint's step, if there was one.
+    """
     whole = [(path, found) for path in _present(directory) if isinstance(found := _read(path), dict)]
-    losses = {path: found["loss"] for path, found in whole if found["loss"] is not None}
+    scores = [(path, found.get("evaluation", found["loss"])) for path, found in reversed(whole)]
+    losses = {path: score for path, score in scores if score is not None}
     kept = {path for path, _ in whole[:keep]} | ({min(losses, key=losses.__getitem__)} if losses else set())
     for path in _present(directory):
         if path not in kept:

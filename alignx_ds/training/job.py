@@ -1,12 +1,13 @@
-"""What the training loop needs to know of a job: its checkpoints, its curve, its policy for non-finite steps."""
+"""What the training loop needs to know of a job: its checkpoints, curve, evaluation, and policy for bad steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alignx_ds.data.batches import MicroBatch
+from alignx_ds.training.evaluation import Evaluation
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, StepMetrics, no_log
 from alignx_ds.training.nonfinite import NonFiniteSteps
@@ -28,7 +29,18 @@ class TrainingJob:
     scalars: Callable[[StepMetrics], dict[str, float]] = StepMetrics.scalars  # what is logged of a step, beside speed
     cost: Cost | None = None  # of a token, for MFU
     at_start: Callable[[Any], None] = _nothing  # takes the engine, before any checkpoint is loaded into it
+    evaluation: Evaluation | None = None
     before_step: Callable[[Any, list[MicroBatch]], None] = _nothing  # takes it and all micro batches of a step
+
+    def evaluated(self, evaluation: Evaluation) -> TrainingJob:
+        """The job with this evaluation, whose losses its checkpoints hold."""
+        kept = self.checkpoints and replace(self.checkpoints, evaluations=evaluation.found)
+
+        def at_start(engine: Any) -> None:
+            self.at_start(engine)
+            evaluation.at_start(engine)
+
+        return replace(self, evaluation=evaluation, checkpoints=kept, at_start=at_start)
 
     def save(self, engine: Any, losses: Losses) -> None:
         """Write a checkpoint of the state after these steps, if this job has any. Raises DataError. Collective."""

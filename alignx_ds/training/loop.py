@@ -16,9 +16,10 @@ from alignx_ds.data.batches import MicroBatch, collate, pack
 from alignx_ds.data.encode import LabelledExamples
 from alignx_ds.data.sampling import global_batches, share
 from alignx_ds.errors import Stopped
-from alignx_ds.runtime import attention, distributed, signals
+from alignx_ds.runtime import attention, console, distributed, signals
 from alignx_ds.runtime.console import Progress
 from alignx_ds.training.engine import Plan
+from alignx_ds.training.evaluation import Evaluation
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.metrics import Losses, MicroBatchLoss, step_metrics
 from alignx_ds.training.rehearsal import rehearse
@@ -113,6 +114,8 @@ def train(
     progress.advance(by=len(losses))
     watch = Stopwatch(job.cost)
     for parts in watch.batches(batches(len(losses))):
+        if job.evaluation and job.evaluation.is_over:
+            break
         job.before_step(engine, parts)
         rate, outputs = engine.get_lr()[0], []
         with attention.planning_pays():
@@ -130,14 +133,36 @@ def train(
             job.nonfinite.handle(job.name, losses, _suspects(parts, outputs), partial(job.save, engine, losses[:-1]))
         norm = engine.get_global_grad_norm()
         optimizer = {"optimizer/lr": rate} | ({} if norm is None else {"optimizer/gradient_norm": float(norm)})
-        _log(job, len(losses), job.scalars(metrics) | optimizer | speed)
+        evaluated = job.evaluation.after_step(engine, len(losses)) if job.evaluation else {}
+        _log(job, len(losses), job.scalars(metrics) | optimizer | speed | evaluated)
         if job.checkpoints:
-            job.checkpoints.after_step(engine, losses, stop=stop)
+            job.checkpoints.after_step(engine, losses, now=stop or _is_best(job, len(losses)))
         if stop:
             raise Stopped(f"{job.name}, after step {len(losses)} of {plan.steps}")
-        progress.summary = f"loss {metrics.loss:.3f}, {watch.note()}"
+        note = job.evaluation.note if job.evaluation else ""
+        progress.summary = f"loss {metrics.loss:.3f}, {note}{watch.note()}"
         progress.advance(progress.summary)
+    if job.evaluation:
+        _conclude(engine, job, job.evaluation, losses, progress)
     return losses
+
+
+def _is_best(job: TrainingJob, step: int) -> bool:
+    """Whether the weights after this step may be the result, so that they have to be saved."""
+    return bool(job.evaluation and job.evaluation.settings.keep_best and job.evaluation.best == step)
+
+
+def _conclude(engine: Any, job: TrainingJob, evaluation: Evaluation, losses: Losses, progress: Progress) -> None:
+    """Load the weights that are the result, and say what came of the evaluations."""
+    facts = evaluation.facts(len(losses))
+    if facts["stopped"]:
+        progress.end_at(len(losses))
+        why = f"{evaluation.settings.patience} evaluations in a row were no better than that after step {facts['best']}"
+        console.say(f"{job.name}: ends after step {len(losses)} of {evaluation.steps}: {why}")
+    if facts["kept"] != len(losses):
+        assert job.checkpoints, "the best weights are kept in a checkpoint"
+        job.checkpoints.load_best(engine, facts["kept"])
+        console.say(f"{job.name}: the result has the weights after step {facts['kept']}, the best on the evaluation")
 
 
 def _log(job: TrainingJob, step: int, values: dict[str, float]) -> None:

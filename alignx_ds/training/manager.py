@@ -11,7 +11,7 @@ from typing import Any
 from alignx_ds.config.schema import CheckpointsConfig
 from alignx_ds.runtime import console, distributed
 from alignx_ds.training import checkpoints, randomness
-from alignx_ds.training.metrics import Losses
+from alignx_ds.training.metrics import Evaluations, Losses
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class CheckpointManager:
     settings: CheckpointsConfig
     seed: int
     config: str = ""  # the resolved config, saved in every checkpoint
+    evaluations: Evaluations | None = None  # saved and restored, and added to by the job; None: it is not evaluated
 
     @property
     def directory(self) -> Path:
@@ -39,13 +40,15 @@ class CheckpointManager:
             randomness.seed(self.seed)
             return []
         checkpoints.load(found, engine, self.seed)
+        if self.evaluations is not None:
+            self.evaluations.update(found.evaluations)
         console.say(f"{self.name}: resumes after step {found.step}, from {found.path}")
         return found.losses
 
-    def after_step(self, engine: Any, losses: Losses, *, stop: bool) -> None:
-        """Save when a checkpoint is due, or when the job is about to stop. Raises DataError. Collective."""
+    def after_step(self, engine: Any, losses: Losses, *, now: bool) -> None:
+        """Save when a checkpoint is due, or `now` in any case. Raises DataError. Collective."""
         every = self.settings.every
-        if stop or (every and len(losses) % every == 0):
+        if now or (every and len(losses) % every == 0):
             self.save(engine, losses)
 
     def save(self, engine: Any, losses: Losses) -> None:
@@ -55,9 +58,17 @@ class CheckpointManager:
         """
         recent = [loss for loss in losses[-(self.settings.every or 1) :] if loss is not None]
         mean = sum(recent) / len(recent) if recent else None
-        facts = {"losses": losses, "loss": mean, "config": self.config}
+        facts: dict[str, Any] = {"losses": losses, "loss": mean, "config": self.config}
+        if self.evaluations is not None:
+            found = self.evaluations
+            facts |= {"evaluations": [*map(list, found.items())], "evaluation": found.get(len(losses))}
         checkpoints.save(self.directory, engine, len(losses), self.inputs, facts)
         distributed.on_main(lambda: checkpoints.prune(self.directory, self.settings.keep))
+
+    def load_best(self, engine: Any, step: int) -> None:
+        """Load the checkpoint after this step, which was the best. Raises DataError where it is damaged. Collective."""
+        found = checkpoints.at(self.directory, step)
+        checkpoints.load(found, engine, self.seed)
 
     def finish(self) -> None:
         """Remove the checkpoints, unless the recipe keeps them: the job's result is complete. Collective."""

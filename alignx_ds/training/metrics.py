@@ -5,7 +5,7 @@ Shapes: E experts, K confidence bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from alignx_ds.runtime import distributed
 
 Losses = list[float | None]  # by optimizer step; None: the step was skipped, its loss or gradient was not finite
+Evaluations = dict[int, float | None]  # loss on rows that are not trained on, by step; None: it was not finite
 ScalarLogger = Callable[[int, dict[str, float]], None]  # takes the optimizer step and the values by name
 
 
@@ -110,6 +111,14 @@ def _mean_over_ranks(values: list[float]) -> list[float]:
     torch.distributed.all_reduce(stacked)
     means: list[float] = (stacked / distributed.world_size()).tolist()
     return means
+
+
+def summed(values: Sequence[Tensor | int]) -> Tensor:
+    """[n] fp64: each of the n values, summed over all ranks."""
+    stacked = torch.stack([torch.as_tensor(v, device=distributed.device()).double() for v in values])
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(stacked)
+    return stacked
 
 
 def no_log(step: int, values: dict[str, float]) -> None:

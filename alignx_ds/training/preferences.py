@@ -7,8 +7,10 @@ rows of the step, on all ranks, before its first backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from alignx_ds.training.engine import Plan
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import builder
 from alignx_ds.training.losses import answer_log_probabilities
-from alignx_ds.training.metrics import MicroBatchLoss, StepMetrics
+from alignx_ds.training.metrics import MicroBatchLoss, StepMetrics, summed
 from alignx_ds.training.objectives import Settings
 
 GOOD = "good"  # the share of good answers, among the terms
@@ -38,17 +40,26 @@ class ObjectiveLoss:
     """
 
     def __init__(self, settings: Settings, rows: ComparedRows, plan: Plan, pad_id: int, seed: int, *, packed: bool):
-        self.settings, self.rows, self.plan = settings, rows, plan
-        self.used = sorted({i for chosen in global_batches(len(rows), plan.batch, plan.steps, seed) for i in chosen})
-        self.build = builder(rows.examples, pad_id, packed=packed)
-        mismatched = LabelledExamples(rows.mismatched, [0] * len(rows.mismatched))
-        self.build_mismatched = builder(mismatched, pad_id, packed=packed)
+        self.settings, self.plan, self.builder = settings, plan, partial(builder, pad_id=pad_id, packed=packed)
+        self.bad_weight = settings.bad_weight or sum(rows.good) / max(1, len(rows.good) - sum(rows.good))
+        self._give(rows, {i for chosen in global_batches(len(rows), plan.batch, plan.steps, seed) for i in chosen})
+
+    def _give(self, rows: ComparedRows, used: Iterable[int]) -> None:
+        """Set the rows, and the numbers of those of them whose reference will be needed."""
+        self.rows, self.used = rows, sorted(used)
+        self.build = self.builder(rows.examples)
+        self.build_mismatched = self.builder(LabelledExamples(rows.mismatched, [0] * len(rows.mismatched)))
         device = distributed.device()
         self.good = torch.tensor(rows.good, device=device).float()
         self.weights = torch.tensor(rows.weights, device=device)
-        self.bad_weight = settings.bad_weight or sum(rows.good) / max(1, len(rows.good) - sum(rows.good))
         self.reference = self.reference_mismatched = torch.zeros(0)
         self.shift = torch.zeros((), device=device)
+
+    def on(self, rows: ComparedRows) -> ObjectiveLoss:
+        """The same loss of other rows, all of which are used."""
+        made = copy(self)
+        made._give(rows, range(len(rows)))
+        return made
 
     def of_job(self, job: TrainingJob) -> TrainingJob:
         """The job, with what this loss does at its start and before its steps, and what it logs."""
@@ -83,13 +94,13 @@ class ObjectiveLoss:
         """Set the shift z₀ of kto or δ of bco for the step, from all of its rows."""
         if self.settings.name == "kto":
             ratios = [self._mismatched_ratio(engine, part.numbers) for part in parts]
-            total, count = _summed([torch.cat(ratios).sum(), len(torch.cat(ratios))])
+            total, count = summed([torch.cat(ratios).sum(), len(torch.cat(ratios))])
             self.shift = (total / count).clamp(min=0)
         elif self.settings.name == "bco":
             numbers = torch.tensor([n for part in parts for n in part.numbers], device=self.good.device)
             answers = [answer_log_probabilities(engine.module, part.batch, len(part.numbers)) for part in parts]
             rewards, good = self.settings.beta * (torch.cat(answers) - self.reference[numbers, 0]), self.good[numbers]
-            sums = _summed([(rewards * good).sum(), (rewards * (1 - good)).sum(), good.sum(), (1 - good).sum()])
+            sums = summed([(rewards * good).sum(), (rewards * (1 - good)).sum(), good.sum(), (1 - good).sum()])
             self.shift = (sums[:2] / sums[2:].clamp(min=1)).sum() / (sums[2:] > 0).sum()
 
     def _mismatched_ratio(self, engine: Any, numbers: Sequence[int]) -> Tensor:
@@ -179,11 +190,3 @@ def _terms(good_reward: Tensor, bad_reward: Tensor, good: Tensor, bad: Tensor) -
         "log_probabilities/good": good,
         "log_probabilities/bad": bad,
     }
-
-
-def _summed(values: Sequence[Tensor | int]) -> Tensor:
-    """[n] fp64: each of the n values, summed over all ranks."""
-    stacked = torch.stack([torch.as_tensor(v, device=distributed.device()).double() for v in values])
-    if distributed.world_size() > 1:
-        torch.distributed.all_reduce(stacked)
-    return stacked

@@ -12,7 +12,6 @@ from alignx_ds.data.compared import LEAST, MOST, ComparedRows, compared_rows
 from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import SplitRows
-from alignx_ds.data.splits import DataSplits
 from alignx_ds.errors import DataError
 from alignx_ds.plan import rows as plan_rows
 
@@ -26,8 +25,8 @@ def config(objective: str, schema: str = "beavertails", length: int = 90) -> Run
 
 
 def made(settings: RunConfig, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> ComparedRows:
-    splits = DataSplits({"a": SplitRows("rows.json", len(rows), rows, [])}, {}, {}, frozenset())
-    return compared_rows(settings, splits, Encodings(tokenizer))["a"]
+    split = SplitRows("rows.json", len(rows), rows, [])
+    return compared_rows(settings, {"a": split}, Encodings(tokenizer))["a"]
 
 
 def test_a_row_is_a_pair_with_each_of_its_bad_answers(world_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import HELD_OUT
 from alignx_ds.data.splits import read_sources
 from alignx_ds.errors import DataError
+from alignx_ds.plan.accounts import notes
 
 
 def encoded(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedData:
@@ -149,3 +150,50 @@ def test_digests_depend_on_the_training_rows_alone(
     now = encoded(one_axis, world_tokenizer).digests
     assert now["injected kind"] != first["injected kind"]
     assert (now["train"], now["calibration_rows"]) != (first["train"], first["calibration_rows"])
+
+
+def test_stage_1_is_evaluated_on_the_calibration_split_and_then_learns_none_of_it(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    set_rows(one_axis, tmp_path, questions(200), questions(5, start=300))
+    whole = encoded(one_axis, world_tokenizer)
+    assert len(whole.injected["kind"]) == 200 and whole.evaluated == {}
+    one_axis.train.evaluate.every = 10
+    data = encoded(one_axis, world_tokenizer)
+    learned, evaluated = ({e.ids for e in part["kind"]} for part in (data.injected, data.evaluated))
+    assert learned | evaluated == {e.ids for e in whole.injected["kind"]} and not learned & evaluated
+    assert len(evaluated) == len(data.calibration_rows.examples), "the split that stage 2 has"
+    assert f"  kind: stage 1 trains on no row of the calibration split, and is evaluated on {len(evaluated)} of it" in (
+        notes(one_axis, data)
+    )
+    one_axis.train.evaluate.rows = 7
+    assert encoded(one_axis, world_tokenizer).evaluated["kind"] == data.evaluated["kind"][:7]
+    set_rows(one_axis, tmp_path, questions(200)[::-1], questions(5, start=300))
+    assert encoded(one_axis, world_tokenizer).evaluated["kind"] == data.evaluated["kind"][:7], (
+        "in any order of the file"
+    )
+
+
+def test_joined_rows_of_the_calibration_split_are_not_learned_either(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    set_rows(one_axis, tmp_path, questions(200), questions(5, start=300))
+    one_axis.axes["kind"].join.share, one_axis.train.evaluate.every = 1.0, 10
+    data = encoded(one_axis, world_tokenizer)
+    assert data.joined["kind"].train and data.joined["kind"].calibration
+    counted = len(data.splits.train["kind"].rows) + len(data.joined["kind"].rows)
+    assert len(data.injected["kind"]) + len(data.evaluated["kind"]) == counted
+    assert len(data.evaluated["kind"]) == len(data.calibration_rows.examples)
+
+
+def test_pairs_of_the_calibration_split_are_evaluated_too(
+    one_axis: RunConfig, tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    axis = one_axis.axes["kind"]
+    axis.schema, axis.objective, one_axis.train.evaluate.every = "dpo", "dpo", 1
+    rows = [{"prompt": r["prompt"], "chosen": "hello", "rejected": "hello hello"} for r in questions(60)]
+    set_rows(one_axis, tmp_path, rows, [{"prompt": "who", "chosen": "hello", "rejected": "no"}])
+    data = encoded(one_axis, world_tokenizer)
+    pairs = data.compared["kind"], data.evaluated_compared["kind"]
+    assert [len(part) for part in pairs] == [len(data.injected["kind"]), len(data.evaluated["kind"])]
+    assert all(part.examples.others for part in pairs)

@@ -10,6 +10,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed_jsons import JSONS, PRESETS
+from evaluated import evaluated, moved
 from freed import freed
 from lora_fine_tunes import lora
 from objectives import objectives
@@ -384,5 +385,7 @@ WORK = (
     rehearsed,
     sharded,
     objectives,
+    evaluated,
+    moved,
 )
 JOBS = {job.__name__: job for job in WORK}

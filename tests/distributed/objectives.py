@@ -9,6 +9,7 @@ from typing import Any
 
 from problems import EXAMPLES, fine_tune_context, stopped_after_two_steps
 
+from alignx_ds.config.schema import PAIRED
 from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.errors import Stopped
@@ -57,16 +58,16 @@ def _context(out: Path, name: str, kind: str, curves: list[dict[str, float]]) ->
     def logger(directory: Path) -> ScalarLogger:
         return lambda step, values: curves.append(values)
 
-    return replace(context, data=replace(context.data, compared={"a": _rows(name)}), logger=logger)
+    return replace(context, data=replace(context.data, compared={"a": compared_rows(name)}), logger=logger)
 
 
-def _rows(name: str) -> ComparedRows:
+def compared_rows(name: str) -> ComparedRows:
     """The bad answers, and the mismatched ones, are the good ones backwards."""
     turned = [
         Example((*e.ids[: e.prompt_length], *e.ids[: e.prompt_length - 1 : -1]), e.prompt_length) for e in EXAMPLES
     ]
     numbers = [0] * len(EXAMPLES)
-    if name == "dpo":
+    if name in PAIRED:
         return ComparedRows(LabelledExamples(EXAMPLES, numbers, others=turned))
     weights = [1.0 if good else 0.5 + 0.25 * n for n, good in enumerate(GOOD)]
     return ComparedRows(LabelledExamples(EXAMPLES, numbers), GOOD, turned if name == "kto" else [], weights)

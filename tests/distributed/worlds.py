@@ -13,10 +13,10 @@ from ranks import RanksError, start
 JOBS = {
     1: (
         *("steps", "paths", "fine_tune", "lora", "interrupted", "streamed"),
-        *("whole_stage", "fusions", "freed", "objectives"),
+        *("whole_stage", "fusions", "freed", "objectives", "evaluated"),
     ),
     2: (
-        *("parity", "imbalanced", "lockstep", "steps", "paths", "untrained", "jsons", "objectives"),
+        *("parity", "imbalanced", "lockstep", "steps", "paths", "untrained", "jsons", "objectives", "evaluated"),
         *("fine_tune", "lora", "interrupted", "streamed", "whole_stage", "fusions", "freed", "rehearsed", "sharded"),
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),

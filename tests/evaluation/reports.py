@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
@@ -137,17 +138,20 @@ def finish(
     ablated: Result | None = None,
     sources: dict[str, SourceMetrics] | None = None,
     data: EncodedData | None = None,
+    evaluation: dict[str, Any] | None = None,
 ) -> tuple[Report, Outputs]:
     """A report on a run with these settings, written; `metrics` by system and extra set come on top.
 
     `ablated` is what the aligned model has reached without output calibration, `sources` is the router by source, and
-    `data` are other rows than `inputs`.
+    `data` are other rows than `inputs`; `evaluation` is what every fine-tune has recorded while it trained.
     """
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
     fusions = [name for name in FUSIONS if name in settings.baselines.make]
     fine_tunes = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed_3_honest", "of_another_run"]
-    facts = {"losses": [2.0, 1.0], "layers": {"2": {"gate": {"norm": 1.0}}}}
+    facts = {"losses": [2.0, 1.0], "layers": {"2": {"gate": {"norm": 1.0}}}} | (
+        {"evaluation": evaluation} if evaluation else {}
+    )
     for directory in (*(out.specialists / name for name in fine_tunes), *(out.baselines / name for name in fusions)):
         directory.mkdir(parents=True)
         manifest.write(directory, {"name": directory.name}, facts)

@@ -152,6 +152,21 @@ def test_every_record_is_accounted_for(made: Made, page: Page) -> None:
     assert ["honest", "3", "2", "1", f"2 × empty output; 1 × {HOSTILE}"] in page.rows
 
 
+def test_the_page_says_where_a_job_ended_and_which_weights_it_kept(tmp_path: Path, page: Page) -> None:
+    found = {"losses": [[2, 1.5], [4, 1.25], [6, None]], "best": 4, "lowest": 1.25, "kept": 4, "stopped": 6}
+    built, out = finish(tmp_path, evaluation=found)
+    shown = Page((out.root / "report.html").read_text()).rows
+    assert ["helpful", "6 (early)", "4", "1.250", "4"] in shown and [
+        "mixed_3_honest",
+        "6 (early)",
+        "4",
+        "1.250",
+        "4",
+    ] in shown
+    assert built.content["evaluations"]["honest"] == found
+    assert not any("best evaluation" in " ".join(row) for row in page.rows)
+
+
 def lines_of(printed: str, name: str) -> list[list[str]]:
     """The cells of this system's line in every printed table."""
     cells = [line.replace("│", " ").split() for line in printed.splitlines()]

@@ -41,20 +41,20 @@ def position() -> list[Any]:
     """[job, step], kept up to date: the step that is under way, or what follows it before the next one begins."""
     from alignx_ds.training.manager import CheckpointManager
 
-    now: list[Any] = ["", 0]
+    place: list[Any] = ["", 0]
     restore, after = CheckpointManager.restore, CheckpointManager.after_step
 
     def restored(self: CheckpointManager, engine: Any) -> Any:
         losses = restore(self, engine)
-        now[:] = [self.name, len(losses) + 1]
+        place[:] = [self.name, len(losses) + 1]
         return losses
 
-    def after_step(self: CheckpointManager, engine: Any, losses: list[Any], *, stop: bool) -> None:
-        after(self, engine, losses, stop=stop)
-        now[:] = [self.name, len(losses) + 1]
+    def after_step(self: CheckpointManager, engine: Any, losses: list[Any], *, now: bool) -> None:
+        after(self, engine, losses, now=now)
+        place[:] = [self.name, len(losses) + 1]
 
     CheckpointManager.restore, CheckpointManager.after_step = restored, after_step  # type: ignore[method-assign]
-    return now
+    return place
 
 
 def install(fault: dict[str, Any]) -> None:

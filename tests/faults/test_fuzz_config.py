@@ -116,6 +116,7 @@ SPECIAL: list[Change] = [
     ("align.batch", 63),
     *((f"{stage}.checkpoint_activations", text) for stage in ("train", "align") for text in ("", "sometimes", 1)),
     ("train.accumulation", 7),
+    ("train.evaluate.patience", 3),
     ("baselines.h3fusion.batch", 33),
     ("baselines.make", ["ties", "slerp"]),
     ("launch.ranks", 3),

@@ -68,6 +68,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "baselines.make=[dare,dare]",
         "baselines.trinityx.uniform=inf",
         "baselines.h3fusion.drift_scale.kind=2",
+        "train.evaluate.patience=2",
         "baselines.h3fusion.deepspeed=nowhere.json",
     ],
 )

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from alignx_ds.errors import DataError
 from alignx_ds.runs import manifest
 from alignx_ds.training import checkpoints
 
 INPUTS = {"seed": 0}
 
 
-def leave(directory: Path, step: int, loss: float | None, inputs: dict[str, int] = INPUTS) -> Path:
+def leave(
+    directory: Path, step: int, loss: float | None, inputs: dict[str, int] = INPUTS, **facts: float | None
+) -> Path:
     path = directory / f"step_{step:08d}"
     path.mkdir(parents=True)
     (path / "rank0-000.safetensors").write_bytes(bytes([step % 256]) * 64)
-    manifest.write(path, inputs, {"step": step, "losses": [loss] * step, "loss": loss})
+    manifest.write(path, inputs, {"step": step, "losses": [loss] * step, "loss": loss, **facts})
     return path
 
 
@@ -69,3 +72,21 @@ def test_those_of_other_inputs_are_set_aside(tmp_path: Path, capsys: pytest.Capt
     assert steps(tmp_path) == [100]
     assert (tmp_path / ".step_00000900.foreign").is_dir()
     assert "made from other inputs" in capsys.readouterr().err
+
+
+def test_of_a_job_that_is_evaluated_the_first_with_the_lowest_evaluation_is_kept(tmp_path: Path) -> None:
+    """Whatever its training loss, which may fall while the evaluation rises."""
+    for step, evaluation in ((2, 3.0), (4, 1.0), (6, 1.0), (8, None), (10, 2.5)):
+        leave(tmp_path, step, 1 / step, evaluation=evaluation)
+    checkpoints.prune(tmp_path, 1)
+    assert steps(tmp_path) == [4, 10]
+
+
+def test_the_best_one_is_checked_before_its_weights_become_the_result(tmp_path: Path) -> None:
+    path = leave(tmp_path, 4, 1.0)
+    assert checkpoints.at(tmp_path, 4).step == 4
+    (path / "rank0-000.safetensors").write_bytes(b"x")
+    with pytest.raises(DataError, match=f"rank0-000.*remove {tmp_path}, and the job trains anew"):
+        checkpoints.at(tmp_path, 4)
+    with pytest.raises(DataError, match=f"remove {tmp_path}"):
+        checkpoints.at(tmp_path, 6)

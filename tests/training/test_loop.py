@@ -71,8 +71,8 @@ class Recorder(CheckpointManager):
     def restore(self, engine: Any) -> Losses:
         return list(self.restored)
 
-    def after_step(self, engine: Any, losses: Losses, *, stop: bool) -> None:
-        if stop:
+    def after_step(self, engine: Any, losses: Losses, *, now: bool) -> None:
+        if now:
             self.save(engine, losses)
 
     def save(self, engine: Any, losses: Losses) -> None:

@@ -32,14 +32,14 @@ def manager(root: Path, **settings: Any) -> CheckpointManager:
 
 def test_checkpoints_are_saved_at_every_nth_step(tmp_path: Path, saved: Saved) -> None:
     for step in range(1, 8):
-        manager(tmp_path, every=3).after_step(None, [1.0] * step, stop=False)
+        manager(tmp_path, every=3).after_step(None, [1.0] * step, now=False)
     assert [step for step, _ in saved] == [3, 6]
 
 
 def test_a_job_that_stops_saves_at_any_step(tmp_path: Path, saved: Saved) -> None:
     for every in (0, 3):
-        manager(tmp_path, every=every).after_step(None, [1.0] * 4, stop=False)
-        manager(tmp_path, every=every).after_step(None, [1.0] * 4, stop=True)
+        manager(tmp_path, every=every).after_step(None, [1.0] * 4, now=False)
+        manager(tmp_path, every=every).after_step(None, [1.0] * 4, now=True)
     assert [step for step, _ in saved] == [4, 4]
 
 
