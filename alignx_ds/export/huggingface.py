@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.export import cards
+from alignx_ds.export import cards, remote_code
 from alignx_ds.export.measured import measured, results
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.finished import aligned_of, tokenizer_of
+from alignx_ds.models.registration import CODE
 from alignx_ds.models.templates import template_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
@@ -41,7 +42,7 @@ def export(root: Path, out: Path, max_shard_size: str, published: cards.Publicat
     model, tokenizer = aligned_of(run), tokenizer_of(run)
     with new_directory(out) as directory:
         try:
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            remote_code.save(model, directory, max_shard_size)
         except ValueError as error:
             allowed = "a size such as 5GB or 500MB"
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
@@ -64,6 +65,9 @@ A calibrated gate chooses experts once per user turn, from the last one; the dec
 ## Load it
 
 {LOAD.format(name=published.name, encode=encode)}
+Without the package, leave its import out and pass `trust_remote_code=True` to `from_pretrained` or `pipeline`, which
+runs `{CODE}.py` of this directory: the same model, without the package's kernels for GPUs.
+
 In bfloat16 or float16 the gates stay in float32. Prompts in one batch do not influence each other. The decision needs
 the whole prompt, so `generate(prefill_chunk_size=…)` is refused.
 

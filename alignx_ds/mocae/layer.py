@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, d hidden size, E experts.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -12,11 +14,13 @@ from alignx_ds.mocae import kernels
 from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
-from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.recomputation import is_recomputing
 from alignx_ds.mocae.routing_state import Counts, ForwardPass, Routing, prompt_summary
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
+
+if TYPE_CHECKING:  # a model on one rank runs without it
+    from alignx_ds.mocae.parallel import ParallelMixture
 
 
 class AlignXLayer(nn.Module):
@@ -67,10 +71,10 @@ class AlignXLayer(nn.Module):
         mask = self._forward_pass.token_mask
         if self._forward_pass.tokens is not None:
             return self._without_padding(x, gates, self._forward_pass.tokens)
-        if isinstance(self.mixture, ParallelMixture):
-            y: Tensor = self.mixture(x, gates, mask)
+        if isinstance(self.mixture, FusedMixture):
+            y: Tensor = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
         else:
-            y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
+            y = self.mixture(x, gates, mask)
         if self.calibration is None:
             return y
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
@@ -93,7 +97,7 @@ class AlignXLayer(nn.Module):
     def _rows(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> kernels.Rows | None:
         """The only expert of each row, where the Triton kernels can run; kept with the KV cache."""
         mixture = self.mixture
-        if isinstance(mixture, ParallelMixture) or not kernels.supported(x, gates, count, mixture.activation):
+        if not isinstance(mixture, FusedMixture) or not kernels.supported(x, gates, count, mixture.activation):
             return None
         made = kernels.Rows(gates.squeeze(1).argmax(-1).int())
         routing.rows[self.gate_layer] = made

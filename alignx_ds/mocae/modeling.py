@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,13 @@ from alignx_ds.mocae.kv_cache import kv_cache
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers, output_calibrations
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
-from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing, unpadded
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.mocae.turns import from_column, query_mask, turn_start
+
+if TYPE_CHECKING:
+    from alignx_ds.mocae.parallel import ParallelMixture
 
 
 class AlignXConfig(PreTrainedConfig):
@@ -170,6 +172,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         if placement is None:
             mixture = FusedMixture(view, parts.experts, merge=settings.combine == "weights")
         else:
+            from alignx_ds.mocae.parallel import ParallelMixture
+
             mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
         calibration = None
         if parts.output is not None:

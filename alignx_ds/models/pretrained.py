@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from alignx_ds.errors import ConfigError, Problem, Stopped, UserError
+from alignx_ds.models.registration import AUTO_MAP, MODEL_TYPE
 from alignx_ds.runtime.failures import is_out_of_memory
 
 INDEX = "model.safetensors.index.json"
@@ -56,7 +57,9 @@ def _reason(error: BaseException) -> str:
 def check(directory: Path, key: str, given: str) -> Path:
     """The directory, if its model is plain data. Raises ConfigError for the key, with the value that was given."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        if "auto_map" in read_object(directory / name, key, given):
+        content = read_object(directory / name, key, given)
+        ours = content.get("model_type") == MODEL_TYPE and content.get("auto_map") == AUTO_MAP
+        if "auto_map" in content and not ours:  # ours names what this package registers, and the file is not read
             fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
             raise ConfigError(Problem(key, given, "a model without code", fix))
     files = read_object(directory / INDEX, key, given).get("weight_map", {})

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 MODEL_TYPE = "alignx"
+CODE = "modeling_alignx"  # the module of an export that has these classes, for those who do not import this package
+AUTO_MAP = {"AutoConfig": f"{CODE}.AlignXConfig", "AutoModelForCausalLM": f"{CODE}.AlignXForCausalLM"}
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 TABLE = "transformers.models.auto.auto_mappings"  # its CONFIG_MAPPING_NAMES: model type -> name of the config class
 OURS = f"transformers.models.{MODEL_TYPE}"
