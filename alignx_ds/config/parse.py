@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignx_ds.config import shipped
 from alignx_ds.config.bounds import unfit_texts
+from alignx_ds.config.choices import COSINE_TO_TENTH
 from alignx_ds.config.schema import SPREAD, OptimizerConfig, RunConfig, SourceConfig
 from alignx_ds.errors import ConfigError, Problem
 
@@ -234,5 +235,9 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def substance(stage: OptimizerConfig) -> dict[str, Any]:
-    """The settings of a stage that its result depends on: all but SPREAD."""
-    return {key: value for key, value in asdict(stage).items() if key not in SPREAD}
+    """The settings of a stage that its result depends on: all but SPREAD, and no schedule where it is the own one.
+
+    So a result that was made before there were others is reused.
+    """
+    own = {"schedule"} if stage.schedule == COSINE_TO_TENTH else set()
+    return {key: value for key, value in asdict(stage).items() if key not in SPREAD | own}

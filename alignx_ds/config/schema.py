@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from alignx_ds.config.bounds import AnyText, NameIn
+from alignx_ds.config.choices import COSINE_TO_TENTH, SCHEDULES
 from alignx_ds.config.monitoring import EvaluateConfig
 from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
 from alignx_ds.mocae.settings import GateSettings, Probability
@@ -167,6 +168,8 @@ class OptimizerConfig:
     batch: PositiveInt = 64  # rows of an optimizer step, over all ranks
     accumulation: PositiveInt = 1  # micro-batches of a step on each rank
     warmup_steps: NonNegativeInt = 10
+    # Of the learning rate, as transformers names it; cosine_to_tenth: a linear warm-up, then a cosine to a tenth of lr.
+    schedule: Annotated[str, OneOf(SCHEDULES)] = COSINE_TO_TENTH
     weight_decay: NonNegativeFloat = 0.01
     clip: NonNegativeFloat = 1.0  # largest norm of the gradient; 0: any
     # Recompute each decoder layer in the backward pass instead of keeping its activations: about a third more time.

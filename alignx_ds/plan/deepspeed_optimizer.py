@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from alignx_ds.config.choices import COSINE_TO_TENTH
 from alignx_ds.config.schema import OptimizerConfig
 from alignx_ds.plan.deepspeed_keys import Fault, is_number, nearest, unknown
 from alignx_ds.training.engine import AUTO
@@ -48,6 +49,10 @@ def optimizer_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) ->
 def scheduler_faults(block: dict[str, Any], stage: OptimizerConfig, key: str) -> Iterator[Fault]:
     """Of the block `scheduler`, {} where there is none."""
     if not block:
+        return
+    if stage.schedule != COSINE_TO_TENTH:
+        fix = f"remove the block, or {key}.schedule={stage.schedule}"
+        yield "scheduler", f"none where {key}.schedule names another", fix
         return
     kind, params = block.get("type"), block.get("params", {})
     known = DEEPSPEED_SCHEDULERS.get(kind) if isinstance(kind, str) else None

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from alignx_ds.config.choices import COSINE_TO_TENTH
 from alignx_ds.config.schema import OptimizerConfig, TrainConfig
 from alignx_ds.config.shipped import deepspeed_file
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime.deepspeed import forget, load_deepspeed
-from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS, of_deepspeed, warmup_and_cosine
+from alignx_ds.training.schedules import DEEPSPEED_SCHEDULERS, named, of_deepspeed
 
 AUTO = "auto"
 EXECUTION_ONLY = frozenset(  # keys that say how the work is sharded, spread and logged: the result is the same
@@ -56,6 +57,7 @@ class Plan:
     weight_decay: float  # of matrices
     clip: float  # greatest norm of the gradient
     bf16: bool  # bf16 weights with fp32 masters; otherwise fp32
+    schedule: str = COSINE_TO_TENTH  # of the learning rate
 
     @classmethod
     def of(cls, stage: OptimizerConfig, dtype: str, steps: int) -> Plan:
@@ -211,11 +213,12 @@ def settings_of(path: str, key: str) -> dict[str, Any]:
 
 
 def schedule(plan: Plan, asked: dict[str, Any] | None = None) -> Any:
-    """A function that gives an optimizer its schedule: the filled JSON's `scheduler`, otherwise warm-up and cosine.
+    """A function that gives an optimizer its schedule: the filled JSON's `scheduler`, otherwise the plan's.
 
     Every parameter group scales its own rate.
     """
-    factor = of_deepspeed(asked["type"], asked["params"]) if asked else warmup_and_cosine(plan.warmup_steps, plan.steps)
+    own = named(plan.schedule, plan.warmup_steps, plan.steps)
+    factor = of_deepspeed(asked["type"], asked["params"]) if asked else own
     return lambda optimizer: LambdaLR(optimizer, factor)
 
 

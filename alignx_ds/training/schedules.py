@@ -1,4 +1,4 @@
-"""The learning rate's schedules: the project's own, and those of DeepSpeed that a DeepSpeed JSON can ask for.
+"""The learning rate's schedules: the project's own, those of transformers, and those that a DeepSpeed JSON can ask for.
 
 A schedule is a function of the number of optimizer steps made so far. Its value is the factor of every parameter
 group's own peak learning rate in the next step.
@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from alignx_ds.config.choices import COSINE_TO_TENTH
 
 Schedule = Callable[[int], float]
 DEEPSPEED_SCHEDULERS = {  # their parameters, with DeepSpeed's defaults; None: the recipe has the value
@@ -22,6 +26,17 @@ DEEPSPEED_SCHEDULERS = {  # their parameters, with DeepSpeed's defaults; None: t
         **{"total_num_steps": None},
     },
 }
+
+
+def named(name: str, warmup_steps: int, steps: int) -> Schedule:
+    """The schedule of a recipe: the project's own, or that of transformers' `get_scheduler` with this name."""
+    if name == COSINE_TO_TENTH:
+        return warmup_and_cosine(warmup_steps, steps)
+    from transformers import get_scheduler
+
+    one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)  # its rates are the factors
+    made: Schedule = get_scheduler(name, one, num_warmup_steps=warmup_steps, num_training_steps=steps).lr_lambdas[0]
+    return made
 
 
 def warmup_and_cosine(warmup_steps: int, steps: int) -> Schedule:

@@ -145,6 +145,13 @@ def test_one_line_names_what_is_wrong_and_nothing_else(
         assert part in line, line
 
 
+def test_a_scheduler_beside_a_schedule_of_the_recipe_is_refused(found: Found) -> None:
+    block = {"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}
+    (line,) = found(block, stage=SpecialistConfig(schedule="linear"))
+    assert "scheduler" in line and "train.schedule" in line
+    assert found(block, stage=SpecialistConfig()) == []
+
+
 JUNK = [
     *(
         None,

@@ -1,7 +1,9 @@
-"""The schedules against those of DeepSpeed, step by step."""
+"""The schedules against those of DeepSpeed, step by step, and by the formulas of transformers' own."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch.optim import AdamW
 
+from alignx_ds.config.choices import SCHEDULES
+from alignx_ds.config.parse import substance
 from alignx_ds.config.schema import TrainConfig
 from alignx_ds.training.engine import Plan, fill, schedule
 
@@ -45,3 +49,38 @@ def test_the_scheduler_of_a_json_gives_the_rates_that_deepspeed_s_own_gives(
         ours.step()
         scheduler.step()
         expected.step()
+
+
+WARMUP = 3
+AFTER: dict[str, Callable[[int], float]] = {  # the factor of the peak, so many steps after the warm-up
+    "linear": lambda n: 1 - n / (STEPS - WARMUP),
+    "cosine": lambda n: (1 + math.cos(math.pi * n / (STEPS - WARMUP))) / 2,
+    "constant_with_warmup": lambda n: 1.0,
+    "inverse_sqrt": lambda n: math.sqrt(WARMUP / (WARMUP + n)),
+    "cosine_to_tenth": lambda n: 0.1 + 0.45 * (1 + math.cos(math.pi * n / (STEPS - WARMUP))),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_recipe_s_schedule_by_name(name: str) -> None:
+    """Those of transformers begin at 0; every parameter group has its own peak."""
+    plan = Plan.of(TrainConfig(lr=LR, warmup_steps=WARMUP, schedule=name), "float32", STEPS)
+    first = 1 if name == "cosine_to_tenth" else 0
+    expected = [(n + first) / WARMUP for n in range(WARMUP)] + [
+        AFTER.get(name, float)(n) for n in range(STEPS - WARMUP)
+    ]
+    if name == "constant":
+        expected = [1.0] * STEPS
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = AdamW([{"params": [weights[0]], "lr": LR}, {"params": [weights[1]], "lr": LR / 4}])
+    scheduler = schedule(plan)(optimizer)
+    for factor in expected:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([factor * LR, factor * LR / 4])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_result_of_the_own_schedule_is_one_from_before_there_were_others() -> None:
+    assert "schedule" not in substance(TrainConfig())
+    assert substance(TrainConfig(schedule="linear"))["schedule"] == "linear"
