@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from omegaconf import MISSING
 
 from alignx_ds.config.bounds import AnyText, NameIn
-from alignx_ds.config.choices import COSINE_TO_TENTH, SCHEDULES
+from alignx_ds.config.choices import COSINE_TO_TENTH, SCHEDULES, TRACKERS
 from alignx_ds.config.monitoring import EvaluateConfig
 from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, PositiveFloat, PositiveInt, Range
 from alignx_ds.mocae.settings import GateSettings, Probability
@@ -386,6 +386,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     judges: JudgesConfig = field(default_factory=JudgesConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    trackers: list[Annotated[str, OneOf(TRACKERS)]] = field(default_factory=list)  # of losses, beside TensorBoard
     nonfinite: Annotated[str, OneOf(("stop", "skip"))] = "stop"  # at a loss or gradient that is not finite
 
     @property

@@ -9,7 +9,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation.judges.registry import JUDGES
 from alignx_ds.evaluation.likelihood import MEASURES
 from alignx_ds.models.base import BaseModel
-from alignx_ds.plan import model, prompts, rows, training
+from alignx_ds.plan import model, prompts, rows, trackers, training
 from alignx_ds.runtime import launched
 
 TABLES = {"schemas": tuple(SCHEMAS), "judges": (*JUDGES, *MEASURES)}
@@ -27,6 +27,7 @@ def check(config: RunConfig, world_size: int, *, weights: bool = True) -> BaseMo
         *rows.problems(config),
         *model.settings_problems(config),
         *training.problems(config, world_size),
+        *trackers.problems(config),
     ]
     base: BaseModel | None = None
     if config.from_scratch and any(p.key.startswith("scratch.") for p in problems):

@@ -8,6 +8,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # import names; pyproject.toml has the p
         *("sklearn", "scipy", "matplotlib"),
     ),
     "judge": ("openai", "sentencepiece"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
     "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic", "httpx2"),
 }
 

@@ -31,6 +31,7 @@ from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import Losses, ScalarLogger, tensorboard
 from alignx_ds.training.nonfinite import NonFiniteSteps
 from alignx_ds.training.speed import Cost, peak_flops
+from alignx_ds.training.trackers import tracked
 
 VERSIONED = ("alignx-ds", "torch", "deepspeed", "transformers")  # noted with a result, which is reused with any other
 
@@ -76,7 +77,9 @@ def ensure(stage: Stage, context: StageContext, make: Make) -> Path:
             console.say(f"{stage.label}: unchanged, reused from {place}{others}")
         else:
             distributed.on_main(lambda: _clear(stage))
-            facts = make(job)
+            mark = manifest.fingerprint(stage.inputs)
+            with tracked(context.config.trackers, job, mark, context.out.root) as followed:
+                facts = make(followed)
             memory.free()  # before the next model of this process is made
             distributed.barrier()  # all ranks have written their files
             facts = {"versions": {name: version(name) for name in VERSIONED}} | facts

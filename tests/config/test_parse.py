@@ -68,7 +68,7 @@ def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_
     other = {int: 7, float: 0.75, str: "other", bool: True}
     source: Any = {"source": "other", "schema": "", "columns": {}, "only": ""}  # of routing rows: there are none
     changes = {
-        k: ([other[type(v[0])]] if v else ["other"] if k.endswith(".refusals") else [source])
+        k: ([other[type(v[0])]] if v else ["other"] if k.endswith((".refusals", "trackers")) else [source])
         if isinstance(v, list)
         else other[type(v)]
         for k, v in before.items()

