@@ -5,8 +5,10 @@ Every question is in the model's own template and every answer ends with the end
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,6 @@ from alignx_ds.runtime import console
 
 SCHEMA, ROWS, HELPER = "truthfulqa_mc", "rows.jsonl", "alignx_choices"
 VALIDATION = "validation"
-HELPERS = f"""\
-from pathlib import Path
-
-from alignx_ds.export.tasks import mc1, mc2, read  # noqa: F401
-
-
-def rows(**metadata):
-    return read(Path(__file__).with_name("{ROWS}"))
-"""
 MC1, MC2 = "alignx_truthfulqa_mc1", "alignx_truthfulqa_mc2"
 
 
@@ -49,7 +42,7 @@ def export(model: str, source: str, out: Path) -> None:
     with new_directory(out) as directory:
         lines = [json.dumps(line) + "\n" for line in documents(rows, tokenizer)]
         manifest.write_text(directory / ROWS, "".join(lines))
-        manifest.write_text(directory / f"{HELPER}.py", HELPERS)
+        manifest.write_text(directory / f"{HELPER}.py", _helpers())
         for name, measure in ((MC1, "mc1"), (MC2, "mc2")):
             task = yaml.safe_dump(_task(name) | {"doc_to_choice": f"{measure}_choices"}, sort_keys=False)
             task += f"custom_dataset: !function {HELPER}.rows\nprocess_results: !function {HELPER}.{measure}\n"
@@ -85,11 +78,19 @@ def mc2(document: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str
     return {"acc": sum(shares[: document["mc2_right"]]) / sum(shares)}
 
 
-def read(file: Path) -> Any:
+def rows(**metadata: Any) -> Any:
     """The rows beside an exported task, in the harness's format. The directory may have moved since."""
     from datasets import load_dataset
 
-    return load_dataset("json", data_files={VALIDATION: str(file)})
+    return load_dataset("json", data_files={VALIDATION: str(Path(__file__).with_name(ROWS))})
+
+
+def _helpers() -> str:
+    """What the tasks call, as a module of theirs: the harness may run where this package is not installed."""
+    names = f"{ROWS = }\n{VALIDATION = }"
+    imports = "from __future__ import annotations\n\nimport math\nfrom pathlib import Path\nfrom typing import Any"
+    functions: tuple[Callable[..., Any], ...] = (mc1, mc2, rows)
+    return "\n\n".join([imports, f"{names}\n", *map(inspect.getsource, functions)])
 
 
 def _task(name: str) -> dict[str, Any]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_models import aligned, base_model, low_rank_experts
 from transformers import PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_imports
 
 from alignx_ds.data.encode import encode
 from alignx_ds.data.rows import Row
@@ -63,6 +66,18 @@ def written(
         tokenizer.save_pretrained(root / name)
         tasks.export(str(root / name), str(source), root / f"{name}-tasks")
     return root
+
+
+def test_the_tasks_do_not_need_this_package(written: Path) -> None:
+    """Their functions, run from the exported file alone."""
+    file = written / "chat-tasks" / f"{tasks.HELPER}.py"
+    assert set(get_imports(file)) - sys.stdlib_module_names == {"datasets"}
+    helper = runpy.run_path(str(file))
+    rows = list(helper["rows"]()[tasks.VALIDATION])
+    assert rows == [json.loads(line) for line in file.with_name(tasks.ROWS).read_text().splitlines()]
+    logs = [(-1.0, False), (-2.0, False), (-3.0, False), (-4.0, False)]
+    assert helper["mc1"](rows[0], logs[:3]) == {"acc": 1.0} and helper["mc1"](rows[0], logs[2::-1]) == {"acc": 0.0}
+    assert helper["mc2"](rows[0], logs) == tasks.mc2(rows[0], logs)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
