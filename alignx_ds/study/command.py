@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from alignx_ds.runtime import console, distributed
-from alignx_ds.study import calibration, contributions, drift, forgetting, overlap, results
+from alignx_ds.study import calibration, contributions, drift, forgetting, overlap, results, steering
 from alignx_ds.study.studied_run import StudiedRun
 
 Measure = Callable[[StudiedRun], dict[str, Any]]
@@ -20,6 +20,7 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "contributions": (contributions.measure, contributions.draw, contributions.show),
     "calibration": (calibration.measure, calibration.draw, calibration.show),
     "overlap": (overlap.measure, overlap.draw, overlap.show),
+    "steering": (steering.measure, steering.draw, steering.show),
 }
 
 
