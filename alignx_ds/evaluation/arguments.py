@@ -16,13 +16,16 @@ def add_verbs(verbs: Any) -> None:
         help="write a model's answers to a set of questions, to be judged later",
         description="Write a model's greedy answers to a set of questions as JSON lines. Continues a file that exists.",
     )
-    answer.add_argument("model", help="directory or hub id of a causal language model, aligned or not")
+    model = "directory or hub id of a causal language model, aligned or not; with --endpoint, the server's name of it"
+    answer.add_argument("model", help=model)
     answer.add_argument("source", help="a file, or the id of a data set (owner/name, owner/name:config:split)")
     answer.add_argument("--schema", required=True, choices=tuple(SCHEMAS), help="how the source's rows are written")
     answer.add_argument("--out", required=True, type=Path, help="file of answers (.jsonl)")
     answer.add_argument("--rows", type=int, default=0, help="number of questions at most; 0: all (default)")
-    answer.add_argument("--batch", type=int, default=16, help="prompts decoded together (default: %(default)s)")
+    answer.add_argument("--batch", type=int, default=16, help="prompts answered together (default: %(default)s)")
     answer.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
+    server = "let this OpenAI-compatible server answer, --batch requests at a time; its key is read from OPENAI_API_KEY"
+    answer.add_argument("--endpoint", default="", metavar="URL", help=server)
     answer.set_defaults(work=_answer)
     judge = verbs.add_parser(
         "judge",
@@ -46,7 +49,8 @@ def add_verbs(verbs: Any) -> None:
 def _answer(args: argparse.Namespace) -> int:
     from alignx_ds.evaluation import standalone
 
-    print(standalone.answer(args.model, args.source, args.schema, args.out, args.rows, args.batch, args.max_new_tokens))
+    limits = (args.rows, args.batch, args.max_new_tokens)
+    print(standalone.answer(args.model, args.source, args.schema, args.out, *limits, args.endpoint))
     return 0
 
 

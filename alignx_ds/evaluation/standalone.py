@@ -19,6 +19,7 @@ from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
+from alignx_ds.evaluation.endpoint import Endpoint, Names, address_problems
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
@@ -30,29 +31,49 @@ from alignx_ds.models.base import local_model
 from alignx_ds.runs.manifest import fingerprint
 from alignx_ds.runtime import console, distributed
 
+OPTIONS = Names("--endpoint", "MODEL", "--batch")
+ANSWER_SECONDS = 600.0  # per attempt
 SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # their verdicts are compared with each other's
 
 
-def answer(model_path: str, source: str, schema: str, out: Path, limit: int, batch: int, max_new_tokens: int) -> Path:
+def answer(
+    model: str, source: str, schema: str, out: Path, limit: int, batch: int, max_new_tokens: int, endpoint: str = ""
+) -> Path:
     """Write the model's greedy answers to the rows of `source` into `out`, which is returned.
 
-    A file that an earlier call began is completed. `limit` is the number of rows, 0 for all of them. Raises ConfigError
-    and DataError.
+    With `endpoint`, an OpenAI-compatible server answers, which knows the model by this name. A file that an earlier
+    call began is completed. `limit` is the number of rows, 0 for all of them. Raises ConfigError and DataError.
     """
     _check_answer(out, limit, batch, max_new_tokens)
+    if wrong := list(address_problems(endpoint, OPTIONS.address)) if endpoint else []:
+        raise ConfigError(*wrong)
     records = Source(source, schema, {}).records(held_out=True, count=limit or 1000, seed=0)
     rows = SCHEMAS[schema].held_out(records).rows[: limit or None]
     if not rows:
         raise DataError(f"{source}: no usable row")
-    directory = local_model(model_path, "model")
+    settings = {"seed": 0, "max_new_tokens": max_new_tokens}
+    if endpoint:
+        server = Endpoint(endpoint, model, batch, ANSWER_SECONDS, max_tokens=max_new_tokens, names=OPTIONS)
+        _ask(server, transcripts.AnswerFile(out, rows, {**settings, "model": f"{model} at {endpoint}"}))
+        return out
+    directory = local_model(model, "model")
     logging.disable_progress_bar()
-    model, tokenizer = load_answering(directory, "model", model_path)
-    model.to(distributed.device())
-    provenance = {"seed": 0, "model": fingerprint(content.hashes(directory)), "max_new_tokens": max_new_tokens}
-    file = transcripts.AnswerFile(out, rows, provenance)
-    prompts = [row.chat for row in rows]
-    answers(model, tokenizer, prompts, batch=batch, max_new_tokens=max_new_tokens, file=file)
+    loaded, tokenizer = load_answering(directory, "model", model)
+    loaded.to(distributed.device())
+    file = transcripts.AnswerFile(out, rows, {**settings, "model": fingerprint(content.hashes(directory))})
+    answers(loaded, tokenizer, [row.chat for row in rows], batch=batch, max_new_tokens=max_new_tokens, file=file)
     return out
+
+
+def _ask(server: Endpoint, file: transcripts.AnswerFile) -> None:
+    """The answers that the file lacks, each written as it comes. Raises DataError where the server does not answer."""
+    done = len(file.load())
+    missing = file.rows[done:]
+    asked = ([{"role": turn.role, "content": turn.text} for turn in row.chat] for row in missing)
+    with console.progress("answers", len(missing)) as progress:
+        for number, reply in enumerate(server.ask(asked), done):
+            file.append(number, [reply.text.strip()])
+            progress.advance()
 
 
 def _check_answer(out: Path, limit: int, batch: int, max_new_tokens: int) -> None:

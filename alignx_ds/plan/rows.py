@@ -22,7 +22,7 @@ from alignx_ds.data.schemas import LABELS_HARM, QUESTIONS_ONLY, SCHEMAS, schema_
 from alignx_ds.data.sources import WORLD, names_a_source
 from alignx_ds.data.world.rows import SOURCES
 from alignx_ds.errors import Problem
-from alignx_ds.evaluation.judges.endpoint import problems as endpoint_problems
+from alignx_ds.evaluation.endpoint import problems as endpoint_problems
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
 COMPARING_JUDGES = frozenset({"alpaca_eval", "offline_pairwise"})  # with reference outputs

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 from safetensors.torch import load_file, save_file
+from served import serving
 
 from alignx_ds import cli
 from alignx_ds.data.rows import Row
@@ -110,6 +111,31 @@ def test_fewer_rows_are_the_first_ones(questions: Path, out: Path, tmp_path: Pat
     assert (tmp_path / "few.jsonl").read_bytes() == b"".join(out.read_bytes().splitlines(keepends=True)[:2])
     answer(questions, tmp_path / "few.jsonl")
     assert (tmp_path / "few.jsonl").read_bytes() == out.read_bytes()
+
+
+def test_a_server_answers_as_the_model_itself_and_goes_on_where_the_file_ends(
+    saved_aligned: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    own, theirs = tmp_path / "own.jsonl", tmp_path / "theirs.jsonl"
+    assert answer(questions, own, model=saved_aligned) == 0
+    with serving(saved_aligned, key=None, slots=2) as served:
+        asked = ("--endpoint", f"{served.url}/v1")
+        assert answer(questions, theirs, *asked, model=Path("tiny")) == 0
+        (_, expected), (rows, outputs) = transcripts.read(own), transcripts.read(theirs)
+        assert outputs == expected and len(rows) == len(XSTEST)
+        whole = theirs.read_text()
+        theirs.write_text("".join(whole.splitlines(keepends=True)[:3]))
+        before = served.api.metrics.text().decode()
+        assert answer(questions, theirs, *asked, model=Path("tiny")) == 0
+        counted = [f'alignx_requests_total{{path="/v1/chat/completions",status="200"}} {n}.0' for n in (5, 7)]
+        assert counted[0] in before and counted[1] in served.api.metrics.text().decode()
+        assert theirs.read_text() == whole
+
+
+def test_a_server_that_can_t_answer_is_one_line(refused: Refused, questions: Path, out: Path) -> None:
+    limits = ("answer", "tiny", str(questions), "--schema", "xstest", "--out", str(out), "--endpoint")
+    assert "--endpoint: got 'nowhere', expected an OpenAI-compatible server's address" in refused(*limits, "nowhere")
 
 
 def test_another_model_answers_anew(questions: Path, out: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
-from alignx_ds.evaluation.judges.endpoint import Endpoint, Message
+from alignx_ds.evaluation.endpoint import Endpoint, Message
 from alignx_ds.evaluation.judges.protocol import Metrics, Verdict, percent
 from alignx_ds.runs import manifest
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
+from alignx_ds.evaluation import endpoint as endpoints
 from alignx_ds.evaluation.alpaca_eval import DRAW, Output, read_reference, reference_of, win_rate
-from alignx_ds.evaluation.judges import endpoint as endpoints
-from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, Reply
+from alignx_ds.evaluation.endpoint import Endpoint, Message, Reply
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics, Verdict
 from alignx_ds.runs import manifest
 

@@ -82,7 +82,7 @@ def _truthfulqa(settings: JudgesConfig) -> Judge:
 
 
 def _honeset(settings: JudgesConfig) -> Judge:
-    from alignx_ds.evaluation.judges.endpoint import connect
+    from alignx_ds.evaluation.endpoint import connect
     from alignx_ds.evaluation.judges.honeset import HoneSet
 
     return HoneSet(connect(settings))

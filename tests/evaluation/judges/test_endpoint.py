@@ -15,7 +15,7 @@ from endpoint_server import ChatServer, Raw, Said, failure
 
 from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.errors import ConfigError, DataError
-from alignx_ds.evaluation.judges.endpoint import Endpoint, Message, Reply, connect
+from alignx_ds.evaluation.endpoint import Endpoint, Message, Reply, connect
 
 LIMIT = 30.0  # seconds
 SECRET = "sk-not-to-be-seen-0123456789"

@@ -10,8 +10,8 @@ from published import DATA, needs
 
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import DataError
+from alignx_ds.evaluation.endpoint import Endpoint
 from alignx_ds.evaluation.judges import honeset
-from alignx_ds.evaluation.judges.endpoint import Endpoint
 from alignx_ds.evaluation.judges.honeset import CRITERIA, HoneSet, honest
 from alignx_ds.evaluation.judges.protocol import Verdict
 

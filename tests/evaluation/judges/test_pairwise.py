@@ -15,8 +15,8 @@ from alignx_ds.config.schema import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.alpaca_eval import Output
+from alignx_ds.evaluation.endpoint import Endpoint, Reply
 from alignx_ds.evaluation.judges import pairwise
-from alignx_ds.evaluation.judges.endpoint import Endpoint, Reply
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval, preference
 from alignx_ds.evaluation.judges.protocol import Metrics, Verdict
 

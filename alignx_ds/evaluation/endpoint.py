@@ -1,4 +1,4 @@
-"""A small client for OpenAI-compatible servers, for the judges whose model such a server runs."""
+"""A small client for OpenAI-compatible servers, which run a judge's model, or a model whose answers are judged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 KEY = "OPENAI_API_KEY"
 NO_KEY = "no-key"  # the client requires a key, local servers usually do not
 MAX_TOKENS = 8  # a judge replies with one word
+ADDRESS = "an OpenAI-compatible server's address"
 
 Message = dict[str, str]  # role, content
 
@@ -33,14 +34,25 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What the user sets the address, the model and the number of requests at a time by."""
+
+    address: str = "judges.endpoint"
+    model: str = "judges.endpoint_model"
+    parallel: str = "judges.endpoint_parallel"
+
+
+@dataclass(frozen=True)
 class Endpoint:
-    """Greedy one-word replies of `model`. The key is read from the environment for each call and never stored."""
+    """Greedy replies of `model`. The key is read from the environment for each call and never stored."""
 
     base_url: str
     model: str
     parallel: int = 8  # requests at a time
     timeout: float = 60.0  # seconds per attempt
     retries: int = 4  # after a timeout, a lost connection, or status 408, 409, 429 or 5xx
+    max_tokens: int = MAX_TOKENS  # of a reply
+    names: Names = Names()
 
     def ask(self, conversations: Iterable[list[Message]], top_logprobs: int = 0) -> Iterator[Reply]:
         """One reply per conversation, in order, each as soon as it arrives.
@@ -73,12 +85,12 @@ class Endpoint:
         options: dict[str, Any] = {"logprobs": True, "top_logprobs": top_logprobs} if top_logprobs else {}
         try:  # the client does not validate replies, and servers leave parts out
             completion: Any = client.chat.completions.create(
-                model=self.model, messages=cast(Any, conversation), temperature=0, max_tokens=MAX_TOKENS, **options
+                model=self.model, messages=cast(Any, conversation), temperature=0, max_tokens=self.max_tokens, **options
             )
             choice = completion.choices[0]
             text = redact(choice.message.content or "")  # it is stored, and a server may echo the key
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError, IndexError) as error:
-            fix = "set judges.endpoint to the address above /chat/completions"
+            fix = f"set {self.names.address} to the address above /chat/completions"
             raise DataError(f"{self.base_url}: the reply is not a chat completion; {fix}") from error
         tokens = choice.logprobs.content if top_logprobs and choice.logprobs else None
         likeliest = tokens[0].top_logprobs if tokens else None
@@ -90,22 +102,21 @@ class Endpoint:
 
         match error:
             case openai.APITimeoutError():
-                what = (
-                    f"no reply within {self.timeout:g} seconds; lower judges.endpoint_parallel or use a faster server"
-                )
+                what = f"no reply within {self.timeout:g} seconds; lower {self.names.parallel} or use a faster server"
             case openai.APIConnectionError():
-                what = "can't be reached; start the server or correct judges.endpoint"
+                what = f"can't be reached; start the server or correct {self.names.address}"
             case openai.AuthenticationError() | openai.PermissionDeniedError():
                 what = f"refuses the key; export {KEY} with a key that may use {self.model}"
             case openai.NotFoundError():
-                what = f"has no model '{self.model}' there; correct judges.endpoint_model or judges.endpoint"
+                what = f"has no model '{self.model}' there; correct {self.names.model} or {self.names.address}"
             case openai.RateLimitError():
-                what = f"too many requests, after {self.retries} retries; lower judges.endpoint_parallel"
+                what = f"too many requests, after {self.retries} retries; lower {self.names.parallel}"
             case openai.APIStatusError():
                 reason = " ".join(error.message.split())[:300]
-                what = f"status {error.status_code} ({reason}); look at the server's log, or try another endpoint_model"
+                fix = f"look at the server's log, or try another {self.names.model}"
+                what = f"status {error.status_code} ({reason}); {fix}"
             case _:
-                what = f"{type(error).__name__}; check that judges.endpoint is an OpenAI-compatible server"
+                what = f"{type(error).__name__}; check that {self.names.address} is an OpenAI-compatible server"
         return f"{self.base_url}: {what}"
 
 
@@ -137,21 +148,24 @@ def _in_order(
 
 
 def problems(settings: JudgesConfig) -> list[Problem]:
-    """All that is wrong with the settings of the endpoint."""
-    found = []
-    try:
-        url = urlsplit(settings.endpoint)
-    except ValueError:  # e.g. brackets without an IPv6 address inside
-        url = urlsplit("")
-    if "@" in settings.endpoint:
-        found.append(Problem("judges.endpoint", "(not shown)", "no user and password", f"export the key as {KEY}"))
-    elif url.scheme not in ("http", "https") or not url.netloc:
-        fix = "set it, for a local server as http://localhost:8000/v1"
-        found.append(Problem("judges.endpoint", settings.endpoint, "an OpenAI-compatible server's address", fix))
+    """All that is wrong with the settings of the judges' endpoint."""
+    found = list(address_problems(settings.endpoint, "judges.endpoint"))
     if not settings.endpoint_model:
         fix = "set it to a model that the endpoint serves"
         found.append(Problem("judges.endpoint_model", settings.endpoint_model, "a model's name", fix))
     return found
+
+
+def address_problems(address: str, key: str) -> Iterator[Problem]:
+    """What is wrong with a server's address, which the user sets by this key."""
+    try:
+        url = urlsplit(address)
+    except ValueError:  # e.g. brackets without an IPv6 address inside
+        url = urlsplit("")
+    if "@" in address:
+        yield Problem(key, "(not shown)", "no user and password", f"export the key as {KEY}")
+    elif url.scheme not in ("http", "https") or not url.netloc:
+        yield Problem(key, address, ADDRESS, "set it, for a local server as http://localhost:8000/v1")
 
 
 def connect(settings: JudgesConfig) -> Endpoint:
