@@ -18,6 +18,7 @@ from alignx_ds.config.schema import RunConfig
 
 TOPICS = (
     "method",
+    "related",
     "recipes",
     "launching",
     "performance",
