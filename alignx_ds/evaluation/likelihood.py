@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
@@ -18,6 +17,7 @@ from alignx_ds.data.encode import Example, LabelledExamples, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.protocol import Metrics, percent
 from alignx_ds.runtime import distributed
+from alignx_ds.training.losses import forward_each_nll
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,10 @@ def _log_probabilities(model: PreTrainedModel, examples: list[Example], pad_id: 
     """Of each answer, summed over its tokens: [B] float64."""
     b = collate(examples, pad_id).to(distributed.device())
     routed = {"prompt_mask": b.prompt_mask} if model.config.model_type == "alignx" else {}
-    logits = model(input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False, **routed).logits
-    labels = b.labels[:, 1:]
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return -losses.view(labels.shape).double().sum(1)
+    inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "use_cache": False, **routed}
+    each = forward_each_nll(model, b.labels, **inputs).double()
+    rows = (b.labels[:, 1:] != IGNORED).nonzero()[:, 0]  # of each answer token
+    return -each.new_zeros(len(examples)).index_add(0, rows, each)
 
 
 def perplexity(answers: Sequence[Likelihood]) -> float:

@@ -16,6 +16,7 @@ from alignx_ds.data.encode import Example, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.likelihood import MEASURES, Likelihood, likelihoods, multiple_choice, perplexity, preference
 from alignx_ds.mocae.layer import gates_of
+from alignx_ds.training import losses
 
 PROMPTS = [4, 2, 6, 3, 1, 5, 7]
 EXAMPLES = [Example(tuple(ids), n) for ids, n in zip(random_rows([9, 5, 14, 7, 6, 12, 8], 61), PROMPTS, strict=True)]
@@ -54,6 +55,22 @@ def test_likelihoods_are_those_of_single_rows_at_any_batch_size(kind: str, batch
     assert not model.training
     assert [f.tokens for f in found] == [e.answer_length for e in EXAMPLES]
     assert [f.log_probability for f in found] == pytest.approx([one_by_one(model, e) for e in EXAMPLES], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_with_many_logits_the_head_computes_those_of_answers_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece, so that a large batch or vocabulary does not need a logit for every token."""
+    model, examples = MAKE[kind](), EXAMPLES
+    whole = likelihoods(model, examples, 0, 4)
+    widths: list[int] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: widths.append(logits.shape[-2]))
+    monkeypatch.setattr(losses, "MOST_LOGITS", 2 * head.out_features)
+    in_pieces = likelihoods(model, examples, 0, 4)
+    assert sum(widths) == sum(example.answer_length for example in examples)
+    assert [a.tokens for a in in_pieces] == [a.tokens for a in whole]
+    for a, b in zip(in_pieces, whole, strict=True):
+        assert a.log_probability == pytest.approx(b.log_probability, rel=1e-6)
 
 
 def test_neither_order_nor_the_padding_token_matters() -> None:
