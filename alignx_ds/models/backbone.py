@@ -5,14 +5,15 @@ All of them are read from safetensors, and no code of a model directory is run (
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
+from transformers.integrations import deepspeed as zero_integration
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_utils import set_zero3_state
 
 from alignx_ds.config.bounds import violations
@@ -30,6 +31,8 @@ from alignx_ds.models.tokenizer import vocabulary_problem
 from alignx_ds.runtime import attention, distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
+# Before 5.21 transformers has none, and builds rotary frequencies under ZeRO-3 in the weights' dtype, itself too.
+KEEP_ARANGE = getattr(zero_integration, "prevent_arange_dtype_change", nullcontext)
 ALIGNED = "an aligned model that this version can read"
 ALIGN_AGAIN = "run `alignx-ds align` again"
 
@@ -92,7 +95,7 @@ def _partitioned(base: BaseModel) -> PreTrainedModel:
     zero = load_deepspeed().zero
     # As from_pretrained builds it. from_config by itself would draw random weights, and gather each for that.
     sharded = zero.Init(config_dict_or_path=deepspeed_config())
-    with no_init_weights(), prevent_arange_dtype_change(), sharded, set_zero3_state():
+    with no_init_weights(), KEEP_ARANGE(), sharded, set_zero3_state():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
     model.tie_weights()
     sharding.mark_initialised(model)
