@@ -10,7 +10,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # import names; pyproject.toml has the p
     "judge": ("openai", "sentencepiece"),
     "wandb": ("wandb",),
     "mlflow": ("mlflow", "sqlalchemy", "alembic"),
-    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic", "httpx2"),
+    "serve": ("starlette", "uvicorn", "prometheus_client", "pydantic"),
 }
 
 
