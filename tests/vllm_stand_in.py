@@ -31,6 +31,7 @@ class StandIn:
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     left: int = 0  # streams that their client has left
+    reply: bytes = b""  # instead of an answer
 
     @property
     def url(self) -> str:
@@ -54,6 +55,10 @@ class StandIn:
         if body["max_tokens"] > 100:
             error = {"message": "max_tokens is too large", "type": "BadRequestError", "param": None, "code": 400}
             return JSONResponse({"error": error}, 400)
+        if self.reply:
+            stream = bool(body.get("stream"))
+            event = b"data: {" + self.reply + b"\n\n" if stream else self.reply
+            return Response(event, media_type="text/event-stream" if stream else "application/json")
         if body.get("stream"):
             return StreamingResponse(self._stream(body), media_type="text/event-stream")
         choice = {"index": 0, "message": {"role": "assistant", "content": self._text(body)}, "finish_reason": "stop"}

@@ -156,14 +156,14 @@ def problems(settings: JudgesConfig) -> list[Problem]:
     return found
 
 
-def address_problems(address: str, key: str) -> Iterator[Problem]:
-    """What is wrong with a server's address, which the user sets by this key."""
+def address_problems(address: str, key: str, variable: str = KEY) -> Iterator[Problem]:
+    """What is wrong with a server's address, which the user sets by this key; `variable` holds the key for it."""
     try:
         url = urlsplit(address)
     except ValueError:  # e.g. brackets without an IPv6 address inside
         url = urlsplit("")
     if "@" in address:
-        yield Problem(key, "(not shown)", "no user and password", f"export the key as {KEY}")
+        yield Problem(key, "(not shown)", "no user and password", f"export the key as {variable}")
     elif url.scheme not in ("http", "https") or not url.netloc:
         yield Problem(key, address, ADDRESS, "set it, for a local server as http://localhost:8000/v1")
 

@@ -40,8 +40,9 @@ DATA = "data: "  # begins an event of a stream
 class Gate:
     """Decides for one prompt at a time, in one thread: neither the tokenizer nor the model may be shared."""
 
-    def __init__(self, model: LowerLayers, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.experts = model, list(model.config.experts)
+    def __init__(self, model: LowerLayers, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+        """`context`: tokens that a prompt may have."""
+        self.model, self.experts, self.context = model, list(model.config.experts), context
         self.encoder = PromptEncoder(tokenizer, vocabulary_of(model.config))
 
     @torch.inference_mode()
@@ -50,6 +51,8 @@ class Gate:
         ids = encode(prompt)
         if not ids:
             raise DataError("the prompt is empty; give it at least one token")
+        if len(ids) > self.context:
+            raise DataError(f"the prompt has {len(ids)} tokens, of which {self.context} are read; shorten it")
         forced = None if needs is None else gates_of_needs(torch.tensor([needs], device=self.model.device))
         given = torch.tensor([ids], device=self.model.device)
         self.model(given, forced=forced, use_cache=False, logits_to_keep=1)
@@ -133,7 +136,7 @@ class Proxy(HttpApi):
             await answer.aclose()
         if answer.status_code != 200:
             return Response(content, answer.status_code, media_type=answer.headers.get("content-type"))
-        return Response(self._named(content.decode(), facts), media_type="application/json")
+        return Response(self._named(content, facts), media_type="application/json")
 
     async def _decided(self, encode: Callable[[Any], list[int]], prompt: Any, needs: list[float] | None) -> Report:
         if self._waiting >= self._queue:
@@ -164,19 +167,25 @@ class Proxy(HttpApi):
                     yield f"{line}\n"
         except httpx2.TransportError as error:
             yield f"{DATA}{json.dumps(_broken(error).body())}\n\n"
+        except ApiError as error:
+            yield f"{DATA}{json.dumps(error.body())}\n\n"
         finally:
             await answer.aclose()
 
-    def _named(self, text: str, facts: dict[str, Any] | None) -> str:
-        """A JSON object of the server, with this server's name of the model, and `facts` as its field alignx."""
+    def _named(self, text: str | bytes, facts: dict[str, Any] | None) -> str:
+        """A JSON object of the server, with this server's name of the model, and `facts` as its field alignx.
+
+        Raises ApiError where it is none.
+        """
         try:
             content = json.loads(text)
         except ValueError as error:
             raise _broken(error) from error
-        if "error" in content:
-            return text
-        content["model"] = self.name
-        return json.dumps(content if facts is None else content | {"alignx": facts}, ensure_ascii=False)
+        if not isinstance(content, dict):
+            raise _broken(TypeError(f"a JSON {type(content).__name__}"))
+        if "error" not in content:
+            content |= {"model": self.name} | ({} if facts is None else {"alignx": facts})
+        return json.dumps(content, ensure_ascii=False)
 
 
 def _broken(error: Exception) -> ApiError:

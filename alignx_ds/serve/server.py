@@ -35,7 +35,6 @@ from alignx_ds.serve.scheduler import Scheduler
 from alignx_ds.serve.upstream import Upstream
 
 KEY_VARIABLE = "ALIGNX_API_KEY"
-UPSTREAM_KEY_VARIABLE = "ALIGNX_UPSTREAM_API_KEY"  # of the server behind a router
 MOST_CONTEXT = 4096  # tokens, unless --context says more: every slot holds so many
 HEADER_SECONDS = 30.0  # within which a connection has to send its first request's headers
 SENDING_SECONDS = 30  # that a client has to read the rest of its answer when the server ends
@@ -135,10 +134,10 @@ def api_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings:
 def proxy_of(settings: Settings, key: str | None) -> Proxy:
     """Asks the server behind it for its models. Raises ConfigError where it lacks one, DataError for a dense model."""
     model, tokenizer = load_router(settings.model)
-    gate = Gate(model, tokenizer)
+    gate = Gate(model, tokenizer, _context(model, settings.context))
     return Proxy(
         gate,
-        Upstream(settings.router_for, gate.experts, os.environ.get(UPSTREAM_KEY_VARIABLE)),
+        Upstream(settings.router_for, gate.experts),
         Metrics(gate.experts),
         name=name_of(settings),
         queue=settings.queue,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import httpx2
 
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.evaluation.endpoint import address_problems
 from alignx_ds.serve.protocol import ApiError
 
 OPTION = "--router-for"
+KEY_VARIABLE = "ALIGNX_UPSTREAM_API_KEY"
 CONNECT_SECONDS = 10.0
 SERVED = "the /v1 of a server with a model for every axis"
 UNREADABLE = 502
@@ -18,9 +21,11 @@ UNREADABLE = 502
 class Upstream:
     """Knows which of the server's models stands for which experts, and passes requests on."""
 
-    def __init__(self, url: str, experts: list[str], key: str | None) -> None:
+    def __init__(self, url: str, experts: list[str]) -> None:
         """Asks the server for its models. Raises ConfigError where one is missing, or it does not answer."""
-        self.url, self._experts = _normal(url), experts
+        if wrong := list(address_problems(url, OPTION, KEY_VARIABLE)):
+            raise ConfigError(*wrong)
+        self.url, self._experts, key = _with_version(url), experts, os.environ.get(KEY_VARIABLE, "").strip()
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client: httpx2.AsyncClient | None = None  # made in the event loop that uses it
         self.models = self._listed()
@@ -71,9 +76,7 @@ class Upstream:
         return others[0]
 
 
-def _normal(url: str) -> str:
+def _with_version(url: str) -> str:
     """The address that ends in /v1."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(Problem(OPTION, url, SERVED, "write it as http://127.0.0.1:8001/v1"))
     bare = url.rstrip("/")
     return bare if bare.endswith("/v1") else f"{bare}/v1"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from openai import APIStatusError, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from openai import APIError, APIStatusError, BadRequestError, InternalServerError, NotFoundError, OpenAI
 from tiny_models import FAMILIES, aligned, base_model, low_rank_experts
 from vllm_stand_in import BASE, PIECES, StandIn, running, stand_in
 
@@ -20,8 +20,8 @@ from alignx_ds.mocae.layer import gates_of
 from alignx_ds.models.backbone import load_gate
 from alignx_ds.serve.model import load, load_router
 from alignx_ds.serve.route import routed
-from alignx_ds.serve.server import UPSTREAM_KEY_VARIABLE, Settings, proxy_of
-from alignx_ds.serve.upstream import Upstream
+from alignx_ds.serve.server import Settings, proxy_of
+from alignx_ds.serve.upstream import KEY_VARIABLE, Upstream
 
 AXES = ("helpful", "harmless", "honest")
 ASKED = ("how do i burn the sailor ?", "what colour is the zoleb ?", "reverse the words . cup chair", "good night .")
@@ -40,7 +40,7 @@ def behind() -> Iterator[StandIn]:
 def client(saved_aligned: Path, behind: StandIn) -> Iterator[OpenAI]:
     settings = Settings(str(saved_aligned), name="tiny", router_for=behind.url, queue=8, max_body=20_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(UPSTREAM_KEY_VARIABLE, "of the other server")
+        patch.setenv(KEY_VARIABLE, "of the other server")
         proxy = proxy_of(settings, KEY)
     with running(proxy.app()) as port:
         yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, timeout=60)
@@ -107,6 +107,8 @@ def test_errors_say_who_made_them(client: OpenAI) -> None:
     ):
         with pytest.raises(BadRequestError, match=said):
             chat(client, **wrong)
+    with pytest.raises(BadRequestError, match="the prompt has 70 tokens, of which 64 are read; shorten it"):
+        client.completions.create(model="tiny", prompt=[5] * 70)
     with pytest.raises(NotFoundError, match="this server has 'tiny'"):
         chat(client, model="helpful")
     with pytest.raises(BadRequestError, match="one prompt a request"):
@@ -125,6 +127,18 @@ def test_a_server_that_is_gone_is_said_to_be(saved_aligned: Path) -> None:
         assert caught.value.status_code == 502 and caught.value.response.headers["retry-after"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reply", [b"[1]", b"\xff{", b'{"id": '])
+def test_a_reply_that_is_no_json_object_is_said_to_be(saved_aligned: Path, reply: bytes, stream: bool) -> None:
+    with stand_in(*AXES) as made:
+        made.reply = reply
+        proxy = proxy_of(Settings(str(saved_aligned), name="tiny", router_for=made.url), None)
+        with running(proxy.app()) as port:
+            client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            with pytest.raises((InternalServerError, APIError), match="broke off its answer"):
+                list(chat(client, stream=stream))
+
+
 @pytest.mark.parametrize(
     ("models", "said"),
     [
@@ -134,7 +148,7 @@ def test_a_server_that_is_gone_is_said_to_be(saved_aligned: Path) -> None:
 )
 def test_a_server_without_the_adapters_is_refused_at_the_start(models: tuple[str, ...], said: str) -> None:
     with stand_in(*models) as made, pytest.raises(ConfigError, match=said):
-        Upstream(made.url, EXPERTS, None)
+        Upstream(made.url, EXPERTS)
 
 
 def test_nothing_at_the_address_is_one_line(saved_aligned: Path, capsys: pytest.CaptureFixture[str]) -> None:
