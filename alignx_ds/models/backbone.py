@@ -5,6 +5,7 @@ All of them are read from safetensors, and no code of a model directory is run (
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
@@ -123,6 +124,9 @@ class LowerLayers(AlignXForCausalLM):
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["."]
 
+    def __init__(self, config: AlignXConfig, **parts: Any) -> None:
+        super().__init__(_cut(config), **parts)
+
 
 def load_gate(directory: Path) -> LowerLayers:
     """The shared gate of an aligned model, with all that it needs. Raises ConfigError as `load_aligned` does."""
@@ -137,36 +141,34 @@ def _load(directory: Path, dtype: torch.dtype | str, kind: type[AlignXForCausalL
     with reading("model", given, "config.json", ALIGNED, f"another version wrote it; {ALIGN_AGAIN}"):
         config = AlignXConfig.from_pretrained(directory, **NO_CODE)
         _check_settings(config.gate_settings())
-        if kind is LowerLayers:
-            _cut(config)
         with torch.device("meta"):
             skeleton = kind(config)
-    names = skeleton.state_dict().keys() if kind is LowerLayers else None
-    headers = read_headers(weight_files(directory), "model", given)
-    tensors = {name: stored for name, stored in headers.items() if names is None or name in names}
-    if problem := checkpoint_problem(skeleton, match(skeleton, tensors.values()), "model", given):
+    found = match(skeleton, read_headers(weight_files(directory), "model", given).values())
+    if problem := checkpoint_problem(skeleton, found, "model", given):
         fix = f"{problem.fix}; where another version wrote it, {ALIGN_AGAIN}"
         raise ConfigError(Problem("model", given, ALIGNED, fix))
-    if damaged := not_finite(tensors.values()):
+    if damaged := not_finite(found.placed.values()):
         fix = f"its {damaged.name} holds NaN or infinite values: it is damaged; {ALIGN_AGAIN}"
         raise ConfigError(Problem("model", given, ALIGNED, fix))
     if isinstance(dtype, torch.dtype):
         size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
         if sharding.is_too_large(size):
             made = kind(config, backbone=sharding.skeleton(config.text_config, dtype))
-            sharding.fill(made, match(skeleton, tensors.values()).placed)
+            sharding.fill(made, found.placed)
             return made
     with reading("model", given, "weights", ALIGNED, ALIGN_AGAIN):
-        model: AlignXForCausalLM = kind.from_pretrained(directory, config=config, dtype=dtype, **NO_PICKLE)
+        model: AlignXForCausalLM = kind.from_pretrained(directory, dtype=dtype, **NO_PICKLE)
     return model
 
 
-def _cut(config: AlignXConfig) -> None:
-    """Take the layers above the lowest AlignX layer out of a config."""
-    text, count = config.text_config, config.layers[0] + 1
-    config.layers, text.num_hidden_layers = config.layers[:1], count
+def _cut(config: AlignXConfig) -> AlignXConfig:
+    """A copy of a config without the layers above the lowest AlignX layer."""
+    made = copy.deepcopy(config)
+    text, count = made.text_config, made.layers[0] + 1
+    made.layers, text.num_hidden_layers = made.layers[:1], count
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:count]
+    return made
 
 
 def _check_settings(gate: GateSettings) -> None:

@@ -8,7 +8,6 @@ Shapes: N prompts, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,16 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import collate
 from alignx_ds.data.user_turn import user_turn
-from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.routing_state import prompt_summary
 from alignx_ds.mocae.turns import query_mask
-from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime import console
 from alignx_ds.study import plotting
 from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
+from alignx_ds.study.layer_outputs import layer_outputs
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
 MOST = 250  # prompts of each axis
@@ -88,28 +86,13 @@ def _groupings(studied: StudiedRun, chosen: list[int]) -> dict[str, tuple[NDArra
 @torch.no_grad()
 def features(model: PreTrainedModel, studied: StudiedRun, chosen: list[int]) -> dict[int, Points]:
     """By AlignX layer, [N, D]: the features of these held-out prompts at the layer's output."""
-    inner = model.backbone if isinstance(model, AlignXForCausalLM) else model
-    decoder = studied.base.table.decoder_layers(inner)
-    latest: dict[int, Tensor] = {}
-    hooks = [decoder[layer].register_forward_hook(_keep(latest, layer)) for layer in studied.base.layers]
     seen: dict[int, list[Tensor]] = {layer: [] for layer in studied.base.layers}
     prompts, turn = [studied.data.routed.examples[i] for i in chosen], user_turn(studied.base.tokenizer)
-    for start in range(0, len(prompts), studied.batch):
-        part = collate(prompts[start : start + studied.batch], studied.pad_id).to(distributed.device())
-        model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
-        for layer, hidden in latest.items():
+    for part, outputs in layer_outputs(model, studied, studied.base.layers, prompts):
+        for layer, hidden in outputs.items():
             mask = query_mask(part.input_ids, part.prompt_mask, turn)
             seen[layer].append(prompt_summary(hidden, mask).cpu())
-    for hook in hooks:
-        hook.remove()
     return {layer: torch.cat(parts).double().numpy() for layer, parts in seen.items()}
-
-
-def _keep(latest: dict[int, Tensor], layer: int) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        latest[layer] = output[0] if isinstance(output, tuple) else output
-
-    return hook
 
 
 def moved(before: Points, after: Points, axes: list[str]) -> dict[str, float]:

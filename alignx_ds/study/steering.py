@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import collate
 from alignx_ds.data.encode import Example
-from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime import console
 from alignx_ds.study import plotting
+from alignx_ds.study.layer_outputs import hidden_of, layer_outputs
 from alignx_ds.study.studied_run import StudiedRun
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # α
@@ -63,30 +63,12 @@ def _prompt(example: Example) -> Example:
 @torch.no_grad()
 def means(model: PreTrainedModel, studied: StudiedRun, prompts: list[Example]) -> dict[int, Tensor]:
     """By layer of `_layers`, [d] fp32: the mean of the layer's output over all tokens of the prompts."""
-    decoder, latest = studied.base.table.decoder_layers(model), dict[int, Tensor]()
     sums = {layer: torch.zeros(()) for layer in _layers(studied)}
-    hooks = [decoder[layer].register_forward_hook(_keeping(latest, layer)) for layer in sums]
-    for start in range(0, len(prompts), studied.batch):
-        part = collate(prompts[start : start + studied.batch], studied.pad_id).to(distributed.device())
-        model(input_ids=part.input_ids, attention_mask=part.attention_mask, use_cache=False)
-        for layer, hidden in latest.items():
+    for part, outputs in layer_outputs(model, studied, list(sums), prompts):
+        for layer, hidden in outputs.items():
             sums[layer] = sums[layer] + hidden[part.attention_mask.bool()].float().sum(0).cpu()
-    for hook in hooks:
-        hook.remove()
     tokens = sum(len(prompt.ids) for prompt in prompts)
     return {layer: total / tokens for layer, total in sums.items()}
-
-
-def _keeping(latest: dict[int, Tensor], layer: int) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        latest[layer] = _hidden(output)
-
-    return hook
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 @contextmanager
@@ -94,7 +76,7 @@ def steered(layer: nn.Module, vector: Tensor) -> Iterator[None]:
     """Add a vector [d] to the layer's output, at every position of prompt and answer."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        moved = _hidden(output) + vector.to(_hidden(output))
+        moved = hidden_of(output) + vector.to(hidden_of(output))
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     handle = layer.register_forward_hook(hook)
