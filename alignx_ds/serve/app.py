@@ -53,11 +53,11 @@ class Api(HttpApi):
         local: bool,
     ) -> None:
         """`local`: only this machine can reach the server."""
-        super().__init__(metrics, body=limits.body, key=key, local=local)
+        super().__init__(metrics, name=name, experts=experts, body=limits.body, key=key, local=local)
         self.scheduler, self.limits = scheduler, limits
-        self._encoder, self._names, self.name, self._experts = encoder, names, name, experts
+        self._encoder, self._names = encoder, names
         self._encoding = ThreadPoolExecutor(1, "encoding")  # one: a tokenizer is not safe to share between threads
-        self._started, self._page = int(time.time()), page()
+        self._page = page()
 
     def app(self) -> Any:
         """The ASGI application."""
@@ -81,26 +81,19 @@ class Api(HttpApi):
         """For people; it asks for the key itself."""
         return self._page
 
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card()]})
-
     async def model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
-        return JSONResponse(self._card())
-
-    def _card(self) -> dict[str, Any]:
-        card = {"id": self.name, "object": "model", "created": self._started, "owned_by": "alignx-ds"}
-        return {**card, "alignx": {"axes": self._experts[1:]} if self._experts else None}
+        self.check_name(request.path_params["name"])
+        return JSONResponse(self.card())
 
     async def chat(self, request: Request, body: bytes) -> Response:
         wanted = parsed(ChatRequest, body)
-        self._check_name(wanted.model)
+        self.check_name(wanted.model)
         ids = await self._encoded(self._encoder.chat, wanted.chat())
         return await self._answer(request, wanted, [ids], ChatForm(), strip=True)
 
     async def completions(self, request: Request, body: bytes) -> Response:
         wanted = parsed(CompletionRequest, body)
-        self._check_name(wanted.model)
+        self.check_name(wanted.model)
         prompts = [await self._encoded(self._encoder.text, prompt) for prompt in wanted.prompts()]
         return await self._answer(request, wanted, prompts, CompletionForm(), strip=False)
 
@@ -112,11 +105,6 @@ class Api(HttpApi):
         if not ids:
             raise ApiError(400, "the prompt is empty; give it at least one token", param="prompt")
         return ids
-
-    def _check_name(self, name: str) -> None:
-        if name != self.name:
-            message = f"there is no model {name!r} here; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
 
     def _max_tokens(self, prompt: int, limit: int | None) -> int:
         room = self.limits.context - prompt
@@ -148,7 +136,7 @@ class Api(HttpApi):
                 max_tokens=self._max_tokens(len(ids), wanted.limit),
                 n=wanted.answers,
                 stop=tuple(wanted.stop or ()),
-                needs=wanted.needs(self._experts),
+                needs=wanted.needs(self.experts),
                 strip=strip,
                 stream=bool(wanted.stream),
             )

@@ -26,9 +26,14 @@ Handler = Callable[[Request], Awaitable[Response]]
 class HttpApi:
     """The base of the servers."""
 
-    def __init__(self, metrics: Metrics, *, body: int, key: str | None, local: bool) -> None:
-        """`body`: bytes that one may have; `local`: only this machine can reach the server."""
-        self.metrics = metrics
+    def __init__(
+        self, metrics: Metrics, *, name: str, experts: list[str], body: int, key: str | None, local: bool
+    ) -> None:
+        """`name`: of the model, whose experts are these; `body`: bytes that one may have; `local`: only this machine
+        can reach the server.
+        """
+        self.metrics, self.name, self.experts = metrics, name, experts
+        self._started = int(time.time())
         self.draining = False  # set when the server is to stop: no new work
         self.running = 0  # requests that are not answered yet, to the end of their streams
         self._body, self._key = body, key
@@ -71,6 +76,20 @@ class HttpApi:
         """200 while requests are accepted, 503 otherwise."""
         state = "draining" if self.draining else "ok" if self.alive else "failed"
         return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.card()]})
+
+    def card(self) -> dict[str, Any]:
+        """The model in OpenAI's format, with its axes."""
+        card = {"id": self.name, "object": "model", "created": self._started, "owned_by": "alignx-ds"}
+        return {**card, "alignx": {"axes": self.experts[1:]} if self.experts else None}
+
+    def check_name(self, name: str) -> None:
+        """Raises ApiError unless it is that of the model."""
+        if name != self.name:
+            message = f"there is no model {name!r} here; this server has {self.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -21,11 +21,15 @@ from alignx_ds.runtime import distributed
 def load(directory: str) -> tuple[AlignXForCausalLM, PreTrainedTokenizerBase]:
     """On this process's device, in eval mode. Raises ConfigError, or DataError where there is no aligned model."""
     given = Path(directory)
+    _check_aligned(given, directory)
+    model, tokenizer = _loaded(given, directory)
+    return cast(AlignXForCausalLM, model), tokenizer
+
+
+def _check_aligned(given: Path, directory: str) -> None:
     pretrained.check(given, "model", directory)
     if not (given / "config.json").is_file() or pretrained.model_type(given, "model", directory) != MODEL_TYPE:
         raise DataError(f"{directory}: no aligned model there; give the model directory of a finished run")
-    model, tokenizer = _loaded(given, directory)
-    return cast(AlignXForCausalLM, model), tokenizer
 
 
 def load_any(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -42,9 +46,7 @@ def load_any(directory: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def load_router(directory: str) -> tuple[LowerLayers, PreTrainedTokenizerBase]:
     """The gate of an aligned model, or of a run's. Raises ConfigError, or DataError where there is no aligned model."""
     given = model_directory(directory)
-    pretrained.check(given, "model", directory)
-    if not (given / "config.json").is_file() or pretrained.model_type(given, "model", directory) != MODEL_TYPE:
-        raise DataError(f"{directory}: no aligned model there; give a finished run's directory, or its model's")
+    _check_aligned(given, directory)
     logging.disable_progress_bar()
     model = load_gate(given)
     if model.config.gate["scope"] != "shared":

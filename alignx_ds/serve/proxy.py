@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import torch
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from transformers import PreTrainedTokenizerBase
 
@@ -76,11 +76,10 @@ class Proxy(HttpApi):
         key: str | None,
         local: bool,
     ) -> None:
-        """`queue`: prompts that may wait for the gate; `body`, `key` and `local` as in HttpApi."""
-        super().__init__(metrics, body=body, key=key, local=local)
-        self._gate, self._upstream, self.name, self._queue = gate, upstream, name, queue
+        """`queue`: prompts that may wait for the gate; the rest as in HttpApi."""
+        super().__init__(metrics, name=name, experts=gate.experts, body=body, key=key, local=local)
+        self._gate, self._upstream, self._queue = gate, upstream, queue
         self._deciding, self._waiting = ThreadPoolExecutor(1, "gate"), 0
-        self._started = int(time.time())
 
     def app(self) -> Any:
         """The ASGI application."""
@@ -89,10 +88,6 @@ class Proxy(HttpApi):
             Route("/v1/completions", self.answering(self.completions), methods=["POST"]),
             Route("/v1/models", self.checked(self.models), methods=["GET"]),
         )
-
-    async def models(self, request: Request) -> Response:
-        card = {"id": self.name, "object": "model", "created": self._started, "owned_by": "alignx-ds"}
-        return JSONResponse({"object": "list", "data": [{**card, "alignx": {"axes": self._gate.experts[1:]}}]})
 
     async def chat(self, request: Request, body: bytes) -> Response:
         given = read_object(body)
@@ -116,9 +111,7 @@ class Proxy(HttpApi):
         encode: Callable[[Any], list[int]],
         prompt: Any,
     ) -> Response:
-        if wanted.model != self.name:
-            message = f"there is no model {wanted.model!r} here; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        self.check_name(wanted.model)
         needs = None if wanted.axes is None else needs_of(wanted.axes, self._gate.experts)
         report = await while_connected(request, self._decided(encode, prompt, needs))
         model = self._upstream.model_for(report.gates)
