@@ -23,43 +23,29 @@ from random import Random
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-from suite import load, record
+from suite import load, record, served_models
 from suite.load import Body, Load, Server
 from suite.record import Target
-from suite.systems import AXES, Setting, alignx, dense
-from transformers import AutoTokenizer
+from suite.served_models import BASE, NEEDS, OURS
+from suite.systems import AXES
 
-from alignx_ds.models.base import WORLD_BASES
 from alignx_ds.runtime import console
 
-BASE, OURS, FUSION = "dense base", "AlignX", "H3Fusion"
+FUSION = "H3Fusion"
 GOALS = {BASE: 0.9, FUSION: 1.4}  # AlignX's tokens/s over theirs
-CONTEXT = "256"
+CONTEXT = 256
 FUSED = str(Path(__file__).parent / "suite" / "serve_fusion.py")
-NEEDS = ({}, *({f"axis {axis}": 1} for axis in range(AXES)))  # of AlignX's requests, in turn
 Rounds = dict[str, list[Load]]  # by system
 
 
 @contextmanager
 def servers(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
     """By system."""
-    torch.manual_seed(0)
-    setting, tokenizer = Setting.of(args), AutoTokenizer.from_pretrained(WORLD_BASES["world"])
-    base = dense(setting)
-    with torch.no_grad():
-        base.get_output_embeddings().weight[tokenizer.eos_token_id] = 0  # answers end at their limit
     with tempfile.TemporaryDirectory() as folder:
-        paths = {BASE: Path(folder, "base"), OURS: Path(folder, "alignx")}
-        for path, model in zip(paths.values(), (base, alignx(setting, base)), strict=True):
-            model.save_pretrained(path)
-            tokenizer.save_pretrained(path)
-        del base, model
-        most = str(max(args.clients))
-        options = ("--port", "0", "--name", "model", "--slots", most, "--queue", most, "--context", CONTEXT)
-        commands = {name: ["-m", "alignx_ds", "serve", str(path), *options] for name, path in paths.items()}
+        paths, most = served_models.save(args, Path(folder)), max(args.clients)
+        commands = {name: served_models.command(path, most, most, CONTEXT) for name, path in paths.items()}
         if args.fusion:
-            commands[FUSION] = [FUSED, str(paths[BASE]), str(AXES), most, CONTEXT]
+            commands[FUSION] = [FUSED, str(paths[BASE]), str(AXES), str(most), str(CONTEXT)]
         with load.servers(commands) as started:
             yield started
 

@@ -55,9 +55,9 @@ class Served:
 
 
 @contextmanager
-def serving(directory: Path, key: str | None = KEY, **settings: int) -> Iterator[Served]:
+def serving(directory: Path, key: str | None = KEY, name: str = "tiny", **settings: int) -> Iterator[Served]:
     model, tokenizer = load_any(str(directory))
-    api = api_of(model, tokenizer, Settings(str(directory), name="tiny", **settings), key)
+    api = api_of(model, tokenizer, Settings(str(directory), name=name, **settings), key)
     steps, blocked, step = threading.Event(), threading.Event(), api.scheduler._slots.step
     steps.set()
 

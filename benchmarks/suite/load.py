@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -25,6 +25,7 @@ class Server:
 
     port: int
     process: psutil.Process
+    console: IO[str] | None = None  # what it says after the line with its port
 
     def cpu_seconds(self) -> float:
         """That it has used since it was started."""
@@ -63,7 +64,7 @@ def servers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Server]
         for name, command in commands.items()
     }
     try:
-        yield {name: Server(_port(process), psutil.Process(process.pid)) for name, process in processes.items()}
+        yield {n: Server(_port(p), psutil.Process(p.pid), p.stderr) for n, p in processes.items()}
     finally:
         for process in processes.values():
             process.terminate()
