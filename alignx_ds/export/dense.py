@@ -5,7 +5,10 @@ It has no gate and loads without this package. Its card has the measured differe
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.data.encode import pad_token
 from alignx_ds.export import cards
@@ -15,6 +18,7 @@ from alignx_ds.export.merged import backbone_with, changes_of, factors_of
 from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.weights import Weights, described, parse_weights
+from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
@@ -49,9 +53,24 @@ def export(
             found[name] = compare(plain(model), routed(aligned), examples, pad_token(tokenizer))
             console.say(f"against the aligned model, on prompts of {name}: {found[name]}")
         model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+        tokenizers.save(tokenizer, directory, run.out.model)
+        _for_llama_cpp(directory, tokenizer)
         manifest.write_text(directory / "README.md", _card(run, published, kind, merged, found))
     console.say(f"dense {kind}: {out}" if prompts_by_set else f"dense {kind}: {out}\n  {cards.NOT_MEASURED}")
+
+
+def _for_llama_cpp(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Name the added tokens where llama.cpp's converter looks for those that a SentencePiece model lacks.
+
+    transformers writes them into tokenizer.json alone since version 5, and still reads them here.
+    """
+    if (directory / tokenizers.SENTENCEPIECE).is_file():
+        path = directory / "tokenizer_config.json"
+        added = {str(number): token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
+        config = json.loads(path.read_text(encoding="utf-8")) | {"added_tokens_decoder": added}
+        manifest.write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    elif tokenizers.falls_back_to_bytes(tokenizer):
+        console.note("no tokenizer.model; before a conversion to GGUF, put the base model's into the export")
 
 
 def _card(

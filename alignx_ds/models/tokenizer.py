@@ -7,6 +7,7 @@ with every model that is made from it, and whoever renders that template gets th
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ VOCABULARIES = (
     *("tokenizer.model*", "tekken.json", "tiktoken.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )
+SENTENCEPIECE = "tokenizer.model"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 DEFAULT = "default"  # of several templates, the one that transformers takes
 WANTED = "a model with its tokenizer"
@@ -38,7 +40,7 @@ def load_tokenizer(
     if not any(any(directory.glob(name)) for name in ("tokenizer.json", *VOCABULARIES)):
         fix = "it has no tokenizer.json; save the tokenizer beside the model (tokenizer.save_pretrained does)"
         raise ConfigError(Problem(key, given, WANTED, fix))
-    for file in (directory / name for name in ("tokenizer.json", "tokenizer.model")):
+    for file in (directory / name for name in ("tokenizer.json", SENTENCEPIECE)):
         if file.is_file() and is_lfs_pointer(file):
             raise ConfigError(Problem(key, given, WANTED, f"its {file.name} is a Git LFS pointer; {LFS_FIX}"))
     with reading(key, given, "tokenizer", WANTED):
@@ -58,6 +60,22 @@ def load_tokenizer(
     elif args and templates:
         tokenizer.chat_template = with_arguments(templates, args)
     return tokenizer
+
+
+def save(tokenizer: PreTrainedTokenizerBase, directory: Path, source: Path) -> None:
+    """Write it beside a model. `source` is the directory that it was read from.
+
+    transformers writes no SentencePiece model, which has the scores that llama.cpp splits words by; so it is copied.
+    """
+    tokenizer.save_pretrained(directory)
+    if (source / SENTENCEPIECE).is_file():
+        shutil.copyfile(source / SENTENCEPIECE, directory / SENTENCEPIECE)
+
+
+def falls_back_to_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it writes unknown characters as bytes: those that come from a SentencePiece model do (LLaMA 2, Gemma)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return bool(getattr(getattr(backend, "model", None), "byte_fallback", False))
 
 
 def vocabulary_problem(tokenizer: PreTrainedTokenizerBase, rows: int, key: str, given: str) -> Problem | None:

@@ -27,6 +27,7 @@ from alignx_ds.mocae.layer import alignx_layers, freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 from alignx_ds.models import sharding
+from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.base import BaseModel, dtype_of
 from alignx_ds.models.ends import set_ends
 from alignx_ds.routing.curves import router_sums, step_scalars
@@ -90,7 +91,7 @@ def save(model: AlignXForCausalLM, base: BaseModel, directory: Path) -> None:
     def write() -> None:
         if not sharding.is_sharded(model):
             model.save_pretrained(directory)
-        base.tokenizer.save_pretrained(directory)
+        tokenizers.save(base.tokenizer, directory, base.path)
 
     distributed.on_main(write)
 
