@@ -28,7 +28,6 @@ from alignx_ds.mocae.serving import ServingRules, gates_of_needs
 from alignx_ds.mocae.settings import GateSettings
 
 TERMS = ("linear", "fractal", "natural", "lexical")  # of every gate; the setting `more` adds others
-NEGLIGIBLE = 0.01  # when it serves: a need below is served as none, one above 1 − NEGLIGIBLE as a whole one
 NEVER = -1e4  # the logit of an expert that has no queries: its gate is zero to the last bit, and no term is infinite
 
 
@@ -198,7 +197,7 @@ class CalibratedGate(nn.Module):
         every = logits.softmax(-1) if kind == "choice" else need_logits(logits).sigmoid()
         if self.training:
             return Decision(every if kind == "choice" else gates_of_needs(every), logits, kind)
-        kept = keep_top(every, k) if kind == "choice" else round_needs(keep_largest(every, k))
+        kept = keep_top(every, k) if kind == "choice" else round_needs(keep_largest(every, k), self.settings.rounding)
         if self.rules.change:
             apply = self.rules.on_gates if kind == "choice" else self.rules.on_needs
             kept = apply(kept, confidence(logits, kind), self.geometry.present)
@@ -235,10 +234,11 @@ def keep_largest(values: Tensor, k: int) -> Tensor:
     return torch.zeros_like(values).scatter(-1, best.indices, best.values)
 
 
-def round_needs(needs: Tensor) -> Tensor:
-    """Needs [..., A], those below NEGLIGIBLE as 0, and those above 1 − NEGLIGIBLE as 1.
+def round_needs(needs: Tensor, rounding: float) -> Tensor:
+    """Needs [..., A], those below `rounding`, at most ½, as 0, and those above 1 − `rounding` as 1.
 
-    Most prompts need one axis; so rounded, its expert alone serves them, at a choice's cost.
+    Most prompts need one axis; so rounded, its expert alone serves them, at a choice's cost. At ½ no prompt has a part
+    of an expert: on a real model such parts refuse less often than whole experts on the same prompts (docs/results.md).
     """
-    needs = torch.where(needs < NEGLIGIBLE, 0.0, needs)
-    return torch.where(needs > 1 - NEGLIGIBLE, 1.0, needs)
+    needs = torch.where(needs < rounding, 0.0, needs)
+    return torch.where(needs > 1 - rounding, 1.0, needs)

@@ -10,6 +10,7 @@ from alignx_ds.mocae.bounds import NonNegativeFloat, NonNegativeInt, OneOf, Posi
 Kind = Annotated[str, OneOf(("choice", "needs"))]
 Combine = Annotated[str, OneOf(("outputs", "weights"))]
 Probability = Annotated[float, Range(least=0, most=1)]
+Rounding = Annotated[float, Range(least=0, most=0.5, fix="at 0.5 every need is whole or none already")]
 Scope = Annotated[str, OneOf(("shared", "per_layer"))]
 Scales = Annotated[
     int, Range(least=2, most=32, fix="a slope over scales needs two of them, and each doubles the kernel's width")
@@ -32,6 +33,7 @@ class GateSettings:
     kind: Kind = "choice"  # experts compete for a query, or each axis has its own probability of being needed by it
     combine: Combine = "outputs"  # mix the experts' outputs, or their weights, which costs one activation for all
     top_k: NonNegativeInt = 0  # experts that serve a query; 0: one in a choice, all axes that are needed in needs
+    rounding: Rounding = 0.01  # in needs: a need below it serves as none, one above 1 − it as whole
     unsure: str = ""  # serves what the gate is unsure of: "generalist", an axis, or "all" axes; empty: as decided
     unsure_below: Probability = 0.5  # the confidence below which the gate is unsure
     more: dict[str, NonNegativeFloat] = field(default_factory=dict)  # weights of further calibrators, by their names

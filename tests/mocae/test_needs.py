@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.fused import FusedMixture, RowExpert
-from alignx_ds.mocae.gate import NEGLIGIBLE, CalibratedGate, Query, round_needs
+from alignx_ds.mocae.gate import CalibratedGate, Query, round_needs
 from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
@@ -41,10 +41,13 @@ BASE = base_model()
 IDS, MASK = padded(random_rows([5, 12, 8]))
 
 
-def make(top_k: int = 0, absent: tuple[int, ...] = ()) -> CalibratedGate:
+ROUNDING = GateSettings().rounding
+
+
+def make(top_k: int = 0, absent: tuple[int, ...] = (), rounding: float = ROUNDING) -> CalibratedGate:
     geometry = random_geometry(6, 1)
     geometry.present[list(absent)] = 0
-    gate = CalibratedGate(geometry, GateSettings(kind="needs", top_k=top_k)).eval()
+    gate = CalibratedGate(geometry, GateSettings(kind="needs", top_k=top_k, rounding=rounding)).eval()
     with torch.no_grad():
         for parameter in gate.router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator(2)))
@@ -52,7 +55,7 @@ def make(top_k: int = 0, absent: tuple[int, ...] = ()) -> CalibratedGate:
 
 
 def rounded(need: float) -> float:
-    return 0.0 if need < NEGLIGIBLE else 1.0 if need > 1 - NEGLIGIBLE else need
+    return 0.0 if need < ROUNDING else 1.0 if need > 1 - ROUNDING else need
 
 
 def shared(needs: list[float]) -> list[float]:
@@ -165,7 +168,7 @@ def test_the_gathered_factors_of_a_few_axes_give_what_all_factors_give(combine: 
 @torch.no_grad()
 def test_needs_are_rounded_when_they_serve_and_floors_stay() -> None:
     needs = torch.tensor([[0.997, 0.002, 0.001], [0.5, 0.989, 0.011]])
-    assert torch.equal(round_needs(needs), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.989, 0.011]]))
+    assert torch.equal(round_needs(needs, ROUNDING), torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.989, 0.011]]))
     geometry = random_geometry(6, 1)
     floored = CalibratedGate(geometry, GateSettings(kind="needs"), ServingRules(floors=(0, 0, 0.005, 0))).eval()
     with torch.no_grad():
@@ -173,6 +176,17 @@ def test_needs_are_rounded_when_they_serve_and_floors_stay() -> None:
     found, needs = floored(QUERY).gates, floored(QUERY).needs()
     assert (found[:, 2] > 0).all() and (found[needs.argmin(-1) == 1, 2] > 0.002).all()
     assert torch.equal(floored.train()(QUERY).gates, gates_of_needs(needs))
+
+
+@torch.no_grad()
+def test_with_a_rounding_of_a_half_every_need_is_whole_or_none() -> None:
+    gate, plain = make(rounding=0.5), make()
+    needs = plain(QUERY).needs()
+    partly = (needs > ROUNDING) & (needs < 1 - ROUNDING)
+    assert (partly & (needs > 0.5)).any() and (partly & (needs < 0.5)).any()
+    assert torch.equal(gate(QUERY).gates, gates_of_needs((needs > 0.5).float()))
+    assert torch.equal(gate(QUERY).needs(), needs), "how sure the gate is stays to be seen"
+    assert torch.equal(gate.train()(QUERY).gates, plain.train()(QUERY).gates), "training uses the needs as they are"
 
 
 @pytest.mark.parametrize("combine", ["outputs", "weights"])

@@ -116,7 +116,7 @@ def test_in_a_choice_floors_are_least_gates() -> None:
 @torch.no_grad()
 def test_in_needs_floors_are_least_needs_before_these_share_a_prompt() -> None:
     gate = make("needs", floors=FLOORS)
-    floored = torch.maximum(round_needs(gate(QUERY).needs()), torch.tensor(FLOORS[1:]))
+    floored = torch.maximum(round_needs(gate(QUERY).needs(), gate.settings.rounding), torch.tensor(FLOORS[1:]))
     assert (floored.sum(-1) > 1).any() and (floored.sum(-1) < 1).any()
     assert torch.equal(gate(QUERY).gates, gates_of_needs(floored))
     assert torch.equal(gate.train()(QUERY).gates, make("needs").train()(QUERY).gates)
