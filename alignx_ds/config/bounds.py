@@ -35,6 +35,12 @@ class AnyText:
 
 
 Mark = Range | OneOf | NameIn | AnyText
+Text = Annotated[str, AnyText()]  # a path, a source or an id: what it names is checked in plan/
+Prose = Annotated[str, AnyText(lines=True)]
+SchemaName = Annotated[str, NameIn("schemas")]
+OptionalSchemaName = Annotated[str, NameIn("schemas", optional=True)]
+OptionalJudgeName = Annotated[str, NameIn("judges", optional=True)]
+Share = Annotated[float, Range(above=0, below=1, fix="0.15 is a good value")]
 
 
 def violations(settings: Any, tables: Tables, prefix: str = "") -> Iterator[Problem]:

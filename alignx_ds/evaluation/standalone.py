@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging
 
 from alignx_ds.config.bounds import unfit_texts, violations
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source

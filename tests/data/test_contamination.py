@@ -8,7 +8,8 @@ import pytest
 from reading import assert_splits_add_up, set_rows, write_json
 
 from alignx_ds.config import parse
-from alignx_ds.config.schema import RoutingSourceConfig, RunConfig, SetConfig, TextConfig
+from alignx_ds.config.evaluation import SetConfig
+from alignx_ds.config.schema import RoutingSourceConfig, RunConfig, TextConfig
 from alignx_ds.data.contamination import EvaluationPrompts, near_duplicates
 from alignx_ds.data.rows import Row, Turn
 from alignx_ds.data.split_rows import SplitRows

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from reading import parsed, read, write_json
 
-from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.config.evaluation import SetConfig
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.data.rows import Record, split_by_question
 from alignx_ds.data.schemas import SCHEMAS

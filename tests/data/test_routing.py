@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config import parse
 from alignx_ds.config.bounds import violations
-from alignx_ds.config.schema import AxisConfig, RoutingSourceConfig, RunConfig, SetConfig
+from alignx_ds.config.evaluation import SetConfig
+from alignx_ds.config.schema import AxisConfig, RoutingSourceConfig, RunConfig
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import EncodedData, encode_splits

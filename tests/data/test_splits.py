@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reading import answer, assert_splits_add_up, questions, set_rows, splits_of, write_json, write_lines
 from transformers import PreTrainedTokenizerBase
 
-from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig, SetConfig
+from alignx_ds.config.evaluation import SetConfig
+from alignx_ds.config.schema import AxisConfig, GeneralistConfig, RunConfig
 from alignx_ds.data.encodings import Encodings
 from alignx_ds.data.inputs import encode_splits
 from alignx_ds.data.rows import Record, Row

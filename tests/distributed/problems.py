@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import PreTrainedTokenizerFast
 
+from alignx_ds.config.evaluation import EvaluationConfig
 from alignx_ds.config.schema import (
     AlignConfig,
     AxisConfig,
     BaselinesConfig,
-    EvaluationConfig,
     ExpertsConfig,
     FusionConfig,
     GateConfig,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignx_ds.config.schema import RunConfig, SetConfig
+from alignx_ds.config.evaluation import SetConfig
+from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.encode import Example, encode_prompts
 from alignx_ds.data.inputs import read_inputs
 from alignx_ds.data.rows import Row

@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from sklearn.svm import SVC
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.sources import WORLD, Source, names_a_source
 from alignx_ds.data.split_rows import HELD_OUT

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import HELD_OUT
 from alignx_ds.errors import ConfigError, DataError, Problem

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation import endpoint as endpoints
 from alignx_ds.evaluation.alpaca_eval import DRAW, Output, read_reference, reference_of, win_rate

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.evaluation.judges.protocol import Judge
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from endpoint_server import ChatServer, Raw, Said, failure
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.endpoint import Endpoint, Message, Reply, connect
 

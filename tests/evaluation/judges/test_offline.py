@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from published import DATA, needs
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data import splits
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from published import DATA, needs
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.split_rows import HELD_OUT
 from alignx_ds.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from endpoint_server import ChatServer, Said
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, DataError
 from alignx_ds.evaluation.alpaca_eval import Output

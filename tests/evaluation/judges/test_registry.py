@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from alignx_ds.config.schema import JudgesConfig
+from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.errors import ConfigError
 from alignx_ds.evaluation.judges.registry import JUDGES, make
 from alignx_ds.runtime.extras import missing_package
