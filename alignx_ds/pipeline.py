@@ -13,7 +13,7 @@ from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import report
-from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned
+from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned, served_systems
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.evaluation.tuned_merges import tuned
 from alignx_ds.plan import capacity, checks, training
@@ -58,6 +58,8 @@ def run(
     if not dry_run:
         outputs.Outputs.of(config).lock.check()
     outputs.check_owner(config)
+    if until == "run" and distributed.is_main():
+        served_systems(config)
     if dry_run:
         plan, too_large = describe(
             config, base, world_size, show_config=show_config, until=until, gpu_memory=gpu_memory
@@ -112,12 +114,17 @@ def run(
                 config = replace(config, baselines=chosen)
             systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
             systems += ablated_systems(config, base, aligned)
-            evaluation = Evaluation(config, base, data, context.out)
+            served = distributed.on_main(lambda: served_systems(config))
+            if served:
+                console.say(f"answers from {config.evaluation.endpoint}: {', '.join(sorted(served))}")
+            evaluation = Evaluation(config, base, data, context.out, served)
             evaluation.evaluate_all(systems)
             router = router_report(load_aligned(base, aligned), data, base, config)
 
-        # Judge on rank 0 alone: it may take hours, during which no other rank should wait in a collective.
+        # A server's answers and judgement, on rank 0 alone: hours, in which no rank should wait in a collective.
         if distributed.is_main():
+            with signals.immediate_stop("answers"):  # saved as they come, like verdicts
+                evaluation.ask_all(systems)
             with signals.immediate_stop("judgement"):  # verdicts are saved as they come
                 judged = evaluation.judge_all(systems)
                 found = report.build(config, data, judged, router, context.out, time.monotonic() - started, ranks)

@@ -32,6 +32,7 @@ class StandIn:
     keys: list[str] = field(default_factory=list)
     left: int = 0  # streams that their client has left
     reply: bytes = b""  # instead of an answer
+    most: int = 1000  # chats that it answers; the others it is too busy for
 
     @property
     def url(self) -> str:
@@ -52,6 +53,8 @@ class StandIn:
 
     async def _chat(self, request: Request) -> Response:
         body = await self._read(request)
+        if len(self.bodies) > self.most:
+            return Response(status_code=503, headers={"retry-after-ms": "10"})
         if body["max_tokens"] > 100:
             error = {"message": "max_tokens is too large", "type": "BadRequestError", "param": None, "code": 400}
             return JSONResponse({"error": error}, 400)

@@ -27,6 +27,9 @@ class SetConfig:
 
 @dataclass
 class EvaluationConfig:
+    # Of an OpenAI-compatible server, e.g. http://localhost:8000/v1: it answers for the systems whose names it lists as
+    # models, `batch` prompts at a time; its key is OPENAI_API_KEY. Empty: the run generates all answers itself.
+    endpoint: Text = ""
     batch: PositiveInt = 64  # prompts decoded together
     max_new_tokens: PositiveInt = 256
     # Which judges also judge the prompts of other axes: auto (those without a model or a server), all that the recipe

@@ -1,6 +1,7 @@
 """A recipe's JSON schema, by which editors complete and check YAML: `alignx-ds config-schema > recipe.schema.json`.
 
-It is made from the dataclasses of schema.py and those that it names: keys, types, bounds, defaults, and the comment beside each field.
+It is made from the dataclasses of schema.py and those that they name: keys, types, bounds, defaults, and the comment
+beside each field.
 """
 
 from __future__ import annotations

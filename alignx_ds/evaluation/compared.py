@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from alignx_ds.baselines.merged import Merge, add_merged, merge_of
 from alignx_ds.config.schema import MERGES, NO_OUTPUT_CALIBRATION, RunConfig
+from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.evaluation.endpoint import ANSWERS, key_from, listed_models
 from alignx_ds.evaluation.evaluate import System
 from alignx_ds.experts.task_vectors import add_task_vector
 from alignx_ds.mocae.layer import output_calibrations
@@ -20,6 +22,7 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages import fuse
+from alignx_ds.stages.finetune import MIXED
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,30 @@ def ablated_systems(config: RunConfig, base: BaseModel, aligned: Path) -> list[S
     provenance = {"base": base.digest, "dtype": config.model.dtype, "aligned": _fingerprint(aligned)}
     load = partial(load_without_output_calibration, base, aligned)
     return [System(NO_OUTPUT_CALIBRATION, provenance | {"ablation": NO_OUTPUT_CALIBRATION}, load)]
+
+
+def system_names(config: RunConfig) -> list[str]:
+    """All that the run evaluates: those that it compares, and the ablations."""
+    ablations = [NO_OUTPUT_CALIBRATION] if config.gate.output_latent else []
+    return ["base", *config.axes, "sequential", MIXED, *config.baselines.make, "alignx", *ablations]
+
+
+def served_systems(config: RunConfig) -> frozenset[str]:
+    """The systems that `evaluation.endpoint` has a model of; none where it is empty. Asks the server for its models.
+
+    Raises ConfigError where the server can't be asked, or has none of them, and ModuleNotFoundError without its client.
+    """
+    url, names = config.evaluation.endpoint, system_names(config)
+    if not url:
+        return frozenset()
+    import openai  # noqa: F401 (to fail here, and not after the training)
+
+    expected = "the /v1 of a server with models named as the run's systems"
+    listed = listed_models(url, key_from(), ANSWERS.address, expected)
+    if not (found := frozenset(names).intersection(listed)):
+        fix = f"it has {', '.join(map(str, listed)) or 'none'}; serve one or more of {', '.join(names)}"
+        raise ConfigError(Problem(ANSWERS.address, url, expected, fix))
+    return found
 
 
 def _fingerprint(directory: Path) -> str:

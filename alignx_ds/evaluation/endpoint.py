@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
+import httpx2
+
 from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.errors import ConfigError, DataError, Problem, redact
 
@@ -21,6 +23,7 @@ KEY = "OPENAI_API_KEY"
 NO_KEY = "no-key"  # the client requires a key, local servers usually do not
 MAX_TOKENS = 8  # a judge replies with one word
 ADDRESS = "an OpenAI-compatible server's address"
+LISTING_SECONDS = 10.0
 
 Message = dict[str, str]  # role, content
 
@@ -40,6 +43,9 @@ class Names:
     address: str = "judges.endpoint"
     model: str = "judges.endpoint_model"
     parallel: str = "judges.endpoint_parallel"
+
+
+ANSWERS = Names("evaluation.endpoint", "the names of the server's models", "evaluation.batch")
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Endpoint:
         """
         import openai  # a heavy package that other judges do not need
 
-        key = _key()
+        key = key_from()
         with (
             openai.OpenAI(
                 base_url=self.base_url, api_key=key or NO_KEY, timeout=self.timeout, max_retries=self.retries
@@ -120,12 +126,27 @@ class Endpoint:
         return f"{self.base_url}: {what}"
 
 
-def _key() -> str:
+def key_from(variable: str = KEY) -> str:
     """The key, "" for none. Raises ConfigError for an invalid header value, which the HTTP library would print."""
-    key = os.environ.get(KEY, "").strip()
+    key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(Problem(KEY, "(not shown)", "printable ASCII", "export it again"))
+        raise ConfigError(Problem(variable, "(not shown)", "printable ASCII", "export it again"))
     return key
+
+
+def listed_models(address: str, key: str, option: str, expected: str) -> dict[str, Any]:
+    """What the server says of each of its models, by the model's name.
+
+    Raises ConfigError where that can't be read; it names the `option` that has the address, and what is `expected`.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx2.get(f"{address.rstrip('/')}/models", headers=headers, timeout=LISTING_SECONDS)
+        answer.raise_for_status()
+        return {card["id"]: card for card in answer.json()["data"]}
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
+        fix = f"its models can't be read ({error}); start it, or correct the address"
+        raise ConfigError(Problem(option, address, expected, fix)) from error
 
 
 def _in_order(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import EncodedData
 from alignx_ds.data.rows import Row, digest
 from alignx_ds.evaluation import matrix, transcripts
+from alignx_ds.evaluation.endpoint import ANSWERS, Endpoint
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import Judge, Metrics
 from alignx_ds.evaluation.likelihood import MEASURES, perplexity_by_axis
+from alignx_ds.evaluation.remote import ANSWER_SECONDS, ask
 from alignx_ds.evaluation.transcripts import AnswerFile
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.sharding import is_sharded
@@ -56,13 +58,15 @@ class System:
 class Result:
     """One system's results: metrics by question set, perplexity by axis, and a few answers by question set.
 
-    `matrix` has, by axis, the metrics of its own judge and of the others that judge the same answers.
+    `matrix` has, by axis, the metrics of its own judge and of the others that judge the same answers. `endpoint` is the
+    address of the server that gave the answers; empty where the run did.
     """
 
     metrics: dict[str, Metrics]
     perplexity: dict[str, float]
     samples: dict[str, list[tuple[Row, str]]]
     matrix: matrix.Cells = field(default_factory=dict)
+    endpoint: str = ""
 
 
 def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
@@ -74,21 +78,39 @@ def question_sets(config: RunConfig, data: EncodedData) -> list[QuestionSet]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all systems share: the settings, the base model's tokenizer, the rows, and the directory of results."""
+    """What all systems share: the settings, the base model's tokenizer, the rows, and the directory of results.
+
+    The answers of the systems that are `served`, by their names, come from the server at `evaluation.endpoint`.
+    """
 
     config: RunConfig
     base: BaseModel
     data: EncodedData
     out: Outputs
+    served: frozenset[str] = frozenset()
 
     def evaluate_all(self, systems: Sequence[System]) -> None:
-        """Write every system's answers and likelihoods. Says how many answers on disk are of no use. Collective."""
+        """Write every system's answers, but for those that are served, and likelihoods. Collective.
+
+        Says how many answers on disk are of no use.
+        """
         distributed.on_main(lambda: self._count_answers(systems))
         answered = sum(questions.needs_answers for questions in self._question_sets())
         with console.progress("answers and likelihoods", len(systems) * (answered + 1)) as progress:
             for system in systems:
                 signals.stop_if_requested("evaluation")
                 self.evaluate(system, progress)
+
+    def ask_all(self, systems: Sequence[System]) -> None:
+        """Have the server answer for the systems that are served; answers on disk are kept. Raises DataError.
+
+        Runs on one rank, after the process group has ended, like the judges.
+        """
+        c = self.config.evaluation
+        server = Endpoint(c.endpoint, "", c.batch, ANSWER_SECONDS, max_tokens=c.max_new_tokens, names=ANSWERS)
+        for questions, system in self._answered([s for s in systems if s.name in self.served]):
+            file, what = self.answer_file(questions, system), f"answers of {system.name} to {questions.name}"
+            ask(replace(server, model=system.name), file, what)
 
     def judge_all(self, systems: Sequence[System]) -> dict[str, Result]:
         """Judge the answers of every system; results by its name. Raises ConfigError if a judge can't be made.
@@ -102,9 +124,9 @@ class Evaluation:
         return {system.name: self.judge(system, judges) for system in systems}
 
     def evaluate(self, system: System, progress: Progress) -> None:
-        """Write one system's answers and likelihoods; those on disk with the same provenance are kept. Collective.
+        """Write one system's answers, unless it is served, and likelihoods. Collective.
 
-        The model is loaded only if something is missing.
+        Those on disk with the same provenance are kept: the model is loaded only if something is missing.
         """
         model: PreTrainedModel | None = None
         settings = self.config.evaluation
@@ -112,7 +134,7 @@ class Evaluation:
             if not questions.needs_answers:
                 continue
             file = self.answer_file(questions, system)
-            if not distributed.on_main(file.is_complete):
+            if system.name not in self.served and not distributed.on_main(file.is_complete):
                 model = model or system.load()
                 answers(
                     model,
@@ -157,7 +179,7 @@ class Evaluation:
                     metrics[name] = found
                 if name in self.config.axes:
                     cells.setdefault(name, {})[judge] = found | {"rows": len(rows)}
-        return Result(metrics, measured["perplexity"], samples, cells)
+        return Result(metrics, measured["perplexity"], samples, cells, self._endpoint(system))
 
     def _sample(self, answered: list[tuple[Row, str]]) -> list[tuple[Row, str]]:
         """This question set's share of SAMPLES, at even distances: files are often sorted by kind."""
@@ -180,7 +202,12 @@ class Evaluation:
             "model": manifest.fingerprint(system.provenance),
             "max_new_tokens": self.config.evaluation.max_new_tokens,
         }
+        if endpoint := self._endpoint(system):
+            provenance["endpoint"] = endpoint
         return AnswerFile(self.out.answers / f"{system.name}.{questions.name}.jsonl", questions.rows, provenance)
+
+    def _endpoint(self, system: System) -> str:
+        return self.config.evaluation.endpoint if system.name in self.served else ""
 
     def _verdict_file(self, questions: QuestionSet, system: System, judge: str) -> Path:
         return self.out.verdicts / f"{system.name}.{questions.name}.{judge}.jsonl"
@@ -192,7 +219,7 @@ class Evaluation:
         files = [self.answer_file(questions, system) for questions, system in self._answered(systems)]
         there = sum(transcripts.lines(file.path) for file in files)
         if unused := there - sum(len(file.load()) for file in files):
-            reason = "are of another model or length, or to other rows, and not used"
+            reason = "are of another model, server or length, or to other rows, and not used"
             console.say(f"{self.out.answers}: {unused} of {there} answers {reason}")
 
     def _count_verdicts(self, systems: Sequence[System], judges: dict[str, Judge]) -> None:

@@ -72,6 +72,7 @@ def build(
         "axes": axes,
         "scored": scored,
         "systems": {name: _scores(r, axes, scored) for name, r in results.items()},
+        "endpoints": {name: r.endpoint for name, r in (results | ablated).items() if r.endpoint},  # that answered
         "perplexity": {name: r.perplexity for name, r in results.items()},
         "sets": {s: {name: r.metrics[s] for name, r in results.items()} for s in config.evaluation.judges},
         "judges": {name: config.axes[name].judge for name in scored} | config.evaluation.judges,

@@ -25,6 +25,7 @@ from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
 from alignx_ds.evaluation.judges.protocol import Verdict, label
+from alignx_ds.evaluation.remote import ANSWER_SECONDS, ask
 from alignx_ds.models import content
 from alignx_ds.models.backbone import load_answering
 from alignx_ds.models.base import local_model
@@ -32,7 +33,6 @@ from alignx_ds.runs.manifest import fingerprint
 from alignx_ds.runtime import console, distributed
 
 OPTIONS = Names("--endpoint", "MODEL", "--batch")
-ANSWER_SECONDS = 600.0  # per attempt
 SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # their verdicts are compared with each other's
 
 
@@ -54,7 +54,7 @@ def answer(
     settings = {"seed": 0, "max_new_tokens": max_new_tokens}
     if endpoint:
         server = Endpoint(endpoint, model, batch, ANSWER_SECONDS, max_tokens=max_new_tokens, names=OPTIONS)
-        _ask(server, transcripts.AnswerFile(out, rows, {**settings, "model": f"{model} at {endpoint}"}))
+        ask(server, transcripts.AnswerFile(out, rows, {**settings, "model": f"{model} at {endpoint}"}))
         return out
     directory = local_model(model, "model")
     logging.disable_progress_bar()
@@ -63,17 +63,6 @@ def answer(
     file = transcripts.AnswerFile(out, rows, {**settings, "model": fingerprint(content.hashes(directory))})
     answers(loaded, tokenizer, [row.chat for row in rows], batch=batch, max_new_tokens=max_new_tokens, file=file)
     return out
-
-
-def _ask(server: Endpoint, file: transcripts.AnswerFile) -> None:
-    """The answers that the file lacks, each written as it comes. Raises DataError where the server does not answer."""
-    done = len(file.load())
-    missing = file.rows[done:]
-    asked = ([{"role": turn.role, "content": turn.text} for turn in row.chat] for row in missing)
-    with console.progress("answers", len(missing)) as progress:
-        for number, reply in enumerate(server.ask(asked), done):
-            file.append(number, [reply.text.strip()])
-            progress.advance()
 
 
 def _check_answer(out: Path, limit: int, batch: int, max_new_tokens: int) -> None:

@@ -8,8 +8,8 @@ from alignx_ds.config import parse
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
 from alignx_ds.evaluation.alpaca_eval import Output
+from alignx_ds.evaluation.compared import system_names
 from alignx_ds.runtime import console
-from alignx_ds.stages.finetune import MIXED
 
 
 def export(root: Path, out: Path, system: str, name: str, reference: Path | None, own: Path | None) -> None:
@@ -45,6 +45,5 @@ def _own(root: Path) -> list[Path]:
     if not config.is_file():
         return there
     c = parse.load(config)
-    systems = ("base", *c.axes, "sequential", MIXED, *c.baselines.make, "alignx")
-    named = {f"{system}.{questions}" for system in systems for questions in (*c.axes, *c.evaluation.sets)}
+    named = {f"{system}.{questions}" for system in system_names(c) for questions in (*c.axes, *c.evaluation.sets)}
     return [path for path in there if path.stem in named]

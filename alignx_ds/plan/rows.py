@@ -22,6 +22,7 @@ from alignx_ds.data.schemas import LABELS_HARM, QUESTIONS_ONLY, SCHEMAS, schema_
 from alignx_ds.data.sources import WORLD, names_a_source
 from alignx_ds.data.world.rows import SOURCES
 from alignx_ds.errors import Problem
+from alignx_ds.evaluation.endpoint import ANSWERS, address_problems
 from alignx_ds.evaluation.endpoint import problems as endpoint_problems
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
@@ -175,7 +176,9 @@ def _source(key: str, name: str, source: str, schema: str, columns: dict[str, st
 
 
 def _judges(c: RunConfig) -> Iterator[Problem]:
-    """Of the judges that this config names; the settings of the others are not used."""
+    """Of the server that answers, and of the judges that this config names; the settings of the others are not used."""
+    if c.evaluation.endpoint:
+        yield from address_problems(c.evaluation.endpoint, ANSWERS.address)
     named = {axis.judge for axis in c.axes.values()} | {s.judge for s in c.evaluation.sets.values()}
     if named & ENDPOINT_JUDGES:
         yield from endpoint_problems(c.judges)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import httpx2
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.evaluation.endpoint import address_problems
+from alignx_ds.evaluation.endpoint import address_problems, key_from, listed_models
 from alignx_ds.serve.protocol import ApiError
 
 OPTION = "--router-for"
@@ -25,10 +24,10 @@ class Upstream:
         """Asks the server for its models. Raises ConfigError where one is missing, or it does not answer."""
         if wrong := list(address_problems(url, OPTION, KEY_VARIABLE)):
             raise ConfigError(*wrong)
-        self.url, self._experts, key = _with_version(url), experts, os.environ.get(KEY_VARIABLE, "").strip()
+        self.url, self._experts, key = _with_version(url), experts, key_from(KEY_VARIABLE)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client: httpx2.AsyncClient | None = None  # made in the event loop that uses it
-        self.models = self._listed()
+        self.models = listed_models(self.url, key, OPTION, SERVED)
         self.base = self._base()
 
     def model_for(self, gates: dict[str, float]) -> str:
@@ -53,15 +52,6 @@ class Upstream:
         except httpx2.TransportError as error:
             message = f"the server behind this router does not answer ({error})"
             raise ApiError(UNREADABLE, message, retry=True) from error
-
-    def _listed(self) -> dict[str, Any]:
-        try:
-            answer = httpx2.get(f"{self.url}/models", headers=self._headers, timeout=CONNECT_SECONDS)
-            answer.raise_for_status()
-            return {card["id"]: card for card in answer.json()["data"]}
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
-            fix = f"its models can't be read ({error}); start it, or correct the address"
-            raise ConfigError(Problem(OPTION, self.url, SERVED, fix)) from error
 
     def _base(self) -> str:
         """The model without an adapter: it is the one that is no axis, and no set of axes."""

@@ -172,7 +172,7 @@ def test_what_is_not_used_any_more_is_said(
     evaluation.config.evaluation.max_new_tokens = 1
     evaluation.evaluate_all([base])
     assert loaded == ["base", "base"]
-    assert capsys.readouterr().out.count("12 of 12 answers are of another model or length") == 1
+    assert capsys.readouterr().out.count("12 of 12 answers are of another model, server or length") == 1
     evaluation.judge_all([base])
     assert "of 12 verdicts are of another judge, or on other answers, and not used" in capsys.readouterr().out
 
