@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 from pages import ROOT, read, text
@@ -64,17 +65,51 @@ def test_the_claims_quote_the_real_model() -> None:
     assert f"base {quoted['base']} % unsafe, mixed {quoted['mixed']}, AlignX {quoted['alignx']}" in readme
     mc = {name: "/".join(f"{s['metrics']['honest'][k]:.1f}" for k in ("mc1", "mc2")) for name, s in systems.items()}
     assert f"base {mc['base']}, sequential {mc['sequential']}, mixed {mc['mixed']}, AlignX {mc['alignx']}" in page
-    gained = {
-        "helpful": lambda s: -math.log(s["perplexity"]["helpful"]),
-        "honest": lambda s: s["metrics"]["honest"]["mc2"],
-    }
-    gained["harmless"] = lambda s: s["metrics"]["beavertails_evaluation"]["score"]
     for name, label in (("sequential", "sequential"), ("mixed", "mixed"), ("ties", "ties"), ("alignx", "**AlignX**")):
-        shares = []
-        for axis in ("helpful", "harmless", "honest"):
-            base, own, reached = (gained[axis](systems[system]) for system in ("base", axis, name))
-            shares.append(round(100 * (reached - base) / (own - base)))
-        cells = [f"{share}".replace("-", "−") for share in (*shares, min(shares))]
+        cells = shares(systems, name)
         assert f"| {label} | {' | '.join(cells)} |" in page, name
         if name in ("mixed", "alignx"):
             assert f"{cells[0]}, {cells[1]} and {cells[2]}" in readme
+
+
+def shares(systems: dict[str, Any], name: str) -> list[str]:
+    """Percent of the gains of the helpful, harmless and honest specialists that a system has, and the least of them."""
+    gained = {
+        "helpful": lambda s: -math.log(s["perplexity"]["helpful"]),
+        "harmless": lambda s: s["metrics"]["beavertails_evaluation"]["score"],
+        "honest": lambda s: s["metrics"]["honest"]["mc2"],
+    }
+    found = []
+    for axis, measure in gained.items():
+        base, own, reached = (measure(systems[system]) for system in ("base", axis, name))
+        found.append(round(100 * (reached - base) / (own - base)))
+    return [f"{share}".replace("-", "−") for share in (*found, min(found))]
+
+
+def test_the_newer_recipe_s_tables_are_its_results() -> None:
+    systems = json.loads((ROOT / "benchmarks/results/smollm2-cpu.json").read_text())["systems"]
+    page, readme = text("docs/results.md", "The recipe without system prompts"), read("README.md")
+    labels = {"h3fusion": "H3Fusion", "trinityx": "TrinityX", "task_arithmetic": "task arithmetic"}
+    labels |= {axis: f"{axis} specialist" for axis in ("helpful", "harmless", "honest")}
+    labels |= {"alignx": "**AlignX, choice**", "alignx, needs, whole": "**AlignX, needs**"}
+    for name, system in systems.items():
+        metrics, label = system["metrics"], labels.get(name, name)
+        expected = [
+            f"{system['perplexity']['helpful']:.2f}",
+            f"{metrics['beavertails_evaluation']['unsafe']:.1f}",
+            f"{metrics['xstest']['refused_harmful']:.1f}",
+            f"{100 - metrics['xstest']['over_refusal']:.1f}",
+            f"{metrics['honest']['mc1']:.1f}, {metrics['honest']['mc2']:.1f}",
+            f"{system['perplexity']['honest']:.2f}",
+        ]
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {label} | {expected[0]} |")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+        assert [cells[0], *cells[4:9]] == expected, name
+        if name not in ("base", "helpful", "harmless", "honest"):
+            assert f"| {label} | {' | '.join(shares(systems, name))} |" in page, name
+    for name, said in (("alignx", "AlignX has {}, {} and {} %"), ("mixed", "mixed {}, {} and {}")):
+        assert said.format(*shares(systems, name)) in readme
+    both = [systems[name]["metrics"]["xstest"] for name in ("alignx, needs, whole", "mixed")]
+    rates = [round(value) for x in both for value in (x["refused_harmful"], 100 - x["over_refusal"])]
+    needs = "refuses {} % of XSTest's unsafe prompts and serves {} % of its safe ones, mixed {} and {}"
+    assert needs.format(*rates) in readme
