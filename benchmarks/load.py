@@ -136,20 +136,25 @@ def quiet(server: Server, files: int) -> tuple[int, float]:
     """Open files, and answers and prompts in the server, once they are no more than before, or after a while."""
     end = time.monotonic() + QUIET_SECONDS
     while True:
-        with urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=QUIET_SECONDS) as response:
-            lines = response.read().decode().splitlines()
-        gauges = sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(GAUGES))
-        found = server.process.num_fds(), gauges
-        if (found[0] <= files and not gauges) or time.monotonic() > end:
+        found = server.process.num_fds(), held(server)
+        if (found[0] <= files and not found[1]) or time.monotonic() > end:
             return found
         time.sleep(0.5)
+
+
+def held(server: Server) -> float:
+    """Answers that run and prompts that wait in the server."""
+    with urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=QUIET_SECONDS) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(GAUGES))
 
 
 def drained(server: Server, question: Question) -> tuple[bool, int]:
     """SIGTERM while a question is answered: whether that answer was right, and the exit code."""
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(Client(server.port).ask, question, stream=True)
-        time.sleep(0.02)
+        while not (held(server) or asked.done()):
+            time.sleep(0.001)
         server.process.terminate()
         return asked.result() == question.right, server.process.wait(60)
 

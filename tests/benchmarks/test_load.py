@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def answered(served: Served, asked: list[Question]) -> benchmark.Tally:
 def test_some_seconds_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--minutes", "0.1", "--shape", "tiny", "--layers", "1", "--device", "cpu", "--out", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["load.py", *options])
+    monkeypatch.setattr(benchmark, "MOST_MEGABYTES", 100)  # some seconds are all warm-up
+    monkeypatch.setattr(benchmark, "PAUSE", 0.01)  # so that every kind has its turn
     assert benchmark.main() == 0
     found = json.loads((tmp_path / "load-tiny-cpu.json").read_text())
     assert len(found["targets"]) == 8 and all(target["met"] for target in found["targets"])
@@ -118,13 +121,24 @@ def test_growth_is_the_slope_after_the_warm_up() -> None:
     assert found.megabytes_a_minute == pytest.approx(6, rel=0.01)
 
 
-def test_a_process_that_keeps_memory_and_files_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+KEEPS = """
+import sys, tempfile
+kept = []
+for line in sys.stdin:
+    kept += [b"x" * 10**6, tempfile.TemporaryFile()]
+    print("kept", flush=True)
+"""
+
+
+def test_a_process_that_keeps_memory_and_files_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: this one may have room in its heap for all of it."""
     monkeypatch.setattr(growth, "EVERY", 0.02)
-    kept: list[Any] = []
-    with Watch(psutil.Process()) as watch:
-        for number in range(30):
-            kept += [b"x" * 10**6, (tmp_path / str(number)).open("w")]
-            time.sleep(0.02)
-    for one in kept[1::2]:
-        one.close()
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen([sys.executable, "-c", KEEPS], **pipes) as process:
+        assert process.stdin and process.stdout
+        with Watch(psutil.Process(process.pid)) as watch:
+            for _ in range(30):
+                process.stdin.write("\n")
+                assert process.stdout.readline() == "kept\n"
+                time.sleep(0.02)
     assert watch.growth().megabytes > 5 and watch.growth().files_a_minute > 60
