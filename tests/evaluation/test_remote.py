@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Snapshot, WriteRecipe
 from processes import alignx_ds
 from served import serving
 from transformers import AutoModelForCausalLM
@@ -26,6 +25,9 @@ from alignx_ds.evaluation.compared import served_systems, system_names
 from alignx_ds.evaluation.evaluate import Evaluation, System
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs.outputs import Outputs
+
+WriteRecipe = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 ROWS, AXES = 4, ("helpful", "harmless", "honest")
 pytestmark = pytest.mark.usefixtures("no_launcher", "no_key")
