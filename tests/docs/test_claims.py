@@ -107,7 +107,9 @@ def test_the_newer_recipe_s_tables_are_its_results() -> None:
         assert [cells[0], *cells[4:9]] == expected, name
         if name not in ("base", "helpful", "harmless", "honest"):
             assert f"| {label} | {' | '.join(shares(systems, name))} |" in page, name
-    for name, said in (("alignx", "AlignX has {}, {} and {} %"), ("mixed", "mixed {}, {} and {}")):
+    sentences = {"alignx": "AlignX has {}, {} and {} %", "mixed": "mixed {}, {} and {}"}
+    sentences["alignx, needs, whole"] = "with a gate of needs {}, {} and {} %"
+    for name, said in sentences.items():
         assert said.format(*shares(systems, name)) in readme
     both = [systems[name]["metrics"]["xstest"] for name in ("alignx, needs, whole", "mixed")]
     rates = [round(value) for x in both for value in (x["refused_harmful"], 100 - x["over_refusal"])]
