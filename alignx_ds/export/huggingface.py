@@ -8,6 +8,7 @@ from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards, remote_code
 from alignx_ds.export.measured import measured, results
 from alignx_ds.export.new_directory import new_directory
+from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.models.registration import CODE
 from alignx_ds.models.templates import template_of
@@ -46,7 +47,7 @@ def export(root: Path, out: Path, max_shard_size: str, published: cards.Publicat
         except ValueError as error:
             allowed = "a size such as 5GB or 500MB"
             raise ConfigError(Problem("--max-shard-size", max_shard_size, allowed, str(error))) from error
-        tokenizer.save_pretrained(directory)
+        tokenizers.save(tokenizer, directory, run.out.model)
         encode = CHAT if template_of(tokenizer) else PLAIN
         manifest.write_text(directory / "README.md", _card(run, published, model.config.layers, encode))
     console.say(f"aligned model with its model card: {out}")

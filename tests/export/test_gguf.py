@@ -93,6 +93,11 @@ def test_the_pieces_and_the_added_tokens_are_the_whole_vocabulary(dense: Path, b
     assert ours(TEXT)["input_ids"] == AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
 
 
+def test_an_export_of_the_mixture_keeps_the_pieces_too(dense: Path, base: Path, tmp_path: Path) -> None:
+    assert cli.main(["export", "hf", str(dense.parent / "run"), str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
 def test_without_the_pieces_it_says_what_is_missing(
     finished_run: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
