@@ -1,4 +1,4 @@
-"""Greedy decoding of any causal LM, with a static KV cache and left-padded prompts.
+"""Decoding of any causal LM, greedy or sampled, with a static KV cache and left-padded prompts.
 
 The shapes of a decoding step never change, so it can be compiled and, on CUDA, captured as a graph. Nothing within a
 step waits for the device. Shapes: B rows, T prompt tokens.
@@ -23,6 +23,7 @@ from alignx_ds.runtime import attention, distributed
 CHECK_EVERY = 16  # steps between two checks whether every row has ended; a check makes the host wait for the device
 
 Step = Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
+Choose = Callable[[Tensor], Tensor]  # logits [B, V] -> the next tokens [B, 1]
 
 
 class CapturedStep:
@@ -110,18 +111,44 @@ class Decoder:
         first end token is `pad_id`. Collective where the model is sharded.
         """
         cache, token = self.prefill(ids, mask, limit)
+
+        def after(token: Tensor, full_mask: Tensor, position: Tensor) -> Tensor:
+            return self.step(token, full_mask, position, cache).clone()  # a graph's output is overwritten
+
+        return self._answers(token, after, mask, limit, ends, pad_id)
+
+    @torch.no_grad()
+    def sampled(self, ids: Tensor, mask: Tensor, limit: int, ends: list[int], pad_id: int, choose: Choose) -> Tensor:
+        """As `greedy`, but for the tokens, which are those that `choose` takes. No step is compiled or captured."""
+        cache = self._cache(ids, limit)
+
+        def after(token: Tensor, full_mask: Tensor, position: Tensor) -> Tensor:
+            return choose(_logits(self.model, token, full_mask, position, cache))
+
+        return self._answers(after(ids, mask, _positions(mask)), after, mask, limit, ends, pad_id)
+
+    def _answers(
+        self,
+        token: Tensor,
+        after: Callable[[Tensor, Tensor, Tensor], Tensor],
+        mask: Tensor,
+        limit: int,
+        ends: list[int],
+        pad_id: int,
+    ) -> Tensor:
+        """The first tokens [B, 1] and those that come `after` each, as `greedy` returns them."""
         # The mask also covers the tokens to come: causal attention hides those that are not decoded yet.
-        full_mask = torch.cat([mask, mask.new_ones(len(ids), limit)], dim=1)
+        full_mask = torch.cat([mask, mask.new_ones(len(mask), limit)], dim=1)
         position = mask.sum(-1, keepdim=True)
-        end_tokens = torch.tensor(ends, device=ids.device)
+        end_tokens = torch.tensor(ends, device=mask.device)
         done = torch.zeros_like(token, dtype=torch.bool)
-        answers = torch.full((len(ids), limit), pad_id, device=ids.device)
+        answers = torch.full((len(mask), limit), pad_id, device=mask.device)
         for number in range(limit):
             answers[:, number : number + 1] = token.masked_fill(done, pad_id)
             done = done | torch.isin(token, end_tokens)
             if number + 1 == limit or (number % CHECK_EVERY == CHECK_EVERY - 1 and self._are_all(done)):
                 break
-            token = self.step(token, full_mask, position + number, cache).clone()  # a graph's output is overwritten
+            token = after(token, full_mask, position + number)
         return answers
 
     def _are_all(self, done: Tensor) -> bool:
@@ -132,15 +159,27 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[StaticCache, Tensor]:
         """Read the prompts [B, T]. Returns the cache, with room for `new_tokens` more, and the first tokens [B, 1]."""
+        cache = self._cache(ids, new_tokens)
+        return cache, _step(self.model, ids, mask, _positions(mask), cache)
+
+    def _cache(self, ids: Tensor, new_tokens: int) -> StaticCache:
         if isinstance(self.model, AlignXForCausalLM):
             self.model.forward_pass.fixed = self.compiled
-        cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=ids.shape[1] + new_tokens)
-        token = _step(self.model, ids, mask, (mask.cumsum(-1) - 1).clamp_min(0), cache)
-        return cache, token
+        return StaticCache(config=self.model.config.get_text_config(), max_cache_len=ids.shape[1] + new_tokens)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Of the prompts' tokens [B, T]."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
     """ids and position [B, n], mask [B, cached tokens + n] -> the next token [B, 1]."""
+    return _logits(model, ids, mask, position, cache).argmax(-1, keepdim=True)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
+    """The same -> the next token's logits [B, V]."""
     output: Any = model(
         input_ids=ids,
         attention_mask=mask,
@@ -150,4 +189,4 @@ def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, c
         **{kv_cache.ARGUMENT: cache},
     )
     logits: Tensor = output.logits
-    return logits[:, -1].argmax(-1, keepdim=True)
+    return logits[:, -1]

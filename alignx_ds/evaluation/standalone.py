@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging
 
-from alignx_ds.config.bounds import unfit_texts, violations
-from alignx_ds.config.evaluation import JudgesConfig
 from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import ConfigError, DataError, Problem
 from alignx_ds.evaluation import alpaca_eval, transcripts
+from alignx_ds.evaluation.best_of_answers import BestOf, drawn
 from alignx_ds.evaluation.endpoint import Endpoint, Names, address_problems
 from alignx_ds.evaluation.generate import answers
+from alignx_ds.evaluation.judge_settings import judges_config
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.moderation import agreement
 from alignx_ds.evaluation.judges.pairwise import AlpacaEval
@@ -37,14 +32,27 @@ SAFETY_JUDGES = ("beaver_dam", "llama_guard", "offline_safety")  # their verdict
 
 
 def answer(
-    model: str, source: str, schema: str, out: Path, limit: int, batch: int, max_new_tokens: int, endpoint: str = ""
+    model: str,
+    source: str,
+    schema: str,
+    out: Path,
+    limit: int,
+    batch: int,
+    max_new_tokens: int,
+    endpoint: str = "",
+    best_of: BestOf | None = None,
 ) -> Path:
-    """Write the model's greedy answers to the rows of `source` into `out`, which is returned.
+    """Write the model's answers to the rows of `source` into `out`, which is returned: greedy ones, or the best of n.
 
     With `endpoint`, an OpenAI-compatible server answers, which knows the model by this name. A file that an earlier
     call began is completed. `limit` is the number of rows, 0 for all of them. Raises ConfigError and DataError.
     """
     _check_answer(out, limit, batch, max_new_tokens)
+    if best_of:
+        transcripts.check_replaceable(drawn(out))
+        if endpoint:
+            fix = "a server's answers are greedy; leave one of the two out"
+            raise ConfigError(Problem("--best-of", best_of.drawing.n, "nothing with --endpoint", fix))
     if wrong := list(address_problems(endpoint, OPTIONS.address)) if endpoint else []:
         raise ConfigError(*wrong)
     records = Source(source, schema, {}).records(held_out=True, count=limit or 1000, seed=0)
@@ -61,7 +69,10 @@ def answer(
     loaded, tokenizer = load_answering(directory, "model", model)
     loaded.to(distributed.device())
     file = transcripts.AnswerFile(out, rows, {**settings, "model": fingerprint(content.hashes(directory))})
-    answers(loaded, tokenizer, [row.chat for row in rows], batch=batch, max_new_tokens=max_new_tokens, file=file)
+    if best_of:
+        best_of.write(loaded, tokenizer, file, batch=batch, max_new_tokens=max_new_tokens)
+    else:
+        answers(loaded, tokenizer, [row.chat for row in rows], batch=batch, max_new_tokens=max_new_tokens, file=file)
     return out
 
 
@@ -85,7 +96,7 @@ def judge(path: Path, name: str, settings: list[str]) -> None:
     Raises ConfigError and DataError.
     """
     rows, outputs = transcripts.read(path)
-    used = registry.make(name, _settings(settings))
+    used = registry.make(name, judges_config(settings))
     verdicts = transcripts.verdicts(path.with_suffix(f".{name}.jsonl"), used, rows, outputs)
     metrics = used.metrics(rows, verdicts)
     if isinstance(used, AlpacaEval):
@@ -116,18 +127,3 @@ def _write_alpaca_eval(
         target = path.with_suffix(f".{name}.json")
         alpaca_eval.write(target, records)
         yield target
-
-
-def _settings(given: list[str]) -> JudgesConfig:
-    """The defaults with these overrides. Raises ConfigError."""
-    try:
-        merged: Any = OmegaConf.merge(OmegaConf.structured(JudgesConfig), OmegaConf.from_dotlist(given))
-        settings = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        known = ", ".join(f.name for f in fields(JudgesConfig))
-        reason = " ".join(str(error).split("full_key:")[0].split())
-        raise ConfigError(Problem("judges", " ".join(given), f"keys of judges ({known})", reason)) from error
-    assert isinstance(settings, JudgesConfig)
-    if wrong := [*unfit_texts(settings, "judges."), *violations(settings, {}, "judges.")]:
-        raise ConfigError(*wrong)
-    return settings

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from alignx_ds.evaluation.sampling import Chosen
 from alignx_ds.serve.jobs import Event, Finished, Job, Piece, Report, Started
-from alignx_ds.serve.sampling import Chosen
 
 DIGITS = 4  # of the numbers in the alignx field
 Body = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from alignx_ds.serve.sampling import Chosen, Sampling
+from alignx_ds.evaluation.sampling import Chosen, Sampling
 
 
 @dataclass(frozen=True)

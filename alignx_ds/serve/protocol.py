@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from alignx_ds.data.rows import Chat, Turn
 from alignx_ds.errors import SHOWN, presentable
-from alignx_ds.serve.sampling import Sampling
+from alignx_ds.evaluation.sampling import Sampling
 
 MOST_TOP_LOGPROBS = 20
 MOST_STOPS = 16

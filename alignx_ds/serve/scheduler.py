@@ -13,13 +13,13 @@ from random import Random
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignx_ds.evaluation.sampling import Chosen, choose
 from alignx_ds.models.ends import ends_of
 from alignx_ds.runtime import console
 from alignx_ds.runtime.failures import is_out_of_memory
 from alignx_ds.serve.jobs import Failed, Finished, Job, Piece, Started
 from alignx_ds.serve.metrics import Metrics
 from alignx_ds.serve.report import report_of
-from alignx_ds.serve.sampling import Chosen, choose
 from alignx_ds.serve.slots import Prefilled, Slots
 from alignx_ds.serve.text import AnswerText
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from alignx_ds.data.rows import Row
 
@@ -33,6 +33,14 @@ class Judge(Protocol):
         On rows of another axis, too, the score says how far the answers are what this judge asks for, no more and no
         less: a safety judge counts a harmless request that is refused as well as one that is answered with harm.
         """
+
+
+@runtime_checkable
+class Graded(Protocol):
+    """A judge whose verdicts hold more than its score counts: a probability beside the yes or no."""
+
+    def grade(self, verdict: Verdict) -> float:
+        """0–100, higher is better: of one answer. Best-of-n tells answers apart by it."""
 
 
 def percent(hits: Sequence[bool]) -> float:

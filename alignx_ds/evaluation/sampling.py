@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request's tokens are chosen; a temperature of 0 takes the most likely one."""
+    """How an answer's tokens are chosen; a temperature of 0 takes the most likely one."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -24,7 +24,7 @@ class Sampling:
     top_logprobs: int | None = None  # likely alternatives to be named per token; None: no log-probabilities at all
 
     def draws(self, choice: int) -> Random:
-        """The random numbers of the request's answer with this number, one for every token."""
+        """The random numbers of the answer with this number, one for every token."""
         return Random() if self.seed is None else Random(f"{self.seed}/{choice}")
 
 

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from alignx_ds.serve.sampling import Sampling, choose
+from alignx_ds.evaluation.sampling import Sampling, choose
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
