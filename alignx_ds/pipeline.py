@@ -13,6 +13,7 @@ from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.evaluation import report
+from alignx_ds.evaluation.best_of_run import BestOfRun
 from alignx_ds.evaluation.compared import Trained, ablated_systems, compared_systems, load_aligned, served_systems
 from alignx_ds.evaluation.evaluate import Evaluation
 from alignx_ds.evaluation.tuned_merges import tuned
@@ -112,13 +113,16 @@ def run(
             if config.baselines.tune:
                 chosen = tuned(config, base, data, list(specialists.values()))
                 config = replace(config, baselines=chosen)
-            systems = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
-            systems += ablated_systems(config, base, aligned)
+            compared = compared_systems(config, base, Trained(specialists, fine_tunes, fusions, aligned))
+            systems = compared + ablated_systems(config, base, aligned)
             served = distributed.on_main(lambda: served_systems(config))
             if served:
                 console.say(f"answers from {config.evaluation.endpoint}: {', '.join(sorted(served))}")
             evaluation = Evaluation(config, base, data, context.out, served)
             evaluation.evaluate_all(systems)
+            best_of = BestOfRun(evaluation, [compared[0], compared[-1]]) if config.evaluation.best_of else None
+            if best_of:
+                best_of.draw()
             router = router_report(load_aligned(base, aligned), data, base, config)
 
         # A server's answers and judgement, on rank 0 alone: hours, in which no rank should wait in a collective.
@@ -127,7 +131,9 @@ def run(
                 evaluation.ask_all(systems)
             with signals.immediate_stop("judgement"):  # verdicts are saved as they come
                 judged = evaluation.judge_all(systems)
-                found = report.build(config, data, judged, router, context.out, time.monotonic() - started, ranks)
+                best = best_of.choose() if best_of else {}
+                seconds = time.monotonic() - started
+                found = report.build(config, data, judged, router, context.out, seconds, ranks, best)
                 report.write(found, context.out)
                 report.show(found, context.out)
     return 0

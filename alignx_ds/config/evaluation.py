@@ -35,6 +35,7 @@ class EvaluationConfig:
     # Which judges also judge the prompts of other axes: auto (those without a model or a server), all that the recipe
     # names, or none: each judges its own.
     matrix: Annotated[str, OneOf(("auto", "all", "own"))] = "auto"
+    best_of: NonNegativeInt = 0  # base and aligned model with the best of so many answers, by the axes' judges; 0: off
     compile: bool = False  # the decode step with torch.compile: faster if many batches are decoded
     sets: dict[str, SetConfig] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,15 @@ class Evaluation:
 
         Runs on one rank, after the process group has ended: a judge may take hours, longer than a collective may wait.
         """
+        self._count_verdicts(systems, self.judges)
+        return {system.name: self.judge(system, self.judges) for system in systems}
+
+    @cached_property
+    def judges(self) -> dict[str, Judge]:
+        """All that the run has, by name. Raises ConfigError if one can't be made."""
         own = {questions.judge for questions in self._question_sets() if questions.needs_answers}
         names = sorted(own.union(matrix.cross_judges(self.config)))
-        judges = {name: registry.make(name, self.config.judges) for name in names}
-        self._count_verdicts(systems, judges)
-        return {system.name: self.judge(system, judges) for system in systems}
+        return {name: registry.make(name, self.config.judges) for name in names}
 
     def evaluate(self, system: System, progress: Progress) -> None:
         """Write one system's answers, unless it is served, and likelihoods. Collective.

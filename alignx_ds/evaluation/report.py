@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -29,7 +31,8 @@ from alignx_ds.runtime.versions import version
 from alignx_ds.stages.finetune import baseline_fine_tunes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "scikit-learn")
-MATRIX = "Every judge on every axis"  # a section of the page
+BEST_OF = "Best of several answers"  # a section of the page, like the next
+MATRIX = "Every judge on every axis"
 MATRIX_COLUMNS = 8  # at most, of the matrix on the terminal
 ABLATIONS = {NO_OUTPUT_CALIBRATION: "alignx, R = 0"}  # of the aligned model, by system
 SOURCE_KINDS = {"own": "own prompts", "routing": "routing rows", "set": "extra set"}  # of the gate's prompts
@@ -52,10 +55,12 @@ def build(
     out: Outputs,
     seconds: float,
     ranks: int,
+    best_of: Mapping[str, Mapping[str, Metrics]] = MappingProxyType({}),
 ) -> Report:
     """Put together what the judges, the router and the training jobs have left; nothing is written.
 
-    `results` are those of the systems that the run compares, and of the ablations, which have tables of their own.
+    `results` are those of the systems that the run compares, and of the ablations, which have tables of their own, as
+    have the metrics of the best of several answers, by name and axis.
     """
     axes = list(config.axes)
     ablated = {name: results[name] for name in ABLATIONS if name in results}
@@ -84,6 +89,7 @@ def build(
             }
             for name, r in ablated.items()
         },
+        "best_of": {name: _means(metrics) for name, metrics in best_of.items()},
         "matrix": {name: r.matrix for name, r in results.items()},
         "router": _router(router),
         "experts": config.expert_names,
@@ -123,6 +129,12 @@ def _scores(result: Result, axes: list[str], scored: list[str]) -> dict[str, Any
     for axis in scored:
         scores |= {name: result.metrics[axis][name] for name in BESIDE if name in result.metrics[axis]}
     return scores | {"details": {axis: result.metrics[axis] for axis in scored}}
+
+
+def _means(metrics: Mapping[str, Metrics]) -> dict[str, float]:
+    """The score of every axis, and their mean."""
+    scores = {axis: found["score"] for axis, found in metrics.items()}
+    return scores | {"avg": sum(scores.values()) / len(scores)}
 
 
 def _collapse(results: dict[str, Result], axis: str) -> dict[str, float]:
@@ -194,6 +206,7 @@ def write(report: Report, out: Outputs) -> None:
             *([MATRIX] if cells else []),
             "Perplexity",
             *content["sets"],
+            *([BEST_OF] if content["best_of"] else []),
             *(["Ablations"] if content["ablations"] else []),
             *("Router", "Training", "Data"),
             *(["Answers"] if samples else []),
@@ -204,6 +217,7 @@ def write(report: Report, out: Outputs) -> None:
         score_columns=_score_columns(content, "avg", *BESIDE),
         set_columns={name: set_columns(by_system) for name, by_system in content["sets"].items()},
         ablations=_ablations(content),
+        best_of=_best_of(content),
         cells=cells,
         cell_scores=matrix.scores(content["matrix"], cells),
         cell_notes=matrix.notes(
@@ -256,6 +270,10 @@ def show(report: Report, out: Outputs) -> None:
         rows = [[system, *(f"{m[c]:.1f}" if c in m else "–" for c in columns)] for system, m in by_system.items()]
         console.table(f"{name}, judged by {content['judges'][name]}", ["system", *map(label, columns)], rows)
     _show_matrix(content)
+    if content["best_of"]:
+        columns, rows, choosing = _best_of(content)
+        console.table(f"The best of {content['config']['evaluation']['best_of']} answers", ["system", *columns], rows)
+        console.say(f"the best answers are chosen by the judges that score them ({choosing}): an upper baseline")
     if content["ablations"]:
         columns, rows = _ablations(content)
         console.table("The aligned model with and without output calibration (R = 0)", ["system", *columns], rows)
@@ -305,6 +323,17 @@ def _ablations(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for name, found in {"alignx": whole, **content["ablations"]}.items()
     ]
     return [*map(label, scored), *sets, *(f"perplexity:\n{axis}" for axis in measured)], rows
+
+
+def _best_of(content: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """(columns, rows, judges that choose): the systems whose best answers are chosen, without that and with it."""
+    best: dict[str, dict[str, float]] = content["best_of"]
+    axes = [name for name in next(iter(best.values()), {}) if name != "avg"]
+    alone = {name: content["systems"][name] for name in (key.partition("+")[0] for key in best)}
+    plain = {name: _means({axis: {"score": scores[axis]} for axis in axes}) for name, scores in alone.items()}
+    shown = {key: scores for name in plain for key, scores in (plain | best).items() if key.partition("+")[0] == name}
+    rows = [[name, *(f"{value:.1f}" for value in scores.values())] for name, scores in shown.items()]
+    return [*axes, "avg"], rows, ", ".join(dict.fromkeys(content["judges"][axis] for axis in axes))
 
 
 def _show_matrix(content: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from alignx_ds.data.world.rows import SOURCES
 from alignx_ds.errors import Problem
 from alignx_ds.evaluation.endpoint import ANSWERS, address_problems
 from alignx_ds.evaluation.endpoint import problems as endpoint_problems
+from alignx_ds.evaluation.judges.registry import JUDGES
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
 COMPARING_JUDGES = frozenset({"alpaca_eval", "offline_pairwise"})  # with reference outputs
@@ -179,6 +180,9 @@ def _judges(c: RunConfig) -> Iterator[Problem]:
     """Of the server that answers, and of the judges that this config names; the settings of the others are not used."""
     if c.evaluation.endpoint:
         yield from address_problems(c.evaluation.endpoint, ANSWERS.address)
+    if c.evaluation.best_of and not any(axis.judge in JUDGES for axis in c.axes.values()):
+        fix = "give an axis such a judge, or leave best_of at 0"
+        yield Problem("evaluation.best_of", c.evaluation.best_of, "an axis with a judge of answers", fix)
     named = {axis.judge for axis in c.axes.values()} | {s.judge for s in c.evaluation.sets.values()}
     if named & ENDPOINT_JUDGES:
         yield from endpoint_problems(c.judges)

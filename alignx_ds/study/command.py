@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from alignx_ds.runtime import console, distributed
-from alignx_ds.study import calibration, contributions, drift, forgetting, overlap, results, steering
+from alignx_ds.study import best_of, calibration, contributions, drift, forgetting, overlap, results, steering
 from alignx_ds.study.studied_run import StudiedRun
 
 Measure = Callable[[StudiedRun], dict[str, Any]]
@@ -21,6 +21,7 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "calibration": (calibration.measure, calibration.draw, calibration.show),
     "overlap": (overlap.measure, overlap.draw, overlap.show),
     "steering": (steering.measure, steering.draw, steering.show),
+    "best-of": (best_of.measure, best_of.draw, best_of.show),
 }
 
 

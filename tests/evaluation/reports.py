@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from alignx_ds.config import parse
@@ -139,11 +141,13 @@ def finish(
     sources: dict[str, SourceMetrics] | None = None,
     data: EncodedData | None = None,
     evaluation: dict[str, Any] | None = None,
+    best_of: Mapping[str, Mapping[str, Metrics]] = MappingProxyType({}),
 ) -> tuple[Report, Outputs]:
     """A report on a run with these settings, written; `metrics` by system and extra set come on top.
 
     `ablated` is what the aligned model has reached without output calibration, `sources` is the router by source, and
-    `data` are other rows than `inputs`; `evaluation` is what every fine-tune has recorded while it trained.
+    `data` are other rows than `inputs`; `evaluation` is what every fine-tune has recorded while it trained, and
+    `best_of` the metrics of the best of several answers.
     """
     settings = parse.load(RECIPE, [f"output={root}", *overrides])
     out = Outputs.of(settings)
@@ -163,6 +167,6 @@ def finish(
     confusion = [[7, 1, 0, 0], [0, 8, 0, 0], [0, 0, 6, 2], [1, 0, 0, 7]]
     ablations = {"linear": ROUTER, "natural": ROUTER}
     router = RouterReport(ROUTER, ROUTER | {"ece": 0.2}, 0.5, confusion, ablations, SURFACE, sources or {})
-    built = report.build(settings, data or inputs(settings), results, router, out, 61.5, 2)
+    built = report.build(settings, data or inputs(settings), results, router, out, 61.5, 2, best_of)
     report.write(built, out)
     return built, out

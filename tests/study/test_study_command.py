@@ -20,7 +20,9 @@ Study = Callable[[str], dict[str, Any]]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
-@pytest.mark.parametrize("what", ["drift", "forgetting", "contributions", "calibration", "overlap", "steering"])
+@pytest.mark.parametrize(
+    "what", ["drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of"]
+)
 def test_a_study_records_its_provenance_and_does_not_change_the_run(
     what: str, finished_run: Path, study: Study, snapshot: Snapshot
 ) -> None:
