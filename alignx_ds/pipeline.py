@@ -26,7 +26,7 @@ from alignx_ds.plan.sizes import disk
 from alignx_ds.routing.router_report import router_report
 from alignx_ds.runs import outputs
 from alignx_ds.runtime import console, distributed, launcher, signals
-from alignx_ds.stages import align, finetune, fuse, results, scratch
+from alignx_ds.stages import align, finetune, fuse, restore, results, scratch
 from alignx_ds.stages.stage import StageContext
 
 Until = Literal["specialists", "align", "run"]
@@ -107,6 +107,7 @@ def run(
 
             console.heading("Baselines")
             fine_tunes = finetune.train_baselines(context)
+            fine_tunes |= restore.restored(context, fine_tunes[finetune.SEQUENTIAL], specialists)
             fusions = fuse.train_fusions(context, specialists)
 
             console.heading("Evaluation")

@@ -25,6 +25,7 @@ PAIRED = ("dpo", "orpo", "simpo")  # those that compare two answers to one promp
 JUDGED = ("kto", "bco")  # and those that need answers, each good or bad
 LORA_TARGETS = ("gate_proj", "up_proj", "down_proj")
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
+REGULARISED, RESTORED = "sequential_regularised", "restored"  # baselines that mend the sequential fine-tune
 NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
 # Keys of a stage that say how its work is done and do not change its result. For a DeepSpeed JSON see `engine`.
 SPREAD = frozenset({"accumulation", "ep_size", "deepspeed", "checkpoint_activations"})
@@ -195,12 +196,27 @@ class LoraConfig:
 
 
 @dataclass
+class KeepConfig:
+    """Two terms by which a fine-tune keeps what was learned before it (docs/method.md); 0 leaves a term out."""
+
+    fisher: NonNegativeFloat = 0.0  # λ: of the distance from the start, weighted by the Fisher information
+    collision: NonNegativeFloat = 0.0  # μ: of the change along task vectors learned before
+    rows: PositiveInt = 64  # of the generalist and of each axis before, that the Fisher information is estimated on
+
+    @property
+    def is_on(self) -> bool:
+        return self.fisher > 0 or self.collision > 0
+
+
+@dataclass
 class SpecialistConfig(TrainConfig):
     """Stage 1: one fine-tune per axis under ZeRO-3, whose change of the AlignX layers' FFNs stage 2 hosts."""
 
     # The FFNs of the AlignX layers, or low-rank factors beside them, which are then the expert as they are.
     trainable: Annotated[str, OneOf(("ffn", "lora"))] = "ffn"
     lora: LoraConfig = field(default_factory=LoraConfig)
+    # What the specialists keep of the base and of the axes before them; it takes ffn. A baseline has its own.
+    keep: KeepConfig = field(default_factory=KeepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -285,13 +301,16 @@ class BaselinesConfig:
     The merges' scales and densities are those that their papers recommend without tuning.
     """
 
-    make: list[Annotated[str, OneOf((*MERGES, *FUSIONS))]] = field(default_factory=lambda: list(MERGES))
+    make: list[Annotated[str, OneOf((*MERGES, *FUSIONS, REGULARISED, RESTORED))]] = field(
+        default_factory=lambda: list(MERGES)
+    )
     tune: bool = False  # choose the merges' scales and densities on the calibration split, instead of those below
     arithmetic_scale: PositiveFloat = 0.4  # λ of the summed task vectors
     ties_scale: PositiveFloat = 1.0
     ties_density: Density = 0.2  # share of a task vector's entries that remain
     dare_scale: PositiveFloat = 0.4
     dare_density: Density = 0.1
+    sequential_regularised: KeepConfig = field(default_factory=lambda: KeepConfig(fisher=1.0))
     h3fusion: FusionConfig = field(default_factory=lambda: FusionConfig(drift=0.1))
     trinityx: FusionConfig = field(default_factory=lambda: FusionConfig(entropy=0.1, uniform=0.05))
 

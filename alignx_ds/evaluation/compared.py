@@ -30,7 +30,7 @@ class Trained:
     """The directories of the models that a run has trained."""
 
     specialists: dict[str, Path]  # by axis
-    fine_tunes: dict[str, Path]  # by baseline: sequential, mixed
+    fine_tunes: dict[str, Path]  # by baseline: sequential, mixed, and those that mend the sequential one
     fusions: dict[str, Path]  # by baseline: h3fusion, trinityx, where the recipe lists them
     aligned: Path
 

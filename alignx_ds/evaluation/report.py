@@ -65,7 +65,7 @@ def build(
     axes = list(config.axes)
     ablated = {name: results[name] for name in ABLATIONS if name in results}
     results = {name: result for name, result in results.items() if name not in ablated}
-    fine_tunes = sorted([*axes, *(tune.name for tune in baseline_fine_tunes(axes))])  # others' may lie beside them
+    fine_tunes = sorted([*axes, *(tune.name for tune in baseline_fine_tunes(config))])  # others' may lie beside them
     stage1 = {name: manifest.read(out.specialists / name) for name in fine_tunes}
     fusions = {name: manifest.read(out.baselines / name) for name in sorted(set(FUSIONS) & set(config.baselines.make))}
     losses = {name: m["losses"] for name, m in (stage1 | fusions).items() if m["losses"]}  # an adapter has none

@@ -13,6 +13,8 @@ from alignx_ds.config.schema import (
     MERGES,
     NO_OUTPUT_CALIBRATION,
     PAIRED,
+    REGULARISED,
+    RESTORED,
     AxisConfig,
     GeneralistConfig,
     RunConfig,
@@ -28,7 +30,8 @@ from alignx_ds.evaluation.judges.registry import JUDGES
 
 ENDPOINT_JUDGES = frozenset({"alpaca_eval", "honeset"})
 COMPARING_JUDGES = frozenset({"alpaca_eval", "offline_pairwise"})  # with reference outputs
-RESERVED = frozenset({"base", "generalist", "sequential", "mixed", "alignx", NO_OUTPUT_CALIBRATION, *MERGES, *FUSIONS})
+OTHERS = ("base", "generalist", "sequential", "mixed", "alignx", REGULARISED, RESTORED, NO_OUTPUT_CALIBRATION)
+RESERVED = frozenset({*OTHERS, *MERGES, *FUSIONS})
 
 
 def problems(c: RunConfig) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from alignx_ds.config.schema import FUSIONS, RunConfig
+from alignx_ds.config.schema import FUSIONS, REGULARISED, RESTORED, RunConfig
 from alignx_ds.experts.lora import Lora
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.mocae.geometry import Geometry
@@ -73,8 +73,9 @@ def disk(config: RunConfig, base: BaseModel) -> dict[str, float]:
         "stage 2": n["gates and calibrations"] + (n["experts' factors"] if config.align.expert_lr_scale > 0 else 0),
         "fusions": n.get("full copies of the FFNs", 0),
     }
-    fine_tunes = axes + max(0, axes - 1) + 1  # specialists, the sequence after the first of them, and mixed
-    fusions = sum(name in config.baselines.make for name in FUSIONS)
+    make, sequence = config.baselines.make, max(0, axes - 1)  # of fine-tunes, after the first specialist
+    fine_tunes = axes + sequence * (2 if REGULARISED in make else 1) + 1 + (RESTORED in make)  # 1: mixed
+    fusions = sum(name in make for name in FUSIONS)
     aligned = n["base model"] + n["experts' factors"] + n["gates and calibrations"]
     kept = 4 * (fine_tunes * jobs["stage 1"] + fusions * jobs["fusions"] + aligned)
     at_a_time = config.checkpoints.keep + 2

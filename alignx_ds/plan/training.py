@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from alignx_ds.config.schema import FUSIONS, OptimizerConfig, RunConfig, TrainConfig
+from alignx_ds.config.schema import FUSIONS, REGULARISED, OptimizerConfig, RunConfig, TrainConfig
 from alignx_ds.errors import Problem
 from alignx_ds.plan import deepspeed_json
 from alignx_ds.plan.deepspeed_json import StageJson
@@ -50,6 +51,11 @@ def _lora(c: RunConfig) -> Iterator[Problem]:
         yield Problem("experts.rank", 0, "at least 1 with train.trainable=lora: the factors are the expert", fix)
     if not c.train.lora.targets or len(set(c.train.lora.targets)) != len(c.train.lora.targets):
         yield Problem("train.lora.targets", c.train.lora.targets, "distinct projections, at least one", "correct it")
+    fix = "set train.trainable=ffn: with LoRA the weights whose change is kept small are not trained"
+    if c.train.keep.is_on:
+        yield Problem("train.keep", asdict(c.train.keep), "0 with train.trainable=lora", fix)
+    if REGULARISED in c.baselines.make:
+        yield Problem("baselines.make", REGULARISED, "another baseline with train.trainable=lora", fix)
 
 
 def without_effect(c: RunConfig) -> list[str]:

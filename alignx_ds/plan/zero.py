@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alignx_ds.config.schema import OptimizerConfig, RunConfig
+from alignx_ds.config.schema import REGULARISED, OptimizerConfig, RunConfig
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan.sizes import buffers, counts
 from alignx_ds.training import engine as engines
@@ -28,7 +28,7 @@ class Model:
     groups: tuple[tuple[float, int], ...]  # of the optimizer: numbers, and the ranks that share their states
     largest: float  # of a trained parameter
     reused: float = 0.0  # in the layers that the backward pass goes through, and the head
-    copies: float = 0.0  # of trained parameters, which the loss keeps
+    copies: float = 0.0  # of trained parameters, in the model's dtype, which the loss keeps
 
     @property
     def trained(self) -> float:
@@ -58,7 +58,8 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
         factor = config.experts.rank * max(base.config.hidden_size, base.config.intermediate_size)
         return Model(whole, ((trained, world_size),), factor, reused + trained)
     if key == "train":
-        return Model(whole - trained, ((trained, world_size),), largest, reused)
+        copies = _kept(config) * trained / world_size * FP32 / base.dtype.itemsize
+        return Model(whole - trained, ((trained, world_size),), largest, reused, copies)
     if key == "align":
         factors, dense = n["experts' factors"], n["gates and calibrations"]
         hosted = factors / align.ep_size if align.ep_size else factors * len(config.axes) / len(config.expert_names)
@@ -72,6 +73,13 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
     if settings.expert_lr_scale == 0:
         return Model(whole - ffn + copies, (), 0)
     return Model(whole - ffn, ((copies, world_size),), largest, copies=copies if settings.drift > 0 else 0)
+
+
+def _kept(config: RunConfig) -> int:
+    """fp32 numbers that all ranks together hold of each trained one, to keep what was learned before."""
+    settings = [config.train.keep]
+    settings += [config.baselines.sequential_regularised] if REGULARISED in config.baselines.make else []
+    return max((3 + (len(config.axes) - 1 if s.collision else 0) for s in settings if s.is_on), default=0)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ that the recipe names for an axis leaves the same directory, and nothing is trai
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.parse import substance
-from alignx_ds.config.schema import RunConfig
+from alignx_ds.config.schema import REGULARISED, KeepConfig, RunConfig
 from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import Example, LabelledExamples, pad_token
 from alignx_ds.data.inputs import COMPARED, INJECTED
@@ -24,7 +25,14 @@ from alignx_ds.experts.adapters import Adapter
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.lora import Lora, add_lora, lora_factors
 from alignx_ds.experts.low_rank import LowRank
-from alignx_ds.experts.task_vectors import Changes, add_task_vector, layer_file, read_task_vector, task_vectors
+from alignx_ds.experts.task_vectors import (
+    Changes,
+    add_task_vector,
+    layer_file,
+    projections,
+    read_task_vector,
+    task_vectors,
+)
 from alignx_ds.mocae.experts import PROJECTIONS, Factors
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
@@ -35,12 +43,13 @@ from alignx_ds.training import engine as engines
 from alignx_ds.training import flops
 from alignx_ds.training.evaluation import Evaluation
 from alignx_ds.training.job import TrainingJob
+from alignx_ds.training.keeping import Keeping
 from alignx_ds.training.loop import StepLoss, builder
 from alignx_ds.training.losses import language_loss
 from alignx_ds.training.objectives import Settings
 from alignx_ds.training.preferences import ObjectiveLoss
 
-MIXED = "mixed"
+SEQUENTIAL, MIXED = "sequential", "mixed"
 
 
 @dataclass(frozen=True)
@@ -51,34 +60,45 @@ class FineTune:
     axes: tuple[str, ...]
     start: str | None = None
     is_expert: bool = False  # whether its directory also holds the factors of an expert
+    before: tuple[FineTune, ...] = ()  # what it keeps, by the terms of `keep`
+    keep: KeepConfig | None = None
 
 
 def train_specialists(context: StageContext) -> dict[str, Path]:
     """Stage 1: the directory of a specialist for each axis. Raises Stopped. Collective."""
     made = {}
-    for axis in context.config.axes:
+    for tune in specialists(context.config):
         signals.stop_if_requested("stage 1")
-        made[axis] = fine_tune(context, specialist(axis))
+        made[tune.name] = fine_tune(context, tune)
     return made
 
 
-def specialist(axis: str) -> FineTune:
-    """The fine-tune of an axis that becomes its expert."""
-    return FineTune(axis, (axis,), is_expert=True)
+def specialists(config: RunConfig) -> list[FineTune]:
+    """The fine-tune of each axis that becomes its expert. With `train.keep`, each keeps those before it."""
+    found: list[FineTune] = []
+    keep = config.train.keep if config.train.keep.is_on else None
+    for axis in config.axes:
+        found.append(FineTune(axis, (axis,), is_expert=True, before=tuple(found) if keep else (), keep=keep))
+    return found
 
 
 def train_baselines(context: StageContext) -> dict[str, Path]:
-    """The directories of the sequential and the mixed fine-tune. Collective."""
-    axes = list(context.config.axes)
-    for job in baseline_fine_tunes(axes):
+    """By baseline, the directories of the sequential fine-tunes and of the mixed one. Collective."""
+    axes, root = list(context.config.axes), context.out.specialists
+    for job in baseline_fine_tunes(context.config):
         fine_tune(context, job)
-    root = context.out.specialists
-    return {"sequential": root / sequential_name(axes), MIXED: root / mixed_name(axes)}
+    made = {name: root / sequential_name(axes, name) for name in sequences(context.config)}
+    return {**made, MIXED: root / mixed_name(axes)}
 
 
-def sequential_name(axes: list[str]) -> str:
+def sequences(config: RunConfig) -> list[str]:
+    """The run's sequential fine-tunes: the plain one, and the regularised one if the recipe lists it."""
+    return [SEQUENTIAL, *(name for name in (REGULARISED,) if name in config.baselines.make)]
+
+
+def sequential_name(axes: list[str], sequence: str = SEQUENTIAL) -> str:
     """The last fine-tune of the sequence over these axes; with one axis that is its specialist."""
-    return axes[0] if len(axes) == 1 else f"sequential_{len(axes)}_{axes[-1]}"
+    return axes[0] if len(axes) == 1 else f"{sequence}_{len(axes)}_{axes[-1]}"
 
 
 def mixed_name(axes: list[str]) -> str:
@@ -86,13 +106,21 @@ def mixed_name(axes: list[str]) -> str:
     return f"{MIXED}_{len(axes)}_{axes[-1]}"
 
 
-def baseline_fine_tunes(axes: list[str]) -> list[FineTune]:
+def baseline_fine_tunes(config: RunConfig) -> list[FineTune]:
     """One axis after another, starting from the first axis's specialist; and all axes' rows at once, shuffled."""
-    found = []
-    for count in range(2, len(axes) + 1):
-        seen = axes[:count]
-        found.append(FineTune(sequential_name(seen), (seen[-1],), start=sequential_name(seen[:-1])))
+    axes = list(config.axes)
+    found = [tune for name in sequences(config) for tune in _sequence(config, name)]
     return [*found, FineTune(mixed_name(axes), tuple(axes))]
+
+
+def _sequence(config: RunConfig, name: str) -> list[FineTune]:
+    """What it makes after the first axis's specialist."""
+    axes, found = list(config.axes), specialists(config)[:1]
+    keep = config.baselines.sequential_regularised if name == REGULARISED else None
+    for count in range(2, len(axes) + 1):
+        own, start = sequential_name(axes[:count], name), found[-1].name
+        found.append(FineTune(own, (axes[count - 1],), start, before=tuple(found) if keep else (), keep=keep))
+    return found[1:]
 
 
 def fine_tune(context: StageContext, tune: FineTune) -> Path:
@@ -100,17 +128,18 @@ def fine_tune(context: StageContext, tune: FineTune) -> Path:
 
     Collective.
     """
-    start = manifest.read(context.out.specialists / tune.start)["fingerprint"] if tune.start else None
-    stage, adapter = stage_of(context, tune, start), _adapter(context, tune)
+    earlier = {name for name in (tune.start, *(kept.name for kept in tune.before)) if name}
+    fingerprints = {name: manifest.read(context.out.specialists / name)["fingerprint"] for name in earlier}
+    stage, adapter = stage_of(context, tune, fingerprints), _adapter(context, tune)
     if adapter is not None:
         make = partial(_adopt, context, tune, adapter, stage.directory)
         return ensure(stage, context, lambda job: distributed.on_main(make))
     return ensure(stage, context, partial(_train, context, tune, stage.directory))
 
 
-def stage_of(context: StageContext, tune: FineTune, start: str | None) -> Stage:
-    """The fine-tune's stage, with everything that its result depends on; `start` is its start's fingerprint."""
-    directory, inputs = context.out.specialists / tune.name, _inputs(context, tune, start)
+def stage_of(context: StageContext, tune: FineTune, fingerprints: Mapping[str, str]) -> Stage:
+    """The fine-tune's stage, with everything that its result depends on; `fingerprints` are those of earlier ones."""
+    directory, inputs = context.out.specialists / tune.name, _inputs(context, tune, fingerprints)
     return Stage(tune.name, f"stage1/{tune.name}", directory, inputs, shared=bool(context.config.specialists))
 
 
@@ -119,7 +148,7 @@ def _adapter(context: StageContext, tune: FineTune) -> Adapter | None:
     return Adapter(path, f"axes.{tune.name}.adapter") if path else None
 
 
-def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[str, Any]:
+def _inputs(context: StageContext, tune: FineTune, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     c, base, data = context.config, context.base, context.data
     if (adapter := _adapter(context, tune)) is not None:
         return {"base": base.digest, "layers": base.layers, "adapter": adapter.digest}
@@ -134,8 +163,9 @@ def _inputs(context: StageContext, tune: FineTune, start: str | None) -> dict[st
         "experts": _expert_settings(c, tune),
         "rows": [[axis, data.digests[f"{INJECTED}{axis}"]] for axis in tune.axes],
         "objective": [asdict(settings), data.digests.get(f"{COMPARED}{tune.axes[0]}")] if settings else None,
-        "start": start,
+        "start": fingerprints[tune.start] if tune.start else None,
         **({"evaluated": _evaluated(context, tune, settings).digest} if c.train.evaluate.every else {}),
+        **({"keep": _kept(context, tune, tune.keep, fingerprints)} if tune.keep else {}),
     }
 
 
@@ -145,9 +175,23 @@ def _objective(context: StageContext, tune: FineTune) -> Settings | None:
     return None if len(tune.axes) > 1 or axis.objective == "sft" else Settings.of(axis)
 
 
+def _kept(context: StageContext, tune: FineTune, keep: KeepConfig, fingerprints: Mapping[str, str]) -> list[Any]:
+    """What the kept terms depend on."""
+    return [asdict(keep), [fingerprints[kept.name] for kept in tune.before], _kept_rows(context, tune, keep).digest]
+
+
+def _kept_rows(context: StageContext, tune: FineTune, keep: KeepConfig) -> LabelledExamples:
+    """The first rows of the generalist and of each axis that was learned before."""
+    train = context.data.train
+    plain = [e for e, expert in zip(train.examples, train.experts, strict=True) if not expert and e.answer_length]
+    sources = [plain, *(context.data.injected[axis] for kept in tune.before for axis in kept.axes)]
+    rows = [example for source in sources for example in source[: keep.rows]]
+    return LabelledExamples(rows, [0] * len(rows))
+
+
 def _train_settings(c: RunConfig) -> dict[str, Any]:
-    """Without LoRA's where none is trained, and without the evaluation's where there is none."""
-    unused = {"lora": not is_lora(c), "evaluate": not c.train.evaluate.every}
+    """Without LoRA's where none is trained, without the evaluation's where there is none, and without what is kept."""
+    unused = {"lora": not is_lora(c), "evaluate": not c.train.evaluate.every, "keep": True}
     return {name: value for name, value in substance(c.train).items() if not unused.get(name)}
 
 
@@ -186,6 +230,8 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         compared = context.data.compared.get(tune.axes[0], ComparedRows(rows))
         taught = ObjectiveLoss(settings, compared, setup.plan, pad_token(base.tokenizer), config.seed, packed=True)
         loss, job = taught, taught.of_job(job)
+    if tune.keep:
+        job = _keeping(context, tune, tune.keep, model, setup.plan).of_job(job)
     if config.train.evaluate.every:
         job = job.evaluated(_evaluation(context, setup.plan, _evaluated(context, tune, settings), loss))
     with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
@@ -194,6 +240,24 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     del zero3
     evaluation = {"evaluation": job.evaluation.facts(len(losses))} if job.evaluation else {}
     return {"name": tune.name, "axes": list(tune.axes), "losses": losses, **evaluation, "layers": layers}
+
+
+def _keeping(context: StageContext, tune: FineTune, keep: KeepConfig, model: nn.Module, plan: engines.Plan) -> Keeping:
+    """The terms that keep what the fine-tunes before have changed, each in its own step."""
+    base, vectors = context.base, []
+    for layer in base.layers:
+        changes = [_own_change(context, kept, layer) for kept in tune.before] if keep.collision else []
+        for p, weight in projections(model, base.table, layer).items():
+            vectors.append((weight, [change[p] for change in changes]))
+    return Keeping(keep, vectors, _kept_rows(context, tune, keep), plan, pad_token(base.tokenizer))
+
+
+def _own_change(context: StageContext, tune: FineTune, layer: int) -> Changes:
+    """A finished fine-tune's change of the model that it started from."""
+    root = context.out.specialists
+    change = read_task_vector(root / tune.name, layer)
+    before = read_task_vector(root / tune.start, layer) if tune.start else dict.fromkeys(PROJECTIONS, 0)
+    return {p: change[p] - before[p] for p in PROJECTIONS}
 
 
 def _imitated(examples: dict[str, list[Example]], tune: FineTune) -> LabelledExamples:

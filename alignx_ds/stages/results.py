@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from alignx_ds.config.schema import FUSIONS
+from alignx_ds.config.schema import FUSIONS, RESTORED
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import changed_keys
-from alignx_ds.stages import align, finetune, fuse, scratch
+from alignx_ds.stages import align, finetune, fuse, restore, scratch
 from alignx_ds.stages.stage import Stage, StageContext, foreign
 
 ROWS = ("axes", "generalist", "data", "model.max_length", "seed")  # what decides which rows are trained on, and how
@@ -34,6 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # by name of an input of a stage: the reci
     "experts": ("experts",),
     "adapter": ("axes",),
     "start": STAGE1,
+    "keep": (*STAGE1, "baselines.sequential_regularised"),
     "evaluated": STAGE1,
     "specialists": STAGE1,
     "align": ("align",),
@@ -51,12 +52,14 @@ def planned(context: StageContext, texts: list[Row]) -> Iterator[Stage]:
         if not manifest.is_current(base.directory, base.inputs):
             return
     axes, fingerprints = list(context.config.axes), dict[str, str]()
-    specialists = [finetune.specialist(axis) for axis in axes]
-    for tune in [*specialists, *finetune.baseline_fine_tunes(axes)]:
-        stage = finetune.stage_of(context, tune, fingerprints.get(tune.start or ""))
+    for tune in [*finetune.specialists(context.config), *finetune.baseline_fine_tunes(context.config)]:
+        stage = finetune.stage_of(context, tune, fingerprints)
         fingerprints[tune.name] = manifest.fingerprint(stage.inputs)
         yield stage
     yield align.stage_of(context, {axis: fingerprints[axis] for axis in axes})
+    if RESTORED in context.config.baselines.make:
+        sequence = fingerprints[finetune.sequential_name(axes)]
+        yield restore.stage_of(context, sequence, [fingerprints[axis] for axis in axes])
     for name in FUSIONS:
         if name in context.config.baselines.make:
             yield fuse.stage_of(context, name, [fingerprints[axis] for axis in axes])

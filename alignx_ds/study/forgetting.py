@@ -1,5 +1,7 @@
 """Figure 1b: each axis's score after every stage of sequential fine-tuning, beside mixed fine-tuning and AlignX.
 
+Where the run has made them, the regularised sequence and the restored one are measured too.
+
 A stage is the result of one fine-tune. When the run has kept its checkpoints (`checkpoints.finished=true`, and
 `checkpoints.keep` large enough), the axes are also measured at every one of them.
 """
@@ -19,9 +21,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignx_ds.config.schema import RESTORED
+from alignx_ds.evaluation.compared import load_specialist
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import console
-from alignx_ds.stages.finetune import MIXED, mixed_name, sequential_name
+from alignx_ds.stages.finetune import MIXED, SEQUENTIAL, mixed_name, sequences, sequential_name
 from alignx_ds.study import plotting
 from alignx_ds.study.studied_run import StudiedRun
 from alignx_ds.training.checkpoints import PREFIX
@@ -42,8 +46,8 @@ class TrainedModel:
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
     """Every axis's perplexity and, where its judge is free, score: after each stage, and at every checkpoint."""
-    stages, checkpoints = _stages(studied), {name: _checkpoints(studied, name) for name in ("sequential", "mixed")}
-    total = len(stages) + sum(map(len, checkpoints.values()))
+    points, checkpoints = stages(studied), {name: _checkpoints(studied, name) for name in ("sequential", "mixed")}
+    total = len(points) + sum(map(len, checkpoints.values()))
     with console.progress("models", total) as bar:
 
         def measured(point: TrainedModel) -> dict[str, Any]:
@@ -52,9 +56,9 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
             bar.advance(point.name)
             return {"name": point.name, "step": point.step, **metrics}
 
-        matrix = [measured(point) for point in stages]
-        along = {name: [measured(point) for point in points] for name, points in checkpoints.items()}
-    sequence = [seen for seen in matrix if seen["name"] not in (MIXED, ALIGNED)]
+        matrix = [measured(point) for point in points]
+        along = {name: [measured(point) for point in kept] for name, kept in checkpoints.items()}
+    sequence = matrix[: 1 + len(studied.axes)]
     all_scored = studied.scored_axes == studied.axes
     return {
         "axes": studied.axes,
@@ -75,20 +79,27 @@ def forgetting(scores: list[float]) -> float:
     return max(scores[:-1]) - scores[-1]
 
 
-def _stages(studied: StudiedRun) -> list[TrainedModel]:
-    """The base model, the sequence after each axis, the mixed fine-tune, and the aligned model."""
-    points, step = [TrainedModel(BASE, 0, studied.base_model)], 0
-    for axis, job in _sequence(studied):
-        step += _steps(studied, job)
-        points.append(TrainedModel(f"after {axis}", step, partial(studied.fine_tuned, job)))
+def stages(studied: StudiedRun) -> list[TrainedModel]:
+    """The base model, the sequences after each axis, the restored and the mixed fine-tune, and the aligned model."""
+    points = [TrainedModel(BASE, 0, studied.base_model)]
+    for name in sequences(studied.config):
+        step, is_plain = 0, name == SEQUENTIAL
+        for axis, job in _sequence(studied, name):
+            step += _steps(studied, job)
+            label = f"after {axis}" if is_plain else f"regularised, after {axis}"
+            if is_plain or axis != studied.axes[0]:  # both start from the first axis's specialist
+                points.append(TrainedModel(label, step, partial(studied.fine_tuned, job)))
+    if RESTORED in studied.config.baselines.make:
+        place = studied.run.out.baselines / RESTORED
+        points.append(TrainedModel(RESTORED, 0, lambda: load_specialist(studied.base, place).eval()))
     mixed = mixed_name(studied.axes)
     points.append(TrainedModel(MIXED, _steps(studied, mixed), partial(studied.fine_tuned, mixed)))
     return [*points, TrainedModel(ALIGNED, 0, studied.aligned)]
 
 
-def _sequence(studied: StudiedRun) -> list[tuple[str, str]]:
+def _sequence(studied: StudiedRun, name: str = SEQUENTIAL) -> list[tuple[str, str]]:
     """(axis, directory of the fine-tune) in the order of training."""
-    return [(axis, sequential_name(studied.axes[: count + 1])) for count, axis in enumerate(studied.axes)]
+    return [(axis, sequential_name(studied.axes[: count + 1], name)) for count, axis in enumerate(studied.axes)]
 
 
 def _steps(studied: StudiedRun, job: str) -> int:

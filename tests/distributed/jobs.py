@@ -12,6 +12,7 @@ import torch
 from deepspeed_jsons import JSONS, PRESETS
 from evaluated import evaluated, moved
 from freed import freed
+from keeping import keeping
 from lora_fine_tunes import lora
 from objectives import objectives
 from problems import (
@@ -45,6 +46,7 @@ from problems import (
     whole_stage_config,
 )
 from rehearsed import rehearsed
+from restoring import restoring
 from safetensors.torch import load_file
 from sharded import sharded
 from stage_contexts import stage_context
@@ -385,6 +387,8 @@ WORK = (
     rehearsed,
     sharded,
     objectives,
+    keeping,
+    restoring,
     evaluated,
     moved,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from tiny_models import (
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +59,7 @@ from alignx_ds.training import engine
 from alignx_ds.training.losses import align_terms, answer_nll
 
 PAD, SEED = 0, 3
+Penalty = Callable[[list[nn.Parameter]], Tensor]
 NAMES = ["generalist", "a", "b", "c"]
 
 # Execution parity: (top_k, training).
@@ -341,20 +342,30 @@ def step_tokens(step: int, rank: int, world: int) -> int:
     return sum(len(EXAMPLES[i].ids) for i in share(chosen, rank, world))
 
 
-def fine_tune_in_plain_torch() -> dict[str, Any]:
-    """Stage 1 with torch's own AdamW on the AlignX layers' FFNs: losses and task vectors."""
+def no_penalty(weights: list[nn.Parameter]) -> Tensor:
+    return torch.zeros(())
+
+
+def ffn_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the AlignX layers, layer by layer."""
+    views = [TABLE.view(TABLE.ffn_of(model, i)) for i in ALIGNX_LAYERS]
+    return [view.projection(p).weight for view in views for p in PROJECTIONS]
+
+
+def fine_tune_in_plain_torch(model: nn.Module | None = None, penalty: Penalty = no_penalty) -> dict[str, Any]:
+    """Stage 1 with torch's own AdamW on the AlignX layers' FFNs: losses, without the penalty, and task vectors."""
     c = fine_tune_config(Path()).train
-    model, before = base_model().train(), base_model()
+    model, before = (model or base_model()).train(), base_model()
     views = {i: TABLE.view(TABLE.ffn_of(model, i)) for i in ALIGNX_LAYERS}
     model.requires_grad_(False)
-    weights = [view.projection(p).weight.requires_grad_() for view in views.values() for p in PROJECTIONS]
+    weights = [weight.requires_grad_() for weight in ffn_weights(model)]
     groups = [{"params": weights, "initial": c.lr, "weight_decay": c.weight_decay}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = []
     for number, chosen in enumerate(global_batches(len(EXAMPLES), c.batch, c.steps, SEED)):
         b, _, _, scale = _part(chosen, 1 / sum(EXAMPLES[i].answer_length for i in chosen))
         loss = answer_nll(model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits, b.labels) * scale
-        loss.backward()
+        (loss + penalty(weights)).backward()
         losses.append(float(loss.detach()))
         _clip_and_step(optimizer, weights, c.clip, schedule(number, c.warmup_steps, c.steps))
     original = {i: TABLE.view(TABLE.ffn_of(before, i)) for i in ALIGNX_LAYERS}

@@ -111,9 +111,13 @@ def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -
         ("train.lora.targets=[]", "train.lora.targets"),
         ("train.lora.targets=[up_proj,up_proj]", "train.lora.targets"),
         ("train.lora.targets=[q_proj]", "train.lora.targets"),
+        ("train.keep.collision=1", "train.keep"),
+        ("baselines.make=[sequential_regularised]", "baselines.make"),
     ],
 )
-def test_lora_that_is_no_expert_is_refused(write_recipe: WriteRecipe, override: str, key: str) -> None:
+def test_lora_that_is_no_expert_or_keeps_something_is_refused(
+    write_recipe: WriteRecipe, override: str, key: str
+) -> None:
     found = problems(parse.load(write_recipe("train.trainable=lora", override)))
     assert list(found) == [key]
     assert problems(parse.load(write_recipe("train.trainable=lora"))) == {}

@@ -25,6 +25,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 ZERO3 = Path(__file__).parents[2] / "ds_configs/stage1_zero3.json"
 AXES = ("helpful", "harmless", "honest")
 SPECIALISTS = [*AXES, "sequential_2_harmless", "sequential_3_honest", "mixed_3_honest"]
+MENDED = ["sequential_regularised_2_harmless", "sequential_regularised_3_honest"]
 EVERY = [*SPECIALISTS, "alignx", "h3fusion", "trinityx"]
 
 
@@ -106,6 +107,20 @@ def test_the_settings_of_lora_count_where_it_is_trained(run: Run) -> None:
             run.stale("train.trainable=lora", override)
 
 
+def test_what_is_kept_counts_where_something_is(run: Run) -> None:
+    """Results from before these keys are as good as new, and each sequence has its own."""
+    assert run.stale("train.keep.rows=7", "baselines.sequential_regularised.fisher=7") == []
+    mended = "baselines.make=[sequential_regularised,restored]"
+    assert run.stale(mended) == [*MENDED, "restored"]
+    with pytest.raises(ConfigError, match=f"it holds {', '.join(SPECIALISTS[:-1])}.*train.keep.collision"):
+        run.stale("train.keep.collision=1")
+    shutil.rmtree(run.output)
+    run.finish(mended)
+    assert run.stale(mended, "train.keep.rows=7") == []
+    with pytest.raises(ConfigError, match=f"it holds {', '.join(MENDED)}, made with another baselines.sequential_reg"):
+        run.stale(mended, "baselines.sequential_regularised.rows=7")
+
+
 @pytest.mark.parametrize(
     ("override", "blamed", "made"),
     [
@@ -170,7 +185,7 @@ def test_the_specialists_of_a_finished_run_serve_one_with_an_axis_more(run: Run)
     kind = "axes.kind={prompt: be kind ., schema: alpaca, train: world, held_out: world}"
     context = run.context(f"specialists={run.output / 'specialists'}", f"output={run.root / 'other'}", kind)
     results.check(context, [])
-    assert [tune.name for tune in baseline_fine_tunes(list(context.config.axes))][-2:] == [
+    assert [tune.name for tune in baseline_fine_tunes(context.config)][-2:] == [
         "sequential_4_kind",
         "mixed_4_kind",
     ]
