@@ -65,10 +65,10 @@ class Decision:
 
 
 class Router(nn.Linear):
-    """W_r z in fp32, and a bias in needs, also where they are stored in bf16: z [..., k] -> [..., E]."""
+    """W_r z + b in fp32, also where they are stored in bf16: z [..., k] -> [..., E]."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return linear(z.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        return linear(z.float(), self.weight.float(), self.bias.float())
 
 
 class Constants(NamedTuple):
@@ -105,12 +105,12 @@ class Constants(NamedTuple):
 
 
 class CalibratedGate(nn.Module):
-    """logits = ((W_r z)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
+    """logits = ((W_r z + b)/T + λ₁·ŝ_fractal + λ₂·ŝ_natural + λ₃·ŝ_lexical + …) / T_cal with z = P(features − μ).
 
-    ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. W_r starts at
-    zero, in needs at a fit (routing/fit_router.py), and is trained; the geometry (P, μ and the scores' constants) and
-    T_cal, the post-hoc temperature, are fitted buffers. Raises ConfigError for a further calibrator that is not in
-    CALIBRATORS.
+    ŝ are scores with mean 0 and standard deviation 1 on the calibration split. T and the λ are settings. The router
+    (W_r and b) is zero in a new gate; a run fits it (routing/fit_router.py) and then trains it. The geometry (P, μ and
+    the scores' constants) and T_cal, the post-hoc temperature, are fitted buffers. Raises ConfigError for a further
+    calibrator that is not in CALIBRATORS.
 
     `rules` say what serves beside that. A distance from what the gate was fitted on does not make it less sure: on a
     real model's features no such distance finds prompts of unknown sources better than the gate's own confidence
@@ -125,8 +125,7 @@ class CalibratedGate(nn.Module):
             fix = "add it to CALIBRATORS in alignx_ds/mocae/gate.py (docs/extending.md)"
             raise ConfigError(Problem("gate.more", name, "the name of a calibrator that is there", fix))
         self.settings, self.rules = settings, rules or ServingRules()
-        needs = settings.kind == "needs"
-        self.router = Router(geometry.latent_size, geometry.num_experts, bias=needs, dtype=torch.float32)
+        self.router = Router(geometry.latent_size, geometry.num_experts, dtype=torch.float32)
         for parameter in self.router.parameters():
             nn.init.zeros_(parameter)
         for name, tensor in geometry.tensors().items():

@@ -1,4 +1,4 @@
-"""Fits the linear router of a gate for needs: logistic regression on the latents, with the calibrators as offsets.
+"""Fits the linear router of a gate: regression on the latents, with the calibrators as offsets.
 
 A router that starts at zero would have to learn within stage 2's few steps what this fit finds at once. Ours, not the
 paper's (docs/method.md). Shapes: N prompts, k latent size, E experts; the generalist is expert 0.
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import expit
+from scipy.special import expit, logsumexp, softmax
 from torch import Tensor
 
 from alignx_ds.data.encode import LabelledExamples
-from alignx_ds.mocae.gate import CalibratedGate, Query, need_logits
+from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.mocae.serving import gates_of_needs
+from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.routing.gate_terms import on_prompts
-from alignx_ds.routing.temperature import smoothed_needs
+from alignx_ds.routing.temperature import smoothed_choice, smoothed_needs
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)  # of ½‖w‖², beside a mean over prompts
 ACCURACY = 1e-9  # of the gradient: the fit ends so near the minimum that only rounding is left
@@ -58,68 +59,82 @@ def router_rows(model: AlignXForCausalLM, rows: LabelledExamples, pad_id: int, b
 
 
 def fit_router(
-    rows: RouterRows, unseen: RouterRows, present: Tensor, penalties: Sequence[float] = PENALTIES
+    rows: RouterRows,
+    unseen: RouterRows,
+    present: Tensor,
+    settings: GateSettings,
+    penalties: Sequence[float] = PENALTIES,
 ) -> dict[str, Tensor]:
-    """The router's state dict, fp32: weight [E, k] and bias [E]; zero for the generalist and for absent experts.
+    """The router's state dict for a gate with these settings, fp32: weight [E, k] and bias [E], 0 for absent experts.
 
-    Every axis has its own regression and its own penalty, the one with the least loss on `unseen`, the calibration
+    In a choice the experts have one multinomial regression. In needs every axis has a logistic regression of its own,
+    and the generalist's weights are zero. Each regression has the penalty of least loss on `unseen`, the calibration
     split. Labels are smoothed as they are for the temperature, so that rows which can be told apart without a fault
     have a finite fit. `present` [E] is 1 for the experts that have queries of their own.
     """
     experts, latent = rows.needs.shape[1], rows.latents.shape[1]
-    weight, bias = torch.zeros(experts, latent), torch.zeros(experts)
-    for expert in range(1, experts):
-        if present[expert]:
-            best = _best(_Regression.of(rows, expert), _Regression.of(unseen, expert), penalties)
-            weight[expert], bias[expert] = torch.from_numpy(best[:-1]), float(best[-1])
-    return {"weight": weight, "bias": bias}
+    fitted = torch.zeros(experts, latent + 1)
+    there = [expert for expert in range(experts) if present[expert]]
+    for columns in [there] if settings.kind == "choice" else [[expert] for expert in there if expert]:
+        seen, other = (_Regression.of(part, columns, settings.kind) for part in (rows, unseen))
+        fitted[columns] = _best(seen, other, penalties)
+    fitted *= settings.temperature  # by which the gate divides what its router says
+    return {"weight": fitted[:, :-1].contiguous(), "bias": fitted[:, -1].contiguous()}
 
 
 @dataclass(frozen=True)
 class _Regression:
-    """The logistic regression of one axis: inputs [N, k + 1], the last of them 1, offsets, targets and weights [N]."""
+    """A regression of c columns: inputs [N, k + 1], the last of them 1, offsets and targets [N, c], weights [N].
+
+    The columns compete in a choice; in needs each is a logistic regression.
+    """
 
     inputs: Vector
     offsets: Vector
     targets: Vector
     weights: Vector
+    kind: str
 
     @classmethod
-    def of(cls, rows: RouterRows, expert: int) -> _Regression:
+    def of(cls, rows: RouterRows, experts: list[int], kind: str) -> _Regression:
         count = len(rows.latents)
         weights = torch.ones(count) if rows.weights is None else rows.weights
-        columns = [need_logits(rows.offsets), smoothed_needs(rows.needs[:, 1:].double())]
-        offsets, targets = (column[:, expert - 1].double().numpy() for column in columns)
-        inputs = torch.cat([rows.latents, torch.ones(count, 1)], dim=-1).double().numpy()
-        return cls(inputs, offsets, targets, weights.double().numpy() / count)
+        needs, offsets = rows.needs[:, experts].double(), rows.offsets[:, experts]
+        if kind == "needs":
+            offsets, targets = offsets - rows.offsets[:, :1], smoothed_needs(needs)
+        else:
+            targets = smoothed_choice(needs)
+        inputs = torch.cat([rows.latents, torch.ones(count, 1)], dim=-1)
+        columns = [t.double().numpy() for t in (inputs, offsets, targets, weights / count)]
+        return cls(columns[0], columns[1], columns[2], columns[3], kind)
 
-    def loss(self, x: Vector) -> float:
-        """The weighted mean of the cross-entropies, in nats."""
-        logits = self.inputs @ x + self.offsets
-        return float(self.weights @ (np.logaddexp(0, logits) - self.targets * logits))
+    def loss(self, fitted: Vector) -> float:
+        """The weighted mean of the cross-entropies in nats; `fitted` [c, k + 1]."""
+        return self._loss(self.inputs @ fitted.T + self.offsets)
+
+    def _loss(self, logits: Vector) -> float:
+        whole = logsumexp(logits, axis=-1) if self.kind == "choice" else np.logaddexp(0, logits).sum(-1)
+        return float(self.weights @ (whole - (self.targets * logits).sum(-1)))
 
     def fit(self, penalty: float, start: Vector) -> Vector:
-        """The [k + 1] of least loss plus ½·penalty·‖w‖²; the bias is free."""
-        ridge = np.append(np.full(len(start) - 1, penalty), 0.0)
+        """The [c, k + 1] of least loss plus ½·penalty·‖w‖²; the biases are free."""
+        ridge = np.append(np.full(start.shape[1] - 1, penalty), 0.0)
 
         def value(x: Vector) -> tuple[float, Vector]:
-            gradient = self.inputs.T @ (self.weights * (expit(self.inputs @ x + self.offsets) - self.targets))
-            return self.loss(x) + 0.5 * float(ridge @ x**2), gradient + ridge * x
+            weights = x.reshape(start.shape)
+            logits = self.inputs @ weights.T + self.offsets
+            p = softmax(logits, axis=-1) if self.kind == "choice" else expit(logits)
+            gradient = (self.weights[:, None] * (p - self.targets)).T @ self.inputs + ridge * weights
+            return self._loss(logits) + 0.5 * float((ridge * weights**2).sum()), gradient.ravel()
 
-        def curvature(x: Vector) -> Vector:
-            p = expit(self.inputs @ x + self.offsets)
-            whole: Vector = (self.inputs.T * (self.weights * p * (1 - p))) @ self.inputs + np.diag(ridge)
-            return whole
-
-        found: Vector = minimize(
-            value, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": ACCURACY}
-        ).x
-        return found
+        limits = {"maxiter": 10_000, "maxfun": 20_000, "ftol": 0.0, "gtol": ACCURACY}
+        found: Vector = minimize(value, start.ravel(), jac=True, method="L-BFGS-B", options=limits).x
+        return found.reshape(start.shape)
 
 
-def _best(seen: _Regression, unseen: _Regression, penalties: Sequence[float]) -> Vector:
-    """The fit to `seen` whose penalty suits `unseen` best; each begins where the one before ended."""
-    fits: list[Vector] = []
+def _best(seen: _Regression, unseen: _Regression, penalties: Sequence[float]) -> Tensor:
+    """[c, k + 1]: the fit to `seen` whose penalty suits `unseen` best; each begins where the one before ended."""
+    fits = [np.zeros((seen.offsets.shape[1], seen.inputs.shape[1]))]
     for penalty in penalties:
-        fits.append(seen.fit(penalty, fits[-1] if fits else np.zeros(seen.inputs.shape[1])))
-    return min(fits, key=unseen.loss)
+        fits.append(seen.fit(penalty, fits[-1]))
+    return torch.from_numpy(min(fits[1:], key=unseen.loss)).float()

@@ -21,10 +21,10 @@ ExpertFactors = dict[int, list[Factors]]  # by AlignX layer: one per axis, in th
 
 @dataclass(frozen=True)
 class FittedCalibrators:
-    """What is fitted before training: the geometries of the gates and of the outputs by layer, the lexicon's state.
+    """What is fitted before training: the geometries of the gates and of the outputs by layer, the lexicon's state, and
+    the states of the linear routers by the gates' layers.
 
-    `outputs` is empty where `gate.output_latent` is 0. In needs also the states of the linear routers by the gates'
-    layers.
+    `outputs` is empty where `gate.output_latent` is 0, and `routers` while they are being fitted.
     """
 
     gates: dict[int, Geometry]

@@ -30,11 +30,7 @@ FILE = "fitted.safetensors"
 def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     """Fit on rank 0, to features of training rows and of the calibration split, and send to all ranks. Collective."""
     fitted = _fit_geometries(context, factors)
-    return replace(fitted, routers=_fit_routers(context, factors, fitted)) if _has_needs(context) else fitted
-
-
-def _has_needs(context: StageContext) -> bool:
-    return context.config.gate.kind == "needs"
+    return replace(fitted, routers=_fit_routers(context, factors, fitted))
 
 
 def _fit_geometries(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
@@ -62,7 +58,7 @@ def _fit_geometries(context: StageContext, factors: ExpertFactors) -> FittedCali
 def _fit_routers(
     context: StageContext, factors: ExpertFactors, fitted: FittedCalibrators
 ) -> dict[int, dict[str, Tensor]]:
-    """The states of the linear routers of needs, by the gates' layers, fitted beside the calibrators."""
+    """The states of the linear routers, by the gates' layers, fitted beside the calibrators."""
     c, data = context.config, context.data
     model = assemble(c, context.base, factors, fitted, None).to(distributed.device())
     pad_id = pad_token(context.base.tokenizer)
@@ -73,9 +69,7 @@ def _fit_routers(
     routers: dict[int, dict[str, Tensor]] = {}
     if distributed.is_main():
         for layer, rows in seen.items():
-            router = fit_router(rows, unseen[layer], fitted.gates[layer].present)
-            # The gate divides what its router says by the temperature.
-            routers[layer] = {name: tensor * c.gate.temperature for name, tensor in router.items()}
+            routers[layer] = fit_router(rows, unseen[layer], fitted.gates[layer].present, c.gate)
     return distributed.broadcast(routers)
 
 

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from alignx_ds.data.batches import collate
-from alignx_ds.data.encode import LabelledExamples
-from alignx_ds.data.labels import one_by_one
 from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.routing.fit_router import RouterRows, fit_router, router_rows
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import router_metrics
 from alignx_ds.routing.temperature import fit_temperature
-from alignx_ds.stages.calibrators import first_of_each_expert
+from alignx_ds.stages.calibrators import first_of_each_set
 from alignx_ds.study.studied_run import StudiedRun
 
+Router = dict[str, Tensor]  # the state of a gate's linear router
 Terms = dict[int, dict[str, Tensor]]  # the terms of the gates' logits by gate layer and part: [N, E]
 
 
@@ -86,14 +84,14 @@ def gate_with(
     parts: Sequence[str],
     top_k: int,
     temperatures: dict[int, float] | None = None,
-    routers: dict[int, Tensor] | None = None,
+    routers: dict[int, Router] | None = None,
 ) -> Iterator[None]:
     """Within it, the model's gates have these parts only, and `top_k` experts answer each prompt.
 
     Temperatures and linear routers, by gate layer, replace the stored ones. The output calibration is not changed.
     """
     gates, layers = gates_of(model), alignx_layers(model)
-    before = [(g.settings, g.router.weight.detach().clone(), g.calibration_temperature.clone()) for g in gates.values()]
+    before = [(g.settings, deepcopy(g.router.state_dict()), g.calibration_temperature.clone()) for g in gates.values()]
     settings_of_layers = [layer.settings for layer in layers]
     with torch.no_grad():
         for index, gate in gates.items():
@@ -102,8 +100,9 @@ def gate_with(
             more = {name: weight for name, weight in gate.settings.more.items() if name in parts}
             gate.settings = replace(gate.settings, top_k=top_k, more=more, **off)
             if routers is not None:
-                gate.router.weight.copy_(routers[index])
-            gate.router.weight.mul_(float("linear" in parts))
+                gate.router.load_state_dict(routers[index])
+            for parameter in gate.router.parameters():
+                parameter.mul_(float("linear" in parts))
             if temperatures is not None:
                 gate.calibration_temperature.fill_(temperatures[index])
         for layer in layers:
@@ -111,44 +110,29 @@ def gate_with(
         try:
             yield
         finally:
-            for gate, (settings, weight, temperature) in zip(gates.values(), before, strict=True):
+            for gate, (settings, router, temperature) in zip(gates.values(), before, strict=True):
                 gate.settings = settings
-                gate.router.weight.copy_(weight)
+                gate.router.load_state_dict(router)
                 gate.calibration_temperature.copy_(temperature)
             for layer, settings in zip(layers, settings_of_layers, strict=True):
                 layer.settings = settings
 
 
-def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, Tensor]:
-    """By gate layer, [E, k]: a linear router fitted to the training prompts' latents, without any calibrator.
+def linear_routers(model: AlignXForCausalLM, studied: StudiedRun) -> dict[int, Router]:
+    """The states of linear routers by gate layer, fitted to the training prompts' latents without any calibrator.
 
-    The stored router was trained beside the calibrators; used alone, it is worse than a linear router can be.
+    The stored router was fitted and trained beside the calibrators; alone it is worse than a linear router can be.
     """
-    rows = first_of_each_expert(studied.data.train, studied.config.gate.rows)
-    lines, labels, shares = one_by_one(rows.needs, rows.weights())
-    found = {}
-    for layer, z in _latents(model, rows, studied).items():
-        classifier = LogisticRegression(C=1.0, fit_intercept=False, max_iter=1000)
-        fitted = classifier.fit(z.numpy()[lines], np.array(labels), sample_weight=shares)
-        weight = torch.zeros(len(model.config.experts), z.shape[1])
-        coefficients = torch.from_numpy(fitted.coef_).float()
-        # For two classes scikit-learn fits their difference; a router has a row for each class.
-        weight[list(fitted.classes_)] = (
-            coefficients if len(coefficients) > 1 else torch.cat([-coefficients, coefficients])
-        )
-        found[layer] = weight * model.config.gate_settings().temperature
-    return found
+    data, rows = studied.data, studied.config.gate.rows
+    seen, unseen = (
+        router_rows(model, part, studied.pad_id, studied.batch)
+        for part in (first_of_each_set(data.train, rows), data.calibration_rows)
+    )
 
+    def alone(part: RouterRows) -> RouterRows:
+        return replace(part, offsets=torch.zeros_like(part.offsets))
 
-@torch.no_grad()
-def _latents(model: AlignXForCausalLM, rows: LabelledExamples, studied: StudiedRun) -> dict[int, Tensor]:
-    """By gate layer, [N, k]: the whitened latents of the rows' prompts."""
-    seen: dict[int, list[Tensor]] = {layer: [] for layer in gates_of(model)}
-    for start in range(0, len(rows.examples), studied.batch):
-        prompts = [replace(e, ids=e.ids[: e.prompt_length]) for e in rows.examples[start : start + studied.batch]]
-        part = collate(prompts, studied.pad_id).to(model.device)
-        model(part.input_ids, part.attention_mask, use_cache=False)
-        for layer, gate in gates_of(model).items():
-            g = gate.geometry
-            seen[layer].append(((model.routing.queries[layer].features - g.centre) @ g.projection.T).cpu())
-    return {layer: torch.cat(parts) for layer, parts in seen.items()}
+    return {
+        layer: fit_router(alone(seen[layer]), alone(unseen[layer]), gate.geometry.present.cpu(), gate.settings)
+        for layer, gate in gates_of(model).items()
+    }

@@ -1,4 +1,4 @@
-"""What is fitted before stage 2 trains: in needs the linear routers too, from joined rows and routing rows as well."""
+"""What is fitted before stage 2 trains: geometries, and routers from joined rows and routing rows as well."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def test_the_router_of_needs_is_fitted_on_joined_rows_and_kept(
     blank = assemble(context.config, context.base, factors, replace(fitted, routers={}), None)
     assert exact(blank, joined) < 0.4
     rows, unseen = (router_rows(blank, some, 0, 64)[3] for some in (train, context.data.calibration_rows))
-    for name, tensor in fit_router(rows, unseen, fitted.gates[3].present).items():
-        torch.testing.assert_close(fitted.routers[3][name], 2 * tensor, atol=1e-3, rtol=1e-3)
+    for name, tensor in fit_router(rows, unseen, fitted.gates[3].present, context.config.gate).items():
+        torch.testing.assert_close(fitted.routers[3][name], tensor, atol=1e-3, rtol=1e-3)
 
     monkeypatch.setattr(calibrators, "fit_calibrators", lambda *_: pytest.fail("they are fitted again"))
     resumed = saved_calibrators(context, factors, tmp_path / "saved", {"made": "of this"})
@@ -84,13 +84,25 @@ def test_the_router_of_needs_is_fitted_on_joined_rows_and_kept(
         assert torch.equal(resumed[0].routers[3][name], tensor)
 
 
-def test_the_router_of_a_choice_starts_at_zero(write_recipe: Callable[..., Path]) -> None:
-    context = context_of(write_recipe())
+def test_the_router_of_a_choice_is_fitted_beside_the_calibrators(write_recipe: Callable[..., Path]) -> None:
+    """Beside calibrators that count little it tells the prompts apart by itself."""
+    weak = (f"gate.{term}=0.1" for term in ("fractal", "natural", "lexical"))
+    context = context_of(
+        write_recipe(), *(f"axes.{axis}.join.share=0" for axis in ("helpful", "harmless", "honest")), *weak
+    )
     factors = random_experts(context.base)
     fitted = fit_calibrators(context, factors)
-    assert fitted.routers == {}
-    (gate,) = gates_of(assemble(context.config, context.base, factors, fitted, None)).values()
-    assert not gate.router.weight.any()
+    model, blank = (
+        assemble(context.config, context.base, factors, some, None) for some in (fitted, replace(fitted, routers={}))
+    )
+    rows, unseen = (router_rows(blank, some, 0, 64)[3] for some in (context.data.train, context.data.calibration_rows))
+    for name, tensor in fit_router(rows, unseen, fitted.gates[3].present, context.config.gate).items():
+        torch.testing.assert_close(fitted.routers[3][name], tensor, atol=1e-3, rtol=1e-3)
+    losses = []
+    for some in (model, blank):
+        (terms,) = gate_terms(some, context.data.calibration_rows, 0, 64).values()
+        losses.append(router_metrics(sum_of(terms), context.data.calibration_rows.multi_hot(4), "choice")["nll"])
+    assert losses[0] < 0.2 < 0.8 < losses[1]
 
 
 def test_without_output_calibration_no_outputs_are_collected(write_recipe: Callable[..., Path]) -> None:
@@ -101,7 +113,8 @@ def test_without_output_calibration_no_outputs_are_collected(write_recipe: Calla
     kept = FittedCalibrators.from_tensors(fitted.tensors())
     model = assemble(context.config, context.base, factors, kept, None)
     assert output_calibrations(model) == []
-    assert counts(context.config, context.base)["gates and calibrations"] == gates_of(model)[3].router.weight.numel()
+    router = sum(p.numel() for p in gates_of(model)[3].router.parameters())
+    assert counts(context.config, context.base)["gates and calibrations"] == router
 
 
 def test_of_each_label_set_and_source_there_are_some() -> None:
