@@ -36,7 +36,7 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
         "base model": sum(p.numel() for p in model.parameters()),
         "trained in stage 1": ffns if lora is None else lora.numbers(base) * len(base.layers),
         "experts' factors": factors,
-        "gates and calibrations": gates * config.gate.latent * len(config.expert_names) + calibrations,
+        "gates and calibrations": gates * (config.gate.latent + 1) * len(config.expert_names) + calibrations,
         **copies,
     }
 
