@@ -62,7 +62,7 @@ def measure(setting: Setting, batch: int, length: int, repeats: int) -> dict[str
         layer.gate(Query(prompt_summary(x, mask), model.lexicon(ids, mask)))
 
     def whole() -> None:
-        for kept in (routing.gathered, routing.steps, routing.rows, routing.tables):
+        for kept in (routing.gathered, routing.steps, routing.rows, routing.groups, routing.tables):
             kept.clear()  # computed again, as for a new prompt
         decoder(*seen["decoder"][0], **seen["decoder"][1])
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from alignx_ds.mocae import kernels
+from alignx_ds.mocae import grouped, kernels
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
 
 STACKS = ("down_in", "up_in", "down_out", "up_out")
@@ -92,7 +92,7 @@ class FusedMixture(nn.Module):
     def forward(
         self,
         x: Tensor,
-        gates: Tensor | kernels.Rows,
+        gates: Tensor | kernels.Rows | grouped.Groups,
         count: int | None = None,
         gathered: list[RowExpert] | None = None,
         axes: int | None = None,
@@ -101,11 +101,13 @@ class FusedMixture(nn.Module):
 
         `count` is an upper bound of the non-zero gates per row, `axes` of the specialists' among them; None where it is
         not known. `gathered` is what `gather` returned for these gates, or an empty list, which is filled with it.
-        For rows of one expert each the Triton kernels run. Their output is unfinished: the output calibration finishes
-        it, or `kernels.finished`.
+        For rows of one expert each, which `gates` then names, the Triton kernels run, or on a CPU the rows are grouped.
+        The kernels' output is unfinished: the output calibration finishes it, or `kernels.finished`.
         """
         if isinstance(gates, kernels.Rows):
             return kernels.mixture(x, self._base[0], self, gates)
+        if isinstance(gates, grouped.Groups):
+            return grouped.grouped_mixture(x, self._base[0], self, gates)
         if count is None:
             count = self.num_experts
         few = self.fewer_by_row(1, count, axes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from alignx_ds.mocae import kernels
+from alignx_ds.mocae import grouped, kernels
 from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -72,7 +72,11 @@ class AlignXLayer(nn.Module):
         if self._forward_pass.tokens is not None:
             return self._without_padding(x, gates, self._forward_pass.tokens)
         if isinstance(self.mixture, FusedMixture):
-            y: Tensor = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
+            groups = self._groups(x, gates, count, routing)
+            if groups is not None:
+                y: Tensor = self.mixture(x, groups)
+            else:
+                y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
         else:
             y = self.mixture(x, gates, mask)
         if self.calibration is None:
@@ -102,6 +106,15 @@ class AlignXLayer(nn.Module):
         made = kernels.Rows(gates.squeeze(1).argmax(-1).int())
         routing.rows[self.gate_layer] = made
         return made
+
+    def _groups(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> grouped.Groups | None:
+        """The rows by expert, where each has one and they are too many to gather factors; kept with the KV cache."""
+        assert isinstance(self.mixture, FusedMixture)
+        if not grouped.groupable(x, gates, count) or self.mixture.fewer_by_row(len(gates), 1):
+            return None
+        if self.gate_layer not in routing.groups:
+            routing.groups[self.gate_layer] = grouped.Groups.of(gates)
+        return routing.groups[self.gate_layer]
 
     def _counts(self, gates: Tensor, routing: Routing) -> tuple[int | None, int | None]:
         """Upper bounds of a row's non-zero gates and, in needs, of the axes among them; None where they are unknown."""

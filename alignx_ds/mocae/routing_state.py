@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignx_ds.mocae.fused import RowExpert
 from alignx_ds.mocae.gate import Decision, Query
+from alignx_ds.mocae.grouped import Groups
 from alignx_ds.mocae.kernels import Rows, Tables
 from alignx_ds.mocae.output_calibration import GatedStep
 from alignx_ds.mocae.recomputation import Contexts, contexts
@@ -47,6 +48,7 @@ class Routing:
     queries: dict[int, Query] = field(default_factory=dict)
     decisions: dict[int, Decision] = field(default_factory=dict)
     rows: dict[int, Rows] = field(default_factory=dict)  # where the Triton kernels run
+    groups: dict[int, Groups] = field(default_factory=dict)  # where the rows are grouped by expert
     counts: dict[int, Counts] = field(default_factory=dict)
     # By the index of the AlignX layer, while decoding: what its gates alone determine.
     gathered: dict[int, list[RowExpert]] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Routing:
     def asked_again(self, query_mask: Tensor, words: Tensor, asked: Tensor) -> Routing:
         """The routing of a pass in which the rows `asked` [B] bool begin a user turn: the others' decisions stay.
 
-        Nothing that the earlier gates determined is kept: counts, rows, gathered factors, steps and tables.
+        Nothing that the earlier gates determined is kept: counts, rows, groups, gathered factors, steps and tables.
         """
         earlier = {layer: (self.queries[layer], decision) for layer, decision in self.decisions.items()}
         words = torch.where(asked.unsqueeze(-1), words, self.words.to(words.device))

@@ -68,8 +68,8 @@ def collect(
         part = collate([rows.examples[i] for i in chosen], pad_id)
         labels = torch.tensor([rows.experts[i] for i in chosen])
         forced = nn.functional.one_hot(labels, experts).float().to(device)
-        mask = part.attention_mask.to(device)
-        model(part.input_ids.to(device), mask, part.prompt_mask.to(device), forced=forced, use_cache=False)
+        ids, mask, asked = (t.to(device) for t in (part.input_ids, part.attention_mask, part.prompt_mask))
+        model(ids, mask, asked, forced=forced, use_cache=False, logits_to_keep=1)  # none are used
         if not wanted:
             continue
         sampled = [_sample(part.attention_mask[i], quota[rows.experts[row]], row) for i, row in enumerate(chosen)]

@@ -56,7 +56,8 @@ def on_prompts(
     queries: dict[int, Query] = {}
     hooks = [gate.register_forward_hook(_keep(queries, i, last=i == max(gates))) for i, gate in gates.items()]
     own = distributed.rank_share(list(range(len(rows.examples))))
-    made: dict[int, list[Tensor]] = {index: [] for index in gates}
+    own.sort(key=lambda i: rows.examples[i].prompt_length)  # little padding
+    made: dict[int, dict[int, Tensor]] = {index: {} for index in gates}  # by row
     for chosen, wanted in distributed.lockstep(own, batch, len(rows.examples), 0):
         prompts = [rows.examples[i] for i in chosen]
         part = collate([replace(e, ids=e.ids[: e.prompt_length]) for e in prompts], pad_id)
@@ -64,11 +65,12 @@ def on_prompts(
         with suppress(_AllAsked):
             model(part.input_ids.to(device), part.attention_mask.to(device), forced=used, use_cache=False)
         for index, gate in gates.items() if wanted else ():
-            made[index] += list(read(gate, queries[index]).cpu())
+            made[index].update(zip(chosen, read(gate, queries[index]).cpu(), strict=True))
     for hook in hooks:
         hook.remove()
     shares = distributed.gather(made)
-    return {i: torch.stack(distributed.interleave([share[i] for share in shares])) for i in gates}
+    found = {i: {row: tensor for share in shares for row, tensor in share[i].items()} for i in gates}
+    return {i: torch.stack([by_row[row] for row in range(len(rows.examples))]) for i, by_row in found.items()}
 
 
 class _AllAsked(Exception):  # noqa: N818

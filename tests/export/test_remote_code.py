@@ -32,9 +32,11 @@ sys.modules.update(alignx_ds=None, deepspeed=None)  # Python then finds no such 
 LOADED = """
 import json
 from pathlib import Path
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 
+torch.set_grad_enabled(False)
 root = Path(sys.argv[1])
 given, greedy = load_file(root / "given.safetensors"), dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
 for place in sorted(root.glob("*-1.0")):
@@ -44,7 +46,7 @@ for place in sorted(root.glob("*-1.0")):
         refused = str(error)
     model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
     made = {
-        "logits": model(**given).logits.detach(),
+        "logits": model(**given).logits,
         "cached": model.generate(**given, **greedy),
         "uncached": model.generate(**given, **greedy, use_cache=False),
     }

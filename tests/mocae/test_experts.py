@@ -10,6 +10,7 @@ from torch.nn.functional import linear, silu
 
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward, LowRankExpert, align_ranks
 from alignx_ds.mocae.fused import FusedMixture
+from alignx_ds.mocae.grouped import Groups
 from alignx_ds.mocae.parallel import ParallelMixture
 
 
@@ -117,6 +118,23 @@ def test_every_way_of_mixing_is_the_same_function(base: FeedForward, rows: int, 
     assert relative(mixture(x, gates), expected) < 1e-5
     assert relative(mixture(x, gates, count), expected) < 1e-5
     assert relative(mixture(x, gates, count, mixture.gather(gates, count)), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [[2, 0, 3, 2, 1], [0, 1, 1, 3], [3, 3, 3], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("length", [1, 4])
+def test_rows_grouped_by_expert_have_their_own_expert_s_output(
+    base: FeedForward, chosen: list[int], length: int
+) -> None:
+    experts = with_generalist(base, 4, 2, 4)
+    mixture = FusedMixture(base, experts)
+    x = torch.randn(len(chosen), length, 32, generator=generator(1))
+    groups = Groups.of(one_hot(chosen).unsqueeze(1))
+    assert (groups.order is None) == (sorted(chosen) == chosen), "rows that are in order are not copied"
+    assert [s + 1 for s, _, _ in groups.parts] == sorted(set(chosen) - {0})
+    y = mixture(x, groups)
+    for row, expert in enumerate(chosen):
+        assert relative(y[row], dense(base, experts[expert], x[row])) < 1e-5
 
 
 def test_a_prompt_s_own_factors_are_gathered_only_where_they_are_fewer(base: FeedForward) -> None:

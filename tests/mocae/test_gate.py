@@ -83,7 +83,7 @@ def test_training_mixes_all_experts_and_serving_keeps_top_k() -> None:
 
 def test_only_the_router_is_trained() -> None:
     gate = make()
-    assert [n for n, _ in gate.named_parameters()] == ["router.weight"]
+    assert [n for n, _ in gate.named_parameters()] == ["router.weight", "router.bias"]
     assert {"centre", "means", "anchors", "calibration_temperature"} <= dict(gate.named_buffers()).keys()
 
 
