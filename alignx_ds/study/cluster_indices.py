@@ -1,8 +1,7 @@
-"""Cluster validity indices of labelled points: those that AQI combines (arXiv 2506.13901).
+"""Cluster validity indices of labelled points: those that AQI combines (arXiv 2506.13901), and an AQI of two of them.
 
-AQI is a weighted sum of normalised indices of safe against unsafe activations. Its published variants normalise
-differently, so the indices are reported one by one. None of them changes when all points are shifted, rotated or scaled
-together, so two systems can be compared although their features have different norms.
+None of them changes when all points are shifted, rotated or scaled together, so two systems can be compared although
+their features have different norms.
 
 Shapes: N points, D dimensions.
 """
@@ -63,6 +62,22 @@ def cluster_indices(points: Points, labels: Labels) -> dict[str, float]:
         "davies_bouldin": float(davies_bouldin_score(points, labels)),  # Davies and Bouldin 1979
         "xie_beni": xie_beni(points, labels),
     }
+
+
+def aqi(found: dict[str, float], base: dict[str, float], share: float = 0.5) -> float:
+    """γ·CH/(CH + CH₀) + (1 − γ)·XB₀/(XB + XB₀), in (0, 1), higher is better: with γ = `share`, and ½ for the base.
+
+    AQI is such a weighted sum of the normalised Calinski–Harabasz and Xie–Beni indices of safe against unsafe
+    activations. Its published variants normalise differently, also by the models that are compared, so that a model's
+    value depends on the others. Here the constants are the base model's own indices, CH₀ and XB₀: ours.
+    """
+    dense = _part(found["calinski_harabasz"], base["calinski_harabasz"])
+    return share * dense + (1 - share) * _part(base["xie_beni"], found["xie_beni"])
+
+
+def _part(a: float, b: float) -> float:
+    """a/(a + b), also where one of them is infinite; ½ where both are, or both are zero."""
+    return 0.5 if a == b else 1 / (1 + _over(b, a)) if a < float("inf") else 1.0
 
 
 def _over(a: float, b: float) -> float:

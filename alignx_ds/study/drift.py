@@ -24,7 +24,7 @@ from alignx_ds.mocae.routing_state import prompt_summary
 from alignx_ds.mocae.turns import query_mask
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
-from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices
+from alignx_ds.study.cluster_indices import Labels, Points, aqi, cluster_indices
 from alignx_ds.study.layer_outputs import layer_outputs
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
@@ -36,6 +36,7 @@ LABELS = {
     "dunn": "Dunn ↑",
     "davies_bouldin": "Davies–Bouldin ↓",
     "xie_beni": "Xie–Beni ↓",
+    "aqi": "AQI ↑",
 }
 
 
@@ -53,7 +54,7 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
         "prompts": {name: axes.count(name) for name in dict.fromkeys(axes)},
         "indices": {
             grouping: {
-                str(layer): {name: cluster_indices(found[name][layer][rows], labels) for name in SYSTEMS}
+                str(layer): _compared({name: cluster_indices(found[name][layer][rows], labels) for name in SYSTEMS})
                 for layer in layers
             }
             for grouping, (rows, labels) in _groupings(studied, chosen).items()
@@ -64,6 +65,12 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
         "pca": _pca(at_last, studied.config.seed),
         "tsne": {name: _tsne(points, studied.config.seed) for name, points in at_last.items()},
     }
+
+
+def _compared(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """By system: its indices, and its AQI, normalised by the base model's."""
+    base = found["base"]
+    return {name: indices | ({"aqi": aqi(indices, base)} if indices else {}) for name, indices in found.items()}
 
 
 def _chosen(studied: StudiedRun) -> list[int]:
@@ -126,7 +133,7 @@ def show(content: dict[str, Any]) -> None:
     for grouping, by_layer in content["indices"].items():
         found = by_layer[str(content["drawn_layer"])]
         rows = [
-            [plotting.label(name), *(f"{found[name][index]:.3f}" for index in HIGHER_IS_BETTER)]
+            [plotting.label(name), *(f"{found[name][index]:.3f}" for index in LABELS)]
             for name in SYSTEMS
             if found[name]
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, cluster_indices, dunn, xie_beni
+from alignx_ds.study.cluster_indices import HIGHER_IS_BETTER, Labels, Points, aqi, cluster_indices, dunn, xie_beni
 
 # Two pairs on a line: {0, 2} and {10, 14}, centroids 1 and 12.
 LINE, PAIRS = np.array([[0.0], [2.0], [10.0], [14.0]]), np.array([0, 0, 1, 1])
@@ -40,6 +40,14 @@ def test_all_five_by_hand() -> None:
     assert found["davies_bouldin"] == pytest.approx((1 + 2) / 11)
     assert found["silhouette"] == pytest.approx(sum(outer) / 4)
     assert list(found) == list(HIGHER_IS_BETTER)
+
+
+def test_aqi_by_hand() -> None:
+    base, other = {"calinski_harabasz": 2.0, "xie_beni": 3.0}, {"calinski_harabasz": 6.0, "xie_beni": 1.0}
+    assert aqi(base, base) == 0.5
+    assert aqi(other, base, 0.25) == pytest.approx(0.25 * 6 / (6 + 2) + 0.75 * 3 / (1 + 3))
+    together = {"calinski_harabasz": 0.0, "xie_beni": float("inf")}  # centroids in one place
+    assert [aqi(together, base), aqi(base, together), aqi(together, together)] == [0.0, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("index", HIGHER_IS_BETTER)

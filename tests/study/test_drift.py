@@ -22,7 +22,8 @@ def test_drift_has_all_indices_of_all_systems_at_every_layer(study: Study) -> No
     assert content["prompts"] == dict.fromkeys(["generalist", *AXES], 16)
     for by_layer in content["indices"].values():
         assert list(by_layer) == ["3", "4"]
-        assert all(len(by_layer[layer][name]) == 5 for layer in by_layer for name in SYSTEMS)
+        assert all(list(by_layer[layer][name]) == list(LABELS) for layer in by_layer for name in SYSTEMS)
+        assert all(by_layer[layer]["base"]["aqi"] == 0.5 for layer in by_layer)
     assert content["moved"]["alignx"]["generalist"] < min(content["moved"]["sequential"].values())
     assert all(len(content[kind][name]) == 64 for kind in ("pca", "tsne") for name in SYSTEMS)
 
