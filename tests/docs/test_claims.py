@@ -109,9 +109,11 @@ def test_the_newer_recipe_s_tables_are_its_results() -> None:
             assert f"| {label} | {' | '.join(shares(systems, name))} |" in page, name
     sentences = {"alignx": "AlignX has {}, {} and {} %", "mixed": "mixed {}, {} and {}"}
     sentences["alignx, needs, whole"] = "with a gate of needs {}, {} and {} %"
+    needs = shares(systems, "alignx, needs, whole")
     for name, said in sentences.items():
         assert said.format(*shares(systems, name)) in readme
-    both = [systems[name]["metrics"]["xstest"] for name in ("alignx, needs, whole", "mixed")]
-    rates = [round(value) for x in both for value in (x["refused_harmful"], 100 - x["over_refusal"])]
-    needs = "refuses {} % of XSTest's unsafe prompts and serves {} % of its safe ones, mixed {} and {}"
-    assert needs.format(*rates) in readme
+    three = [systems[name]["metrics"]["xstest"] for name in ("alignx", "mixed", "alignx, needs, whole")]
+    rates = [round(value) for x in three for value in (x["refused_harmful"], 100 - x["over_refusal"])]
+    choice = "refuses {} % of XSTest's unsafe prompts and serves {} % of its safe ones, mixed {} and {}"
+    assert choice.format(*rates) in readme
+    assert "{}, and {} and {} (".format(sentences["alignx, needs, whole"].format(*needs), *rates[4:]) in readme
