@@ -18,6 +18,9 @@ READY := $(VENV)/.ready
 RECIPE ?= launch/recipes/world.yaml
 WORKERS ?= 2
 
+# Tests start hundreds of processes, each of which would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo seeds real bench gpu study docs test compat faults launchers check wheel lint format clean
 
 install: $(READY)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
-from alignx_ds.config import parse
 from alignx_ds.config.schema import SCRATCH_MODEL, RunConfig
 from alignx_ds.data.inputs import RunInputs, read_inputs
 from alignx_ds.errors import ConfigError, Problem
@@ -33,15 +32,17 @@ Until = Literal["specialists", "align", "run"]
 
 
 def run(
-    recipe: str,
-    overrides: Sequence[str],
+    config: RunConfig,
+    given: Sequence[str],
     *,
     until: Until = "run",
     dry_run: bool = False,
     show_config: bool = False,
     gpu_memory: float | None = None,
 ) -> int:
-    """Train, compare and report what the recipe describes; returns the exit code.
+    """Train, compare and report what the config describes; returns the exit code.
+
+    `given`: the recipe and the overrides that the config was read from, which the ranks read again.
 
     Every step reuses what an earlier start of the same run has finished in the output directory. `until` names the
     last step: stage 1 ("specialists"), stage 2 ("align"), or the report ("run"). `dry_run` checks all that can be
@@ -51,7 +52,6 @@ def run(
     Raises ConfigError or DataError for what the user can fix, and Stopped when a signal has asked for the end.
     """
     # Check: nothing is written before everything is known to be usable.
-    config = parse.load(recipe, list(overrides))
     if not dry_run:
         distributed.start_failure_detection(config.launch.timeout)
     world_size = distributed.planned_world_size(config.launch.ranks)
@@ -81,7 +81,7 @@ def run(
     # Launch the ranks, unless a launcher has started this process.
     if not distributed.under_launcher() and config.launch.ranks > 1:
         with inputs.encodings.shared():
-            return launcher.start_ranks([until, recipe, *overrides], config.launch.ranks)
+            return launcher.start_ranks([until, *given], config.launch.ranks)
     capacity.check(config, base, world_size, until)  # here: to ask a GPU for its memory takes some of it
 
     with context.out.lock as lock:

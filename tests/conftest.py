@@ -47,7 +47,14 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
 # Fixtures that start a whole run or several ranks, the slowest first.
-RUNS = ("runs", "made", "undisturbed", "one_node", "finished_run", "furnished", "place", "run_dir")
+RUNS = ("runs", "made", "furnished", "undisturbed", "finished_run", "one_node", "place", "run_dir")
+START_PROCESSES = (
+    "distributed",
+    "faults",
+    "launchers",
+    "test_wheel",
+    "test_cli_process",
+)  # likewise; folders and files
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -69,8 +76,8 @@ def _group(item: pytest.Item) -> tuple[int, str]:
     for place, name in enumerate(RUNS):
         if name in getattr(item, "fixturenames", ()):
             return place, name if name == "finished_run" else f"{item.path.parent.name}: {name}"
-    starts_ranks = item.path.parent.name in ("distributed", "faults", "launchers")
-    return len(RUNS) + (not starts_ranks), str(item.path)
+    slow = item.path.parent.name in START_PROCESSES or item.path.stem in START_PROCESSES
+    return len(RUNS) + (not slow), str(item.path)
 
 
 @pytest.fixture(scope="session")

@@ -224,14 +224,12 @@ def _blank() -> Any:
     return OmegaConf.structured(RunConfig)
 
 
-def to_yaml(config: RunConfig) -> str:
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    container = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
 def substance(stage: OptimizerConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from alignx_ds.config.parse import to_dict
 from alignx_ds.config.schema import FUSIONS, NO_OUTPUT_CALIBRATION, RunConfig
 from alignx_ds.data.inputs import NOTHING_JOINED, EncodedData
 from alignx_ds.data.routing import RoutingRows
-from alignx_ds.evaluation import matrix, plots
+from alignx_ds.evaluation import matrix
 from alignx_ds.evaluation.evaluate import Result
 from alignx_ds.evaluation.judges.protocol import BESIDE, JUDGE_PREFIX, Metrics, label, set_columns
 from alignx_ds.routing.router_report import RouterReport
@@ -183,6 +183,8 @@ def _environment(seconds: float, ranks: int) -> dict[str, Any]:
 
 def write(report: Report, out: Outputs) -> None:
     """Write report.json, report.html and the plots. Prompts and answers are escaped in the page (autoescape)."""
+    from alignx_ds.evaluation import plots  # here: most commands draw nothing, and matplotlib takes a while
+
     content = report.content
     manifest.write_text(out.root / "report.json", json.dumps(content, indent=2) + "\n")
     scored = content["scored"]

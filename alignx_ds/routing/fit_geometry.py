@@ -14,9 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.covariance import LedoitWolf
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from alignx_ds.config.schema import GateConfig
@@ -160,6 +157,8 @@ def latent_space(features: Features, latent: int, seed: int, *, discriminative: 
     (`discriminative=False`) the few leading dimensions, which the fractal score uses, hold what varies most, such as
     length, whether or not it separates the experts.
     """
+    from sklearn.decomposition import PCA  # here: a start that fits nothing is faster by a second or two
+
     present = [i for i, rows in enumerate(features.by_expert) if len(rows)]
     pooled = torch.cat([features.by_expert[i] for i in present]).double().numpy()
     size = min(WIDER * latent, pooled.shape[1], len(pooled) - 1)
@@ -209,6 +208,8 @@ def geometry_in(
 
 def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:
     """The Ledoit–Wolf covariance [k, k] with a floor under its eigenvalues: many rows are hardly shrunk at all."""
+    from sklearn.covariance import LedoitWolf
+
     variances, directions = np.linalg.eigh(LedoitWolf().fit(z).covariance_)
     floor = VARIANCE_FLOOR * max(float(variances.mean()), float(np.finfo(np.float32).tiny))
     whole: NDArray[np.float64] = (directions * np.maximum(variances, floor)) @ directions.T
@@ -216,6 +217,8 @@ def _covariance(z: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _anchors(z: NDArray[np.float64], count: int, seed: int) -> Tensor:
+    from sklearn.cluster import KMeans
+
     centres = KMeans(count, n_init=1, random_state=seed).fit(z).cluster_centers_
     return torch.from_numpy(centres).float()
 

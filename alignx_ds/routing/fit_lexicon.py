@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from alignx_ds.data.encode import Example, LabelledExamples
@@ -32,6 +30,9 @@ def fit_lexicon(
     The calibration split sets only the scale: the standard deviation of its scores becomes one. Experts without rows
     have zero weights. A prompt that needs several experts counts for each of them in part.
     """
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.linear_model import LogisticRegression
+
     weighing = TfidfTransformer(sublinear_tf=True)
     known = weighing.fit_transform(_counts(rows.examples, user_turn))
     weights, bias = np.zeros((experts, BUCKETS)), np.zeros(experts)

@@ -6,11 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from torch import Tensor
 
 from alignx_ds.config.schema import RunConfig
@@ -27,6 +25,10 @@ from alignx_ds.routing.by_source import SourceMetrics, by_source
 from alignx_ds.routing.gate_terms import gate_terms, sum_of
 from alignx_ds.routing.metrics import confusion, router_metrics
 from alignx_ds.routing.temperature import fit_temperature
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
 
 WORD = re.compile(r"\b\w\w+\b")  # TF-IDF's
 ABLATIONS: dict[str, tuple[str, ...]] = {  # none named: all terms of the gate
@@ -113,6 +115,8 @@ def _log_probabilities(
     logs = torch.full((len(questions), experts), -torch.inf, dtype=torch.float64)
     logs[:, present] = 0.0  # of a single class, which needs no classifier
     if len(present) > 1:
+        from sklearn.pipeline import make_pipeline
+
         router = make_pipeline(_vectorizer(prompts), _regression())
         router.fit([prompts[i] for i in lines], labels, logisticregression__sample_weight=shares)
         logs[:, list(router.classes_)] = torch.from_numpy(router.predict_log_proba(questions))
@@ -137,10 +141,14 @@ def _log_odds(
 
 
 def _vectorizer(prompts: list[str]) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     # Without a word of two letters in any prompt there are only characters to tell them by.
     words = any(WORD.search(prompt) for prompt in prompts)
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, analyzer="word" if words else "char")
 
 
 def _regression() -> LogisticRegression:
+    from sklearn.linear_model import LogisticRegression
+
     return LogisticRegression(C=10.0, max_iter=1000)

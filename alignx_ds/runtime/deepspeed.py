@@ -14,6 +14,8 @@ from torch import nn
 
 from alignx_ds.runtime import memory
 
+COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
+
 
 def choose_accelerator() -> None:
     """Select the CPU where there is no GPU; unset, DeepSpeed prints a warning to stdout when it is imported."""
@@ -41,6 +43,7 @@ def load_deepspeed() -> Any:
 
     # The shared-memory op is compiled at first use (40 s, needs g++) and serves only inference_all_reduce.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    memory.caches_of(COORDINATOR)
     return deepspeed
 
 
@@ -68,4 +71,5 @@ def forget(model: nn.Module) -> None:
     own = set(model.modules())
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module not in own]
-    memory.clear_caches("deepspeed.runtime.zero.partitioned_param_coordinator")
+    for cache in memory.caches_of(COORDINATOR):
+        cache.cache_clear()

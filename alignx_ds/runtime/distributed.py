@@ -18,6 +18,7 @@ import torch.distributed as torch_dist
 from safetensors import SafetensorError
 
 from alignx_ds.errors import DataError, UserError
+from alignx_ds.runtime import memory
 from alignx_ds.runtime.deepspeed import load_deepspeed
 from alignx_ds.runtime.exit import exit_now
 from alignx_ds.runtime.failures import denied, failure_of
@@ -96,6 +97,7 @@ def init_process_group(timeout: int) -> None:
             setattr(torch_dist.distributed_c10d, name, limit)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
+        memory.keep()
 
 
 def silence_libraries() -> None:

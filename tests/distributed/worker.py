@@ -11,12 +11,13 @@ def main(directory: Path, names: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # DeepSpeed's launcher sets it anew
     sys.path.insert(0, str(Path(__file__).parents[1]))  # what tests share
     from alignx_ds.config.schema import LaunchConfig
-    from alignx_ds.runtime import distributed
+    from alignx_ds.runtime import distributed, memory
 
     distributed.init_process_group(LaunchConfig.timeout)
     import torch
     from jobs import JOBS
 
+    memory.keep()  # as in a run, which has imported everything when its process group starts
     rank, world = distributed.rank(), distributed.world_size()
     for name in names:
         partial = directory / f"{name}.{rank}.{world}.partial"
