@@ -49,6 +49,8 @@ import sys
 before = list(sys.meta_path), list(sys.path_hooks)
 import alignx_ds, alignx_ds.cli
 print((sys.meta_path, sys.path_hooks) == before, *(m for m in ("torch", "transformers") if m in sys.modules))
+import alignx_ds.pipeline
+print(*(m for m in ("sklearn", "matplotlib", "deepspeed") if m in sys.modules))
 """
     assert run(program, repo_root) == ["True"]
 
