@@ -149,7 +149,7 @@ def show(content: dict[str, Any]) -> None:
 def draw(content: dict[str, Any]) -> Figure:
     """PCA and t-SNE scatter plots, a column per system; below them, the indices and the shifts."""
     with plotting.styled():
-        figure = plotting.figure(11.5, 7.8)
+        figure = plotting.figure(13.0, 7.8)
         scatters, bars = plotting.stacked(figure, [5.2, 2.4])
         panels = scatters.subplots(2, len(SYSTEMS), squeeze=False)
         for row, kind in enumerate(("pca", "tsne")):
