@@ -201,8 +201,8 @@ def aligned(
             router = torch.randn(EXPERTS, settings.latent, generator=source)
             if layer.gate is not None:
                 layer.gate.router.weight.copy_(router)
-                if layer.gate.router.bias is not None:
-                    layer.gate.router.bias.copy_(torch.randn(EXPERTS, generator=generator(9)))
+                spread = 1.0 if kind == "needs" else 0.1  # a choice then has rows of at least three experts
+                layer.gate.router.bias.copy_(spread * torch.randn(EXPERTS, generator=generator(9)))
     return model.eval()
 
 
