@@ -22,6 +22,7 @@ JOBS = {
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),
 }
+TIMEOUT = 600.0  # seconds for all jobs of a world size, also on a busy machine
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Runs:
                 with_launcher = world == 2
                 logs = self.root / f"logs{world}"
                 worker = Path(__file__).with_name("worker.py")
-                start(worker, world, str(self.root), *JOBS[world], logs=logs, launcher=with_launcher)
+                start(worker, world, str(self.root), *JOBS[world], logs=logs, timeout=TIMEOUT, launcher=with_launcher)
             except RanksError as failure:
                 self.failures[world] = str(failure)
         files = [self.root / f"{job}.{rank}.{world}.pt" for rank in range(world)]
