@@ -23,11 +23,9 @@ def process_group() -> Iterator[None]:
     """DeepSpeed's process group of this one process: NCCL on a GPU. The environment is then as it was before."""
     before = dict(os.environ)
     from alignx_ds.runtime import distributed
-    from alignx_ds.runtime.deepspeed import load_deepspeed
 
     distributed.init_process_group(120)
     yield
-    load_deepspeed().comm.destroy_process_group()  # or the next group of this process would meet its own groups
     distributed.shutdown()
     os.environ.clear()
     os.environ.update(before)

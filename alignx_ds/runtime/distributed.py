@@ -113,7 +113,7 @@ def shutdown() -> None:
     if sys.exc_info()[0] is not None:
         return
     if torch_dist.is_initialized():
-        torch_dist.destroy_process_group()
+        load_deepspeed().comm.destroy_process_group()  # or the next group of this process would meet its own groups
     rendezvous.finish()
 
 

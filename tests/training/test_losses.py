@@ -185,7 +185,8 @@ def test_the_gating_terms() -> None:
 def test_the_prior_is_zero_where_the_router_adds_nothing() -> None:
     gate = gates_of(make(scope="shared"))[ALIGNX_LAYERS[0]]
     with torch.no_grad():
-        gate.router.weight.zero_()
+        for parameter in gate.router.parameters():
+            parameter.zero_()
     query = some_query()
     assert float(gating_terms(gate, query, gate(query), one_hot(LABELS.tolist()))[2].detach()) == pytest.approx(
         0.0, abs=1e-6
