@@ -17,19 +17,19 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignx_ds.data.batches import pad
-from alignx_ds.data.encode import encode_prompts, pad_token
+from alignx_ds.data.encode import Example, LabelledExamples, encode_prompts, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation import transcripts
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges.protocol import Graded, Judge, Verdict
 from alignx_ds.evaluation.sampling import Sampling
 from alignx_ds.evaluation.transcripts import AnswerFile
+from alignx_ds.mocae.gate import need_logits
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.routing.gate_terms import gate_terms, sum_of
 
 Rewards = Mapping[str, Sequence[float]]  # of the n answers to one prompt, by scorer
 Weights = Mapping[str, float]  # of the scorers, or of the axes
@@ -122,22 +122,16 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-@torch.no_grad()
 def needs_by_gate(
     model: AlignXForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch: int
 ) -> list[Weights]:
     """By row and axis, by the lowest gate: the probability that the prompt needs it, or in a choice that it is right.
 
-    Every rank computes all of them.
+    Collective.
     """
-    model.eval()
-    found: list[Weights] = []
+    prompts = [Example(tuple(ids), len(ids)) for ids in encode_prompts([row.chat for row in rows], tokenizer)]
+    terms = gate_terms(model, LabelledExamples(prompts, [0] * len(prompts)), pad_token(tokenizer), batch)
     layer, gate = next(iter(gates_of(model).items()))
-    for start in range(0, len(rows), batch):
-        prompts = [row.chat for row in rows[start : start + batch]]
-        ids, mask = (t.to(model.device) for t in pad(encode_prompts(prompts, tokenizer), pad_token(tokenizer), "right"))
-        model(ids, mask, use_cache=False)
-        decision = model.routing.decisions[layer]
-        p = decision.needs() if gate.settings.kind == "needs" else decision.probabilities()[:, 1:]
-        found += [dict(zip(model.config.experts[1:], values, strict=True)) for values in p.tolist()]
-    return found
+    logits = sum_of(terms[layer]) / gate.calibration_temperature.float().cpu()
+    p = need_logits(logits).sigmoid() if gate.settings.kind == "needs" else logits.softmax(-1)[:, 1:]
+    return [dict(zip(model.config.experts[1:], values, strict=True)) for values in p.tolist()]

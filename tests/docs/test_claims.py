@@ -108,7 +108,7 @@ def test_the_newer_recipe_s_tables_are_its_results() -> None:
         if name not in ("base", "helpful", "harmless", "honest"):
             assert f"| {label} | {' | '.join(shares(systems, name))} |" in page, name
     sentences = {"alignx": "AlignX has {}, {} and {} %", "mixed": "mixed {}, {} and {}"}
-    sentences["alignx, needs, whole"] = "with a gate of needs {}, {} and {} %"
+    sentences["alignx, needs, whole"] = "with a gate of needs its shares are {}, {} and {} %"
     needs = shares(systems, "alignx, needs, whole")
     for name, said in sentences.items():
         assert said.format(*shares(systems, name)) in readme
@@ -116,4 +116,5 @@ def test_the_newer_recipe_s_tables_are_its_results() -> None:
     rates = [round(value) for x in three for value in (x["refused_harmful"], 100 - x["over_refusal"])]
     choice = "refuses {} % of XSTest's unsafe prompts and serves {} % of its safe ones, mixed {} and {}"
     assert choice.format(*rates) in readme
-    assert "{}, and {} and {} (".format(sentences["alignx, needs, whole"].format(*needs), *rates[4:]) in readme
+    beside = f"{sentences['alignx, needs, whole'].format(*needs)}, and XSTest's rates {rates[4]} and {rates[5]} ("
+    assert beside in readme
