@@ -34,7 +34,6 @@ from alignx_ds.runtime import console
 FUSION = "H3Fusion"
 GOALS = {BASE: 0.9, FUSION: 1.4}  # AlignX's tokens/s over theirs
 CONTEXT = 256
-FUSED = str(Path(__file__).parent / "suite" / "serve_fusion.py")
 Rounds = dict[str, list[Load]]  # by system
 
 
@@ -45,7 +44,7 @@ def servers(args: argparse.Namespace) -> Iterator[dict[str, Server]]:
         paths, most = served_models.save(args, Path(folder)), max(args.clients)
         commands = {name: served_models.command(path, most, most, CONTEXT) for name, path in paths.items()}
         if args.fusion:
-            commands[FUSION] = [FUSED, str(paths[BASE]), str(AXES), str(most), str(CONTEXT)]
+            commands[FUSION] = ["-m", "suite.serve_fusion", str(paths[BASE]), str(AXES), str(most), str(CONTEXT)]
         with load.servers(commands) as started:
             yield started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -58,9 +59,10 @@ class Load:
 
 @contextmanager
 def servers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Server]]:
-    """A process of the Python interpreter for each command, by name, which says where it listens as `serve` does."""
+    """A process of this interpreter and its import path for each command, which says where it listens as `serve` does."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = {
-        name: subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True)
+        name: subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
         for name, command in commands.items()
     }
     try:

@@ -1,6 +1,6 @@
 """H3Fusion, made of a dense model with three full copies of each FFN, behind the server of `alignx-ds serve`.
 
-Started by benchmarks/serving.py: python serve_fusion.py MODEL COPIES SLOTS CONTEXT
+Started by benchmarks/serving.py: python -m suite.serve_fusion MODEL COPIES SLOTS CONTEXT
 """
 
 from __future__ import annotations

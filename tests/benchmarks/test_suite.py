@@ -95,9 +95,10 @@ def test_the_memory_benchmark_counts_what_the_models_hold(tmp_path: Path, repo_r
         ("breakdown", "--batches 1 --length 8 --passes 1"),
         ("calibrator", "--batch 2 --length 8 --repeats 2"),
         ("latency", "--batches 1 --lengths 8 --repeats 2"),
+        ("serving", "--clients 2 --requests 1 --prompt 8 --tokens 3 --repeats 1 --fusion"),
     ],
 )
-def test_a_benchmark_of_one_process_runs(
+def test_a_benchmark_runs(
     script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = f"{script}.py --shape tiny --layers 2 --device cpu --rank 4 {options}"
