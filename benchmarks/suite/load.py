@@ -59,7 +59,7 @@ class Load:
 
 @contextmanager
 def servers(commands: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Server]]:
-    """A process of this interpreter and its import path for each command, which says where it listens as `serve` does."""
+    """A process for each command of this interpreter, on its import path; it says where it listens as `serve` does."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = {
         name: subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
