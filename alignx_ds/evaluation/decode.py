@@ -24,6 +24,7 @@ CHECK_EVERY = 16  # steps between two checks whether every row has ended; a chec
 
 Step = Callable[[Tensor, Tensor, Tensor, StaticCache], Tensor]
 Choose = Callable[[Tensor], Tensor]  # logits [B, V] -> the next tokens [B, 1]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]  # new ids, mask, positions -> the next token's logits [B, V]
 
 
 class CapturedStep:
@@ -120,10 +121,10 @@ class Decoder:
     @torch.no_grad()
     def sampled(self, ids: Tensor, mask: Tensor, limit: int, ends: list[int], pad_id: int, choose: Choose) -> Tensor:
         """As `greedy`, but for the tokens, which are those that `choose` takes. No step is compiled or captured."""
-        cache = self._cache(ids, limit)
+        predict = self.predictor(ids, limit)
 
         def after(token: Tensor, full_mask: Tensor, position: Tensor) -> Tensor:
-            return choose(_logits(self.model, token, full_mask, position, cache))
+            return choose(predict(token, full_mask, position))
 
         return self._answers(after(ids, mask, _positions(mask)), after, mask, limit, ends, pad_id)
 
@@ -161,6 +162,11 @@ class Decoder:
         """Read the prompts [B, T]. Returns the cache, with room for `new_tokens` more, and the first tokens [B, 1]."""
         cache = self._cache(ids, new_tokens)
         return cache, _step(self.model, ids, mask, _positions(mask), cache)
+
+    def predictor(self, ids: Tensor, new_tokens: int) -> Predict:
+        """What the model predicts, of the prompts [B, T] first and of each token after them; it keeps the cache."""
+        cache = self._cache(ids, new_tokens)
+        return lambda ids, mask, position: _logits(self.model, ids, mask, position, cache)
 
     def _cache(self, ids: Tensor, new_tokens: int) -> StaticCache:
         if isinstance(self.model, AlignXForCausalLM):

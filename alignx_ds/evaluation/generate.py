@@ -23,7 +23,7 @@ Draws = Callable[[int], tuple[Sampling, Random]]  # by the number of a prompt: h
 
 
 def answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Decoder,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -36,10 +36,12 @@ def answers(
     """One answer per prompt, in order, the same list on every rank: greedy, or as `draws` has it. Collective.
 
     The prompts get no system prompt, so they carry no hint of their axis. With `file`, answers that it holds are not
-    generated again, and every new batch is appended to it at once. A sampled answer does not depend on its batch.
+    generated again, and every new batch is appended to it at once. A sampled answer does not depend on its batch. A
+    decoder is used as it is.
     """
     done: list[str] = distributed.on_main(lambda: file.load() if file is not None else [])
-    step, decoder = batch * distributed.world_size(), Decoder(model, compiled=compiled and draws is None)
+    step = batch * distributed.world_size()
+    decoder = model if isinstance(model, Decoder) else Decoder(model, compiled=compiled and draws is None)
     for start in range(len(done), len(prompts), step):
         signals.stop_if_requested(f"answers, after {start} of {len(prompts)}")
         own = distributed.rank_share(list(range(start, min(start + step, len(prompts)))))

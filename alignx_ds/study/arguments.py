@@ -9,6 +9,7 @@ from typing import Any
 from alignx_ds.errors import UserError
 
 SCALING = "scaling-axes"
+OF_A_RUN = ("drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", "ensembles")
 STUDY_HELP = """\
 Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   drift          how fine-tuning changes the features of each axis's prompts
@@ -18,6 +19,7 @@ Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   overlap        how far the axes' task vectors conflict: their cosines, and the directions that they share
   steering       the base model with a vector added at one layer, for each axis, beside AlignX; minutes
   best-of        the score against the number of answers of which the judges choose one, of the base model and AlignX
+  ensembles      the specialists' logits averaged, their majority, and one answer written from theirs: scores and costs
 
 Of a recipe with conflicting axes, for which it makes the runs:
   scaling-axes   every system's worst axis against the number of axes, the rows of the smallest one, and the rank
@@ -63,7 +65,7 @@ def _add_study(verbs: Any) -> None:
         epilog=STUDY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whats = ("drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", SCALING)
+    whats = (*OF_A_RUN, SCALING)
     study.add_argument("what", choices=whats, metavar="WHAT")
     study.add_argument("run", metavar="RUN_DIR", help="directory of a finished run; of scaling-axes, a recipe")
     study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="scaling-axes: settings of all its runs")

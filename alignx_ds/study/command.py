@@ -8,9 +8,20 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.runtime import console, distributed
-from alignx_ds.study import best_of, calibration, contributions, drift, forgetting, overlap, results, steering
-from alignx_ds.study.studied_run import StudiedRun
+from alignx_ds.study import (
+    best_of,
+    calibration,
+    contributions,
+    drift,
+    ensembles,
+    forgetting,
+    overlap,
+    results,
+    steering,
+)
+from alignx_ds.study.studied_run import FREE_JUDGES, StudiedRun
 
 Measure = Callable[[StudiedRun], dict[str, Any]]
 Draw = Callable[[dict[str, Any]], Figure]
@@ -22,7 +33,9 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "overlap": (overlap.measure, overlap.draw, overlap.show),
     "steering": (steering.measure, steering.draw, steering.show),
     "best-of": (best_of.measure, best_of.draw, best_of.show),
+    "ensembles": (ensembles.measure, ensembles.draw, ensembles.show),
 }
+SCORED = ("steering", "best-of", "ensembles")  # measure nothing but scores
 
 
 def study(what: str, directory: Path, out: Path | None) -> list[Path]:
@@ -31,6 +44,9 @@ def study(what: str, directory: Path, out: Path | None) -> list[Path]:
     target = out if out is not None else directory / "study"
     studied = StudiedRun.open(directory)
     results.check_writable(target)
+    if what in SCORED and not studied.scored_axes:
+        fix = "its answers need a judge model or another server; study drift, contributions, calibration or overlap"
+        raise ConfigError(Problem("RUN_DIR", str(directory), f"a run with a judge of {', '.join(FREE_JUDGES)}", fix))
     measure, draw, show = STUDIES[what]
     content = results.provenance(what, directory, studied.config.seed) | measure(studied)
     show(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
 @pytest.mark.parametrize(
-    "what", ["drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of"]
+    "what", ["drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", "ensembles"]
 )
 def test_a_study_records_its_provenance_and_does_not_change_the_run(
     what: str, finished_run: Path, study: Study, snapshot: Snapshot
@@ -47,6 +48,19 @@ def test_a_run_without_its_baselines_is_refused(finished_run: Path, tmp_path: Pa
     (tmp_path / "part" / "specialists" / "mixed_3_honest" / manifest.NAME).unlink()
     with pytest.raises(DataError, match="mixed_3_honest: not there, or not finished"):
         StudiedRun.open(tmp_path / "part")
+
+
+@pytest.mark.parametrize("what", ["steering", "best-of", "ensembles"])
+def test_scores_need_a_free_judge(
+    what: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub(r"judge: (task|safety|truth)", "judge: refusal", config.read_text()))
+    assert cli.main(["study", what, str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("alignx-ds: error: RUN_DIR: got ") and "a run with a judge of task, safety" in line
+    assert not (tmp_path / "run" / "study").exists()
 
 
 def test_results_that_can_t_be_written_are_refused_before_any_work(
