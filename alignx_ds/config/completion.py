@@ -6,7 +6,6 @@ argcomplete calls these functions; an error in one of them leaves the shell with
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def recipes(prefix: str, **rest: Any) -> list[str]:
 def settings(prefix: str, parsed_args: argparse.Namespace, **rest: Any) -> list[str]:
     """`key=` of every key of the recipe that was given; behind the `=`, the values if there is a choice."""
     config = _config(parsed_args.recipe)
-    known = dict(_flat(parse.to_dict(config)))
+    known = dict(parse.flat(parse.to_dict(config)))
     key, given, _ = prefix.partition("=")
     if not given:
         return [f"{name}=" for name in known]
@@ -45,11 +44,3 @@ def _config(recipe: str) -> RunConfig:
         return parse.load(recipe)
     except UserError:
         return RunConfig()
-
-
-def _flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value

@@ -239,3 +239,12 @@ def substance(stage: OptimizerConfig) -> dict[str, Any]:
     """
     own = {"schedule"} if stage.schedule == COSINE_TO_TENTH else set()
     return {key: value for key, value in asdict(stage).items() if key not in SPREAD | own}
+
+
+def flat(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(address, value) of every setting that is no section; a list is one setting."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value

@@ -8,8 +8,18 @@ from typing import Any
 
 from alignx_ds.errors import UserError
 
-SCALING = "scaling-axes"
-OF_A_RUN = ("drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", "ensembles")
+SCALING, SENSITIVITY = "scaling-axes", "sensitivity"
+OF_A_RUN = (
+    "drift",
+    "forgetting",
+    "contributions",
+    "calibration",
+    "overlap",
+    "steering",
+    "best-of",
+    "ensembles",
+    SENSITIVITY,
+)
 STUDY_HELP = """\
 Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   drift          how fine-tuning changes the features of each axis's prompts
@@ -20,6 +30,11 @@ Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   steering       the base model with a vector added at one layer, for each axis, beside AlignX; minutes
   best-of        the score against the number of answers of which the judges choose one, of the base model and AlignX
   ensembles      the specialists' logits averaged, their majority, and one answer written from theirs: scores and costs
+  sensitivity    AlignX's scores against what a finished model can change: top-k, temperature, λ of the gate, γ; minutes
+
+Of several finished runs, for a setting that needs training:
+  sensitivity    every system's scores against a key of the recipe in which alone the runs differ, seeds aside
+    alignx-ds study sensitivity runs/steps-40 runs/steps-80 runs/steps-160 --by align.steps
 
 Of a recipe with conflicting axes, for which it makes the runs:
   scaling-axes   every system's worst axis against the number of axes, the rows of the smallest one, and the rank
@@ -68,7 +83,9 @@ def _add_study(verbs: Any) -> None:
     whats = (*OF_A_RUN, SCALING)
     study.add_argument("what", choices=whats, metavar="WHAT")
     study.add_argument("run", metavar="RUN_DIR", help="directory of a finished run; of scaling-axes, a recipe")
-    study.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="scaling-axes: settings of all its runs")
+    more = f"{SCALING}: settings of all its runs, KEY=VALUE; {SENSITIVITY}: further runs"
+    study.add_argument("more", nargs="*", metavar="MORE", help=more)
+    study.add_argument("--by", metavar="KEY", help=f"{SENSITIVITY}: compare the runs by this key of their recipe")
     study.add_argument("--out", type=Path, help="directory of WHAT.json, .png and .pdf (default: RUN_DIR/study)")
     for name, default, what in (
         ("axes", [2, 4, 8], "numbers of axes, the recipe's first ones"),
@@ -98,18 +115,26 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
+    if args.by and args.what != SENSITIVITY:
+        raise UserError(f"--by: only {SENSITIVITY} compares runs by a key; leave it out")
     if args.what == SCALING:
         from alignx_ds.study import scaling_axes
         from alignx_ds.study.scaling_runs import Curves
 
         curves = Curves(tuple(args.axes), tuple(args.rows), tuple(args.ranks))
-        scaling_axes.study(args.run, args.overrides, curves, args.seeds, args.out)
+        scaling_axes.study(args.run, args.more, curves, args.seeds, args.out)
+        return 0
+    if args.by:
+        from alignx_ds.study import sensitivity_runs
+
+        sensitivity_runs.study([Path(args.run), *map(Path, args.more)], args.by, args.out)
         return 0
     from alignx_ds.study import command
 
-    if args.overrides:
-        raise UserError(
-            f"{' '.join(args.overrides)}: only {SCALING} has settings, because nothing else here is trained"
+    if args.more:
+        fix = (
+            f"only {SCALING} has settings, because nothing else here is trained; {SENSITIVITY} compares runs with --by"
         )
+        raise UserError(f"{' '.join(args.more)}: {fix}")
     command.study(args.what, Path(args.run), args.out)
     return 0

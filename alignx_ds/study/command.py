@@ -19,6 +19,7 @@ from alignx_ds.study import (
     forgetting,
     overlap,
     results,
+    sensitivity,
     steering,
 )
 from alignx_ds.study.studied_run import FREE_JUDGES, StudiedRun
@@ -34,8 +35,9 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "steering": (steering.measure, steering.draw, steering.show),
     "best-of": (best_of.measure, best_of.draw, best_of.show),
     "ensembles": (ensembles.measure, ensembles.draw, ensembles.show),
+    "sensitivity": (sensitivity.measure, sensitivity.draw, sensitivity.show),
 }
-SCORED = ("steering", "best-of", "ensembles")  # measure nothing but scores
+SCORED = ("steering", "best-of", "ensembles", "sensitivity")  # measure nothing but scores
 
 
 def study(what: str, directory: Path, out: Path | None) -> list[Path]:
