@@ -117,11 +117,15 @@ def twin(s: Setting, base: PreTrainedModel | None) -> PreTrainedModel:
 
 
 def alignx(
-    s: Setting, base: PreTrainedModel | None = None, placement: Placement | None = None, **gate: Any
+    s: Setting,
+    base: PreTrainedModel | None = None,
+    placement: Placement | None = None,
+    lowest: int = 0,
+    **gate: Any,
 ) -> PreTrainedModel:
-    """Fused, or with its experts spread over the ranks of DeepSpeed's expert-parallel groups."""
+    """AlignX layers from the `lowest` on; fused, or with experts spread over DeepSpeed's expert-parallel groups."""
     backbone, table = twin(s, base), backbone_of(s.config.model_type)
-    layers = list(range(s.config.num_hidden_layers))
+    layers = list(range(lowest, s.config.num_hidden_layers))
     config = AlignXConfig(
         text_config=s.config,
         experts=["generalist", *(f"axis {i}" for i in range(AXES))],
@@ -141,7 +145,7 @@ def alignx(
         for layer in layers:
             ffn = table.view(table.ffn_of(backbone, layer))
             experts = [Factors.zeros(ffn, config.ranks), *(_random_factors(ffn, s) for _ in range(AXES))]
-            gate = _random_geometry(SUMMARIES * d, s.latent) if layer == 0 else None
+            gate = _random_geometry(SUMMARIES * d, s.latent) if layer == lowest else None
             output = _random_geometry(d, s.output_latent) if s.output_latent else None
             parts[layer] = LayerParts(experts, gate, output)
         model = AlignXForCausalLM(config, backbone=backbone, parts=parts, placement=placement)
