@@ -33,19 +33,21 @@ class Groups(NamedTuple):
         order = experts.argsort(stable=True)
         return cls(order, order.argsort(), parts)
 
+    def serve(self, x: Tensor) -> bool:
+        """Whether they also serve x, of the same model and batch."""
+        return _served_on_cpu(x)
+
 
 def groupable(x: Tensor, gates: Tensor, count: int | None) -> bool:
     """Whether rows can be grouped here: x [B, T, d], gates [B, 1 or T, E], at most `count` of them not zero per row.
 
     On other devices the host would have to wait for the gates.
     """
-    return (
-        count == 1
-        and x.device.type == "cpu"
-        and gates.shape[1] == 1
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    return count == 1 and gates.shape[1] == 1 and _served_on_cpu(x)
+
+
+def _served_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def grouped_mixture(x: Tensor, base: Any, stacks: Any, groups: Groups) -> Tensor:

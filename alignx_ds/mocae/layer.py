@@ -56,27 +56,20 @@ class AlignXLayer(nn.Module):
         """x [B, T, d] -> [B, T, d] in the dtype of x; the routing of the forward pass is read and added to."""
         routing = self._forward_pass.routing
         assert routing is not None, "an AlignX layer runs inside AlignXForCausalLM.forward"
-        rows = routing.rows.get(self.gate_layer)
-        if rows is None or not rows.serve(x):
-            gates = self._gates(x, routing)
-            count, axes = self._counts(gates, routing)
-            rows = self._rows(x, gates, count, routing)
-        # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
-        if rows is not None:
-            unfinished: kernels.Unfinished = self.mixture(x, rows)
-            if self.calibration is None:
-                return kernels.finished(unfinished)
-            whole: Tensor = self.calibration(unfinished, tables=routing.tables.setdefault(self.index, []))
-            return whole
+        known = routing.rows.get(self.gate_layer) or routing.groups.get(self.gate_layer)
+        if known is not None and known.serve(x):
+            return self._of_one_expert(x, known, routing)
+        gates = self._gates(x, routing)
+        count, axes = self._counts(gates, routing)
         mask = self._forward_pass.token_mask
         if self._forward_pass.tokens is not None:
             return self._without_padding(x, gates, self._forward_pass.tokens)
         if isinstance(self.mixture, FusedMixture):
-            groups = self._groups(x, gates, count, routing)
-            if groups is not None:
-                y: Tensor = self.mixture(x, groups)
-            else:
-                y = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
+            known = self._rows(x, gates, count, routing) or self._groups(x, gates, count, routing)
+            if known is not None:
+                return self._of_one_expert(x, known, routing)
+            # Only calls: where accelerate keeps weights off the device, its hooks fetch them before a module is called.
+            y: Tensor = self.mixture(x, gates, count, self._gathered(gates, count, axes, routing), axes=axes)
         else:
             y = self.mixture(x, gates, mask)
         if self.calibration is None:
@@ -84,6 +77,21 @@ class AlignXLayer(nn.Module):
         # What the gates alone determine is kept with the KV cache, but not in training, where it has gradients.
         steps = None if torch.is_grad_enabled() else routing.steps.setdefault(self.index, [])
         calibrated: Tensor = self.calibration(y, gates, mask, count, steps)
+        return calibrated
+
+    def _of_one_expert(self, x: Tensor, known: kernels.Rows | grouped.Groups, routing: Routing) -> Tensor:
+        """The layer's output where each row has one expert: what decides it is known, and no gradients are needed."""
+        y: Tensor | kernels.Unfinished = self.mixture(x, known)
+        if isinstance(y, kernels.Unfinished):
+            if self.calibration is None:
+                return kernels.finished(y)
+            whole: Tensor = self.calibration(y, tables=routing.tables.setdefault(self.index, []))
+            return whole
+        if self.calibration is None:
+            return y
+        steps = routing.steps.setdefault(self.index, [])
+        gates = None if steps else self._gates(x, routing)
+        calibrated: Tensor = self.calibration(y, gates, self._forward_pass.token_mask, 1, steps)
         return calibrated
 
     def _without_padding(self, x: Tensor, gates: Tensor, tokens: Tensor) -> Tensor:
@@ -100,21 +108,20 @@ class AlignXLayer(nn.Module):
 
     def _rows(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> kernels.Rows | None:
         """The only expert of each row, where the Triton kernels can run; kept with the KV cache."""
-        mixture = self.mixture
-        if not isinstance(mixture, FusedMixture) or not kernels.supported(x, gates, count, mixture.activation):
+        assert isinstance(self.mixture, FusedMixture)
+        if not kernels.supported(x, gates, count, self.mixture.activation):
             return None
         made = kernels.Rows(gates.squeeze(1).argmax(-1).int())
         routing.rows[self.gate_layer] = made
         return made
 
     def _groups(self, x: Tensor, gates: Tensor, count: int | None, routing: Routing) -> grouped.Groups | None:
-        """The rows by expert, where each has one and they are too many to gather factors; kept with the KV cache."""
-        assert isinstance(self.mixture, FusedMixture)
-        if not grouped.groupable(x, gates, count) or self.mixture.fewer_by_row(len(gates), 1):
+        """The rows by expert, where each has one and they can be grouped; kept with the KV cache."""
+        if self._forward_pass.fixed or not grouped.groupable(x, gates, count):
             return None
-        if self.gate_layer not in routing.groups:
-            routing.groups[self.gate_layer] = grouped.Groups.of(gates)
-        return routing.groups[self.gate_layer]
+        made = grouped.Groups.of(gates)
+        routing.groups[self.gate_layer] = made
+        return made
 
     def _counts(self, gates: Tensor, routing: Routing) -> tuple[int | None, int | None]:
         """Upper bounds of a row's non-zero gates and, in needs, of the axes among them; None where they are unknown."""

@@ -109,8 +109,9 @@ class OutputCalibration(nn.Module):
         """y [B, T, d], gates [B, T or 1, E], token_mask [B, T] (0 on padding) -> ỹ [B, T, d] in the dtype of y.
 
         `count` is that of `gated_step`. `steps` holds what `gated_step` returned for these gates, or is an empty list,
-        which is filled with it. An unfinished y needs no gates: it is finished by the Triton kernels, which run on
-        `tables`. This holds what `tables()` returned or is an empty list, which is filled with it.
+        which is filled with it; where it holds it, no gates are needed. An unfinished y needs none either: it is
+        finished by the Triton kernels, which run on `tables`. This holds what `tables()` returned or is an empty list,
+        which is filled with it.
 
         `of_rows`: y is [1, N, d], the tokens of several rows without padding, with each token's row [N] and how many
         rows there are.
@@ -120,10 +121,13 @@ class OutputCalibration(nn.Module):
             if not tables:
                 tables.append(self.tables())
             return kernels.calibrate(y, self.projection.float(), self.reinjection.float(), tables[0])
-        assert gates is not None
-        p = steps[0] if steps else self.gated_step(gates.float(), count)
-        if steps is not None and not steps:
-            steps.append(p)
+        if steps:
+            p = steps[0]
+        else:
+            assert gates is not None
+            p = self.gated_step(gates.float(), count)
+            if steps is not None:
+                steps.append(p)
         wide, reinjection = y.float(), self.reinjection.float()
         z = linear(wide, self.projection.float(), p.bias)
         weights = p.shift.weights(z[..., : p.shift.into.shape[-2]])

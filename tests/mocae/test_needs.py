@@ -192,7 +192,7 @@ def test_with_a_rounding_of_a_half_every_need_is_whole_or_none() -> None:
 @pytest.mark.parametrize("combine", ["outputs", "weights"])
 @torch.no_grad()
 def test_a_prompt_that_needs_one_axis_takes_a_choice_s_path(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its expert's factors alone are gathered, and how many serve it is read once, at prefill."""
+    """Its expert's factors alone are multiplied, and how many serve it is read once, at prefill."""
     model, reads, read = needs_model(combine=combine), [], Counts.read
     monkeypatch.setattr(Counts, "read", lambda gates: reads.append(1) or read(gates))
     (gate,) = gates_of(model).values()
@@ -206,7 +206,7 @@ def test_a_prompt_that_needs_one_axis_takes_a_choice_s_path(combine: str, monkey
     expected = choice(answer, forced=forced, use_cache=True, **{ARGUMENT: kv_cache(other)})
     assert torch.equal(decoded.logits, expected.logits)
     assert model.routing.counts == {ALIGNX_LAYERS[0]: Counts(1, 1)} and len(reads) == 2  # the other are the forced
-    assert [len(g) for g in model.routing.gathered.values()] == [1, 1]
+    assert not model.routing.gathered and model.routing.groups[ALIGNX_LAYERS[0]].parts == [(1, 0, 1)]
     model.forward_pass.fixed = True
     model(ids, use_cache=True)
     assert model.routing.counts == {ALIGNX_LAYERS[0]: Counts(4, 3)} and len(reads) == 2
