@@ -17,7 +17,7 @@ from alignx_ds.runtime.extras import missing_package
 CRASHED = 1  # exit code
 PACKAGE = Path(__file__).parents[1]
 # On CPUs torch raises plain RuntimeErrors, which only their text tells apart.
-OUT_OF_MEMORY = re.compile("can't allocate memory|cannot allocate memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile("can't allocate memory|cannot allocate memory|std::bad_alloc", re.IGNORECASE)
 TIMED_OUT = re.compile("timed out waiting|wait timeout|timed out after", re.IGNORECASE)  # gloo's and the store's
 LESS_MEMORY = "raise train.accumulation or align.accumulation, lower evaluation.batch, or start more ranks"
 

@@ -20,7 +20,7 @@ from alignx_ds.routing.fit_geometry import collect, fit
 from alignx_ds.routing.fit_lexicon import fit_lexicon
 from alignx_ds.routing.fit_router import fit_router, router_rows
 from alignx_ds.runs import manifest
-from alignx_ds.runtime import console, distributed
+from alignx_ds.runtime import console, distributed, memory
 from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
 from alignx_ds.stages.stage import StageContext
 
@@ -30,6 +30,7 @@ FILE = "fitted.safetensors"
 def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     """Fit on rank 0, to features of training rows and of the calibration split, and send to all ranks. Collective."""
     fitted = _fit_geometries(context, factors)
+    memory.free()  # of the model without calibrators, before another is assembled
     return replace(fitted, routers=_fit_routers(context, factors, fitted))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ from alignx_ds.evaluation import compared
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.models import sharding
+from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.ends import set_ends
 from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import distributed
-from alignx_ds.stages import align
+from alignx_ds.stages import align, assembly
 from alignx_ds.training.job import TrainingJob
 
 PROMPTS = ["5 6 7", "8 9", "10 11 12 13"]  # of two ranks one has none in the last round
@@ -51,7 +55,13 @@ def _systems(out: Path, directory: Path) -> dict[str, Any]:
     base = BaseModel(config.model)
     context = stage_context(config, Outputs(directory, directory), STAGE_ROWS, CALIBRATION_ROWS)
     specialists = [out / f"specialist{n}" for n in range(EXPERTS - 1)]
+    loaded: list[weakref.ref[PreTrainedModel]] = []
+    assembly.load_backbone = partial(_load_alone, loaded)
+    gc.disable()  # what only a search frees stays until the stage searches
     aligned, losses = align.train_mixture(context, low_rank_experts(base_model()), TrainingJob("stage2"))
+    gc.enable()
+    assembly.load_backbone = load_backbone
+    assert len(loaded) == 4, "for geometries, for routers, for training, and for what is saved"
     align.save(aligned, base, context.out.model)
     tied = BaseModel(ModelConfig(path=str(bases / "tied"), dtype="bfloat16"))
     return {
@@ -61,6 +71,13 @@ def _systems(out: Path, directory: Path) -> dict[str, Any]:
         "alignx": _used(compared.load_aligned(base, context.out.model), base),
         "tied, bfloat16": _used(compared.load_base(tied), tied),
     }
+
+
+def _load_alone(loaded: list[weakref.ref[PreTrainedModel]], base: BaseModel) -> PreTrainedModel:
+    assert not any(model() for model in loaded), "an earlier model is still in memory"
+    model = load_backbone(base)
+    loaded.append(weakref.ref(model))
+    return model
 
 
 def _write_bases(out: Path) -> None:
