@@ -79,7 +79,7 @@ def fill(model: nn.Module, tensors: dict[str, Stored]) -> None:
             how: Any = {"run_check": False, "shape": there.shape, "stride": there.stride()}
             state[name] = DTensor.from_local(own, there.device_mesh, [Shard(0)], **how)
         else:
-            state[name] = stored.read().to(device, there.dtype)
+            state[name] = stored.read().to(device, there.dtype, copy=True)  # or its whole file stays mapped
     model.load_state_dict(state, strict=False, assign=True)
 
 
