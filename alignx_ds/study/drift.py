@@ -28,6 +28,7 @@ from alignx_ds.study.cluster_indices import Labels, Points, aqi, cluster_indices
 from alignx_ds.study.layer_outputs import layer_outputs
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
+ALL = "all"
 MOST = 250  # prompts of each axis
 NEIGHBOURS = 30.0  # t-SNE's perplexity, scikit-learn's default
 LABELS = {
@@ -41,12 +42,21 @@ LABELS = {
 
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
-    """Cluster indices by grouping, layer and system; each axis's shift; the coordinates of the scatter plots."""
+    """Cluster indices by grouping, layer and system; shifts and distances; the coordinates of the scatter plots.
+
+    The distances are of all systems that the run compares, the rest is of SYSTEMS.
+    """
     chosen = _chosen(studied)
-    found = {name: features(studied.system(name), studied, chosen) for name in SYSTEMS}
     owners = [studied.held_out_rows()[i] for i in chosen]
     axes = [name for name, _ in owners]
     layers, last = studied.base.layers, studied.base.layers[-1]
+    found: dict[str, dict[int, Points]] = {}
+    distances: dict[str, dict[str, float]] = {}
+    for system in studied.compared():
+        own = features(system.load().eval(), studied, chosen)
+        if system.name in SYSTEMS:
+            found[system.name] = own
+        distances[system.name] = distance(found["base"][last], own[last], axes)
     at_last = {name: by_layer[last] for name, by_layer in found.items()}
     return {
         "layers": layers,
@@ -60,6 +70,7 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
             for grouping, (rows, labels) in _groupings(studied, chosen).items()
         },
         "moved": {name: moved(at_last["base"], at_last[name], axes) for name in SYSTEMS if name != "base"},
+        "distance": {name: by_axis for name, by_axis in distances.items() if name != "base"},
         "axis_of": axes,
         "harmful": [row.harmful for _, row in owners],
         "pca": _pca(at_last, studied.config.seed),
@@ -110,6 +121,12 @@ def moved(before: Points, after: Points, axes: list[str]) -> dict[str, float]:
     return {name: float(steps[own == name].mean()) / spread for name in dict.fromkeys(axes)}
 
 
+def distance(before: Points, after: Points, axes: list[str]) -> dict[str, float]:
+    """By axis, and of all prompts: the mean L2 distance of the features from the base model's, in their own units."""
+    steps, own = np.linalg.norm(after - before, axis=1), np.array(axes)
+    return {name: float(steps[own == name].mean()) for name in dict.fromkeys(axes)} | {ALL: float(steps.mean())}
+
+
 def _pca(features_of: dict[str, Points], seed: int) -> dict[str, Any]:
     """One projection for all systems, so that shifts are visible."""
     fitted = PCA(n_components=2, random_state=seed).fit(np.concatenate(list(features_of.values())))
@@ -144,6 +161,11 @@ def show(content: dict[str, Any]) -> None:
     axes = list(content["prompts"])
     rows = [[plotting.label(name), *(f"{m[axis]:.2f}" for axis in axes)] for name, m in content["moved"].items()]
     console.table("Mean shift of the features from the base model's, over their spread there", ["system", *axes], rows)
+    columns = [*axes, ALL]
+    rows = [
+        [plotting.label(name), *(f"{d[column]:.4g}" for column in columns)] for name, d in content["distance"].items()
+    ]
+    console.table("Mean L2 distance of the features from the base model's", ["system", *columns], rows)
 
 
 def draw(content: dict[str, Any]) -> Figure:
@@ -157,6 +179,8 @@ def draw(content: dict[str, Any]) -> Figure:
                 _scatter(panels[row][column], content, kind, name)
                 if row == 0:
                     panels[row][column].set_title(plotting.label(name))
+                elif name in content["distance"]:
+                    panels[row][column].set_xlabel(f"mean L2 distance to base: {content['distance'][name][ALL]:.1f}")
         explained = " + ".join(f"{share:.0%}" for share in content["pca"]["explained"])
         panels[0][0].set_ylabel(f"PCA, one for all ({explained})")
         panels[1][0].set_ylabel("t-SNE, one per system")

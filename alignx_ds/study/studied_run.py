@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from alignx_ds.config.schema import RunConfig
+from alignx_ds.config.schema import FUSIONS, RESTORED, RunConfig
 from alignx_ds.data.encode import pad_token
 from alignx_ds.data.inputs import CALIBRATION, EncodedData, read_inputs
 from alignx_ds.data.rows import Row, split_by_question
-from alignx_ds.evaluation.compared import load_base, load_specialist
+from alignx_ds.evaluation.compared import Trained, compared_systems, load_base, load_specialist
+from alignx_ds.evaluation.evaluate import System
 from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.likelihood import perplexity_by_axis
@@ -22,7 +23,7 @@ from alignx_ds.plan import checks
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
 from alignx_ds.stages import results
-from alignx_ds.stages.finetune import MIXED, mixed_name, sequential_name
+from alignx_ds.stages.finetune import MIXED, mixed_name, sequences, sequential_name
 from alignx_ds.stages.stage import StageContext
 
 FREE_JUDGES = ("task", "safety", "truth", "composite")  # a study judges dozens of models, so it calls no judge model
@@ -92,6 +93,21 @@ class StudiedRun:
         if name == "alignx":
             return self.aligned()
         return self.fine_tuned(mixed_name(self.axes) if name == MIXED else sequential_name(self.axes))
+
+    def compared(self) -> list[System]:
+        """Every system that the run compares, the base model first and AlignX last; merges with its report's scales."""
+        config, out, report = self.config, self.run.out, self.run.report
+        if config.baselines.tune and report:
+            found = report["config"]["baselines"].items()
+            scales = {key: value for key, value in found if key.endswith(("_scale", "_density"))}
+            config = replace(config, baselines=replace(config.baselines, **scales))
+        made = config.baselines.make
+        fine_tunes = {name: self.fine_tune(sequential_name(self.axes, name)) for name in sequences(config)}
+        fine_tunes[MIXED] = self.fine_tune(mixed_name(self.axes))
+        fine_tunes |= {name: out.baselines / name for name in (RESTORED,) if name in made}
+        fusions = {name: out.baselines / name for name in FUSIONS if name in made}
+        specialists = {axis: self.fine_tune(axis) for axis in self.axes}
+        return compared_systems(config, self.base, Trained(specialists, fine_tunes, fusions, out.model))
 
     @property
     def scored_axes(self) -> list[str]:

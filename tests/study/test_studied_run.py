@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignx_ds.errors import DataError
 from alignx_ds.runs import manifest
@@ -56,3 +59,22 @@ def test_a_fine_tune_that_is_not_finished_is_refused(specialists: Path) -> None:
     (specialists / "mixed_3_honest" / manifest.NAME).unlink()
     with pytest.raises(DataError, match="mixed_3_honest: not there, or not finished"):
         StudiedRun.open(specialists.parent)
+
+
+def test_every_system_of_the_run_is_there_with_the_scales_of_its_report(specialists: Path) -> None:
+    studied = StudiedRun.open(specialists.parent)
+    ours = ["base", *studied.axes, "sequential", "mixed", "alignx"]
+    assert [system.name for system in studied.compared()] == ours
+    made = replace(studied.config.baselines, make=["task_arithmetic"], tune=True, arithmetic_scale=0.5)
+    report = specialists.parent / "report.json"
+    content = json.loads(report.read_text())
+    content["config"]["baselines"]["arithmetic_scale"] = 0.25  # as it was tuned
+    report.write_text(json.dumps(content))
+    run = replace(studied.run, config=replace(studied.config, baselines=made))
+    merged = {system.name: system for system in replace(studied, run=run).compared()}["task_arithmetic"]
+    weights = [
+        model.state_dict() for model in (merged.load(), studied.base_model(), *map(studied.fine_tuned, ours[1:4]))
+    ]
+    for name in weights[1]:
+        whole, base, *tuned = (state[name] for state in weights)
+        torch.testing.assert_close(whole, base + 0.25 * sum(one - base for one in tuned), rtol=1e-4, atol=1e-5)
