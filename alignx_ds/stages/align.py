@@ -105,7 +105,6 @@ def train_mixture(context: StageContext, factors: ExpertFactors, job: TrainingJo
         job = replace(job, checkpoints=replace(job.checkpoints, inputs=inputs | {"calibrators": hashes}))
     else:
         fitted = fit_calibrators(context, factors)
-    memory.free()  # of the models that the calibrators were fitted to
     weights, losses = _train_spread(context, factors, fitted, job)
     memory.free()  # before the model is assembled once more
     fused = assemble(c, base, factors, fitted, None)

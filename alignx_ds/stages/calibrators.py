@@ -14,9 +14,10 @@ from torch import Tensor
 
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.labels import LabelSet, source_quotas
+from alignx_ds.data.user_turn import user_turn
 from alignx_ds.errors import DataError
 from alignx_ds.mocae.geometry import Geometry
-from alignx_ds.routing.fit_geometry import collect, fit
+from alignx_ds.routing.fit_geometry import Features, collect, fit
 from alignx_ds.routing.fit_lexicon import fit_lexicon
 from alignx_ds.routing.fit_router import fit_router, router_rows
 from alignx_ds.runs import manifest
@@ -25,23 +26,18 @@ from alignx_ds.stages.assembly import ExpertFactors, FittedCalibrators, assemble
 from alignx_ds.stages.stage import StageContext
 
 FILE = "fitted.safetensors"
+Collected = tuple[dict[int, Features], dict[int, Features]]  # of the gates and of the mixtures, by decoder layer
 
 
 def fit_calibrators(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     """Fit on rank 0, to features of training rows and of the calibration split, and send to all ranks. Collective."""
     fitted = _fit_geometries(context, factors)
-    memory.free()  # of the model without calibrators, before another is assembled
     return replace(fitted, routers=_fit_routers(context, factors, fitted))
 
 
 def _fit_geometries(context: StageContext, factors: ExpertFactors) -> FittedCalibrators:
     c, data = context.config, context.data
-    model = assemble(c, context.base, factors, None, None).to(distributed.device())
-    pad_id = pad_token(context.base.tokenizer)
-    seen, unseen = (
-        collect(model, rows, pad_id, c.evaluation.batch)
-        for rows in (first_of_each_expert(data.train, c.gate.rows), first_of_each_expert(data.calibration_rows))
-    )
+    seen, unseen = _features(context, factors)
 
     def geometries(kind: int, latent: int) -> dict[int, Geometry]:
         return {
@@ -51,9 +47,23 @@ def _fit_geometries(context: StageContext, factors: ExpertFactors) -> FittedCali
 
     fitted = FittedCalibrators({}, {}, {})
     if distributed.is_main():
-        lexicon = fit_lexicon(data.train, data.calibration_rows, len(c.expert_names), model.config.user_turn)
+        turn = user_turn(context.base.tokenizer)
+        lexicon = fit_lexicon(data.train, data.calibration_rows, len(c.expert_names), turn)
         fitted = FittedCalibrators(geometries(0, c.gate.latent), geometries(1, c.gate.output_latent), lexicon)
     return distributed.broadcast(fitted)
+
+
+def _features(context: StageContext, factors: ExpertFactors) -> tuple[Collected, Collected]:
+    """Those of training rows and those of the calibration split. Nothing of the model is left in memory."""
+    c, data = context.config, context.data
+    model = assemble(c, context.base, factors, None, None).to(distributed.device())
+    seen, unseen = (
+        collect(model, rows, pad_token(context.base.tokenizer), c.evaluation.batch)
+        for rows in (first_of_each_expert(data.train, c.gate.rows), first_of_each_expert(data.calibration_rows))
+    )
+    del model
+    memory.free()
+    return seen, unseen
 
 
 def _fit_routers(
@@ -62,11 +72,12 @@ def _fit_routers(
     """The states of the linear routers, by the gates' layers, fitted beside the calibrators."""
     c, data = context.config, context.data
     model = assemble(c, context.base, factors, fitted, None).to(distributed.device())
-    pad_id = pad_token(context.base.tokenizer)
     seen, unseen = (
-        router_rows(model, rows, pad_id, c.evaluation.batch)
+        router_rows(model, rows, pad_token(context.base.tokenizer), c.evaluation.batch)
         for rows in (first_of_each_set(data.train, c.gate.rows), data.calibration_rows)
     )
+    del model
+    memory.free()
     routers: dict[int, dict[str, Tensor]] = {}
     if distributed.is_main():
         for layer, rows in seen.items():

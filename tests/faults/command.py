@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -63,11 +64,17 @@ class Command:
     output: Path
     settings: tuple[str, ...] = ()
     ranks: int = 2
+    address_space: int = 0  # bytes that a rank may map; 0: as many as it likes
     folder: Any = field(default_factory=tempfile.TemporaryDirectory)
 
     @property
     def logs(self) -> Path:
         return Path(self.folder.name)
+
+    def _limit(self) -> None:
+        """In a rank's own process, before it runs."""
+        if self.address_space:
+            resource.setrlimit(resource.RLIMIT_AS, (self.address_space, self.address_space))
 
     def start(
         self,
@@ -93,6 +100,7 @@ class Command:
                     stdout=files[-1],
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=self._limit,
                 )
             )
         try:
