@@ -90,7 +90,7 @@ def _bytes(argument: Any) -> int:
 @contextmanager
 def listening() -> Iterator[Tally]:
     """Counts every collective that DeepSpeed or the training loop calls in the block. Not for timed steps."""
-    import deepspeed.comm
+    import deepspeed.comm.comm
     import torch.distributed
 
     tally, before = Tally(), []
@@ -109,7 +109,8 @@ def listening() -> Iterator[Tally]:
 
         return counted
 
-    for module in (deepspeed.comm, torch.distributed):
+    # DeepSpeed's functions call each other in comm.comm, and there torch's by references that were taken at the start.
+    for module in (deepspeed.comm, deepspeed.comm.comm, torch.distributed):
         for name in WEIGHTS:
             if hasattr(module, name):
                 before.append((module, name, getattr(module, name)))
