@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import IGNORED, collate
+from alignx_ds.data.batches import IGNORED, Batch, collate
 from alignx_ds.data.encode import Example, LabelledExamples, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.protocol import Metrics, percent
@@ -43,19 +43,19 @@ def likelihoods(model: PreTrainedModel, examples: Sequence[Example], pad_id: int
     by_length = sorted(own, key=lambda i: len(examples[i].ids))
     computed: dict[int, Likelihood] = {}
     for chosen, _ in distributed.lockstep(by_length, batch, len(examples), 0):
-        sums = _log_probabilities(model, [examples[i] for i in chosen], pad_id)
+        batched = collate([examples[i] for i in chosen], pad_id).to(distributed.device())
+        sums = log_probabilities(model, batched)
         computed |= {i: Likelihood(float(s), examples[i].answer_length) for i, s in zip(chosen, sums, strict=True)}
     return distributed.interleave(distributed.gather([computed[i] for i in own]))
 
 
-def _log_probabilities(model: PreTrainedModel, examples: list[Example], pad_id: int) -> Tensor:
-    """Of each answer, summed over its tokens: [B] float64."""
-    b = collate(examples, pad_id).to(distributed.device())
+def log_probabilities(model: PreTrainedModel, b: Batch) -> Tensor:
+    """Of the answer in each line of a batch, summed over its tokens (nats): [B] float64."""
     routed = {"prompt_mask": b.prompt_mask} if model.config.model_type == "alignx" else {}
     inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "use_cache": False, **routed}
     each = forward_each_nll(model, b.labels, **inputs).double()
     rows = (b.labels[:, 1:] != IGNORED).nonzero()[:, 0]  # of each answer token
-    return -each.new_zeros(len(examples)).index_add(0, rows, each)
+    return -each.new_zeros(len(b.labels)).index_add(0, rows, each)
 
 
 def perplexity(answers: Sequence[Likelihood]) -> float:

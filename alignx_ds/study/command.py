@@ -19,6 +19,7 @@ from alignx_ds.study import (
     forgetting,
     overlap,
     results,
+    robustness,
     sensitivity,
     steering,
 )
@@ -33,6 +34,7 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "calibration": (calibration.measure, calibration.draw, calibration.show),
     "overlap": (overlap.measure, overlap.draw, overlap.show),
     "steering": (steering.measure, steering.draw, steering.show),
+    "robustness": (robustness.measure, robustness.draw, robustness.show),
     "best-of": (best_of.measure, best_of.draw, best_of.show),
     "ensembles": (ensembles.measure, ensembles.draw, ensembles.show),
     "sensitivity": (sensitivity.measure, sensitivity.draw, sensitivity.show),

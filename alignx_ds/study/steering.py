@@ -10,8 +10,7 @@ Shapes: d is the model's hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from statistics import mean
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignx_ds.data.encode import Example
+from alignx_ds.models.decoder_outputs import changed_output
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
-from alignx_ds.study.layer_outputs import hidden_of, layer_outputs
+from alignx_ds.study.layer_outputs import layer_outputs
 from alignx_ds.study.studied_run import StudiedRun
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # α
@@ -71,19 +71,9 @@ def means(model: PreTrainedModel, studied: StudiedRun, prompts: list[Example]) -
     return {layer: total / tokens for layer, total in sums.items()}
 
 
-@contextmanager
-def steered(layer: nn.Module, vector: Tensor) -> Iterator[None]:
+def steered(layer: nn.Module, vector: Tensor) -> AbstractContextManager[None]:
     """Add a vector [d] to the layer's output, at every position of prompt and answer."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        moved = hidden_of(output) + vector.to(hidden_of(output))
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return changed_output(layer, lambda hidden: hidden + vector.to(hidden))
 
 
 def others(scores: Scores, axis: str) -> float:
