@@ -109,6 +109,8 @@ class AxisConfig:
     margin: NonNegativeFloat = 1.0  # γ of simpo, by which a good answer's reward should exceed a bad one's
     sft_weight: NonNegativeFloat = 0.0  # of the good answers' NLL beside dpo or simpo; orpo has it already
     bad_weight: NonNegativeFloat = 0.0  # of bad answers in kto, λ_U; 0: as many good ones as there are to a bad one
+    # Stage 1 adds noise to the states of one of these layers in each micro batch, before the answers (LAPT); with sft.
+    noise_layers: list[NonNegativeInt] = field(default_factory=list)
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
     def judged_as(self) -> tuple[str, dict[str, str]]:

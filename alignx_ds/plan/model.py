@@ -110,6 +110,10 @@ def _layers(c: RunConfig, count: int) -> Iterator[Problem]:
     chosen = c.model.layers
     if any(layer >= count for layer in chosen) or len(set(chosen)) != len(chosen):
         yield Problem("model.layers", chosen, f"distinct layers from 0 to {count - 1}", "correct the list")
+    for name, axis in c.axes.items():
+        if any(layer >= count for layer in axis.noise_layers):
+            key = f"axes.{name}.noise_layers"
+            yield Problem(key, axis.noise_layers, f"layers from 0 to {count - 1}", "correct the list")
 
 
 def _latents(c: RunConfig, hidden: int) -> Iterator[Problem]:

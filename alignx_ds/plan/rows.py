@@ -66,6 +66,9 @@ def _objective(key: str, axis: AxisConfig) -> Iterator[Problem]:
     if axis.objective != "sft" and axis.adapter:
         fix = "remove one of the two: with an adapter nothing is trained"
         yield Problem(f"{key}.objective", axis.objective, "sft beside an adapter", fix)
+    if axis.noise_layers and (axis.objective != "sft" or axis.adapter):
+        expected = "an empty list with another objective than sft, or with an adapter"
+        yield Problem(f"{key}.noise_layers", axis.noise_layers, expected, "remove one of the two")
     if axis.objective in (*PAIRED, *JUDGED):
         feeding = ", ".join(name for name, schema in SCHEMAS.items() if schema.has_bad_answers)
         for s in training_sources(axis):

@@ -44,6 +44,7 @@ from alignx_ds.training import flops
 from alignx_ds.training.evaluation import Evaluation
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.keeping import Keeping
+from alignx_ds.training.latent_noise import noisy_language_loss
 from alignx_ds.training.loop import StepLoss, builder
 from alignx_ds.training.losses import language_loss
 from alignx_ds.training.objectives import Settings
@@ -166,6 +167,7 @@ def _inputs(context: StageContext, tune: FineTune, fingerprints: Mapping[str, st
         "start": fingerprints[tune.start] if tune.start else None,
         **({"evaluated": _evaluated(context, tune, settings).digest} if c.train.evaluate.every else {}),
         **({"keep": _kept(context, tune, tune.keep, fingerprints)} if tune.keep else {}),
+        **({"noise_layers": noisy} if (noisy := _noise_layers(c, tune)) else {}),
     }
 
 
@@ -173,6 +175,11 @@ def _objective(context: StageContext, tune: FineTune) -> Settings | None:
     """What it minimises; None: the NLL of good answers, which a fine-tune on several axes always does."""
     axis = context.config.axes[tune.axes[0]]
     return None if len(tune.axes) > 1 or axis.objective == "sft" else Settings.of(axis)
+
+
+def _noise_layers(c: RunConfig, tune: FineTune) -> list[int]:
+    """Those of its axis; a fine-tune on several axes has none."""
+    return sorted(set(c.axes[tune.axes[0]].noise_layers)) if len(tune.axes) == 1 else []
 
 
 def _kept(context: StageContext, tune: FineTune, keep: KeepConfig, fingerprints: Mapping[str, str]) -> list[Any]:
@@ -234,6 +241,8 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         job = _keeping(context, tune, tune.keep, model, setup.plan).of_job(job)
     if config.train.evaluate.every:
         job = job.evaluated(_evaluation(context, setup.plan, _evaluated(context, tune, settings), loss))
+    if noisy := _noise_layers(config, tune):  # after the evaluation, which is made without noise
+        loss = partial(noisy_language_loss, [base.table.decoder_layers(model)[layer] for layer in noisy])
     with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
         extract = _extract_lora if is_lora(config) else _extract
         layers = extract(context, tune, module, directory)

@@ -11,14 +11,18 @@ Shapes: B rows, T tokens, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from alignx_ds.data.batches import IGNORED
+from alignx_ds.data.batches import IGNORED, MicroBatch
 from alignx_ds.models.decoder_outputs import changed_output
+from alignx_ds.training.losses import language_loss, model_inputs
+from alignx_ds.training.metrics import MicroBatchLoss
 
 
 def matched(noise: Tensor, states: Tensor) -> Tensor:
@@ -32,18 +36,19 @@ def matched(noise: Tensor, states: Tensor) -> Tensor:
 
 
 def perturbed(
-    layer: nn.Module, noise: Tensor, places: Tensor | None = None, strength: float = 1.0
+    layer: nn.Module, noise: Tensor | None, places: Tensor | None = None, strength: float = 1.0
 ) -> AbstractContextManager[None]:
     """Within it, the decoder layer adds α δ to its output, where `strength` is α; no gradient goes through δ.
 
-    `noise` is z [B, 1, d], one for all tokens of a row. `places` [B, T] bool
+    `noise` is z [B, 1, d], one for all tokens of a row; None draws one for each token and pass. `places` [B, T] bool
     are the tokens whose states are changed; None: the last token of every pass, the prompt's and each decoded one.
     """
 
     def change(hidden: Tensor) -> Tensor:
         last = torch.arange(hidden.shape[1], device=hidden.device) == hidden.shape[1] - 1
         chosen = (last if places is None else places).unsqueeze(-1)
-        delta = strength * matched(noise, hidden.detach())
+        drawn = torch.randn_like(hidden, dtype=torch.float32) if noise is None else noise
+        delta = strength * matched(drawn, hidden.detach())
         return torch.where(chosen, hidden + delta.to(hidden), hidden)
 
     return changed_output(layer, change)
@@ -52,3 +57,14 @@ def perturbed(
 def before_answers(labels: Tensor) -> Tensor:
     """[B, T] bool: the tokens from which the next one, which has a label, is predicted."""
     return pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
+def noisy_language_loss(layers: Sequence[nn.Module], engine: Any, part: MicroBatch) -> MicroBatchLoss:
+    """`language_loss` while one of these decoder layers, drawn for each micro batch, is perturbed before the answers.
+
+    It draws from torch's generators, which are seeded per rank.
+    """
+    layer = layers[int(torch.randint(len(layers), ()))]
+    read, _ = model_inputs(engine, part.batch)
+    with perturbed(layer, None, before_answers(read.labels)):
+        return language_loss(engine, part)

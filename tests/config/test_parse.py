@@ -66,11 +66,10 @@ def test_any_leaf_can_be_set_on_the_command_line_and_changes_nothing_else(write_
     recipe = write_recipe()
     before = dict(leaves(parse.to_dict(parse.load(recipe))))
     other = {int: 7, float: 0.75, str: "other", bool: True}
-    source: Any = {"source": "other", "schema": "", "columns": {}, "only": ""}  # of routing rows: there are none
+    source: Any = {"source": "other", "schema": "", "columns": {}, "only": ""}
+    empty = {"refusals": "other", "trackers": "other", "routing": source, "negatives": source, "noise_layers": 7}
     changes = {
-        k: ([other[type(v[0])]] if v else ["other"] if k.endswith((".refusals", "trackers")) else [source])
-        if isinstance(v, list)
-        else other[type(v)]
+        k: ([other[type(v[0])] if v else empty[k.rpartition(".")[2]]]) if isinstance(v, list) else other[type(v)]
         for k, v in before.items()
     }
     for bit, side in itertools.product(range(len(before).bit_length()), (0, 1)):

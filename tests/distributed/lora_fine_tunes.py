@@ -1,4 +1,6 @@
-"""LoRA fine-tunes: one after another; and one with dropout, whole, and stopped after two steps and given again."""
+"""LoRA fine-tunes: one after another; and with dropout, without noise on layers and with it, whole, and stopped after
+two steps and given again.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,30 @@ from alignx_ds.stages.stage import StageContext
 
 
 def lora(out: Path) -> dict[str, Any]:
-    """The manifests of the two with dropout; what all leave on disk is read by the tests."""
-    plain, whole, broken = (_context(out, name, dropout) for name, dropout in CONTEXTS.items())
+    """The manifests of those with dropout; what all leave on disk is read by the tests."""
+    plain, quiet, whole, broken = (_context(out, name, *settings) for name, settings in CONTEXTS.items())
     plain.config.checkpoints.finished = True
     finetune.fine_tune(plain, TUNE)
     finetune.fine_tune(plain, finetune.FineTune("then_b", ("b",), start="a"))
-    made = finetune.fine_tune(whole, TUNE)
+    without, made = finetune.fine_tune(quiet, TUNE), finetune.fine_tune(whole, TUNE)
     with stopped_after_two_steps(), suppress(Stopped):
         finetune.fine_tune(broken, TUNE)
-    return {"whole": manifest.read(made), "resumed": manifest.read(finetune.fine_tune(broken, TUNE))}
+    resumed = finetune.fine_tune(broken, TUNE)
+    return {name: manifest.read(d) for name, d in (("quiet", without), ("whole", made), ("resumed", resumed))}
 
 
-CONTEXTS = {"lora": 0.0, "lora_whole": 0.25, "lora_stopped": 0.25}  # with their dropout
+CONTEXTS: dict[str, tuple[float, list[int]]] = {  # with their dropout, and the layers that get noise
+    "lora": (0.0, []),
+    "lora_quiet": (0.25, []),
+    "lora_whole": (0.25, [0, 2]),
+    "lora_stopped": (0.25, [0, 2]),
+}
 TUNE = finetune.FineTune("a", ("a",), is_expert=True)
 
 
-def _context(out: Path, name: str, dropout: float) -> StageContext:
+def _context(out: Path, name: str, dropout: float, noisy: list[int]) -> StageContext:
     context = fine_tune_context(out, f"{name}{distributed.world_size()}")
+    context.config.axes["a"].noise_layers = noisy
     context.config.train.trainable, context.config.train.lora.dropout = "lora", dropout
     context.config.checkpoints = CheckpointsConfig(every=3)
     return context

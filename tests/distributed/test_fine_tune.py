@@ -154,8 +154,10 @@ def test_lora_s_trained_factors_are_the_expert_and_the_task_vector(runs: Runs, w
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stopped_lora_fine_tune_resumes_to_the_same_result(runs: Runs, world: int) -> None:
-    """With dropout, whose random numbers go on where they stopped."""
+    """With dropout and with noise on a layer, whose random numbers go on where they stopped."""
     for made in runs.of(world, "lora"):
+        assert made["whole"]["losses"][0] != made["quiet"]["losses"][0], "noise counts from the first step on"
+        assert made["whole"]["fingerprint"] != made["quiet"]["fingerprint"]
         assert made["resumed"]["losses"] == made["whole"]["losses"] and len(made["whole"]["losses"]) == 3
         assert made["resumed"]["files"] == made["whole"]["files"]
 

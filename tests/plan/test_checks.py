@@ -56,6 +56,7 @@ def test_the_base_model_is_handed_on(tiny_config: RunConfig) -> None:
         "model.layers=[5]",
         "model.layers=[-1]",
         "model.layers=[2,2]",
+        "axes.harmless.noise_layers=[5]",
         "model.path=./no/such/model",
         "gate.latent=129",
         "gate.output_latent=129",
@@ -89,6 +90,7 @@ def test_a_value_that_cannot_be_is_named_and_nothing_else(write_recipe: WriteRec
         "gate.fractal=0",
         "model.layers=[]",
         "model.layers=[4,0]",
+        "axes.harmless.noise_layers=[4,0]",
         "gate.latent=128",
         "gate.top_k=4",
         "train.deepspeed=ds_configs/stage2_moe_zero2.json",
@@ -121,6 +123,11 @@ def test_lora_that_is_no_expert_or_keeps_something_is_refused(
     found = problems(parse.load(write_recipe("train.trainable=lora", override)))
     assert list(found) == [key]
     assert problems(parse.load(write_recipe("train.trainable=lora"))) == {}
+
+
+def test_noise_on_layers_is_refused_with_another_objective(write_recipe: WriteRecipe) -> None:
+    found = problems(parse.load(write_recipe("axes.harmless.noise_layers=[0]", "axes.harmless.objective=dpo")))
+    assert list(found) == ["axes.harmless.noise_layers"]
 
 
 def test_the_fractal_subspace_fits_into_both_latent_spaces(tiny_config: RunConfig) -> None:

@@ -7,11 +7,12 @@ import torch
 from tiny_models import base_model, generator
 from torch import Tensor
 
-from alignx_ds.data.batches import IGNORED, collate
+from alignx_ds.data.batches import IGNORED, MicroBatch, collate, pack
 from alignx_ds.data.encode import Example
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.likelihood import log_probabilities
-from alignx_ds.training.latent_noise import before_answers, matched, perturbed
+from alignx_ds.training.latent_noise import before_answers, matched, noisy_language_loss, perturbed
+from alignx_ds.training.losses import language_loss
 
 LAYER, BELOW = 1, 0
 ENDS: list[int] = []  # no token ends an answer
@@ -82,3 +83,21 @@ def test_decoding_and_scoring_perturb_the_same_states() -> None:
     after = logits[:, len(prompts[0]) - 1 : -1]
     assert torch.equal(after.argmax(-1), said)
     torch.testing.assert_close(found, after.log_softmax(-1).amax(-1).sum(-1).double())
+
+
+def test_a_noisy_step_is_the_loss_under_noise_on_one_of_the_layers() -> None:
+    """Of packed rows; each micro batch draws its layer and its noise from torch's generator."""
+    model, examples = base_model(), [Example((5, 6, 7, 8), 2), Example((9, 10, 11), 1)]
+    layers = list(model.model.layers)
+    part = MicroBatch(pack(examples, pad_id=0), torch.zeros(2), torch.zeros(2, 1), 0.5)
+    places = before_answers(part.batch.labels)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found = noisy_language_loss(layers, model, part).loss
+        torch.manual_seed(seed)
+        layer = int(torch.randint(len(layers), ()))
+        noise = torch.randn(*part.batch.input_ids.shape, model.config.hidden_size)
+        with perturbed(layers[layer], noise, places):
+            expected = language_loss(model, part).loss
+        torch.testing.assert_close(found, expected)
+        assert not torch.isclose(found, language_loss(model, part).loss)
