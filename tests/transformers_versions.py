@@ -1,4 +1,4 @@
-"""`make compat`: the tests of decoding, likelihoods, and saved and exported models on other versions of transformers.
+"""`make compat`: tests of decoding, likelihoods, noise, saved and exported models on other versions of transformers.
 
 They are the lowest that pyproject.toml allows, and the newest on the package index.
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("tests/mocae/test_decoding.py", "tests/mocae/test_saved_models.py", "tests/models/test_registration.py"),
     *("tests/evaluation/test_decode.py", "tests/evaluation/test_generate.py", "tests/evaluation/test_likelihood.py"),
-    *("tests/export/test_hugging_face.py", "tests/export/test_remote_code.py"),
+    *("tests/export/test_hugging_face.py", "tests/export/test_remote_code.py", "tests/training/test_latent_noise.py"),
 )
 CHOSEN = "not transformers.models.auto"  # tests of the order of imports, which start a process each
 NO_INDEX = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError")

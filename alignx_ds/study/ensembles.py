@@ -111,7 +111,7 @@ def _fusion_prompts(wording: str, rows: Sequence[Row], given: Sequence[Said]) ->
 
 
 def _voted(studied: StudiedRun, models: Sequence[PreTrainedModel], rows: Sequence[Row], given: Sequence[Said]) -> Said:
-    """The likelihoods that break ties cost nothing more: a model knows them when it has decoded its answer."""
+    """The likelihoods that break ties cost nothing more: a model has computed them when it has decoded its answer."""
     sure = [_per_token(studied, model, rows, said.answers) for model, said in zip(models, given, strict=True)]
     by_row = _by_row(given)
     chosen = [texts[majority(texts, own)] for texts, own in zip(by_row, zip(*sure, strict=True), strict=True)]
@@ -135,12 +135,9 @@ def _metrics(studied: StudiedRun, said: Mapping[str, Said]) -> dict[str, Any]:
 
 def _cost(said: Mapping[str, Said], given: Mapping[str, Sequence[Said]]) -> dict[str, float]:
     """Relative to one specialist, the mean of all: forward passes that decode a token, and all tokens, prompts too."""
-    own, one = (
-        list(said.values()),
-        [[found[n] for found in given.values()] for n in range(len(next(iter(given.values()))))],
-    )
-    passes, tokens = _spent(own)
-    of_one = [mean(values) for values in zip(*map(_spent, one), strict=True)]
+    passes, tokens = _spent(list(said.values()))
+    by_specialist = zip(*given.values(), strict=True)
+    of_one = [mean(values) for values in zip(*map(_spent, by_specialist), strict=True)]
     return {"passes": passes / of_one[0], "tokens": tokens / of_one[1]}
 
 

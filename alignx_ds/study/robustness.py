@@ -2,9 +2,9 @@
 
 The activation steering attack of Gu et al. 2025 (arXiv 2506.16078), with random noise. A system answers the harmful
 held-out prompts; then it answers again with α δ added to the states of one layer from which it predicts its answer
-(`latent_noise` has the equation). Each prompt has one draw of z, for all its tokens, layers,
-strengths and systems. The authors' code takes the mean and spread of δ from the prompt's last state alone; here each
-state has its own, as in their training.
+(`latent_noise` has the equation). Each prompt has one draw of z, for all its tokens, layers, strengths and systems. The
+authors' code takes the mean and spread of δ from the prompt's last state alone; here each state has its own, as in
+their training.
 
 Shapes: N prompts, d hidden size.
 """
@@ -53,7 +53,7 @@ class Probe:
 
     @classmethod
     def of(cls, studied: StudiedRun) -> Probe:
-        """Raises ConfigError where no axis has a judge that knows harm and prompts that ask for it."""
+        """Raises ConfigError where no axis has a judge of harm and prompts that ask for it."""
         for axis, settings in studied.config.axes.items():
             rows = [row for row in studied.data.held_out[axis] if row.harmful]
             if settings.judge in HARMS and rows:

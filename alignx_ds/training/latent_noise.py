@@ -48,8 +48,9 @@ def perturbed(
         last = torch.arange(hidden.shape[1], device=hidden.device) == hidden.shape[1] - 1
         chosen = (last if places is None else places).unsqueeze(-1)
         drawn = torch.randn_like(hidden, dtype=torch.float32) if noise is None else noise
-        delta = strength * matched(drawn, hidden.detach())
-        return torch.where(chosen, hidden + delta.to(hidden), hidden)
+        delta = strength * matched(drawn, hidden.detach()) * chosen
+        # A sum keeps nothing for the backward pass, in which a recomputed layer runs without this.
+        return hidden + delta.to(hidden)
 
     return changed_output(layer, change)
 

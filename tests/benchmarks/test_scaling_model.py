@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from cluster import cells, of_recipe
+from processes import process_group
 from scaling import efficiencies
 from suite.cluster import WAYS, Assumptions, Drawn, Way, cost, draw, expert_parallel
-from suite.collectives import watching
+from suite.collectives import listening, watching
 from suite.costs import ALL_REDUCE, ALL_TO_ALL, Fit, Link, Traffic, communication, fit_compute, fit_link
 from suite.ranks import Turns
 from tiny_models import EXPERTS, HIDDEN, TABLE, base_model, generator, low_rank_experts
@@ -211,3 +212,17 @@ def test_worlds_take_turns(tmp_path: Path) -> None:
     spans.sort()
     assert [own for _, _, own in spans] == [1, 2, 4] * 3
     assert all(end <= start for (_, end, _), (start, _, _) in pairwise(spans))
+
+
+def test_a_collective_is_counted_where_deepspeed_s_own_functions_call_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ZeRO-3 gathers weights: by a function of DeepSpeed that calls another one, and torch's by a reference."""
+    with process_group():
+        import deepspeed.comm
+
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)  # a group of one is not counted
+        given, gathered = torch.ones(8), torch.zeros(8)
+        with listening() as tally:
+            deepspeed.comm.allgather_fn(gathered, given)
+        monkeypatch.undo()
+    assert torch.equal(gathered, given)
+    assert tally.traffic()[ALL_REDUCE] == Traffic(1, 0.5 * 8 * 4)

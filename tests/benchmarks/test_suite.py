@@ -90,21 +90,31 @@ def test_the_memory_benchmark_counts_what_the_models_hold(tmp_path: Path, repo_r
 
 
 @pytest.mark.parametrize(
-    ("script", "options"),
+    ("script", "options", "shown"),
     [
-        ("breakdown", "--batches 1 --length 8 --passes 1"),
-        ("calibrator", "--batch 2 --length 8 --repeats 2"),
-        ("latency", "--batches 1 --lengths 8 --repeats 2"),
-        ("serving", "--clients 2 --requests 1 --prompt 8 --tokens 3 --repeats 1 --fusion"),
-        ("proxy", "--prompts 8 --clients 2 --requests 1 --repeats 1"),
+        ("breakdown", "--batches 1 --length 8 --passes 1", ["dense base", "AlignX"]),
+        ("calibrator", "--batch 2 --length 8 --repeats 2", ["AlignX"]),
+        ("latency", "--batches 1 --lengths 8 --repeats 2", ["dense base", "AlignX", "H3Fusion, loop"]),
+        (
+            "serving",
+            "--clients 2 --requests 1 --prompt 8 --tokens 3 --repeats 1 --fusion",
+            ["dense base", "AlignX", "H3Fusion"],
+        ),
+        ("proxy", "--prompts 8 --clients 2 --requests 1 --repeats 1", ["no model, ms", "router, ms", "dense base, ms"]),
     ],
 )
 def test_a_benchmark_runs(
-    script: str, options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    options: str,
+    shown: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = f"{script}.py --shape tiny --layers 2 --device cpu --rank 4 {options}"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--out", str(tmp_path)])
     import_module(script).main()
     record = json.loads((tmp_path / f"{script}-tiny-cpu.json").read_text())
     assert record["command"] == f"python benchmarks/{command}"
-    assert "┃" in capsys.readouterr().out  # the head of a table
+    printed = capsys.readouterr().out
+    assert [what for what in shown if what not in printed] == []

@@ -20,8 +20,9 @@ LAYERS = 72
 SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8}
 # glibc reserves an arena of 64 MB for each thread, and keeps large blocks that were freed.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-# DeepSpeed's own numbers would keep all of so small a model gathered.
-LIVE = {"stage3_max_live_parameters": 10**7, "stage3_max_reuse_distance": 10**7, "stage3_prefetch_bucket_size": 10**6}
+# With DeepSpeed's own numbers all of so small a model would stay gathered, and a bucket alone take 2 GB.
+SIZES = {"stage3_max_live_parameters": 10**7, "stage3_max_reuse_distance": 10**7, "stage3_prefetch_bucket_size": 10**6}
+SIZES |= {"reduce_bucket_size": 5 * 10**6}
 IMPORTED = "import alignx_ds.pipeline, deepspeed, psutil; print(psutil.Process().memory_info().vms)"
 
 
@@ -61,12 +62,12 @@ def test_ranks_that_cannot_hold_the_model_share_it(
         monkeypatch.setenv(name, value)
     size, zero3 = save_base(tmp_path / "base"), tmp_path / "zero3.json"
     template = json.loads((REPO / "ds_configs/stage1_zero3.json").read_text())
-    template["zero_optimization"] |= LIVE
+    template["zero_optimization"] |= SIZES
     zero3.write_text(json.dumps(template))
     chosen = settings(tmp_path / "base", zero3)
     command = Command("run", tmp_path / "run", chosen, address_space=imported() + size)
 
-    refused = command.start("align.deepspeed=ds_configs/stage2_zero2.json")
+    refused = command.start("align.deepspeed=ds_configs/stage2_moe_zero2.json")
     assert refused.codes == [2, 2], refused.console
     (line,) = [line for line in refused.console.splitlines() if line.startswith("alignx-ds: error:")]
     assert "align.deepspeed" in line and "the weights take 0.9 GiB, and a rank has room for 0." in line

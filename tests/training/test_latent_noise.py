@@ -11,6 +11,7 @@ from alignx_ds.data.batches import IGNORED, MicroBatch, collate, pack
 from alignx_ds.data.encode import Example
 from alignx_ds.evaluation.decode import Decoder
 from alignx_ds.evaluation.likelihood import log_probabilities
+from alignx_ds.stages.activations import recompute
 from alignx_ds.training.latent_noise import before_answers, matched, noisy_language_loss, perturbed
 from alignx_ds.training.losses import language_loss
 
@@ -83,6 +84,20 @@ def test_decoding_and_scoring_perturb_the_same_states() -> None:
     after = logits[:, len(prompts[0]) - 1 : -1]
     assert torch.equal(after.argmax(-1), said)
     torch.testing.assert_close(found, after.log_softmax(-1).amax(-1).sum(-1).double())
+
+
+def test_layers_that_recompute_their_activations_have_the_same_gradients() -> None:
+    part = MicroBatch(pack([Example((5, 6, 7, 8), 2)], pad_id=0), torch.zeros(1), torch.zeros(1, 1), 1.0)
+
+    def gradients(*, recomputed: bool) -> list[Tensor]:
+        model = base_model().train()
+        if recomputed:
+            recompute(model)
+        torch.manual_seed(0)
+        noisy_language_loss([model.model.layers[LAYER]], model, part).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    torch.testing.assert_close(gradients(recomputed=True), gradients(recomputed=False))
 
 
 def test_a_noisy_step_is_the_loss_under_noise_on_one_of_the_layers() -> None:
