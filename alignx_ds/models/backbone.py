@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_origin, get_type_hints
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.integrations import deepspeed as zero_integration
@@ -19,6 +20,7 @@ from transformers.modeling_utils import set_zero3_state
 
 from alignx_ds.config.bounds import violations
 from alignx_ds.errors import ConfigError, Problem
+from alignx_ds.mocae.layer import alignx_layers
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.models import sharding
@@ -120,12 +122,26 @@ def load_aligned(directory: Path, dtype: torch.dtype | str = "auto") -> AlignXFo
 
 
 class LowerLayers(AlignXForCausalLM):
-    """An aligned model up to its lowest AlignX layer, whose gate decides; the layers above are not read."""
+    """An aligned model up to the gate of its lowest AlignX layer; that layer's FFN and all above are not read.
+
+    Its logits mean nothing.
+    """
 
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = ["."]
 
     def __init__(self, config: AlignXConfig, **parts: Any) -> None:
         super().__init__(_cut(config), **parts)
+        (layer,) = alignx_layers(self)
+        layer.ffn, layer.calibration = nn.Identity(), None
+        layer.add_module("mixture", _NoMixture())
+
+
+class _NoMixture(nn.Module):
+    """In place of a mixture whose output nobody needs."""
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        """x as it is."""
+        return x
 
 
 def load_gate(directory: Path) -> LowerLayers:

@@ -16,7 +16,7 @@ from vllm_stand_in import BASE, PIECES, StandIn, running, stand_in
 from alignx_ds import cli
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError
-from alignx_ds.mocae.layer import gates_of
+from alignx_ds.mocae.layer import alignx_layers, gates_of
 from alignx_ds.models.backbone import load_gate
 from alignx_ds.serve.model import load, load_router
 from alignx_ds.serve.route import routed
@@ -171,6 +171,8 @@ def test_the_lower_layers_decide_as_the_whole_model_does(family: str, tmp_path: 
             model(ids, use_cache=False)
     assert torch.equal(whole.routing.decisions[lowest].logits, lower.routing.decisions[lowest].logits)
     assert list(gates_of(lower)) == [lowest]
+    (layer,) = alignx_layers(lower)
+    assert {id(p) for p in layer.parameters()} == {id(p) for p in gates_of(lower)[lowest].parameters()}
 
 
 def test_gates_of_every_layer_can_t_choose_one_adapter(tmp_path: Path) -> None:
