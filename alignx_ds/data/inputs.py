@@ -112,7 +112,7 @@ def encode_splits(config: RunConfig, sources: Sources, encodings: Encodings) -> 
 
     Raises DataError when an axis is left without rows for one of its uses.
     """
-    too_long = _too_long(config, encodings)
+    too_long = too_long_rows(config, encodings)
     splits = limited(sources, config, too_long)
     joined = _joined_rows(config, splits, too_long)
     train, calibration = _training_examples(config, splits, joined, encodings)
@@ -278,7 +278,7 @@ def unlearned_answers(config: RunConfig, data: EncodedData) -> dict[str, int]:
     return {axis: count for axis, count in found.items() if count}
 
 
-def _too_long(config: RunConfig, encodings: Encodings) -> TooLong:
+def too_long_rows(config: RunConfig, encodings: Encodings) -> TooLong:
     """Training rows have to fit with and without their system prompt: without one, a template may add a longer default.
 
     Of the extra sets' rows and of routing rows only the prompts have to fit.

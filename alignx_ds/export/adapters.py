@@ -19,7 +19,6 @@ from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, answered, compare, mixing_weights, plain, routed, without_calibration
 from alignx_ds.export.measured import measured
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_of
-from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.weights import Weights, described, parse_weights
 from alignx_ds.mocae.backbones import Backbone, backbone_of
@@ -29,6 +28,7 @@ from alignx_ds.models.ends import ends_of
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.runs.new_directory import new_directory
 from alignx_ds.runtime import console
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM accepts for --max-lora-rank

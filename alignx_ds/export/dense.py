@@ -15,13 +15,13 @@ from alignx_ds.export import cards
 from alignx_ds.export.fidelity import Fidelity, answered, compare, plain, routed
 from alignx_ds.export.measured import measured
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of
-from alignx_ds.export.new_directory import new_directory
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.weights import Weights, described, parse_weights
 from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.runs.new_directory import new_directory
 from alignx_ds.runtime import console
 
 

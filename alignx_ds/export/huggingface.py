@@ -7,13 +7,13 @@ from pathlib import Path
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.export import cards, remote_code
 from alignx_ds.export.measured import measured, results
-from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.finished import aligned_of, tokenizer_of
 from alignx_ds.models.registration import CODE
 from alignx_ds.models.templates import template_of
 from alignx_ds.runs import manifest
 from alignx_ds.runs.finished import FinishedRun
+from alignx_ds.runs.new_directory import new_directory
 from alignx_ds.runtime import console
 
 LOAD = """\

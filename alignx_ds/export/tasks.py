@@ -20,11 +20,11 @@ from alignx_ds.data.rows import Row
 from alignx_ds.data.schemas import SCHEMAS
 from alignx_ds.data.sources import Source
 from alignx_ds.errors import DataError
-from alignx_ds.export.new_directory import new_directory
 from alignx_ds.models.base import local_model
 from alignx_ds.models.ends import answer_end, answering_tokenizer
 from alignx_ds.models.templates import answer_lead
 from alignx_ds.runs import manifest
+from alignx_ds.runs.new_directory import new_directory
 from alignx_ds.runtime import console
 
 SCHEMA, ROWS, HELPER = "truthfulqa_mc", "rows.jsonl", "alignx_choices"

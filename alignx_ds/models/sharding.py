@@ -109,11 +109,11 @@ def save(model: PreTrainedModel, directory: Path) -> None:
     """What save_pretrained writes. Collective.
 
     Rank 0 holds the weights of one file at a time, and a reader maps one. So a file has at most LARGEST bytes, and at
-    most a quarter of a rank's part of the model: no rank needs much more memory than its part takes.
+    most an eighth of a rank's part of the model: no rank needs much more memory than its part takes.
     """
     state, tied = model.state_dict(), architecture.tied(model)
     sizes = {name: t.numel() * t.dtype.itemsize for name, t in state.items() if name not in tied}
-    largest = min(LARGEST, sum(sizes.values()) // (4 * distributed.world_size()))
+    largest = min(LARGEST, sum(sizes.values()) // (8 * distributed.world_size()))
     files: list[list[str]] = [[]]
     size = 0
     for name, added in sizes.items():
