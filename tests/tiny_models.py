@@ -29,6 +29,7 @@ VOCABULARY, HIDDEN, FFN, LAYERS, EXPERTS = 50, 32, 48, 3, 4
 ALIGNX_LAYERS = [1, 2]
 FAMILIES = tuple(BACKBONES)
 TABLE = BACKBONES["llama"]  # of base_model()'s default family
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 Changes = dict[int, list[dict[str, Tensor]]]  # by AlignX layer, by specialist (expert id - 1), by projection
 
 
@@ -36,8 +37,16 @@ PECULIARITIES: dict[str, dict[str, Any]] = {  # the windows are shorter than mos
     "llama": {},
     "mistral": {"sliding_window": 6},
     "gemma": {"head_dim": 12},
+    "gemma2": {
+        **{"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 3},
+        **{"final_logit_softcapping": 5.0, "attn_logit_softcapping": 1.0},
+    },
+    "gemma3_text": {"head_dim": 12, "sliding_window": 5, "layer_types": MIXED, "query_pre_attn_scalar": 3},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 5, "layer_types": MIXED},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},  # the last layer's alone
     "qwen3": {"head_dim": 12},
+    "smollm3": {"no_rope_layer_interval": 2},  # the second layer has no positions
 }
 
 

@@ -20,7 +20,8 @@ class Backbone:
     """Names of modules: of `layers` within the causal LM, of `ffn` within a decoder layer, of the rest within the FFN.
 
     It describes any architecture whose FFN is down(activation(gate(x)) * up(x)) with linear projections. Their biases,
-    if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter.
+    if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter. Where a
+    norm follows the FFN, as in Gemma 2 and OLMo 2, the output calibration comes before that norm.
     """
 
     layers: str = "model.layers"
@@ -53,8 +54,13 @@ BACKBONES: dict[str, Backbone] = {  # by the `model_type` of the config
     "llama": Backbone(),  # DeepSeek-LLM too
     "mistral": Backbone(),
     "gemma": Backbone(),
+    "gemma2": Backbone(),
+    "gemma3_text": Backbone(),
+    "olmo2": Backbone(),
+    "olmo3": Backbone(),
     "qwen2": Backbone(),
     "qwen3": Backbone(),
+    "smollm3": Backbone(),
 }
 
 

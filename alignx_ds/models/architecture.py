@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed as sharding
 
-from alignx_ds.errors import Problem
+from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.pretrained import reading
 from alignx_ds.models.stored import Stored
 
@@ -54,6 +55,9 @@ def value_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | N
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             allowed = f"a model whose {name} is at least 1{f' and at most {most}' if most else ''}"
             return Problem(key, given, allowed, f"its config.json has {value!r}; correct it")
+    if getattr(config, "use_bidirectional_attention", None):
+        fix = "its config.json has use_bidirectional_attention, as embedding models do; give a model that generates"
+        return Problem(key, given, "a model with causal attention", fix)
     for name, value in vars(config).items():
         if "dropout" in name and isinstance(value, (int, float)) and not 0 <= value <= 1:
             return Problem(
@@ -69,9 +73,17 @@ def skeleton(config: PreTrainedConfig, key: str, given: str) -> PreTrainedModel:
     """
     with reading(key, given, "config.json"), _unsharded(), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        if caps_attention(config) and model._supports_sdpa:  # its default, which would leave the cap out
+            fix = f"transformers {transformers.__version__} leaves out its attn_logit_softcapping; install a newer one"
+            raise ConfigError(Problem(key, given, "a model that this transformers computes as it was trained", fix))
         for training in (True, False):
             _rehearse(model.train(training))
     return model
+
+
+def caps_attention(config: PreTrainedConfig) -> bool:
+    """Whether attention's scores are capped, as in Gemma 2, which SDPA can't do."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 @contextmanager

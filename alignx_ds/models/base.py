@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from alignx_ds.config.schema import WORLD_MODELS, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
-from alignx_ds.mocae.backbones import Backbone, backbone_of
+from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
 from alignx_ds.models import architecture, content, pretrained, stored
 from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.pretrained import INDEX, NO_CODE, reading
@@ -59,7 +59,11 @@ class BaseModel:
             self.path = planned.path
             return
         self.path = WORLD_BASES.get(settings.path) or local_model(settings.path, weights=weights)
-        backbone_of(pretrained.model_type(self.path, KEY, settings.path))
+        kind = pretrained.model_type(self.path, KEY, settings.path)
+        if kind not in BACKBONES and self.written("text_config"):
+            fix = f"it is a {kind}, with a language model as one part; save that part alone, see docs/extending.md"
+            raise ConfigError(Problem(KEY, settings.path, "a language model", fix))
+        backbone_of(kind)
 
     @property
     def is_local(self) -> bool:

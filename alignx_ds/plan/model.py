@@ -13,6 +13,7 @@ from alignx_ds.errors import ConfigError, Problem, UnreachableError
 from alignx_ds.experts.adapters import WANTED, Adapter
 from alignx_ds.mocae.gate import CALIBRATORS
 from alignx_ds.mocae.settings import ALL
+from alignx_ds.models.architecture import caps_attention
 from alignx_ds.models.base import BaseModel, Planned
 from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
@@ -83,6 +84,9 @@ def problems(c: RunConfig, base: BaseModel, weights: bool) -> Iterator[Problem]:
     assert base.table is not None
     yield from _layers(c, base.config.num_hidden_layers)
     yield from _latents(c, base.config.hidden_size)
+    if c.model.attention == "sdpa" and caps_attention(base.config):
+        allowed = "auto or eager, where a model's attention scores are capped (attn_logit_softcapping)"
+        yield Problem("model.attention", "sdpa", allowed, "set it to auto")
     for name, axis in c.axes.items():
         if axis.adapter:
             yield from _adapter(c, base, f"axes.{name}.adapter", axis.adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +17,21 @@ from tiny_models import (
     padded,
     random_rows,
     relative,
+    tiny_config,
 )
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
+from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.batches import collate, pack
 from alignx_ds.data.encode import Example
+from alignx_ds.errors import ConfigError
 from alignx_ds.mocae.backbones import BACKBONES, Backbone
 from alignx_ds.mocae.modeling import Placement
+from alignx_ds.models.base import BaseModel
 
 PAGE, TITLE = "docs/extending.md", "A new backbone"
+WITHIN = "A language model within another model"
 PECULIAR: dict[str, dict[str, Any]] = {  # how each differs from the architectures of the table
-    "olmo2": {},  # norms after attention and FFN, and of queries and keys
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "cohere": {"logit_scale": 0.5},  # attention and FFN side by side, on one norm
@@ -48,8 +54,8 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def test_the_page_s_entry_is_new_and_the_others_are_named() -> None:
-    assert set(entries()) == {"olmo2"} and not set(PECULIAR) & set(BACKBONES)
-    assert all(f"`{name}`" in text(PAGE, TITLE) for name in PECULIAR)
+    assert set(entries()) == {"granite"} and not set(PECULIAR) & set(BACKBONES)
+    assert all(f"`{name}`" in text(PAGE, TITLE) for name in (*PECULIAR, *BACKBONES))
 
 
 @torch.no_grad()
@@ -95,3 +101,28 @@ def test_it_generates(family: str) -> None:
     made = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
     whole = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, use_cache=False)
     assert torch.equal(made, whole) and made.shape[1] == ids.shape[1] + 5
+
+
+@pytest.fixture
+def multimodal(tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase) -> Path:
+    text = tiny_config("gemma3_text", tied=True, vocab_size=len(world_tokenizer)).to_dict()
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    vision = {**sizes, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "whole")
+    world_tokenizer.save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+@torch.no_grad()
+def test_a_multimodal_model_is_refused_and_the_page_s_code_takes_its_language_model(multimodal: Path) -> None:
+    with pytest.raises(ConfigError, match="it is a gemma3, with a language model as one part; save that part alone"):
+        BaseModel(ModelConfig(path=str(multimodal)))
+    alone = multimodal.with_name("alone")
+    exec(code(PAGE, WITHIN)[0], {"SOURCE": str(multimodal), "TARGET": str(alone)})
+    base = BaseModel(ModelConfig(path=str(alone)))
+    assert base.config.model_type == "gemma3_text" and base.checkpoint_problem() is None and base.tokenizer
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    found = [AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=ids).logits for path in (multimodal, alone)]
+    assert torch.equal(*found)

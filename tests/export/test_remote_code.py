@@ -73,6 +73,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"kind": "choice", "scope": "per_layer"},
     "qwen3": {"kind": "needs", "combine": "weights"},
     "gemma": {"kind": "needs", "top_k": 2, "output_latent": 0},
+    "gemma2": {"kind": "choice", "scope": "shared"},
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny_models import (
     ALIGNX_LAYERS,
     FAMILIES,
+    LAYERS,
     PECULIARITIES,
     aligned,
     base_model,
@@ -69,8 +70,15 @@ def test_a_device_map_never_splits_a_decoder_layer(family: str) -> None:
 @torch.no_grad()
 def disabled(base: PreTrainedModel, family: str, what: str) -> PreTrainedModel:
     """The same weights without one peculiarity of the family."""
-    settings: dict[str, Any] = {"use_sliding_window": False} if family == "qwen2" else {"sliding_window": None}
-    model = base_model(family=family, **(settings if what == "window" else {}))
+    without: dict[str, dict[str, Any]] = {
+        "window": {"use_sliding_window": False} if family == "qwen2" else {"sliding_window": None},
+        "full attention": {"layer_types": ["sliding_attention"] * LAYERS},
+        "sliding attention": {"layer_types": ["full_attention"] * LAYERS},
+        "final cap": {"final_logit_softcapping": None},
+        "cap": {"attn_logit_softcapping": None},
+        "layer without positions": {"no_rope_layers": [1] * LAYERS},
+    }
+    model = base_model(family=family, **without.get(what, {}))
     model.load_state_dict(base.state_dict())
     for name, parameter in model.named_parameters():
         if what in name:
@@ -78,9 +86,19 @@ def disabled(base: PreTrainedModel, family: str, what: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    ("family", "what"), [("mistral", "window"), ("qwen2", "window"), ("qwen2", "bias"), ("qwen3", "q_norm")]
-)
+WHAT_IS_PECULIAR = {
+    "mistral": ["window"],
+    "gemma2": ["full attention", "sliding attention", "final cap", "cap", "post_feedforward_layernorm"],
+    "gemma3_text": ["full attention", "sliding attention", "q_norm", "post_feedforward_layernorm"],
+    "olmo2": ["k_norm", "post_feedforward_layernorm"],
+    "olmo3": ["full attention", "sliding attention"],
+    "qwen2": ["window", "bias"],
+    "qwen3": ["q_norm"],
+    "smollm3": ["layer without positions"],
+}
+
+
+@pytest.mark.parametrize(("family", "what"), [(f, what) for f, of in WHAT_IS_PECULIAR.items() for what in of])
 @torch.no_grad()
 def test_a_tiny_model_depends_on_what_is_peculiar_to_its_family(family: str, what: str) -> None:
     """Otherwise the other tests would not cover it."""
@@ -88,7 +106,7 @@ def test_a_tiny_model_depends_on_what_is_peculiar_to_its_family(family: str, wha
     assert relative(disabled(base, family, what)(ids).logits, base(ids).logits) > 0.01
 
 
-@pytest.mark.parametrize("family", ["gemma", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "qwen3"])
 def test_a_tiny_model_s_heads_can_be_of_their_own_width(family: str) -> None:
     config = tiny_config(family)
     assert config.head_dim * config.num_attention_heads != config.hidden_size
@@ -126,12 +144,13 @@ def test_an_unknown_architecture_is_refused_with_all_known_ones(tmp_path: Path) 
         assert BaseModel(ModelConfig(path=str(tmp_path))).table
     text = str(error.value)
     assert "\n" not in text
-    assert "got 'gpt2', expected a model whose architecture is one of gemma, llama, mistral, qwen2, qwen3;" in text
+    known = "gemma, gemma2, gemma3_text, llama, mistral, olmo2, olmo3, qwen2, qwen3, smollm3"
+    assert f"got 'gpt2', expected a model whose architecture is one of {known};" in text
     assert "add an entry for 'gpt2' to BACKBONES in alignx_ds/mocae/backbones.py: the names of " in text
 
 
-@pytest.mark.parametrize("model_type", ["", "gemma2", "Llama"])
+@pytest.mark.parametrize("model_type", ["", "gemma3n", "Llama"])
 def test_a_similar_architecture_is_not_taken_for_a_known_one(model_type: str) -> None:
-    """Gemma 2's decoder layer has the same names, but is not supported."""
+    """Gemma 3n's decoder layer has the same names, but hands on several copies of the hidden states."""
     with pytest.raises(ConfigError):
         backbone_of(model_type)

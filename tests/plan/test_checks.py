@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_models import base_model
 
 from alignx_ds.config import parse
 from alignx_ds.config.schema import RunConfig
@@ -291,6 +292,14 @@ def test_all_problems_are_found_at_once(write_recipe: WriteRecipe) -> None:
     }
     found = problems(parse.load(write_recipe(*(f"{k}={v}" for k, v in wrong.items()))), world_size=2)
     assert set(found) == set(wrong)
+
+
+def test_sdpa_can_t_cap_the_scores_of_attention(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    base_model(family="gemma2").save_pretrained(tmp_path / "model")
+    chosen = (f"model.path={tmp_path / 'model'}", "model.layers=[1]", "gate.latent=8", "gate.output_latent=8")
+    for attention in ("sdpa", "auto", "eager"):
+        found = problems(parse.load(write_recipe(*chosen, f"model.attention={attention}")))
+        assert ("model.attention" in found) == (attention == "sdpa")
 
 
 def test_flash_attention_needs_its_package_and_bfloat16(
