@@ -61,7 +61,7 @@ def install(fault: dict[str, Any]) -> None:
     from alignx_ds.evaluation.evaluate import Evaluation
     from alignx_ds.runs import manifest
     from alignx_ds.stages import align, calibrators, finetune
-    from alignx_ds.training import checkpoints, loop
+    from alignx_ds.training import checkpoints, loop, preferences
     from alignx_ds.training.manager import CheckpointManager
 
     here = [fault.get("job", ""), fault.get("step", 0)]
@@ -80,6 +80,8 @@ def install(fault: dict[str, Any]) -> None:
         before(os, "rename", do, lambda *_: now == here)
     elif place == "prune":
         before(checkpoints, "prune", do, lambda *_: now == here)
+    elif place == "reference":
+        before(preferences.ObjectiveLoss, "_of_all", do)  # of the first job that has one
     elif place == "extract":
         before(finetune, "_extract", do, lambda context, tune, *_: f"stage1/{tune.name}" == here[0])
     elif place == "fit":

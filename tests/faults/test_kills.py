@@ -92,3 +92,26 @@ def test_a_kill_in_the_midst_of_a_checkpoint_leaves_the_one_before(
     assert "stage2: resumes after step 4" in ended.console
     assert results(command.output) == results(undisturbed("align"))
     record("crash", "kill -9 while a checkpoint is written, then in stage 2", "the checkpoint before it is used")
+
+
+OTHERWISE = ("axes.harmless.objective=dpo", "axes.honest.objective=kto", "train.trainable=lora", "train.lr=1e-2")
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_specialists_that_learn_from_bad_answers_are_killed(tmp_path: Path, record: Record) -> None:
+    """Their reference log-probabilities are computed anew by the start that goes on, with the first weights."""
+    undisturbed = Command("specialists", tmp_path / "undisturbed", OTHERWISE)
+    assert (ended := undisturbed.start()).well, ended.console
+    command = Command("specialists", tmp_path / "run", OTHERWISE)
+    faults = [kill(1, "stage1/harmless", place="reference"), kill(0, "stage1/harmless", 3, "forward")]
+    faults += [kill(1, "stage1/harmless", 4, "save", sync=1), kill(0, "harmless", place="seal")]
+    faults += [kill(0, "stage1/honest", 1, "forward"), kill(1, "stage1/honest", 5)]
+    for fault in faults:
+        ended = command.start(fault=fault)
+        assert ended.codes[fault["rank"]] == -9, f"{described(fault)}\n{ended.console}"
+    ended = command.start()
+    assert ended.well, ended.console
+    assert "stage1/honest: resumes after step 4" in ended.console
+    assert results(command.output) == results(undisturbed.output)
+    record("crash", "kill -9, six times, in stages of LoRA with dpo and kto", "the same bytes in the end")
