@@ -1,7 +1,7 @@
 """LoRA specialists beside FFN specialists of the embedded world: same rows, same steps, without stage 2.
 
     python benchmarks/lora.py
-    python benchmarks/lora.py --ranks 16 --seeds 0 --steps 60
+    python benchmarks/lora.py --ranks 8 --of ffn attention both --seeds 0 --steps 60
 
 Columns: each specialist's score on its own axis, their mean over axes and seeds, and the bytes that stage 1's optimizer
 holds: fp32 weights and both of Adam's moments, which are what a checkpoint holds. Targets: LoRA within 2 points of FFN,
@@ -20,9 +20,11 @@ from suite import record, specialists
 from suite.record import Target
 
 from alignx_ds.config import parse
+from alignx_ds.config.schema import ATTENTION_TARGETS, FFN_TARGETS, LORA_TARGETS
 from alignx_ds.runtime import console, distributed
 
 MB, POINTS, SHARE = 1e6, 2.0, 0.1
+TARGETS = {"ffn": FFN_TARGETS, "attention": ATTENTION_TARGETS, "both": LORA_TARGETS}
 
 
 def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str, Any]:
@@ -38,6 +40,7 @@ def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32], help="of LoRA")
+    parser.add_argument("--of", nargs="+", choices=TARGETS, default=["ffn"], metavar="WHAT", help=", ".join(TARGETS))
     parser.add_argument("--lr", type=float, default=5e-3, help="of LoRA; FFN specialists keep the recipe's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=120)
@@ -45,7 +48,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="directory of the JSON")
     args = parser.parse_args()
     lora = ["train.trainable=lora", f"train.lr={args.lr}"]
-    kinds = {"FFN": [], **{f"LoRA, rank {rank}": [*lora, f"experts.rank={rank}"] for rank in args.ranks}}
+    kinds: dict[str, list[str]] = {"FFN": []}
+    for what in args.of:
+        chosen = [f"train.lora.targets=[{', '.join(TARGETS[what])}]", "baselines.make=[]"] if what != "ffn" else []
+        named = f" of {what}" if what != "ffn" else ""
+        kinds |= {f"LoRA, rank {rank}{named}": [*lora, f"experts.rank={rank}", *chosen] for rank in args.ranks}
     distributed.init_process_group(600)
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, settings in kinds.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.mocae.fused import FusedMixture, unstack
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import alignx_layers
@@ -189,6 +189,8 @@ def aligned(
     gate |= {"scope": scope, "top_k": top_k, "kind": kind, "combine": combine}
     config, table = aligned_config(base, ranks, **gate), table_of(base)
     config.floors = floors or {}
+    changed = {p: [f.rank(p) for fs in experts.values() for f in fs if p in f.down] for p in ATTENTION}
+    config.attention_ranks = {p: max(found) for p, found in changed.items() if found}
     settings = config.gate_settings()
     parts = {}
     for layer in ALIGNX_LAYERS:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from alignx_ds.config.schema import BaselinesConfig
 from alignx_ds.experts.task_vectors import projections, read_task_vector
-from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.sharding import add
 
@@ -84,7 +83,7 @@ def add_merged(model: nn.Module, base: BaseModel, directories: list[Path], merge
     """θ₀ + the merged change, in place, on the AlignX layers; one directory of task vectors per axis."""
     for layer in base.layers:
         vectors = [read_task_vector(directory, layer) for directory in directories]
-        weights = projections(model, base.table, layer)
-        for p in PROJECTIONS:
-            change = merge([v[p] for v in vectors], base.table.weight_name(layer, p))
-            add(weights[p], change)
+        changed = list(dict.fromkeys(p for vector in vectors for p in vector))
+        for p, weight in projections(model, base.table, layer, changed).items():
+            none = torch.zeros(weight.shape)  # of an axis that has no change of this projection
+            add(weight, merge([v.get(p, none) for v in vectors], base.table.weight_name(layer, p)))

@@ -23,7 +23,9 @@ MERGES = ("task_arithmetic", "ties", "dare")  # baselines that need no training
 IMITATING = ("sft", "poft")  # objectives of stage 1 that need good answers alone;
 PAIRED = ("dpo", "orpo", "simpo")  # those that compare two answers to one prompt;
 JUDGED = ("kto", "bco")  # and those that need answers, each good or bad
-LORA_TARGETS = ("gate_proj", "up_proj", "down_proj")
+FFN_TARGETS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LORA_TARGETS = FFN_TARGETS + ATTENTION_TARGETS
 FUSIONS = ("h3fusion", "trinityx")  # baselines that train full copies of the specialists' FFNs
 REGULARISED, RESTORED = "sequential_regularised", "restored"  # baselines that mend the sequential fine-tune
 NO_OUTPUT_CALIBRATION = "no_output_calibration"  # an ablation of the aligned model
@@ -193,8 +195,9 @@ class LoraConfig:
     alpha: PositiveFloat = 32.0  # the change is alpha / rank · B·A
     dropout: DropRate = 0.0  # of the factors' input, in training
     rslora: bool = False  # rank-stabilised: alpha / √rank · B·A
-    # By their names in LLaMA, whatever the architecture calls them.
-    targets: list[Annotated[str, OneOf(LORA_TARGETS)]] = field(default_factory=lambda: list(LORA_TARGETS))
+    # By their names in LLaMA, whatever the architecture calls them. Those of the attention are trained in the AlignX
+    # layers above the lowest, whose gate decides after its own attention.
+    targets: list[Annotated[str, OneOf(LORA_TARGETS)]] = field(default_factory=lambda: list(FFN_TARGETS))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's file format: one that changes nothing but FFN projections can be an axis's expert.
+"""LoRA adapters in PEFT's file format: one that changes projections of FFN and attention can be an axis's expert.
 
 The two files are read without peft, which need not be installed. Shapes: a projection W [m, n] becomes W + s·B·A with
 lora_A [r, n], lora_B [m, r] and s = alpha / r; an expert's `up` factor is s·B.
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.experts.declared import ALPHA, contradictions, other_base, pattern_value
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.models.architecture import FLOATS
 from alignx_ds.models.base import BaseModel, local_model
 from alignx_ds.models.pretrained import reading
@@ -82,15 +83,15 @@ class Adapter:
         if unknown:
             named = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in unknown))
             fix = f"it changes {named}, which no expert hosts; train one on those projections only"
-            yield Problem(self.key, self.given, f"an adapter of FFN projections ({_names(base)})", fix)
+            yield Problem(self.key, self.given, f"an adapter of these projections: {_names(base)}", fix)
         known = {name: modules[name] for name in map(_module, self.shapes) if name in modules}
         outside = sorted({layer for layer, _ in known.values()} - set(base.layers))
         if outside:
             every = sorted({layer for layer, _ in known.values()} | set(base.layers))
             fix = f"it changes the layers {outside} as well; set model.layers={every}"
             yield Problem(self.key, self.given, f"an adapter of the AlignX layers {base.layers}", fix)
-        for module, (_, projection) in known.items():
-            yield from self._shape_problem(module, projection, base)
+        for module, (layer, projection) in known.items():
+            yield from self._shape_problem(module, layer, projection, base)
 
     def _settings(self) -> Iterator[Problem]:
         for name in BEYOND:
@@ -125,17 +126,17 @@ class Adapter:
         elif damaged := not_finite(self.tensors.values()):
             fix = f"its {damaged.name} holds NaN or infinite values: train it again"
             yield Problem(self.key, self.given, "an adapter whose factors are numbers", fix)
-        elif not any(self._changes(module) for module in dict.fromkeys(map(_module, self.shapes))):
+        elif not any(self._change(module).any() for module in dict.fromkeys(map(_module, self.shapes))):
             fix = "its factors multiply to zero, as before the first step of training: it changes nothing"
             yield Problem(self.key, self.given, "an adapter that changes the base model", fix)
 
-    def _changes(self, module: str) -> bool:
+    def _change(self, module: str) -> Tensor:
         a, b = (self.tensors[f"{PREFIX}{module}.{half}"].read() for half in HALVES)
-        return bool(self._scale(module, len(a)) and (b.float() @ a.float()).any())
+        return self._scale(module, len(a)) * (b.float() @ a.float())
 
-    def _shape_problem(self, module: str, projection: str, base: BaseModel) -> Iterator[Problem]:
-        hidden, ffn = base.config.hidden_size, base.config.intermediate_size
-        m, n = (hidden, ffn) if projection == "down" else (ffn, hidden)
+    def _shape_problem(self, module: str, layer: int, projection: str, base: BaseModel) -> Iterator[Problem]:
+        linear = base.table.linear(base.skeleton, layer, projection)
+        m, n = linear.out_features, linear.in_features
         (a, b), allowed = (self.shapes.get(f"{PREFIX}{module}.{half}") for half in HALVES), f"factors of [{m}, {n}]"
         if a is None or b is None or len(a) != 2 or len(b) != 2:
             yield Problem(self.key, self.given, allowed, f"{module} lacks one of {' and '.join(HALVES)}")
@@ -144,23 +145,43 @@ class Adapter:
             yield Problem(self.key, self.given, allowed, fix)
 
     def factors(self, base: BaseModel) -> dict[int, Factors]:
-        """The expert's factors by AlignX layer, fp32; a projection that the adapter does not change has zero factors.
+        """The expert's factors by AlignX layer, fp32; those of the FFN are zero where the adapter does not change it.
 
         To be called only when there are no `problems`.
         """
         tensors = load_file(self.path / WEIGHTS)
-        hidden, ffn = base.config.hidden_size, base.config.intermediate_size
         found: dict[int, Factors] = {}
         for layer in base.layers:
             down, up = {}, {}
-            for p in PROJECTIONS:
+            for p in (*PROJECTIONS, *(ATTENTION if layer > min(base.layers) else ())):
                 module = base.table.weight_name(layer, p).removesuffix(".weight")
-                m, n = (hidden, ffn) if p == "down" else (ffn, hidden)
                 a, b = (tensors.get(f"{PREFIX}{module}.{half}") for half in HALVES)
-                down[p] = torch.zeros(1, n) if a is None else a.float()
-                up[p] = torch.zeros(m, 1) if b is None else self._scale(module, down[p].shape[0]) * b.float()
+                if a is not None and b is not None:
+                    down[p], up[p] = a.float(), self._scale(module, len(a)) * b.float()
+                elif p in PROJECTIONS:
+                    linear = base.table.linear(base.skeleton, layer, p)
+                    down[p], up[p] = torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1)
             found[layer] = Factors(down, up)
         return found
+
+    def changes_attention(self, base: BaseModel) -> bool:
+        """Whether an expert of this base made of it would change projections of the attention."""
+        return any(p in ATTENTION for layer, p in self._places(base) if layer > min(base.layers))
+
+    def _places(self, base: BaseModel) -> list[tuple[int, str]]:
+        """(layer, projection) of what it changes."""
+        modules = _modules(base)
+        return [modules[module] for module in dict.fromkeys(map(_module, self.shapes)) if module in modules]
+
+    def lost(self, base: BaseModel) -> float:
+        """The share of its squared norm that no expert holds: of the lowest AlignX layer's attention.
+
+        The gate decides after it.
+        """
+        norms = {module: self._change(module).square().sum() for module in dict.fromkeys(map(_module, self.shapes))}
+        modules, lowest = _modules(base), min(base.layers)
+        lost = sum(norm for m, norm in norms.items() if modules[m][0] == lowest and modules[m][1] in ATTENTION)
+        return float(lost / sum(norms.values()))
 
     def _scale(self, module: str, rank: int) -> float:
         """PEFT's s: alpha / r, or alpha / √r if rank-stabilised; a pattern may give a module its own alpha."""
@@ -169,9 +190,9 @@ class Adapter:
 
 
 def _modules(base: BaseModel) -> dict[str, tuple[int, str]]:
-    """Every decoder layer's FFN projections: module name -> (layer, projection)."""
+    """Every decoder layer's projections: module name -> (layer, projection)."""
     layers = range(base.config.num_hidden_layers)
-    names = {(layer, p): base.table.weight_name(layer, p) for layer in layers for p in PROJECTIONS}
+    names = {(layer, p): base.table.weight_name(layer, p) for layer in layers for p in (*PROJECTIONS, *ATTENTION)}
     return {name.removesuffix(".weight"): place for place, name in names.items()}
 
 
@@ -182,4 +203,4 @@ def _module(tensor: str) -> str:
 
 
 def _names(base: BaseModel) -> str:
-    return ", ".join((base.table.gate, base.table.up, base.table.down))
+    return ", ".join(getattr(base.table, p) for p in (*PROJECTIONS, *ATTENTION))

@@ -18,7 +18,7 @@ from torch.nn.functional import dropout, linear
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.experts.task_vectors import owner
 from alignx_ds.mocae.backbones import Backbone
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
@@ -44,10 +44,15 @@ class Lora:
         """Of the expert's factors, which are zeros where no LoRA is trained."""
         return self.rank if projection in self.projections else 1
 
+    def trained_in(self, layers: list[int]) -> Iterator[tuple[int, str]]:
+        """(layer, projection): of these AlignX layers, all but the lowest have those of the attention."""
+        for layer in layers:
+            yield from ((layer, p) for p in self.projections if p in PROJECTIONS or layer > min(layers))
+
     def numbers(self, base: BaseModel) -> int:
-        """Of the factors of one layer."""
-        sizes = base.config.hidden_size + base.config.intermediate_size
-        return len(self.projections) * self.rank * int(sizes)
+        """Of all factors."""
+        linears = (base.table.linear(base.skeleton, layer, p) for layer, p in self.trained_in(base.layers))
+        return sum(self.rank * (linear.in_features + linear.out_features) for linear in linears)
 
 
 class LoraLinear(nn.Linear):
@@ -77,23 +82,22 @@ def add_lora(model: nn.Module, table: Backbone, layers: list[int], lora: Lora, s
     Where ZeRO-3 has sharded the model, the engine shards the factors too when it starts.
     """
     model.requires_grad_(False)
-    for layer in layers:
-        ffn = table.ffn_of(model, layer)
-        for p in lora.projections:
-            own = zlib.crc32(f"{seed} {layer} {p}".encode())  # no draw depends on another
-            made = LoraLinear(table.view(ffn).projection(p), lora, own)
-            ffn.set_submodule(getattr(table, p), made)
+    for layer, p in lora.trained_in(layers):
+        own = zlib.crc32(f"{seed} {layer} {p}".encode())  # no draw depends on another
+        made = LoraLinear(table.linear(model, layer, p), lora, own)
+        table.owner_of(model, layer, p).set_submodule(getattr(table, p), made)
 
 
 def lora_factors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Factors | None]]:
     """(layer, the expert's factors fp32 on the CPU) of every AlignX layer; None on ranks that do not own it.
 
-    `model` is stage 1's, within its DeepSpeed engine, whose fp32 master weights are read. A projection without LoRA has
-    zero factors of rank 1. Collective.
+    `model` is stage 1's, within its DeepSpeed engine, whose fp32 master weights are read. A projection of the FFN
+    without LoRA has zero factors of rank 1, one of the attention has none. Collective.
     """
     for position, layer in enumerate(base.layers):
-        view = base.table.view(base.table.ffn_of(model, layer))
-        halves = {p: _halves(view.projection(p)) for p in PROJECTIONS}
+        linears = {p: base.table.linear(model, layer, p) for p in (*PROJECTIONS, *ATTENTION)}
+        changed = {p: m for p, m in linears.items() if p in PROJECTIONS or isinstance(m, LoraLinear)}
+        halves = {p: _halves(module) for p, module in changed.items()}
         factors = Factors({p: down for p, (down, _) in halves.items()}, {p: up for p, (_, up) in halves.items()})
         yield layer, factors if owner(position) == distributed.rank() else None
 

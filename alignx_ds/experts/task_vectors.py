@@ -5,7 +5,7 @@ The ranks share the layers, so that no process holds the whole model. A projecti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignx_ds.mocae.backbones import Backbone
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.sharding import add
 from alignx_ds.runtime import distributed
 from alignx_ds.runtime.deepspeed import load_deepspeed
 
-Changes = dict[str, Tensor]  # by projection, [m, n] fp32
+Changes = dict[str, Tensor]  # by projection of the FFN, and of the attention where it is changed: [m, n] fp32
 
 
 def owner(position: int) -> int:
@@ -32,10 +32,11 @@ def layer_file(directory: Path, layer: int) -> Path:
     return directory / f"layer_{layer:03d}.safetensors"
 
 
-def projections(model: nn.Module, table: Backbone, layer: int) -> dict[str, nn.Parameter]:
-    """The FFN weights of a decoder layer by projection; empty tensors where ZeRO-3 has sharded them."""
-    ffn = table.view(table.ffn_of(model, layer))
-    weights = {p: ffn.projection(p).weight for p in PROJECTIONS}
+def projections(
+    model: nn.Module, table: Backbone, layer: int, names: Iterable[str] = PROJECTIONS
+) -> dict[str, nn.Parameter]:
+    """The weights of a decoder layer by projection; empty tensors where ZeRO-3 has sharded them."""
+    weights = {p: table.linear(model, layer, p).weight for p in names}
     return {p: w for p, w in weights.items() if isinstance(w, nn.Parameter)}
 
 
@@ -58,17 +59,19 @@ def task_vectors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Chang
 
 def read_task_vector(directory: Path, layer: int) -> Changes:
     """A layer's changes from a specialist's directory. Raises OSError or SafetensorError for an unreadable file."""
-    tensors = load_file(layer_file(directory, layer))
-    return {p: tensors[f"task_vector.{p}"] for p in PROJECTIONS}
+    return _by_projection(load_file(layer_file(directory, layer)), "task_vector.{}")
 
 
 def read_factors(directory: Path, layer: int) -> Factors:
     """A layer's factors from a specialist's directory, fp32. Raises as `read_task_vector`."""
     tensors = load_file(layer_file(directory, layer))
-    return Factors(
-        down={p: tensors[f"factors.{p}.down"] for p in PROJECTIONS},
-        up={p: tensors[f"factors.{p}.up"] for p in PROJECTIONS},
-    )
+    return Factors(*(_by_projection(tensors, f"factors.{{}}.{half}") for half in ("down", "up")))
+
+
+def _by_projection(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Those whose name is `name` with a projection in it. Raises KeyError where one of the FFN's is missing."""
+    changed = [p for p in ATTENTION if name.format(p) in tensors]
+    return {p: tensors[name.format(p)] for p in (*PROJECTIONS, *changed)}
 
 
 @torch.no_grad()
@@ -78,9 +81,10 @@ def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
     Collective if ZeRO-3 has sharded the model.
     """
     for layer in base.layers:
-        weights = projections(model, base.table, layer)
+        changes = read_task_vector(directory, layer)
+        weights = projections(model, base.table, layer, changes)
         with load_deepspeed().zero.GatheredParameters(list(weights.values()), modifier_rank=0):
             sharded = any(hasattr(w, "ds_id") for w in weights.values())
             if not sharded or distributed.is_main():
-                for name, change in read_task_vector(directory, layer).items():
+                for name, change in changes.items():
                     add(weights[name], change)

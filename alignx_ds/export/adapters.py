@@ -22,7 +22,7 @@ from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_o
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.weights import Weights, described, parse_weights
 from alignx_ds.mocae.backbones import Backbone, backbone_of
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.ends import ends_of
 from alignx_ds.models.finished import aligned_of, tokenizer_of
@@ -106,7 +106,7 @@ def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor
     """By PEFT's names: lora_A [r, n], lora_B [m, r]; on the CPU."""
     named = {}
     for layer, f in factors.items():
-        for p in PROJECTIONS:
+        for p in f.down:
             module = PREFIX + table.weight_name(layer, p).removesuffix(".weight")
             for half, tensor in zip(HALVES, (f.down[p], f.up[p]), strict=True):
                 named[f"{module}.{half}"] = tensor.cpu().contiguous()
@@ -116,9 +116,7 @@ def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor
 def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[str, Any]:
     """The adapter_config.json that PEFT and vLLM read. Every module has alpha = r, so that nothing is scaled."""
     ranks = {
-        table.weight_name(layer, p).removesuffix(".weight"): f.rank(p)
-        for layer, f in factors.items()
-        for p in PROJECTIONS
+        table.weight_name(layer, p).removesuffix(".weight"): f.rank(p) for layer, f in factors.items() for p in f.down
     }
     rank = max(ranks.values())
     smaller = {module: r for module, r in ranks.items() if r != rank}
@@ -130,7 +128,7 @@ def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[s
         "lora_alpha": rank,
         "rank_pattern": smaller,
         "alpha_pattern": smaller,
-        "target_modules": [getattr(table, p) for p in PROJECTIONS],
+        "target_modules": list(dict.fromkeys(module.rpartition(".")[2] for module in ranks)),
         "layers_to_transform": sorted(factors),
         "layers_pattern": table.layers.rpartition(".")[2],
         "lora_dropout": 0.0,

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.mocae.experts import PROJECTIONS, FeedForward
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, FeedForward
 
 THIS_FILE = "alignx_ds/mocae/backbones.py"
 FIX = "correct the entry of the model's architecture in BACKBONES"
@@ -17,11 +17,13 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Backbone:
-    """Names of modules: of `layers` within the causal LM, of `ffn` within a decoder layer, of the rest within the FFN.
+    """Names of modules: of `layers` within the causal LM, of `ffn` and `attention` within a decoder layer, of the rest
+    within these two.
 
     It describes any architecture whose FFN is down(activation(gate(x)) * up(x)) with linear projections. Their biases,
-    if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter. Where a
-    norm follows the FFN, as in Gemma 2 and OLMo 2, the output calibration comes before that norm.
+    if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter, except for
+    experts that change the attention's projections. Where a norm follows the FFN, as in Gemma 2 and OLMo 2, the output
+    calibration comes before that norm.
     """
 
     layers: str = "model.layers"
@@ -30,6 +32,11 @@ class Backbone:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    attention: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """All decoder layers, lowest first. Raises ConfigError if the entry does not fit the model."""
@@ -44,10 +51,21 @@ class Backbone:
         gate, up, down = (_submodule(ffn, name, nn.Linear) for name in (self.gate, self.up, self.down))
         return FeedForward(gate, up, down, _submodule(ffn, self.activation, nn.Module))
 
+    def owner_of(self, model: nn.Module, layer: int, projection: str) -> nn.Module:
+        """The FFN or the attention of a decoder layer, whichever has the projection. Raises ConfigError as above."""
+        if projection in PROJECTIONS:
+            return self.ffn_of(model, layer)
+        return _submodule(self.decoder_layers(model)[layer], self.attention, nn.Module)
+
+    def linear(self, model: nn.Module, layer: int, projection: str) -> nn.Linear:
+        """A projection of a decoder layer, one of PROJECTIONS or ATTENTION. Raises ConfigError as above."""
+        return _submodule(self.owner_of(model, layer, projection), getattr(self, projection), nn.Linear)
+
     def weight_name(self, layer: int, projection: str) -> str:
-        """The key of a projection's weight [m, n] in the backbone's state dict; `projection` is one of PROJECTIONS."""
-        assert projection in PROJECTIONS
-        return f"{self.layers}.{layer}.{self.ffn}.{getattr(self, projection)}.weight"
+        """The key of a projection's weight [m, n] in the backbone's state dict."""
+        assert projection in (*PROJECTIONS, *ATTENTION)
+        part = self.ffn if projection in PROJECTIONS else self.attention
+        return f"{self.layers}.{layer}.{part}.{getattr(self, projection)}.weight"
 
 
 BACKBONES: dict[str, Backbone] = {  # by the `model_type` of the config

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-PROJECTIONS = ("gate", "up", "down")
+PROJECTIONS = ("gate", "up", "down")  # of the FFN
+ATTENTION = ("q", "k", "v", "o")  # those of the attention that an expert may change too (attention.py)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Factors:
-    """The low-rank factors of one expert in one layer: `down[p]` [r, n] and `up[p]` [m, r] by projection p."""
+    """The low-rank factors of one expert in one layer: `down[p]` [r, n] and `up[p]` [m, r] by projection p.
+
+    Those of the FFN are always there; those of the attention where the expert changes it.
+    """
 
     down: dict[str, Tensor]
     up: dict[str, Tensor]
@@ -52,9 +56,9 @@ class Factors:
         return self.down[projection].shape[0]
 
     def padded(self, ranks: dict[str, int]) -> Factors:
-        """The same changes with factors of these ranks, filled up with zeros, so that experts can be stacked."""
-        down = {p: _pad(self.down[p], ranks[p], dim=0) for p in PROJECTIONS}
-        up = {p: _pad(self.up[p], ranks[p], dim=1) for p in PROJECTIONS}
+        """The same changes; those of the FFN have factors of these ranks, filled up with zeros, and can be stacked."""
+        down = self.down | {p: _pad(self.down[p], ranks[p], dim=0) for p in PROJECTIONS}
+        up = self.up | {p: _pad(self.up[p], ranks[p], dim=1) for p in PROJECTIONS}
         return Factors(down, up)
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignx_ds.mocae import grouped, kernels
+from alignx_ds.mocae.attention import RoutedLinear
 from alignx_ds.mocae.fused import FusedMixture, RowExpert
 from alignx_ds.mocae.gate import CalibratedGate, Query
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -167,6 +168,9 @@ def freeze_trunk(model: nn.Module, *, experts: bool = True) -> None:
             for part in (module.calibration, module.gate):
                 if part is not None:
                     part.requires_grad_(True)
+        elif isinstance(module, RoutedLinear):
+            for parameter in module.trained():
+                parameter.requires_grad_(experts)
 
 
 def alignx_layers(model: nn.Module) -> list[AlignXLayer]:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from alignx_ds.mocae.attention import RoutedLinear, padded
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.fused import FusedMixture, stack
@@ -48,6 +49,7 @@ class AlignXConfig(PreTrainedConfig):
         gate: GateSettings | dict[str, Any] | None = None,
         user_turn: list[int] | None = None,
         floors: dict[str, float] | None = None,
+        attention_ranks: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         """`user_turn` are the tokens that begin a user turn; without them the whole prompt is the gates' query."""
@@ -57,6 +59,7 @@ class AlignXConfig(PreTrainedConfig):
         self.experts = experts or []
         self.layers = layers or []
         self.ranks = ranks or {}
+        self.attention_ranks = attention_ranks or {}  # by projection that some expert changes; empty: none does
         self.user_turn = list(user_turn or [])
         self.floors = floors or {}  # least gates when it serves, or least needs, by axis
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()
@@ -74,6 +77,10 @@ class AlignXConfig(PreTrainedConfig):
     def serving_rules(self) -> ServingRules:
         """What serves beside what the gates decide. Raises ValueError for a name that no expert has."""
         return ServingRules.of(self.gate_settings(), self.floors, self.experts)
+
+    def changed_attention(self) -> list[int]:
+        """The layers in which experts change the attention's projections: those above the gate, if any."""
+        return self.layers[1:] if self.attention_ranks else []
 
     def gate_layer(self, layer: int) -> int:
         """The layer whose gate decides for `layer`: the lowest AlignX layer, or the layer itself."""
@@ -142,6 +149,8 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             layer = self._build_layer(index, ffn, parts[index], placement)
             _mark_initialised(layer)
             setattr(table.decoder_layers(self.backbone)[index], table.ffn, layer)
+        for index in config.changed_attention():
+            self._route_attention(index, parts[index].experts[1:])
         self.post_init()
         if backbone is not None and backbone.generation_config is not None:
             self.generation_config = copy.deepcopy(backbone.generation_config)  # how it ends, samples and pads
@@ -189,6 +198,16 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
             forward_pass=self.forward_pass,
             rules=rules,
         )
+
+    def _route_attention(self, index: int, specialists: list[Factors]) -> None:
+        """Put modules with the specialists' changes in the place of the attention's projections of a decoder layer."""
+        table = backbone_of(self.config.text_config.model_type)
+        for p, rank in self.config.attention_ranks.items():
+            base = table.linear(self.backbone, index, p)
+            changes = [padded(factors, p, rank, base) for factors in specialists]
+            made = RoutedLinear(base, changes, self.config.gate_layer(index), self.forward_pass)
+            _mark_initialised(made)
+            table.owner_of(self.backbone, index, p).set_submodule(getattr(table, p), made)
 
     def get_input_embeddings(self) -> Any:
         return self.backbone.get_input_embeddings()
@@ -339,7 +358,7 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         return state
 
 
-def _mark_initialised(layer: AlignXLayer) -> None:
+def _mark_initialised(layer: nn.Module) -> None:
     """Keep `post_init` from filling the router with noise, as it does with new modules inside the backbone."""
     for module in layer.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]

@@ -8,7 +8,7 @@ from alignx_ds.config.schema import OptimizerConfig, RunConfig
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.sharding import SHARE
-from alignx_ds.plan import training
+from alignx_ds.plan import attention, training
 from alignx_ds.runtime import memory
 from alignx_ds.training import engine as engines
 
@@ -40,6 +40,9 @@ def problems(c: RunConfig, base: BaseModel, world_size: int, until: str, here: i
     if world_size == 1:
         yield Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}")
         return
+    for key, given in attention.changed_by(c, base):
+        fix = f"leave out those of the attention: they are not shared by ranks: {found}"
+        yield Problem(key, given, "projections of the FFN, for a model that no rank holds", fix)
     stages = training.stages(c)
     wanted = {key: stages[key] for key in NEEDED.get(until, stages)}
     yield from _whole(wanted, c, found)

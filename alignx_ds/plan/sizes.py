@@ -6,7 +6,7 @@ import torch
 
 from alignx_ds.config.schema import FUSIONS, REGULARISED, RESTORED, RunConfig
 from alignx_ds.experts.lora import Lora
-from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -28,13 +28,17 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
             rank = min(m, n, config.experts.rank or min(m, n)) if lora is None else lora.rank_of(p)
             ffns += m * n
             factors += rank * (m + n) * len(config.expert_names)
+    if lora is not None:
+        for layer, p in lora.trained_in(base.layers):
+            if p in ATTENTION:
+                factors += lora.rank * sum(base.table.linear(model, layer, p).weight.shape) * len(config.axes)
     gates = 1 if config.gate.scope == "shared" else len(base.layers)
     latent = config.gate.output_latent
     calibrations = len(base.layers) * (base.config.hidden_size * latent + 2) if latent else 0
     copies = {"full copies of the FFNs": ffns * len(config.axes)} if _fuses(config) else {}
     return {
         "base model": sum(p.numel() for p in model.parameters()),
-        "trained in stage 1": ffns if lora is None else lora.numbers(base) * len(base.layers),
+        "trained in stage 1": ffns if lora is None else lora.numbers(base),
         "experts' factors": factors,
         "gates and calibrations": gates * (config.gate.latent + 1) * len(config.expert_names) + calibrations,
         **copies,

@@ -22,6 +22,7 @@ from alignx_ds.data.batches import MicroBatch
 from alignx_ds.data.encode import LabelledExamples, pad_token
 from alignx_ds.data.inputs import INJECTED
 from alignx_ds.experts.task_vectors import read_factors
+from alignx_ds.mocae.attention import routed_linears
 from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.layer import alignx_layers, freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
@@ -179,6 +180,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, Any]
     moe, hosts = load_deepspeed().moe.utils, (FusedMixture, ParallelMixture)
     mixtures = [m for m in model.modules() if isinstance(m, hosts)]
     experts = {id(p) for mixture in mixtures for p in mixture.parameters()}
+    experts |= {id(p) for module in routed_linears(model) for p in module.trained()}
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     dense = engines.decay_groups([(n, p) for n, p in named if id(p) not in experts], config.align.weight_decay)
     expert = {
@@ -224,6 +226,7 @@ def whole_state(model: AlignXForCausalLM) -> dict[str, Tensor]:
     """
     parts = [part for layer in alignx_layers(model) for part in (layer.mixture, layer.calibration, layer.gate)]
     own = [p for part in parts if part is not None for p in part.parameters()]
+    own += [p for module in routed_linears(model) for p in module.trained()]
     with load_deepspeed().zero.GatheredParameters(own):
         state = {name: t.detach().to("cpu", copy=True) for name, t in model.fused_state().items()}
     return {name: t for name, t in state.items() if t.numel()}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.user_turn import user_turn
-from alignx_ds.mocae.experts import PROJECTIONS, Factors, align_ranks
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
@@ -94,7 +94,9 @@ def assemble(
 
 def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -> AlignXConfig:
     """Every projection has one rank in all layers: the greatest that any expert needs there."""
-    ranks = {p: max(f.rank(p) for experts in factors.values() for f in experts) for p in PROJECTIONS}
+    every = [f for experts in factors.values() for f in experts]
+    ranks = {p: max(f.rank(p) for f in every) for p in PROJECTIONS}
+    attention = {p: max((f.rank(p) for f in every if p in f.down), default=0) for p in ATTENTION}
     return AlignXConfig(
         text_config=base.config,
         experts=config.expert_names,
@@ -103,6 +105,7 @@ def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -
         gate=config.gate,
         user_turn=user_turn(base.tokenizer),
         floors=floors(config),
+        attention_ranks={p: rank for p, rank in attention.items() if rank},
     )
 
 

@@ -230,7 +230,8 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     else:
         train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    needed = flops.fine_tune(base.config, base.layers, Lora.of(config).numbers(base) if is_lora(config) else None)
+    factors = Lora.of(config).numbers(base) // len(base.layers) if is_lora(config) else None
+    needed = flops.fine_tune(base.config, base.layers, factors)
     how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
     loss: StepLoss = language_loss
     if settings:
@@ -303,8 +304,11 @@ def _adopt(context: StageContext, tune: FineTune, adapter: Adapter, directory: P
     facts = {}
     for layer, factors in adapter.factors(context.base).items():
         facts[str(layer)] = _write_exact(directory, layer, factors)
-    console.say(f"{tune.name}: the adapter {adapter.given} is its expert")
-    return {"name": tune.name, "axes": list(tune.axes), "losses": [], "adapter": adapter.given, "layers": facts}
+    lost = adapter.lost(context.base)
+    what = f", but for {lost:.1%} of its squared norm: the gate decides after the lowest AlignX layer's attention"
+    console.say(f"{tune.name}: the adapter {adapter.given} is its expert{what if lost else ''}")
+    given = {"adapter": adapter.given, "lost": lost}
+    return {"name": tune.name, "axes": list(tune.axes), "losses": [], **given, "layers": facts}
 
 
 def _extract_lora(context: StageContext, tune: FineTune, model: Any, directory: Path) -> dict[str, Any]:
@@ -317,8 +321,8 @@ def _extract_lora(context: StageContext, tune: FineTune, model: Any, directory: 
         if tune.is_expert:
             facts[str(layer)] = _write_exact(directory, layer, factors)
         else:
-            before = read_task_vector(start, layer) if start else dict.fromkeys(PROJECTIONS, 0)
-            changes = {p: before[p] + factors.delta(p) for p in PROJECTIONS}
+            before = read_task_vector(start, layer) if start else {}
+            changes = {p: before.get(p, 0) + factors.delta(p) for p in factors.down}
             facts[str(layer)] = _write_layer(directory, layer, changes, None)
     return _merged(facts)
 
@@ -346,16 +350,16 @@ def _extract(context: StageContext, tune: FineTune, model: Any, directory: Path)
 
 def _write_exact(directory: Path, layer: int, factors: Factors) -> dict[str, Any]:
     """The layer's file of an expert whose task vector is the product of its factors."""
-    facts = _write_layer(directory, layer, {p: factors.delta(p) for p in PROJECTIONS}, factors)
+    facts = _write_layer(directory, layer, {p: factors.delta(p) for p in factors.down}, factors)
     return {p: of_projection | {"error": 0.0, "plain_svd_error": 0.0} for p, of_projection in facts.items()}
 
 
 def _write_layer(directory: Path, layer: int, changes: Changes, factors: Factors | None) -> dict[str, Any]:
     """A layer's file: its task vector, and an expert's factors. Returns facts by projection."""
-    tensors = {f"task_vector.{p}": changes[p].contiguous() for p in PROJECTIONS}
-    facts: dict[str, Any] = {p: {"norm": float(changes[p].norm())} for p in PROJECTIONS}
+    tensors = {f"task_vector.{p}": change.contiguous() for p, change in changes.items()}
+    facts: dict[str, Any] = {p: {"norm": float(change.norm())} for p, change in changes.items()}
     if factors is not None:
-        for p in PROJECTIONS:
+        for p in factors.down:
             tensors[f"factors.{p}.down"] = factors.down[p].cpu().contiguous()
             tensors[f"factors.{p}.up"] = factors.up[p].cpu().contiguous()
             facts[p]["rank"] = factors.rank(p)

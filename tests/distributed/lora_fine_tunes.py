@@ -12,6 +12,7 @@ from problems import fine_tune_context, stopped_after_two_steps
 
 from alignx_ds.config.schema import CheckpointsConfig
 from alignx_ds.errors import Stopped
+from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages import finetune
@@ -37,6 +38,7 @@ CONTEXTS: dict[str, tuple[float, list[int]]] = {  # with their dropout, and the 
     "lora_whole": (0.25, [0, 2]),
     "lora_stopped": (0.25, [0, 2]),
 }
+TRAINED = (*PROJECTIONS, "q", "o")  # those of the attention in the upper layer alone
 TUNE = finetune.FineTune("a", ("a",), is_expert=True)
 
 
@@ -44,5 +46,6 @@ def _context(out: Path, name: str, dropout: float, noisy: list[int]) -> StageCon
     context = fine_tune_context(out, f"{name}{distributed.world_size()}")
     context.config.axes["a"].noise_layers = noisy
     context.config.train.trainable, context.config.train.lora.dropout = "lora", dropout
+    context.config.train.lora.targets = [f"{p}_proj" for p in TRAINED]
     context.config.checkpoints = CheckpointsConfig(every=3)
     return context

@@ -220,7 +220,10 @@ def mixture(
 
 
 def uneven_mixture(kind: str, combine: str, placement: Placement | None) -> AlignXForCausalLM:
-    """Its specialists' ranks differ from one projection to the next, so that the fused path pads its stacks."""
+    """Its specialists' ranks differ from one projection to the next, so that the fused path pads its stacks.
+
+    In needs, two of them also change projections of the attention.
+    """
     base = base_model()
     ranks = {"gate": 1, "up": 3, "down": 2}
     experts = {
@@ -228,6 +231,11 @@ def uneven_mixture(kind: str, combine: str, placement: Placement | None) -> Alig
                 for f in factors]
         for layer, factors in low_rank_experts(base).items()
     }  # fmt: skip
+    source, upper = generator(5), max(experts)
+    for number, p in ((0, "q"), (1, "q"), (1, "v")) if kind == "needs" else ():
+        linear, rank = TABLE.linear(base, upper, p), 1 + number
+        experts[upper][number].down[p] = 0.3 * torch.randn(rank, linear.in_features, generator=source)
+        experts[upper][number].up[p] = 0.3 * torch.randn(linear.out_features, rank, generator=source)
     made = aligned(base, experts, kind=kind, combine=combine, placement=placement)
     freeze_trunk(made)
     return made

@@ -44,6 +44,9 @@ def test_both_paths_give_the_same_losses_and_weights(runs: Runs, world: int, kin
         assert {name.split(".mixture.")[1] for name in moved if ".mixture." in name} == {
             *("down_in", "up_in", "down_out", "up_out")
         }
+        routed = {name for name in moved if ".self_attn." in name}
+        expected = {f"{p}_proj.experts_{half}" for p in "qv" for half in ("down", "up")} if kind == "needs" else set()
+        assert {name.split(".self_attn.")[1] for name in routed} == expected
 
 
 @both_worlds

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_fine_tunes import TRAINED
 from problems import ALIGNX_LAYERS, EXAMPLES, fine_tune_config, fine_tune_in_plain_torch
 from safetensors.torch import load_file
 from tiny_models import TABLE, base_model, specialist
@@ -142,7 +143,8 @@ def test_lora_s_trained_factors_are_the_expert_and_the_task_vector(runs: Runs, w
     for layer in ALIGNX_LAYERS:
         factors, change = read_factors(root / "a", layer), read_task_vector(root / "a", layer)
         then, alone = read_task_vector(root / "then_b", layer), read_task_vector(runs.root / "lora1/a", layer)
-        for p in PROJECTIONS:
+        assert tuple(factors.down) == (TRAINED if layer > min(ALIGNX_LAYERS) else PROJECTIONS)
+        for p in factors.down:
             module = f"weight/{TABLE.weight_name(layer, p).removesuffix('.weight')}"
             assert torch.equal(factors.down[p], saved[f"{module}.lora_down"])
             assert torch.equal(factors.up[p], LoraConfig().alpha / 4 * saved[f"{module}.lora_up"])

@@ -154,6 +154,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "one projection": {"target_modules": ["down_proj"]},
     "one layer": {"layers_to_transform": [2]},
     "dropout": {"lora_dropout": 0.5},
+    "attention of the upper layer": {
+        "target_modules": r".*layers\.2\.self_attn\.[qkvo]_proj|.*layers\.1\.mlp\.up_proj",
+        "layers_to_transform": None,
+    },
 }
 
 
@@ -171,8 +175,35 @@ def test_an_adapter_is_taken_exactly(tmp_path: Path, base_dir: Path, kind: str) 
     assert relative(logits(merged), logits(expected)) < 1e-5
 
 
+def test_peft_s_default_targets_are_taken_but_for_the_lowest_layer(tmp_path: Path, base_dir: Path) -> None:
+    """q_proj and v_proj of every layer: the gate decides after the lowest layer's, and what is lost is known."""
+    expected = made_by_peft(tmp_path / "adapter", base_dir, target_modules=None, layers_to_transform=None)
+    adapter, base = read(tmp_path / "adapter", base_dir, [0, *ALIGNX_LAYERS])
+    assert list(adapter.problems(base)) == [] and adapter.changes_attention(base)
+    factors = adapter.factors(base)
+    assert [sorted(factors[layer].down.keys() - set(PROJECTIONS)) for layer in base.layers] == [[], *[["q", "v"]] * 2]
+    modules = {name: m for name, m in expected.named_modules() if hasattr(m, "lora_B")}
+    norms = {name: float(m.get_delta_weight("default").square().sum()) for name, m in modules.items()}
+    lost = [name for name in norms if ".layers.0." in name]
+    assert len(lost) == 2
+    assert adapter.lost(base) == pytest.approx(sum(norms[name] for name in lost) / sum(norms.values()), rel=1e-5)
+    with torch.no_grad():
+        for name in lost:
+            modules[name].lora_B["default"].weight.zero_()
+    plain = AutoModelForCausalLM.from_pretrained(base_dir)
+    merged = {layer: {p: f.delta(p) for p in f.down} for layer, f in factors.items()}
+    with torch.no_grad():
+        for layer, changes in merged.items():
+            for p, change_of in changes.items():
+                base.table.linear(plain, layer, p).weight += change_of
+    assert relative(logits(plain), logits(expected)) < 1e-5
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "attention": ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, "self_attn.q_proj, self_attn.v_proj"),
+    "another module": (
+        {"target_modules": ["lm_head", "up_proj"], "layers_to_transform": None},
+        "it changes lm_head, which no expert hosts",
+    ),
     "dora": ({"use_dora": True}, "use_dora"),
     "bias": ({"bias": "all"}, "biases"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),

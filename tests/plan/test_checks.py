@@ -113,7 +113,7 @@ def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -
         ("experts.rank=0", "experts.rank"),
         ("train.lora.targets=[]", "train.lora.targets"),
         ("train.lora.targets=[up_proj,up_proj]", "train.lora.targets"),
-        ("train.lora.targets=[q_proj]", "train.lora.targets"),
+        ("train.lora.targets=[q_proj]", "baselines.make"),
         ("train.keep.collision=1", "train.keep"),
         ("baselines.make=[sequential_regularised]", "baselines.make"),
     ],
@@ -124,6 +124,15 @@ def test_lora_that_is_no_expert_or_keeps_something_is_refused(
     found = problems(parse.load(write_recipe("train.trainable=lora", override)))
     assert list(found) == [key]
     assert problems(parse.load(write_recipe("train.trainable=lora"))) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "key"), [("gate.scope=per_layer", "train.lora.targets"), ("model.layers=[4]", "model.layers")]
+)
+def test_the_attention_is_changed_above_a_shared_gate_alone(write_recipe: WriteRecipe, override: str, key: str) -> None:
+    chosen = ("train.trainable=lora", "train.lora.targets=[q_proj, up_proj]", "baselines.make=[]")
+    assert problems(parse.load(write_recipe(*chosen))) == {}
+    assert list(problems(parse.load(write_recipe(*chosen, override)))) == [key]
 
 
 def test_noise_on_layers_is_refused_with_another_objective(write_recipe: WriteRecipe) -> None:
