@@ -30,6 +30,7 @@ ALIGNX_LAYERS = [1, 2]
 FAMILIES = tuple(BACKBONES)
 TABLE = BACKBONES["llama"]  # of base_model()'s default family
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+ATTENTION_RANKS = {"q": 2, "o": 3}  # the largest, of `attention_experts`
 Changes = dict[int, list[dict[str, Tensor]]]  # by AlignX layer, by specialist (expert id - 1), by projection
 
 
@@ -220,6 +221,17 @@ def aligned(
 def low_rank_experts(base: PreTrainedModel, rank: int = 3, seed: int = 3) -> dict[int, list[Factors]]:
     source = generator(seed)
     return {i: [random_factors(base, i, rank, source) for _ in range(EXPERTS - 1)] for i in ALIGNX_LAYERS}
+
+
+def attention_experts(base: PreTrainedModel) -> dict[int, list[Factors]]:
+    """Low-rank experts of which the first two also change q, and the last two o, in the upper layer."""
+    made, source, table = low_rank_experts(base), generator(21), table_of(base)
+    for number, factors in enumerate(made[ALIGNX_LAYERS[-1]]):
+        for p in ("q",) if number == 0 else ("q", "o") if number == 1 else ("o",):
+            linear, rank = table.linear(base, ALIGNX_LAYERS[-1], p), ATTENTION_RANKS[p] - (number == 1)
+            factors.down[p] = 0.3 * torch.randn(rank, linear.in_features, generator=source)
+            factors.up[p] = 0.3 * torch.randn(linear.out_features, rank, generator=source)
+    return made
 
 
 def exact_experts(changes: Changes) -> dict[int, list[Factors]]:

@@ -50,7 +50,7 @@ from restoring import restoring
 from safetensors.torch import load_file
 from sharded import sharded
 from stage_contexts import stage_context
-from tiny_models import base_model, connect, low_rank_experts, one_hot, padded
+from tiny_models import attention_experts, base_model, connect, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.schema import CheckpointsConfig, RunConfig
@@ -282,7 +282,7 @@ def whole_stage(out: Path) -> dict[str, Any]:
         context = stage_context(config, Outputs(out / "whole_stage", out), STAGE_ROWS, CALIBRATION_ROWS)
         curves: list[dict[str, float]] = []
         job = TrainingJob("stage2", log=lambda step, values, curves=curves: curves.append(values))
-        model, losses = align.train_mixture(context, low_rank_experts(base_model()), job)
+        model, losses = align.train_mixture(context, attention_experts(base_model()), job)
         found[how] = {"state": model.state_dict(), "losses": losses, "curves": curves}
     return found
 

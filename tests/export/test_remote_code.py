@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import aligned, base_model, low_rank_experts, padded, random_rows
+from tiny_models import aligned, attention_experts, base_model, low_rank_experts, padded, random_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -80,7 +80,8 @@ MODELS: dict[str, dict[str, Any]] = {
 def tiny(tokenizer: PreTrainedTokenizerBase, family: str) -> AlignXForCausalLM:
     """With the world's vocabulary."""
     base = base_model(family=family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
-    return aligned(base, low_rank_experts(base), **MODELS[family])
+    experts = attention_experts(base) if family == "qwen3" else low_rank_experts(base)
+    return aligned(base, experts, **MODELS[family])
 
 
 def run(program: str, root: Path) -> str:

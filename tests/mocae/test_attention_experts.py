@@ -9,12 +9,12 @@ import peft
 import pytest
 import torch
 from tiny_models import (
-    ALIGNX_LAYERS,
+    ATTENTION_RANKS,
     EXPERTS,
     FAMILIES,
     aligned,
+    attention_experts,
     base_model,
-    generator,
     low_rank_experts,
     one_hot,
     padded,
@@ -33,20 +33,7 @@ from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.backbone import load_aligned
 
-LOWEST, UPPER = ALIGNX_LAYERS
-CHANGED = {"q": 2, "o": 3}  # by projection, the largest rank
 IDS, MASK = padded(random_rows([5, 11, 3]))
-
-
-def experts_of(base: PreTrainedModel) -> dict[int, list[Factors]]:
-    """Low-rank experts of which the first two also change q, and the last two o, in the upper layer."""
-    made, source, table = low_rank_experts(base), generator(21), table_of(base)
-    for number, factors in enumerate(made[UPPER]):
-        for p in ("q",) if number == 0 else ("q", "o") if number == 1 else ("o",):
-            linear, rank = table.linear(base, UPPER, p), CHANGED[p] - (number == 1)
-            factors.down[p] = 0.3 * torch.randn(rank, linear.in_features, generator=source)
-            factors.up[p] = 0.3 * torch.randn(linear.out_features, rank, generator=source)
-    return made
 
 
 @torch.no_grad()
@@ -68,15 +55,15 @@ def logits(model: nn.Module, **more: Tensor) -> Tensor:
 
 def mixture(family: str = "llama", **settings: object) -> tuple[PreTrainedModel, AlignXForCausalLM]:
     base = base_model(family=family)
-    return base, aligned(base, experts_of(base), **settings)  # type: ignore[arg-type]
+    return base, aligned(base, attention_experts(base), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_forced_expert_is_its_specialist(family: str) -> None:
     base, model = mixture(family, trained=False)
-    assert len(routed_linears(model)) == len(CHANGED) and model.config.attention_ranks == CHANGED
+    assert len(routed_linears(model)) == len(ATTENTION_RANKS) and model.config.attention_ranks == ATTENTION_RANKS
     for expert in range(EXPERTS):
-        alone = changed(base, experts_of(base), [float(expert == number) for number in range(1, EXPERTS)])
+        alone = changed(base, attention_experts(base), [float(expert == number) for number in range(1, EXPERTS)])
         assert relative(logits(model, forced=one_hot([expert] * len(IDS))), logits(alone)) < 1e-5
     with_ffns_alone = aligned(base, low_rank_experts(base), trained=False)
     one = one_hot([1] * len(IDS))
@@ -88,7 +75,7 @@ def test_several_experts_are_mixed_by_their_gates() -> None:
     gates = torch.tensor([[0.1, 0.5, 0.1, 0.3]]).repeat(len(IDS), 1)
     with without_calibration(model), mixing_weights(model):
         mixed = logits(model, forced=gates)
-    assert relative(mixed, logits(changed(base, experts_of(base), [0.5, 0.1, 0.3]))) < 1e-5
+    assert relative(mixed, logits(changed(base, attention_experts(base), [0.5, 0.1, 0.3]))) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["choice", "needs"])
@@ -110,15 +97,15 @@ def test_it_is_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
     _, model = mixture()
     model.save_pretrained(tmp_path)
     loaded = load_aligned(tmp_path).eval()
-    assert loaded.config.attention_ranks == CHANGED
+    assert loaded.config.attention_ranks == ATTENTION_RANKS
     assert torch.equal(logits(loaded), logits(model))
-    assert sum(isinstance(m, RoutedLinear) for m in loaded.modules()) == len(CHANGED)
+    assert sum(isinstance(m, RoutedLinear) for m in loaded.modules()) == len(ATTENTION_RANKS)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
 def test_dense_and_adapter_exports_hold_the_changes(weights: list[float], tmp_path: Path) -> None:
     base, model = mixture()
-    expected = logits(changed(base, experts_of(base), weights))
+    expected = logits(changed(base, attention_experts(base), weights))
     chosen = [(w, factors_of(model, e)) for e, w in enumerate(weights, start=1) if w]
     dense = backbone_with(model, changes_of(chosen))
     assert not routed_linears(dense) and type(dense) is type(base)

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded, random_rows, relative
+from tiny_models import (
+    FAMILIES,
+    aligned,
+    attention_experts,
+    base_model,
+    low_rank_experts,
+    padded,
+    random_rows,
+    relative,
+)
 
 from alignx_ds.mocae import modeling
 from alignx_ds.mocae.kv_cache import ARGUMENT, kv_cache
@@ -25,7 +34,8 @@ def model(request: pytest.FixtureRequest) -> AlignXForCausalLM:
     family, path, scope, top_k, kind, combine = request.param
     base, placement = base_model(family=family), Placement(1, 0) if path == "parallel" else None
     gate = {"scope": scope, "top_k": top_k, "kind": kind, "combine": combine}
-    return aligned(base, low_rank_experts(base), **gate, placement=placement)
+    experts = attention_experts(base) if scope == "shared" else low_rank_experts(base)
+    return aligned(base, experts, **gate, placement=placement)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
