@@ -1,7 +1,8 @@
-"""Specialists of the embedded world that learn from bad answers too, beside those that imitate good ones.
+"""Specialists that learn from bad answers too, beside those that imitate good ones: of the embedded world, or another.
 
     python benchmarks/objectives.py
     python benchmarks/objectives.py --objectives sft dpo+sft --seeds 0 --steps 60
+    python benchmarks/objectives.py --recipe smollm2 --lr 4e-4 --seeds 0 --set model.path=models/smollm2
 
 Same rows, same steps and batch. The axes are harmless and honest, whose rows have good and bad answers. `+sft` adds the
 NLL of the good answers (`axes.X.sft_weight=1`). Each objective has the learning rate of --lr that scores best on the
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -53,13 +55,19 @@ def measure(objective: str, lr: float, seed: int, args: argparse.Namespace) -> R
         settings += [f"axes.{axis}.sft_weight=1" for axis in AXES]
     output = args.runs / f"{objective}-{lr:g}-{seed}"
     shared = [f"output={output}", f"seed={seed}", f"train.steps={args.steps}", f"train.lr={lr}"]
-    config = parse.load("world", [*shared, "launch.ranks=1", "align.ep_size=1", *settings])
+    config = parse.load(args.recipe, [*shared, "launch.ranks=1", "align.ep_size=0", *settings, *args.set])
     config.axes = {axis: config.axes[axis] for axis in AXES}
     found = specialists.trained(config)
     run: Run = {"objective": objective, "lr": lr, "seed": seed}
     for axis in AXES:
         metrics = found.judged[axis].metrics[axis]
-        run[axis] = {"metrics": metrics, "score": found.score(axis), "perplexity": found.judged[axis].perplexity[axis]}
+        sets = {name: found.judged[axis].metrics[name] for name in config.evaluation.sets}
+        run[axis] = {
+            "metrics": metrics,
+            "sets": sets,
+            "score": found.score(axis),
+            "perplexity": found.judged[axis].perplexity[axis],
+        }
         rows = found.inputs.data.compared.get(axis)
         if rows and rows.examples.others:
             run[axis]["gradients"] = entangled(found, axis, rows.examples)
@@ -108,7 +116,7 @@ def row(objective: str, runs: list[Run]) -> list[str]:
     for axis in AXES:
         cells.append(spread([run[axis]["score"] for run in runs]))
         if axis == "harmless":
-            cells.append(spread([run[axis]["metrics"]["benign_served"] for run in runs]))
+            cells.append(spread([run[axis]["metrics"].get("benign_served", nan) for run in runs]))
         cells.append(spread([run[axis]["perplexity"] for run in runs], 2))
     return cells
 
@@ -133,6 +141,8 @@ def gradient_rows(objective: str, runs: list[Run]) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="world", help="a shipped one with these axes (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME")
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -150,7 +160,7 @@ def main() -> None:
     console.table(
         "Gradients of both answers", head, [r for name, runs in best.items() for r in gradient_rows(name, runs)]
     )
-    path = args.out / "objectives-world-cpu.json"
+    path = args.out / f"objectives-{args.recipe}-cpu.json"
     command = ["python", "benchmarks/objectives.py", *sys.argv[1:]]
     runs = {objective: {"best rate": chosen, "other rates": others} for objective, (chosen, others) in found.items()}
     record.write_plain(path, command, "cpu", {"steps": args.steps, "runs": runs})
