@@ -195,7 +195,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a Git LFS pointer": (pointer, "is a Git LFS pointer"),
     "four bits": (settings(quantization_config={"quant_method": "bitsandbytes"}), "it is quantised (bitsandbytes)"),
     "no type": (settings(model_type=None), "has no model_type"),
-    "an unknown type": (settings(model_type="mystery9"), "one of gemma, llama"),
+    "an unknown type": (settings(model_type="mystery9"), "one of gemma, gemma2"),
     "an adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "give its base model here"),
     "a size that is a word": (settings(hidden_size="wide"), "config.json"),
     "no layers": (settings(num_hidden_layers=0), "num_hidden_layers is at least 1"),
