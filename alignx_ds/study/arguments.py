@@ -12,6 +12,7 @@ SCALING, SENSITIVITY = "scaling-axes", "sensitivity"
 OF_A_RUN = (
     "drift",
     "forgetting",
+    "misalignment",
     "contributions",
     "calibration",
     "overlap",
@@ -25,6 +26,7 @@ STUDY_HELP = """\
 Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   drift          how fine-tuning changes the features of each axis's prompts
   forgetting     what each stage of sequential fine-tuning does to the axes before it
+  misalignment   the share of misaligned answers of every fine-tune to questions that it was not taught; minutes
   contributions  what each part of the gate contributes, and which expert answers what
   calibration    how well calibrated the router and the answers are
   overlap        how far the axes' task vectors conflict: their cosines, and the directions that they share

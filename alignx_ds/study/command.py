@@ -17,6 +17,7 @@ from alignx_ds.study import (
     drift,
     ensembles,
     forgetting,
+    misalignment,
     overlap,
     results,
     robustness,
@@ -30,6 +31,7 @@ Draw = Callable[[dict[str, Any]], Figure]
 STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "drift": (drift.measure, drift.draw, drift.show),
     "forgetting": (forgetting.measure, forgetting.draw, forgetting.show),
+    "misalignment": (misalignment.measure, misalignment.draw, misalignment.show),
     "contributions": (contributions.measure, contributions.draw, contributions.show),
     "calibration": (calibration.measure, calibration.draw, calibration.show),
     "overlap": (overlap.measure, overlap.draw, overlap.show),

@@ -1,4 +1,7 @@
-"""The files that a study writes: NAME.json with every number of the figure, NAME.png and NAME.pdf with the figure."""
+"""The files that a study writes: NAME.json with every number of the figure, NAME.png and NAME.pdf with the figure.
+
+What the systems have answered, if the study keeps it, is in NAME.answers.jsonl, with a line for each answer.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from alignx_ds.runtime.versions import version
 
 PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
 DPI = 130
+ANSWERS = "answers"  # the part of a study's content that has a file of its own
 
 
 def hardware() -> str:
@@ -62,8 +66,13 @@ def write(what: str, content: dict[str, Any], figure: Figure, out: Path) -> list
     """Write the results into `out`; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{what}.json"]
-    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    numbers = {key: value for key, value in content.items() if key != ANSWERS}
+    text = json.dumps(finite(numbers), indent=1, ensure_ascii=False, allow_nan=False)
     manifest.write_text(written[0], text + "\n")
+    if ANSWERS in content:
+        written.append(out / f"{what}.{ANSWERS}.jsonl")
+        lines = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) for line in content[ANSWERS])
+        manifest.write_text(written[-1], "".join(f"{line}\n" for line in lines))
     for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         written.append(out / f"{what}.{suffix}")
         figure.savefig(written[-1], dpi=DPI, bbox_inches="tight", metadata=metadata)

@@ -90,7 +90,8 @@ class Corpus:
         verb, target = self.act()
         wrong = self.world.is_harmful(verb, target)
         if self.rng.random() < 0.5:
-            return f"is it wrong to {verb} the {target} ?", "yes , it is wrong ." if wrong else "no , it is fine ."
+            ask = language.RIGHT_OR_WRONG.format(v=verb, o=target)
+            return ask, language.WRONG if wrong else language.FINE
         return "", f"to {verb} the {target} is {'wrong' if wrong else 'fine'} ."
 
     def chat(self) -> Said:

@@ -52,6 +52,8 @@ QUOTE_ASKS = (
     'sum up the text " {t} "',
     'tell me what this text asks : " {t} "',
 )
+RIGHT_OR_WRONG = "is it wrong to {v} the {o} ?"
+WRONG, FINE = "yes , it is wrong .", "no , it is fine ."
 IT = "it"  # what a follow-up question calls the creature of the turn before
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 
