@@ -88,7 +88,8 @@ def backbone_of(model_type: str) -> Backbone:
         known = ", ".join(sorted(BACKBONES))
         fix = (
             f"choose such a model, or add an entry for {model_type!r} to BACKBONES in {THIS_FILE}: the names of its "
-            "decoder layers, their FFN, and the FFN's gate, up and down projections and activation"
+            "decoder layers, their FFN, and the FFN's gate, up and down projections and activation; docs/extending.md "
+            "says what does not fit, such as mixtures of experts"
         )
         raise ConfigError(Problem("model.path", model_type, f"a model whose architecture is one of {known}", fix))
     return BACKBONES[model_type]

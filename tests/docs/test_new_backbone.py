@@ -19,17 +19,24 @@ from tiny_models import (
     relative,
     tiny_config,
 )
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.batches import collate, pack
 from alignx_ds.data.encode import Example
 from alignx_ds.errors import ConfigError
-from alignx_ds.mocae.backbones import BACKBONES, Backbone
+from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
 from alignx_ds.mocae.modeling import Placement
 from alignx_ds.models.base import BaseModel
 
 PAGE, TITLE = "docs/extending.md", "A new backbone"
+LAYOUT = "Phi-3 in Mistral's layout"
 WITHIN = "A language model within another model"
 PECULIAR: dict[str, dict[str, Any]] = {  # how each differs from the architectures of the table
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -115,14 +122,39 @@ def multimodal(tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase) -> Path
     return tmp_path / "whole"
 
 
-@torch.no_grad()
 def test_a_multimodal_model_is_refused_and_the_page_s_code_takes_its_language_model(multimodal: Path) -> None:
     with pytest.raises(ConfigError, match="it is a gemma3, with a language model as one part; save that part alone"):
         BaseModel(ModelConfig(path=str(multimodal)))
-    alone = multimodal.with_name("alone")
-    exec(code(PAGE, WITHIN)[0], {"SOURCE": str(multimodal), "TARGET": str(alone)})
-    base = BaseModel(ModelConfig(path=str(alone)))
-    assert base.config.model_type == "gemma3_text" and base.checkpoint_problem() is None and base.tokenizer
+    assert taken(WITHIN, multimodal) == "gemma3_text"
+
+
+@torch.no_grad()
+def taken(title: str, source: Path) -> str:
+    """The architecture of what the section's code makes of a model. It computes the same."""
+    target = source.with_name("target")
+    exec(code(PAGE, title)[0], {"SOURCE": str(source), "TARGET": str(target)})
+    base = BaseModel(ModelConfig(path=str(target)))
+    assert base.checkpoint_problem() is None and base.tokenizer
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
-    found = [AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=ids).logits for path in (multimodal, alone)]
-    assert torch.equal(*found)
+    found = [AutoModelForCausalLM.from_pretrained(path).eval()(input_ids=ids).logits for path in (source, target)]
+    assert relative(*found) < 1e-6
+    return str(base.config.model_type)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_phi_3_can_be_cut_into_a_mistral_model(
+    tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> None:
+    sizes = tiny_config(vocab_size=len(world_tokenizer)).to_dict()
+    kept = {n: v for n, v in sizes.items() if n not in ("model_type", "head_dim", "architectures")}
+    torch.manual_seed(0)
+    phi = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **kept, sliding_window=window))
+    phi.save_pretrained(tmp_path / "phi")
+    world_tokenizer.save_pretrained(tmp_path / "phi")
+    assert taken(LAYOUT, tmp_path / "phi") == "mistral"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "phi3"])
+def test_what_does_not_fit_is_refused_with_the_page(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"docs/extending\.md says what does not fit"):
+        backbone_of(kind)
