@@ -217,8 +217,9 @@ class KeepConfig:
 class SpecialistConfig(TrainConfig):
     """Stage 1: one fine-tune per axis under ZeRO-3, whose change of the AlignX layers' FFNs stage 2 hosts."""
 
-    # The FFNs of the AlignX layers, or low-rank factors beside them, which are then the expert as they are.
-    trainable: Annotated[str, OneOf(("ffn", "lora"))] = "ffn"
+    # The FFNs of the AlignX layers; low-rank factors beside them, which are then the expert as they are; or all
+    # weights, of which the expert gets the FFNs' change, and the rest is lost to it.
+    trainable: Annotated[str, OneOf(("ffn", "lora", "all"))] = "ffn"
     lora: LoraConfig = field(default_factory=LoraConfig)
     # What the specialists keep of the base and of the axes before them; it takes ffn. A baseline has its own.
     keep: KeepConfig = field(default_factory=KeepConfig)
@@ -359,6 +360,10 @@ class RunConfig:
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     trackers: list[Annotated[str, OneOf(TRACKERS)]] = field(default_factory=list)  # of losses, beside TensorBoard
     nonfinite: Annotated[str, OneOf(("stop", "skip"))] = "stop"  # at a loss or gradient that is not finite
+
+    def trains_all(self, key: str) -> bool:
+        """Whether the stage with the settings at this key trains every weight of its model."""
+        return key == "scratch.train" or (key == "train" and self.train.trainable == "all")
 
     @property
     def from_scratch(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from alignx_ds.experts.beside import add_beside
 from alignx_ds.mocae.backbones import Backbone
 from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.models.base import BaseModel
@@ -76,9 +77,10 @@ def _by_projection(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
-    """Add the task vector of a specialist's directory to a base model in place, in the dtype of its weights.
+    """Make a base model what a specialist's directory holds, in place and in the dtype of its weights.
 
-    Collective if ZeRO-3 has sharded the model.
+    Its task vector is added and, of a fine-tune of all weights, what that has changed beside it. Collective if ZeRO-3
+    has sharded the model.
     """
     for layer in base.layers:
         changes = read_task_vector(directory, layer)
@@ -88,3 +90,4 @@ def add_task_vector(model: nn.Module, base: BaseModel, directory: Path) -> None:
             if not sharded or distributed.is_main():
                 for name, change in changes.items():
                     add(weights[name], change)
+    add_beside(model, base, directory)

@@ -164,15 +164,20 @@ class BaseModel:
         return None
 
     def weight(self, layer: int, projection: str) -> Tensor:
-        """One FFN weight [m, n], fp32, rounded to the run's dtype first, as the specialist started from it.
+        """One FFN weight [m, n]; otherwise as `start`."""
+        return self.start(self.table.weight_name(layer, projection))
+
+    def start(self, name: str) -> Tensor:
+        """One weight by its parameter's name, fp32, rounded to the run's dtype first, as fine-tuning starts from it.
 
         Raises ConfigError when the checkpoint has no such weight.
         """
-        name = self.table.weight_name(layer, projection)
-        if name not in self.tensors:
+        tied = architecture.tied(self.skeleton)  # the checkpoint may have it under the other's name
+        stored = next((t for n, t in self.tensors.items() if name in (n, tied.get(n))), None)
+        if stored is None:
             fix = "its checkpoint is not of the architecture that its config.json names"
             raise ConfigError(Problem(KEY, self.settings.path, f"a model with a weight {name}", fix))
-        return self.tensors[name].read().to(self.dtype).float()
+        return stored.read().to(self.dtype).float()
 
     def check_finite(self) -> None:
         """Raises ConfigError where a stored weight is NaN or infinite. Collective: each rank reads a part of them."""

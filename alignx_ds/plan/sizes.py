@@ -35,10 +35,12 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
     gates = 1 if config.gate.scope == "shared" else len(base.layers)
     latent = config.gate.output_latent
     calibrations = len(base.layers) * (base.config.hidden_size * latent + 2) if latent else 0
+    whole = sum(p.numel() for p in model.parameters())
+    trained = whole if config.trains_all("train") else ffns if lora is None else lora.numbers(base)
     copies = {"full copies of the FFNs": ffns * len(config.axes)} if _fuses(config) else {}
     return {
-        "base model": sum(p.numel() for p in model.parameters()),
-        "trained in stage 1": ffns if lora is None else lora.numbers(base),
+        "base model": whole,
+        "trained in stage 1": trained,
         "experts' factors": factors,
         "gates and calibrations": gates * (config.gate.latent + 1) * len(config.expert_names) + calibrations,
         **copies,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from alignx_ds.config.schema import FUSIONS, REGULARISED, OptimizerConfig, RunConfig, TrainConfig
+from alignx_ds.config.schema import FUSIONS, REGULARISED, RESTORED, OptimizerConfig, RunConfig, TrainConfig
 from alignx_ds.errors import Problem
 from alignx_ds.plan import deepspeed_json
 from alignx_ds.plan.deepspeed_json import StageJson
@@ -32,6 +32,7 @@ def problems(c: RunConfig, world_size: int) -> Iterator[Problem]:
             yield Problem(key, scales[axis], f"an axis of {', '.join(c.axes)}", "correct the name")
     yield from _expert_parallel(c, world_size)
     yield from _lora(c)
+    yield from _whole_models(c)
     if c.train.evaluate.patience and not c.train.evaluate.every:
         fix = "set train.evaluate.every to the steps between two evaluations"
         yield Problem("train.evaluate.patience", c.train.evaluate.patience, "0 without evaluations", fix)
@@ -56,6 +57,18 @@ def _lora(c: RunConfig) -> Iterator[Problem]:
         yield Problem("train.keep", asdict(c.train.keep), "0 with train.trainable=lora", fix)
     if REGULARISED in c.baselines.make:
         yield Problem("baselines.make", REGULARISED, "another baseline with train.trainable=lora", fix)
+
+
+def _whole_models(c: RunConfig) -> Iterator[Problem]:
+    """With all weights trained, what works on the AlignX layers' FFNs alone would mend or keep a part of the change."""
+    if c.train.trainable != "all":
+        return
+    if c.train.keep.is_on:
+        fix = "set train.trainable=ffn: the terms keep the FFNs alone"
+        yield Problem("train.keep", asdict(c.train.keep), "0 with train.trainable=all", fix)
+    if partly := [name for name in (REGULARISED, RESTORED) if name in c.baselines.make]:
+        fix = "set train.trainable=ffn: they keep or restore the FFNs alone"
+        yield Problem("baselines.make", ", ".join(partly), "other baselines with train.trainable=all", fix)
 
 
 def without_effect(c: RunConfig) -> list[str]:

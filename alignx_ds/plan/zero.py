@@ -52,7 +52,7 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
         sum(p.numel() for layer in layers for p in layer.parameters())
         + base.config.vocab_size * base.config.hidden_size
     )
-    if key == "scratch.train":
+    if config.trains_all(key):
         return Model(0, ((whole, world_size),), max(p.numel() for p in base.skeleton.parameters()), whole)
     if key == "train" and config.train.trainable == "lora":  # the factors are added to the model
         factor = config.experts.rank * max(base.config.hidden_size, base.config.intermediate_size)

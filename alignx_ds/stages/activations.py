@@ -15,6 +15,7 @@ from alignx_ds.baselines.fusion import H3FUSION
 from alignx_ds.config.schema import OptimizerConfig, RunConfig
 from alignx_ds.mocae import recomputation
 from alignx_ds.mocae.modeling import AlignXForCausalLM
+from alignx_ds.models.architecture import caps_attention
 from alignx_ds.models.base import BaseModel
 
 MOST = 8 * 2**30  # bytes on a rank: `auto` recomputes where the activations would take more
@@ -98,8 +99,9 @@ def activations(
     config: RunConfig, base: BaseModel, key: str, stage: OptimizerConfig, lengths: Sequence[int], world_size: int
 ) -> Activations:
     """Of the stage with these settings, the recipe's section `key`, at most, for rows of so many tokens."""
-    tokens, first = tokens_of(key, stage, lengths, world_size), None if key == "scratch.train" else min(base.layers)
-    eager = max(lengths, default=0) if config.model.attention == "eager" else 0
+    tokens, first = tokens_of(key, stage, lengths, world_size), None if config.trains_all(key) else min(base.layers)
+    is_eager = config.model.attention == "eager" or (config.model.attention == "auto" and caps_attention(base.config))
+    eager = max(lengths, default=0) if is_eager else 0
     return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, Ffn.of(config, key), eager)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune the AlignX layers' FFNs, or LoRA on them, under ZeRO-3: stage 1's specialists, and two baselines.
+"""Fine-tune the AlignX layers' FFNs, LoRA on them, or all weights under ZeRO-3: stage 1's specialists, two baselines.
 
 A fine-tune leaves a directory with its task vectors, a specialist's also with the factors of its expert. An adapter
 that the recipe names for an axis leaves the same directory, and nothing is trained.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from alignx_ds.data.compared import ComparedRows
 from alignx_ds.data.encode import Example, LabelledExamples, pad_token
 from alignx_ds.data.inputs import COMPARED, INJECTED
 from alignx_ds.experts.adapters import Adapter
+from alignx_ds.experts.beside import write_beside
 from alignx_ds.experts.features import expert_factors
 from alignx_ds.experts.lora import Lora, add_lora, lora_factors
 from alignx_ds.experts.low_rank import LowRank
@@ -227,11 +229,13 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         add_task_vector(model, base, context.out.specialists / tune.start)
     if is_lora(config):
         add_lora(model, base.table, base.layers, Lora.of(config), config.seed)
-    else:
+    elif not config.trains_all("train"):
         train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
     factors = Lora.of(config).numbers(base) // len(base.layers) if is_lora(config) else None
     needed = flops.fine_tune(base.config, base.layers, factors)
+    if config.trains_all("train"):
+        needed = flops.whole_model(base.config)
     how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
     loss: StepLoss = language_loss
     if settings:
@@ -247,9 +251,10 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
     with trained(context, setup, model, groups, rows, loss, job, **how) as (module, losses):
         extract = _extract_lora if is_lora(config) else _extract
         layers = extract(context, tune, module, directory)
+        beside = _extract_beside(base, tune, module, directory, layers) if config.trains_all("train") else {}
     del zero3
     evaluation = {"evaluation": job.evaluation.facts(len(losses))} if job.evaluation else {}
-    return {"name": tune.name, "axes": list(tune.axes), "losses": losses, **evaluation, "layers": layers}
+    return {"name": tune.name, "axes": list(tune.axes), "losses": losses, **evaluation, **beside, "layers": layers}
 
 
 def _keeping(context: StageContext, tune: FineTune, keep: KeepConfig, model: nn.Module, plan: engines.Plan) -> Keeping:
@@ -346,6 +351,19 @@ def _extract(context: StageContext, tune: FineTune, model: Any, directory: Path)
         for p, f in low_rank.items():
             facts[str(layer)][p] |= {"error": f.error, "plain_svd_error": f.plain_svd_error}
     return _merged(facts)
+
+
+def _extract_beside(
+    base: BaseModel, tune: FineTune, model: Any, directory: Path, layers: dict[str, Any]
+) -> dict[str, Any]:
+    """Write what was trained beside the AlignX layers' FFNs; the manifest's facts of it. Collective."""
+    numbers, norm = write_beside(model, base, directory)
+    whole = hypot(norm, *(of_projection["norm"] for facts in layers.values() for of_projection in facts.values()))
+    share = norm / whole if whole else 0.0
+    if tune.is_expert:
+        found = f"{share:.1%} of the change's L2 norm is in {numbers:,} weights beside the FFNs of the AlignX layers"
+        console.say(f"{tune.name}: {found}, and lost to its expert")
+    return {"beside": {"parameters": numbers, "norm": norm, "share": share}}
 
 
 def _write_exact(directory: Path, layer: int, factors: Factors) -> dict[str, Any]:

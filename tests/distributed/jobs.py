@@ -52,6 +52,7 @@ from sharded import sharded
 from stage_contexts import stage_context
 from tiny_models import attention_experts, base_model, connect, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
+from whole_fine_tunes import whole
 
 from alignx_ds.config.schema import CheckpointsConfig, RunConfig
 from alignx_ds.data.encode import LabelledExamples
@@ -379,6 +380,7 @@ WORK = (
     jsons,
     fine_tune,
     lora,
+    whole,
     interrupted,
     streamed,
     whole_stage,

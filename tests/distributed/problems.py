@@ -360,14 +360,22 @@ def ffn_weights(model: nn.Module) -> list[nn.Parameter]:
     return [view.projection(p).weight for view in views for p in PROJECTIONS]
 
 
-def fine_tune_in_plain_torch(model: nn.Module | None = None, penalty: Penalty = no_penalty) -> dict[str, Any]:
-    """Stage 1 with torch's own AdamW on the AlignX layers' FFNs: losses, without the penalty, and task vectors."""
+def fine_tune_in_plain_torch(
+    model: nn.Module | None = None, penalty: Penalty = no_penalty, *, whole: bool = False
+) -> dict[str, Any]:
+    """Stage 1 with torch's own AdamW on the AlignX layers' FFNs: losses, without the penalty, and task vectors.
+
+    `whole`: on all weights, of which vectors have no weight decay.
+    """
     c = fine_tune_config(Path()).train
     model, before = (model or base_model()).train(), base_model()
     views = {i: TABLE.view(TABLE.ffn_of(model, i)) for i in ALIGNX_LAYERS}
     model.requires_grad_(False)
-    weights = [weight.requires_grad_() for weight in ffn_weights(model)]
-    groups = [{"params": weights, "initial": c.lr, "weight_decay": c.weight_decay}]
+    weights = [weight.requires_grad_() for weight in (model.parameters() if whole else ffn_weights(model))]
+    groups = [
+        {"params": [w for w in weights if w.dim() > 1], "initial": c.lr, "weight_decay": c.weight_decay},
+        {"params": [w for w in weights if w.dim() == 1], "initial": c.lr, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = []
     for number, chosen in enumerate(global_batches(len(EXAMPLES), c.batch, c.steps, SEED)):
@@ -381,4 +389,4 @@ def fine_tune_in_plain_torch(model: nn.Module | None = None, penalty: Penalty = 
         i: {p: (views[i].projection(p).weight - original[i].projection(p).weight).detach() for p in PROJECTIONS}
         for i in ALIGNX_LAYERS
     }
-    return {"losses": losses, "vectors": vectors}
+    return {"losses": losses, "vectors": vectors, "model": model}

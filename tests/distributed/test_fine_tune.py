@@ -164,6 +164,28 @@ def test_a_stopped_lora_fine_tune_resumes_to_the_same_result(runs: Runs, world: 
         assert made["resumed"]["files"] == made["whole"]["files"]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_fine_tune_of_all_weights_is_plain_torch_s_and_kept_whole(runs: Runs, world: int) -> None:
+    expected, start = fine_tune_in_plain_torch(whole=True), dict(base_model().named_parameters())
+    ffns = {TABLE.weight_name(layer, p) for layer in ALIGNX_LAYERS for p in PROJECTIONS}
+    for part in runs.of(world, "whole"):
+        np.testing.assert_allclose(part["a"]["losses"], expected["losses"], rtol=1e-5)
+        squares = {True: 0.0, False: 0.0}
+        for name, weight in expected["model"].named_parameters():
+            assert float((part["a's weights"][name] - weight).abs().max()) < 1e-4, name
+            change = part["a's weights"][name] - start[name]
+            assert float(change.abs().max()) > 1e-3, f"{name} was trained"
+            assert float((part["still's weights"][name] - part["a's weights"][name]).abs().max()) < 1e-6, name
+            squares[name in ffns] += float(change.detach().double().square().sum())
+        beside = part["a"]["beside"]
+        assert beside["parameters"] == sum(w.numel() for n, w in start.items() if n not in ffns)
+        assert beside["norm"] == pytest.approx(squares[False] ** 0.5, rel=1e-4)
+        assert beside["share"] == pytest.approx((squares[False] / sum(squares.values())) ** 0.5, rel=1e-4)
+        assert part["resumed"]["losses"] == part["a"]["losses"] and part["resumed"]["files"] == part["a"]["files"]
+    written = (runs.root / f"logs{world}").glob("*.log")
+    assert any("beside the FFNs of the AlignX layers, and lost to its expert" in log.read_text() for log in written)
+
+
 def test_the_deepspeed_jsons_of_other_tools_and_the_presets_train_what_ours_does(runs: Runs) -> None:
     """Without an optimizer, with "auto" buckets, overlapped, with states and weights in RAM; also after a restart."""
     expected = fine_tune_in_plain_torch()

@@ -12,12 +12,12 @@ from ranks import RanksError, start
 
 JOBS = {
     1: (
-        *("steps", "paths", "fine_tune", "lora", "interrupted", "streamed"),
+        *("steps", "paths", "fine_tune", "lora", "whole", "interrupted", "streamed"),
         *("whole_stage", "fusions", "freed", "objectives", "keeping", "restoring", "evaluated"),
     ),
     2: (
         *("parity", "imbalanced", "lockstep", "steps", "paths", "untrained", "jsons", "rehearsed", "sharded"),
-        *("fine_tune", "lora", "interrupted", "streamed", "whole_stage", "fusions", "freed"),
+        *("fine_tune", "lora", "whole", "interrupted", "streamed", "whole_stage", "fusions", "freed"),
         *("objectives", "keeping", "restoring", "evaluated"),
     ),
     4: ("parity", "lockstep", "steps", "fine_tune"),

@@ -107,7 +107,7 @@ def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -
     assert problems(parse.load(write_recipe(override))) == {}
 
 
-@pytest.mark.parametrize(
+LORA = pytest.mark.parametrize(
     ("override", "key"),
     [
         ("experts.rank=0", "experts.rank"),
@@ -118,6 +118,20 @@ def test_a_value_on_the_bound_passes(write_recipe: WriteRecipe, override: str) -
         ("baselines.make=[sequential_regularised]", "baselines.make"),
     ],
 )
+
+
+def test_what_works_on_ffns_alone_is_refused_where_all_weights_are_trained(write_recipe: WriteRecipe) -> None:
+    for override, key in (
+        ("train.keep.fisher=1", "train.keep"),
+        ("baselines.make=[sequential_regularised]", "baselines.make"),
+        ("baselines.make=[restored]", "baselines.make"),
+    ):
+        found = problems(parse.load(write_recipe("train.trainable=all", override)))
+        assert list(found) == [key] and "set train.trainable=ffn" in found[key]
+    assert problems(parse.load(write_recipe("train.trainable=all"))) == {}
+
+
+@LORA
 def test_lora_that_is_no_expert_or_keeps_something_is_refused(
     write_recipe: WriteRecipe, override: str, key: str
 ) -> None:

@@ -18,6 +18,7 @@ from alignx_ds.plan import gpu_memory
 from alignx_ds.plan.arguments import memory_size
 from alignx_ds.plan.memory import Lengths, memory, stage_memory
 from alignx_ds.plan.model import base_model
+from alignx_ds.plan.sizes import disk
 from alignx_ds.plan.zero import Held, Model, Zero
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,6 +122,17 @@ def test_lora_s_optimizer_takes_a_tenth_of_ffn_s_or_less() -> None:
     assert held["lora"].optimizer <= 0.1 * held["ffn"].optimizer
     assert held["lora"].gradients <= 0.1 * held["ffn"].gradients
     assert held["lora"].parameters == pytest.approx(held["ffn"].parameters + 2 * factors / 8)
+
+
+def test_all_weights_have_gradients_states_and_activations() -> None:
+    (config, base), (ffn, _) = llama("train.trainable=all"), llama()
+    whole = sum(p.numel() for p in base.skeleton.parameters())
+    held, of_ffn = (stage_memory(c, base, "train", (), 8, on_gpu=True) for c in (config, ffn))
+    assert held.zero.optimizer == pytest.approx(12 * whole / 8) and held.zero.gradients == pytest.approx(2 * whole / 8)
+    assert held.zero.parameters == of_ffn.zero.parameters, "all are there, trained or not"
+    assert held.kept > 1.9 * of_ffn.kept, "the layers below the AlignX layers are trained too"
+    taken, of_ffns = sum(disk(config, base).values()), sum(disk(ffn, base).values())
+    assert taken > 1.5 * of_ffns
 
 
 def test_llama2_7b_s_lora_fits_a_gpu_of_24_gib_as_the_docs_say() -> None:
