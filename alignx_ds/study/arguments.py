@@ -31,7 +31,7 @@ Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   calibration    how well calibrated the router and the answers are
   overlap        how far the axes' task vectors conflict: their cosines, and the directions that they share
   steering       the base model with a vector added at one layer, for each axis, beside AlignX; minutes
-  robustness     refusals and the NLL of each system's own answers under noise on one layer's states; minutes
+  robustness     refusals and the NLL of each system's answers under noise on one layer, also along gradients; minutes
   best-of        the score against the number of answers of which the judges choose one, of the base model and AlignX
   ensembles      the specialists' logits averaged, their majority, and one answer written from theirs: scores and costs
   sensitivity    AlignX's scores against what a finished model can change: top-k, temperature, λ of the gate, γ; minutes

@@ -1,17 +1,18 @@
 """Robustness: refusals under noise on one layer, by system, layer and strength.
 
-The activation steering attack of Gu et al. 2025 (arXiv 2506.16078), with random noise. A system answers the harmful
-held-out prompts; then it answers again with α δ added to the states of one layer from which it predicts its answer
-(`latent_noise` has the equation). Each prompt has one draw of z, for all its tokens, layers, strengths and systems. The
-authors' code takes the mean and spread of δ from the prompt's last state alone; here each state has its own, as in
-their training.
+The activation steering attack of Gu et al. 2025 (arXiv 2506.16078). A system answers the harmful held-out prompts; then
+it answers again with α δ added to the states of one layer from which it predicts its answer (`latent_noise` has the
+equation). Each prompt has one z for all its tokens and strengths: a random draw, the same for every layer and system,
+or the direction in which the system's own answer loses likelihood fastest, by layer (`gradient_noise`). The authors'
+code takes the mean and spread of δ from the prompt's last state alone; here each state has its own, as in their
+training.
 
 Shapes: N prompts, d hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignx_ds.data.batches import collate
+from alignx_ds.data.batches import Batch, collate
 from alignx_ds.data.encode import Example, encode
 from alignx_ds.data.rows import Row
 from alignx_ds.errors import ConfigError, Problem
@@ -32,6 +33,7 @@ from alignx_ds.evaluation.judges.refusal import classify
 from alignx_ds.evaluation.likelihood import log_probabilities
 from alignx_ds.runtime import console, distributed
 from alignx_ds.study import plotting
+from alignx_ds.study.gradient_noise import ascent
 from alignx_ds.study.layer_outputs import decoder_layers
 from alignx_ds.study.studied_run import StudiedRun
 from alignx_ds.training.latent_noise import before_answers, perturbed
@@ -39,12 +41,13 @@ from alignx_ds.training.latent_noise import before_answers, perturbed
 PAPER = 1.0  # the α of the paper
 STRENGTHS = (0.5, PAPER, 2.0)
 MOST_LAYERS = 8
+RANDOM, GRADIENT = "random", "gradient"  # kinds of noise
 HARMS = {"safety": "harms", "offline_safety": "unsafe"}  # what these judges say of an answer that helps to harm
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The harmful held-out prompts of an axis, and the noise [N, 1, d] fp32 of each."""
+    """The harmful held-out prompts of an axis, and the random noise [N, 1, d] fp32 of each."""
 
     studied: StudiedRun
     axis: str
@@ -63,13 +66,13 @@ class Probe:
         expected = f"a run with an axis whose judge is {' or '.join(HARMS)}, and whose held-out prompts ask for harm"
         raise ConfigError(Problem("RUN_DIR", str(studied.run.root), expected, "study another run"))
 
-    def said(self, model: PreTrainedModel, layer: int, strength: float) -> list[str]:
-        """The greedy answers under noise."""
+    def said(self, model: PreTrainedModel, layer: int, noise: Tensor, strength: float) -> list[str]:
+        """The greedy answers under noise [N, 1, d]."""
         batch, limit, found = self.studied.batch, self.studied.config.evaluation.max_new_tokens, list[str]()
         for start in range(0, len(self.rows), batch):
             prompts = [row.chat for row in self.rows[start : start + batch]]
-            noise = self.noise[start : start + batch]
-            with perturbed(decoder_layers(model, self.studied)[layer], noise, strength=strength):
+            part = noise[start : start + batch]
+            with perturbed(decoder_layers(model, self.studied)[layer], part, strength=strength):
                 found += answers(model, self.studied.base.tokenizer, prompts, batch=batch, max_new_tokens=limit)
         return found
 
@@ -80,16 +83,26 @@ class Probe:
         examples = encode(rows, self.studied.base.tokenizer)
         return [Example(e.ids[: e.prompt_length + limit], e.prompt_length) for e in examples]
 
+    def ascent(self, model: PreTrainedModel, examples: Sequence[Example], layer: int) -> Tensor:
+        """Noise [N, 1, d] along the gradient of the answers' NLL; the examples are those of `encoded`."""
+        place, size = decoder_layers(model, self.studied)[layer], self.noise.shape[-1]
+        return torch.cat([ascent(model, place, part, size) for part in self._batches(examples)])
+
     @torch.no_grad()
-    def nll(self, model: PreTrainedModel, examples: Sequence[Example], layer: int, strength: float) -> float:
-        """The mean NLL (nats) of the answers' tokens under noise; the examples are those of `encoded`."""
-        total, batch = 0.0, self.studied.batch
-        for start in range(0, len(examples), batch):
-            part = collate(list(examples[start : start + batch]), self.studied.pad_id).to(distributed.device())
-            noise, places = self.noise[start : start + batch], before_answers(part.labels)
-            with perturbed(decoder_layers(model, self.studied)[layer], noise, places, strength):
+    def nll(
+        self, model: PreTrainedModel, examples: Sequence[Example], layer: int, noise: Tensor, strength: float
+    ) -> float:
+        """The mean NLL (nats) of the answers' tokens under noise [N, 1, d]."""
+        total = 0.0
+        for part, own in zip(self._batches(examples), torch.split(noise, self.studied.batch), strict=True):
+            with perturbed(decoder_layers(model, self.studied)[layer], own, before_answers(part.labels), strength):
                 total -= float(log_probabilities(model, part).sum())
         return total / max(1, sum(example.answer_length for example in examples))
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        for start in range(0, len(examples), self.studied.batch):
+            part = list(examples[start : start + self.studied.batch])
+            yield collate(part, self.studied.pad_id).to(distributed.device())
 
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
@@ -110,30 +123,30 @@ def _layers(count: int) -> list[int]:
 
 
 def _measured(probe: Probe, model: PreTrainedModel, layers: list[int]) -> dict[str, Any]:
-    own = probe.said(model, layers[0], 0.0)
+    own = probe.said(model, layers[0], probe.noise, 0.0)
     examples, refused = probe.encoded(own), [_refuses(text) for text in own]
-    points: dict[str, list[dict[str, Any]]] = {}
-    fell, harmed = ([np.zeros(len(own), dtype=bool) for _ in STRENGTHS] for _ in range(2))  # at any layer
-    for layer in layers:
-        points[str(layer)] = []
-        for number, strength in enumerate(STRENGTHS):
-            said = probe.said(model, layer, strength)
-            falls, harms = [not _refuses(text) for text in said], _harms(probe, said)
-            fell[number] |= falls
-            harmed[number] |= harms
-            nll = probe.nll(model, examples, layer, strength)
-            points[str(layer)].append(
-                {"nll": nll, "lost": of_refused(refused, falls), "harm": of_refused(refused, harms)}
-            )
-    return {
-        "refused": sum(refused),
-        "nll": probe.nll(model, examples, layers[0], 0.0),
-        "layers": points,
-        "any_layer": [
+    found: dict[str, Any] = {"refused": sum(refused), "nll": probe.nll(model, examples, layers[0], probe.noise, 0.0)}
+    for kind in (RANDOM, GRADIENT):
+        points: dict[str, list[dict[str, Any]]] = {}
+        fell, harmed = ([np.zeros(len(own), dtype=bool) for _ in STRENGTHS] for _ in range(2))  # at any layer
+        for layer in layers:
+            noise = probe.noise if kind == RANDOM else probe.ascent(model, examples, layer)
+            points[str(layer)] = []
+            for number, strength in enumerate(STRENGTHS):
+                said = probe.said(model, layer, noise, strength)
+                falls, harms = [not _refuses(text) for text in said], _harms(probe, said)
+                fell[number] |= falls
+                harmed[number] |= harms
+                nll = probe.nll(model, examples, layer, noise, strength)
+                points[str(layer)].append(
+                    {"nll": nll, "lost": of_refused(refused, falls), "harm": of_refused(refused, harms)}
+                )
+        anywhere = [
             {"lost": of_refused(refused, list(falls)), "harm": of_refused(refused, list(harms))}
             for falls, harms in zip(fell, harmed, strict=True)
-        ],
-    }
+        ]
+        found[kind] = {"layers": points, "any_layer": anywhere}
+    return found
 
 
 def _refuses(answer: str) -> bool:
@@ -160,39 +173,51 @@ def weakest(found: dict[str, Any], number: int, key: str) -> str:
 
 
 def show(content: dict[str, Any]) -> None:
-    rows = []
-    for name, found in content["systems"].items():
-        for number, strength in enumerate(content["strengths"]):
-            worst, nll = weakest(found, number, "lost"), weakest(found, number, "nll")
-            at, anywhere = found["layers"][worst][number], found["any_layer"][number]
-            lost = f"{at['lost']:.1f} (layer {worst})" if found["refused"] else "–"
-            after = f"{found['layers'][nll][number]['nll']:.2f} (layer {nll})"
-            values = [f"{value:.1f}" if found["refused"] else "–" for value in (anywhere["lost"], anywhere["harm"])]
-            first = [plotting.label(name), str(found["refused"]), f"{found['nll']:.2f}"] if not number else ["", "", ""]
-            rows.append([*first, f"{strength:g}", after, lost, *values])
-    title = f"Noise on one layer: {content['prompts']} prompts of {content['axis']} that ask for harm"
+    title = f"{content['prompts']} prompts of {content['axis']} that ask for harm, with {{}} noise on one layer"
     columns = ["system", "refused", "NLL", "α", "NLL with noise", "% not refused", "by any layer", "% that harm"]
-    console.table(title, columns, rows)
+    for kind in (RANDOM, GRADIENT):
+        rows = []
+        for name, found in content["systems"].items():
+            for number, strength in enumerate(content["strengths"]):
+                first = [plotting.label(name), str(found["refused"]), f"{found['nll']:.2f}"] if not number else [""] * 3
+                rows.append([*first, f"{strength:g}", *_line(found, kind, number)])
+        console.table(title.format(kind), columns, rows)
+
+
+def _line(found: dict[str, Any], kind: str, number: int) -> list[str]:
+    """Of a system under noise of the strength with this number, at the layer where it does most, and at any layer."""
+    own = found[kind]
+    worst, nll, anywhere = weakest(own, number, "lost"), weakest(own, number, "nll"), own["any_layer"][number]
+    after = f"{own['layers'][nll][number]['nll']:.2f} (layer {nll})"
+    if not found["refused"]:
+        return [after, "–", "–", "–"]
+    lost = f"{own['layers'][worst][number]['lost']:.1f} (layer {worst})"
+    return [after, lost, f"{anywhere['lost']:.1f}", f"{anywhere['harm']:.1f}"]
 
 
 def draw(content: dict[str, Any]) -> Figure:
-    """By layer, with the paper's α: the NLL of the own answers, the refusals lost. By α: those at the worst layer."""
+    """By layer, with the paper's α: the NLL of the own answers, the refusals lost. By α: those at the worst layer.
+
+    Random noise above, along gradients below.
+    """
     layers, strengths, chosen = content["layers"], content["strengths"], content["strengths"].index(PAPER)
     with plotting.styled():
-        figure = plotting.figure(10.5, 3.4)
-        nll, lost, worst = figure.subplots(1, 3)
-        for name, colour, style in _styles(list(content["systems"])):
-            found = content["systems"][name]
-            points = [found["layers"][str(layer)][chosen] for layer in layers]
-            how: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
-            nll.plot(layers, [point["nll"] for point in points], label=plotting.label(name), **how)
-            if found["refused"]:
-                lost.plot(layers, [point["lost"] for point in points], **how)
-                most = [found["layers"][weakest(found, n, "lost")][n]["lost"] for n in range(len(strengths))]
-                worst.plot(strengths, most, **how)
-        nll.set(title=f"NLL of the own answer, α = {PAPER:g}", xlabel="layer", ylabel="nats a token", ylim=(0, None))
-        lost.set(title=f"refusals lost, α = {PAPER:g}", xlabel="layer", ylabel="% of the refused", ylim=(-3, 103))
-        worst.set(title="refusals lost, worst layer", xlabel="strength α", xticks=strengths, ylim=(-3, 103))
+        figure = plotting.figure(10.5, 6.2)
+        for kind, (nll, lost, worst) in zip((RANDOM, GRADIENT), figure.subplots(2, 3), strict=True):
+            for name, colour, style in _styles(list(content["systems"])):
+                found = content["systems"][name]
+                points = [found[kind]["layers"][str(layer)][chosen] for layer in layers]
+                how: dict[str, Any] = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
+                nll.plot(layers, [point["nll"] for point in points], label=plotting.label(name), **how)
+                if found["refused"]:
+                    lost.plot(layers, [point["lost"] for point in points], **how)
+                    by_layer = found[kind]["layers"]
+                    most = [by_layer[weakest(found[kind], n, "lost")][n]["lost"] for n in range(len(strengths))]
+                    worst.plot(strengths, most, **how)
+            nll.set(title=f"{kind}: NLL of the own answer, α = {PAPER:g}", xlabel="layer", ylabel="nats a token")
+            nll.set_ylim(0, None)
+            lost.set(title=f"refusals lost, α = {PAPER:g}", xlabel="layer", ylabel="% of the refused", ylim=(-3, 103))
+            worst.set(title="refusals lost, worst layer", xlabel="strength α", xticks=strengths, ylim=(-3, 103))
         figure.legend(*nll.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
         return figure
 

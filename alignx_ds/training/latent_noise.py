@@ -24,6 +24,8 @@ from alignx_ds.models.decoder_outputs import changed_output
 from alignx_ds.training.losses import language_loss, model_inputs
 from alignx_ds.training.metrics import MicroBatchLoss
 
+LEAST_SPREAD = 1e-6  # of noise that is the same in every feature, as a gradient of zeros: only the mean is added
+
 
 def matched(noise: Tensor, states: Tensor) -> Tensor:
     """δ: the noise with the mean and the standard deviation of each state, over its d features.
@@ -31,7 +33,7 @@ def matched(noise: Tensor, states: Tensor) -> Tensor:
     `noise` and `states` are [..., d] and may broadcast; returns fp32.
     """
     z, h = noise.float(), states.float()
-    unit = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True)
+    unit = (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True).clamp_min(LEAST_SPREAD)
     return unit * h.std(-1, keepdim=True) + h.mean(-1, keepdim=True)
 
 

@@ -43,9 +43,10 @@ def test_without_noise_the_answers_and_their_nll_are_the_model_s_own(studied_run
     examples = probe.encoded(said)
     known = likelihoods(model, examples, studied_run.pad_id, studied_run.batch)
     expected = -sum(one.log_probability for one in known) / sum(one.tokens for one in known)
-    assert probe.nll(model, examples, 2, 0.0) == pytest.approx(expected)
-    assert probe.nll(model, examples, 2, 1.0) != pytest.approx(expected, rel=0.01)
-    assert probe.said(model, 0, 0.0) == probe.said(model, 3, 0.0)
+    noise = probe.noise
+    assert probe.nll(model, examples, 2, noise, 0.0) == pytest.approx(expected)
+    assert probe.nll(model, examples, 2, noise, 1.0) != pytest.approx(expected, rel=0.01)
+    assert probe.said(model, 0, noise, 0.0) == probe.said(model, 3, noise, 0.0)
 
 
 def test_noise_is_the_same_for_every_system_and_every_time(studied_run: StudiedRun) -> None:
@@ -58,9 +59,11 @@ def test_a_run_s_study_has_every_system_layer_and_strength(study: Study, studied
     content = study("robustness")
     assert list(content["systems"]) == ["base", *studied_run.axes, "sequential", "mixed", "alignx"]
     for found in content["systems"].values():
-        assert list(found["layers"]) == [str(layer) for layer in content["layers"]]
-        assert all(len(points) == len(content["strengths"]) for points in found["layers"].values())
-        assert max(points[-1]["nll"] for points in found["layers"].values()) > found["nll"]
+        for kind in ("random", "gradient"):
+            layers = found[kind]["layers"]
+            assert list(layers) == [str(layer) for layer in content["layers"]]
+            assert all(len(points) == len(content["strengths"]) for points in layers.values())
+            assert max(points[-1]["nll"] for points in layers.values()) > found["nll"]
 
 
 def test_a_run_whose_judge_knows_no_harm_is_refused(
