@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from alignx_ds.mocae import kv_cache
@@ -126,7 +126,7 @@ class Decoder:
         def after(token: Tensor, full_mask: Tensor, position: Tensor) -> Tensor:
             return choose(predict(token, full_mask, position))
 
-        return self._answers(after(ids, mask, _positions(mask)), after, mask, limit, ends, pad_id)
+        return self._answers(after(ids, mask, prompt_positions(mask)), after, mask, limit, ends, pad_id)
 
     def _answers(
         self,
@@ -161,12 +161,12 @@ class Decoder:
     def prefill(self, ids: Tensor, mask: Tensor, new_tokens: int) -> tuple[StaticCache, Tensor]:
         """Read the prompts [B, T]. Returns the cache, with room for `new_tokens` more, and the first tokens [B, 1]."""
         cache = self._cache(ids, new_tokens)
-        return cache, _step(self.model, ids, mask, _positions(mask), cache)
+        return cache, _step(self.model, ids, mask, prompt_positions(mask), cache)
 
     def predictor(self, ids: Tensor, new_tokens: int) -> Predict:
         """What the model predicts, of the prompts [B, T] first and of each token after them; it keeps the cache."""
         cache = self._cache(ids, new_tokens)
-        return lambda ids, mask, position: _logits(self.model, ids, mask, position, cache)
+        return lambda ids, mask, position: next_logits(self.model, ids, mask, position, cache)
 
     def _cache(self, ids: Tensor, new_tokens: int) -> StaticCache:
         if isinstance(self.model, AlignXForCausalLM):
@@ -174,18 +174,18 @@ class Decoder:
         return StaticCache(config=self.model.config.get_text_config(), max_cache_len=ids.shape[1] + new_tokens)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Of the prompts' tokens [B, T]."""
+def prompt_positions(mask: Tensor) -> Tensor:
+    """Of the tokens [B, T] of prompts that are padded on the left."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
     """ids and position [B, n], mask [B, cached tokens + n] -> the next token [B, 1]."""
-    return _logits(model, ids, mask, position, cache).argmax(-1, keepdim=True)
+    return next_logits(model, ids, mask, position, cache).argmax(-1, keepdim=True)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: StaticCache) -> Tensor:
-    """The same -> the next token's logits [B, V]."""
+def next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, position: Tensor, cache: Cache) -> Tensor:
+    """ids and position [B, n], mask [B, cached tokens + n] -> the next token's logits [B, V]."""
     output: Any = model(
         input_ids=ids,
         attention_mask=mask,

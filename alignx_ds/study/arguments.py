@@ -20,6 +20,7 @@ OF_A_RUN = (
     "robustness",
     "best-of",
     "ensembles",
+    "guided",
     SENSITIVITY,
 )
 STUDY_HELP = """\
@@ -34,6 +35,7 @@ Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   robustness     refusals and the NLL of each system's answers under noise on one layer, also along gradients; minutes
   best-of        the score against the number of answers of which the judges choose one, of the base model and AlignX
   ensembles      the specialists' logits averaged, their majority, and one answer written from theirs: scores and costs
+  guided         judges look ahead of every token of the base model's answers and AlignX's: scores and costs; minutes
   sensitivity    AlignX's scores against what a finished model can change: top-k, temperature, λ of the gate, γ; minutes
 
 Of several finished runs, for a setting that needs training:

@@ -17,6 +17,7 @@ from alignx_ds.study import (
     drift,
     ensembles,
     forgetting,
+    guided,
     misalignment,
     overlap,
     results,
@@ -39,9 +40,10 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "robustness": (robustness.measure, robustness.draw, robustness.show),
     "best-of": (best_of.measure, best_of.draw, best_of.show),
     "ensembles": (ensembles.measure, ensembles.draw, ensembles.show),
+    "guided": (guided.measure, guided.draw, guided.show),
     "sensitivity": (sensitivity.measure, sensitivity.draw, sensitivity.show),
 }
-SCORED = ("steering", "best-of", "ensembles", "sensitivity")  # measure nothing but scores
+SCORED = ("steering", "best-of", "ensembles", "guided", "sensitivity")  # measure nothing but scores
 
 
 def study(what: str, directory: Path, out: Path | None) -> list[Path]:

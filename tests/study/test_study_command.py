@@ -25,7 +25,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
     "what",
     [
         *("drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", "ensembles"),
-        *("robustness", "sensitivity", "misalignment"),
+        *("robustness", "guided", "sensitivity", "misalignment"),
     ],
 )
 def test_a_study_records_its_provenance_and_does_not_change_the_run(
@@ -54,7 +54,7 @@ def test_a_run_without_its_baselines_is_refused(finished_run: Path, tmp_path: Pa
         StudiedRun.open(tmp_path / "part")
 
 
-@pytest.mark.parametrize("what", ["steering", "best-of", "ensembles", "sensitivity"])
+@pytest.mark.parametrize("what", ["steering", "best-of", "ensembles", "guided", "sensitivity"])
 def test_scores_need_a_free_judge(
     what: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
