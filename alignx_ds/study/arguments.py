@@ -8,7 +8,7 @@ from typing import Any
 
 from alignx_ds.errors import UserError
 
-SCALING, SENSITIVITY = "scaling-axes", "sensitivity"
+SCALING, SENSITIVITY, PROMPTS = "scaling-axes", "sensitivity", "prompts"
 OF_A_RUN = (
     "drift",
     "forgetting",
@@ -21,6 +21,7 @@ OF_A_RUN = (
     "best-of",
     "ensembles",
     "guided",
+    PROMPTS,
     SENSITIVITY,
 )
 STUDY_HELP = """\
@@ -36,6 +37,7 @@ Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
   best-of        the score against the number of answers of which the judges choose one, of the base model and AlignX
   ensembles      the specialists' logits averaged, their majority, and one answer written from theirs: scores and costs
   guided         judges look ahead of every token of the base model's answers and AlignX's: scores and costs; minutes
+  prompts        the base model with system prompts, guidelines or rewritten requests, beside mixed and AlignX
   sensitivity    AlignX's scores against what a finished model can change: top-k, temperature, λ of the gate, γ; minutes
 
 Of several finished runs, for a setting that needs training:
@@ -92,6 +94,18 @@ def _add_study(verbs: Any) -> None:
     more = f"{SCALING}: settings of all its runs, KEY=VALUE; {SENSITIVITY}: further runs"
     study.add_argument("more", nargs="*", metavar="MORE", help=more)
     study.add_argument("--by", metavar="KEY", help=f"{SENSITIVITY}: compare the runs by this key of their recipe")
+    study.add_argument(
+        "--guidelines",
+        type=Path,
+        metavar="FILE",
+        help=f'{PROMPTS}: JSON lines of "axis", "guideline" (default: ours)',
+    )
+    study.add_argument(
+        "--rewrite",
+        default="",
+        metavar="WHO",
+        help=f"{PROMPTS}: rewrites requests: module:function, or a server's URL",
+    )
     study.add_argument("--out", type=Path, help="directory of WHAT.json, .png and .pdf (default: RUN_DIR/study)")
     for name, default, what in (
         ("axes", [2, 4, 8], "numbers of axes, the recipe's first ones"),
@@ -123,6 +137,8 @@ def _compare(args: argparse.Namespace) -> int:
 def _study(args: argparse.Namespace) -> int:
     if args.by and args.what != SENSITIVITY:
         raise UserError(f"--by: only {SENSITIVITY} compares runs by a key; leave it out")
+    if (args.guidelines or args.rewrite) and args.what != PROMPTS:
+        raise UserError(f"--guidelines, --rewrite: only {PROMPTS} changes prompts; leave them out")
     if args.what == SCALING:
         from alignx_ds.study import scaling_axes
         from alignx_ds.study.scaling_runs import Curves
@@ -135,12 +151,13 @@ def _study(args: argparse.Namespace) -> int:
 
         sensitivity_runs.study([Path(args.run), *map(Path, args.more)], args.by, args.out)
         return 0
-    from alignx_ds.study import command
+    from alignx_ds.study import command, prompts
 
     if args.more:
         fix = (
             f"only {SCALING} has settings, because nothing else here is trained; {SENSITIVITY} compares runs with --by"
         )
         raise UserError(f"{' '.join(args.more)}: {fix}")
-    command.study(args.what, Path(args.run), args.out)
+    options = prompts.Options(args.guidelines, args.rewrite)
+    command.study(args.what, Path(args.run), args.out, options)
     return 0

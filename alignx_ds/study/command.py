@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from alignx_ds.study import (
     guided,
     misalignment,
     overlap,
+    prompts,
     results,
     robustness,
     sensitivity,
@@ -41,13 +43,17 @@ STUDIES: dict[str, tuple[Measure, Draw, Callable[[dict[str, Any]], None]]] = {
     "best-of": (best_of.measure, best_of.draw, best_of.show),
     "ensembles": (ensembles.measure, ensembles.draw, ensembles.show),
     "guided": (guided.measure, guided.draw, guided.show),
+    "prompts": (prompts.measure, prompts.draw, prompts.show),
     "sensitivity": (sensitivity.measure, sensitivity.draw, sensitivity.show),
 }
 SCORED = ("steering", "best-of", "ensembles", "guided", "sensitivity")  # measure nothing but scores
 
 
-def study(what: str, directory: Path, out: Path | None) -> list[Path]:
-    """Make one study of a run; returns the files that it wrote. Raises ConfigError or DataError."""
+def study(what: str, directory: Path, out: Path | None, options: prompts.Options = prompts.DEFAULTS) -> list[Path]:
+    """Make one study of a run; returns the files that it wrote. The options are of `prompts` alone.
+
+    Raises ConfigError or DataError.
+    """
     distributed.silence_libraries()
     target = out if out is not None else directory / "study"
     studied = StudiedRun.open(directory)
@@ -56,7 +62,9 @@ def study(what: str, directory: Path, out: Path | None) -> list[Path]:
         fix = "its answers need a judge model or another server; study drift, contributions, calibration or overlap"
         raise ConfigError(Problem("RUN_DIR", str(directory), f"a run with a judge of {', '.join(FREE_JUDGES)}", fix))
     measure, draw, show = STUDIES[what]
-    content = results.provenance(what, directory, studied.config.seed) | measure(studied)
+    if what == "prompts":
+        measure = partial(prompts.measure, options=options)
+    content = results.provenance(what, directory, studied.config.seed, options.arguments) | measure(studied)
     show(content)
     written = results.write(what, content, draw(content), target)
     console.say("wrote " + ", ".join(str(path) for path in written))

@@ -25,7 +25,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
     "what",
     [
         *("drift", "forgetting", "contributions", "calibration", "overlap", "steering", "best-of", "ensembles"),
-        *("robustness", "guided", "sensitivity", "misalignment"),
+        *("robustness", "guided", "sensitivity", "misalignment", "prompts"),
     ],
 )
 def test_a_study_records_its_provenance_and_does_not_change_the_run(
