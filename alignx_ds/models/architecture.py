@@ -135,6 +135,8 @@ def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
     there = {*found.placed, *made}
     for target, origin in tied(model).items():
         there |= {target, origin} if target in there or origin in there else {target}
+        if target in found.placed:  # the only one of both that is stored, or stored twice
+            found.placed.setdefault(origin, found.placed[target])
     found.missing = [] if made else _kept(model, "missing", (name for name in state if name not in there))
     found.dropped = _kept(model, "unexpected", found.dropped)
     return found

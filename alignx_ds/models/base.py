@@ -172,12 +172,10 @@ class BaseModel:
 
         Raises ConfigError when the checkpoint has no such weight.
         """
-        tied = architecture.tied(self.skeleton)  # the checkpoint may have it under the other's name
-        stored = next((t for n, t in self.tensors.items() if name in (n, tied.get(n))), None)
-        if stored is None:
+        if name not in self.tensors:
             fix = "its checkpoint is not of the architecture that its config.json names"
             raise ConfigError(Problem(KEY, self.settings.path, f"a model with a weight {name}", fix))
-        return stored.read().to(self.dtype).float()
+        return self.tensors[name].read().to(self.dtype).float()
 
     def check_finite(self) -> None:
         """Raises ConfigError where a stored weight is NaN or infinite. Collective: each rank reads a part of them."""

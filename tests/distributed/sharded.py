@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from problems import CALIBRATION_ROWS, EXAMPLES, EXPERTS, PAD, STAGE_ROWS, whole_stage_config
+from safetensors.torch import load_file, save_file
 from stage_contexts import stage_context
 from tiny_models import VOCABULARY, base_model, low_rank_experts, padded, random_rows
 from tokenizers import Tokenizer
@@ -84,6 +85,10 @@ def _write_bases(out: Path) -> None:
     """Two base models with a tokenizer that reads numbers; all other words are unknown to it."""
     for name, model in (("plain", base_model()), ("tied", base_model(tied=True, family="gemma"))):
         model.save_pretrained(out / name)
+        if name == "tied":  # as some store it: under the head's name alone
+            weights = load_file(out / name / "model.safetensors")
+            weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+            save_file(weights, out / name / "model.safetensors", metadata={"format": "pt"})
         words = Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="2"))
         words.pre_tokenizer = WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(out / name)
