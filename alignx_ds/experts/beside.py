@@ -61,10 +61,8 @@ def add_beside(model: nn.Module, base: BaseModel, directory: Path) -> None:
 def _beside(model: nn.Module, base: BaseModel) -> dict[str, dict[str, nn.Parameter]]:
     """By the name of their file and their own, all parameters but the FFN weights of the AlignX layers."""
     ffns = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
-    of_layer, found = (
-        re.compile(rf"{re.escape(base.table.layers)}\.(\d+)\."),
-        defaultdict[str, dict[str, nn.Parameter]](dict),
-    )
+    of_layer = re.compile(rf"{re.escape(base.table.layers)}\.(\d+)\.")
+    found: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if name not in ffns:
             layer = of_layer.match(name)
