@@ -21,7 +21,7 @@ from alignx_ds.evaluation.best_of import Drawing
 from alignx_ds.evaluation.judges.protocol import percent
 from alignx_ds.runtime import console
 from alignx_ds.stages.finetune import SEQUENTIAL, sequential_name
-from alignx_ds.study import plotting, probe
+from alignx_ds.study import plotting, probe, results
 from alignx_ds.study.studied_run import StudiedRun
 
 DRAWS = 4  # answers to a prompt
@@ -56,7 +56,7 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
         "draws": DRAWS,
         "prompts": {name: categories.count(name) for name in dict.fromkeys(categories)},
         "systems": found,
-        "answers": said,
+        results.EVERY_ANSWER: said,
     }
 
 

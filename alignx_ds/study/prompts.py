@@ -25,7 +25,7 @@ from alignx_ds.evaluation.generate import answers
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.evaluation.judges.protocol import percent
 from alignx_ds.runtime import console
-from alignx_ds.study import guidelines, plotting, rewriting
+from alignx_ds.study import guidelines, plotting, results, rewriting
 from alignx_ds.study.guidelines import Guideline, Retriever
 from alignx_ds.study.studied_run import StudiedRun
 
@@ -85,7 +85,13 @@ def measure(studied: StudiedRun, options: Options = DEFAULTS) -> dict[str, Any]:
         }
     systems, said = _answered(studied, rows, asked)
     share = {axis: percent([any(g.axis == axis for g in own) for own in found[axis]]) for axis in axes}
-    return {"axes": axes, "rewrite": options.rewrite, "retrieved": share, "systems": systems, "answers": said}
+    return {
+        "axes": axes,
+        "rewrite": options.rewrite,
+        "retrieved": share,
+        "systems": systems,
+        results.EVERY_ANSWER: said,
+    }
 
 
 def _library(studied: StudiedRun, path: Path | None) -> tuple[list[Guideline], str]:

@@ -24,7 +24,7 @@ from alignx_ds.runtime.versions import version
 
 PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
 DPI = 130
-ANSWERS = "answers"  # the part of a study's content that has a file of its own
+EVERY_ANSWER = "every_answer"  # the part of a study's content that has a file of its own, NAME.answers.jsonl
 
 
 def hardware() -> str:
@@ -66,12 +66,12 @@ def write(what: str, content: dict[str, Any], figure: Figure, out: Path) -> list
     """Write the results into `out`; returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = [out / f"{what}.json"]
-    numbers = {key: value for key, value in content.items() if key != ANSWERS}
+    numbers = {key: value for key, value in content.items() if key != EVERY_ANSWER}
     text = json.dumps(finite(numbers), indent=1, ensure_ascii=False, allow_nan=False)
     manifest.write_text(written[0], text + "\n")
-    if ANSWERS in content:
-        written.append(out / f"{what}.{ANSWERS}.jsonl")
-        lines = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) for line in content[ANSWERS])
+    if EVERY_ANSWER in content:
+        written.append(out / f"{what}.answers.jsonl")
+        lines = (json.dumps(finite(line), ensure_ascii=False, allow_nan=False) for line in content[EVERY_ANSWER])
         manifest.write_text(written[-1], "".join(f"{line}\n" for line in lines))
     for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         written.append(out / f"{what}.{suffix}")

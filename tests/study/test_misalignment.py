@@ -80,7 +80,7 @@ def test_the_difference_from_the_base_model_is_between_the_same_prompts() -> Non
 
 def test_answers_have_a_file_of_their_own(tmp_path: Path) -> None:
     said = [{"system": "base", "answer": "a\nb – c", "misaligned": False}, {"system": "x", "answer": "", "p": math.nan}]
-    written = results.write("misalignment", {"draws": 4, "answers": said}, Figure(), tmp_path)
+    written = results.write("misalignment", {"draws": 4, results.EVERY_ANSWER: said}, Figure(), tmp_path)
     assert json.loads((tmp_path / "misalignment.json").read_text()) == {"draws": 4}
     lines = (tmp_path / "misalignment.answers.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [said[0], {"system": "x", "answer": "", "p": None}]
