@@ -35,7 +35,7 @@ Value = Callable[[Tensor], Tensor]  # whole answers [B, K, L], padded -> what ea
 
 
 class _Reader:
-    """A model that reads its prompts [B, T] and then token by token, and can forget what it has read last."""
+    """A model that reads its prompts [B, T] and then token by token, and can drop what it has read last."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, mask: Tensor, limit: int) -> None:
         self.model, self.length = model.eval(), ids.shape[1]

@@ -35,7 +35,7 @@ from alignx_ds.experts.task_vectors import (
     read_task_vector,
     task_vectors,
 )
-from alignx_ds.mocae.experts import PROJECTIONS, Factors
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors
 from alignx_ds.models.backbone import load_backbone
 from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
@@ -327,7 +327,7 @@ def _extract_lora(context: StageContext, tune: FineTune, model: Any, directory: 
             facts[str(layer)] = _write_exact(directory, layer, factors)
         else:
             before = read_task_vector(start, layer) if start else {}
-            changes = {p: before.get(p, 0) + factors.delta(p) for p in factors.down}
+            changes = before | {p: before.get(p, 0) + factors.delta(p) for p in factors.down}
             facts[str(layer)] = _write_layer(directory, layer, changes, None)
     return _merged(facts)
 
@@ -345,6 +345,9 @@ def _extract(context: StageContext, tune: FineTune, model: Any, directory: Path)
         fitted = expert_factors(model, base.table, changes, examples, pad_token(base.tokenizer), config.experts.rank)
     facts: dict[str, Any] = {}
     for layer, change in changes.items():
+        if tune.start and not config.trains_all("train"):  # an adapter's change of the attention, which is not trained
+            before = read_task_vector(context.out.specialists / tune.start, layer)
+            change |= {p: before[p] for p in ATTENTION if p in before}
         low_rank = fitted.get(layer, {})
         factors = Factors({p: f.down for p, f in low_rank.items()}, {p: f.up for p, f in low_rank.items()})
         facts[str(layer)] = _write_layer(directory, layer, change, factors if low_rank else None)

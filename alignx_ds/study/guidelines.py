@@ -79,7 +79,7 @@ def _problem(name: str, fix: str) -> ConfigError:
 
 @dataclass(frozen=True)
 class Retriever:
-    """`rows` are training rows by expert. An expert without guidelines, such as the generalist, argues against any."""
+    """`rows` are training rows by expert. An expert without guidelines, such as the generalist, counts against each."""
 
     rows: Mapping[str, Sequence[Row]]
     library: Sequence[Guideline]

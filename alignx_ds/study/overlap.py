@@ -36,7 +36,8 @@ def measure(studied: StudiedRun) -> dict[str, Any]:
     weights: list[list[Tensor]] = []  # by weight, a task vector of each axis
     for layer in studied.base.layers:
         changes = [read_task_vector(directory, layer) for directory in directories]
-        weights += [[change[p] for change in changes] for p in changes[0]]
+        common = [p for p in changes[0] if all(p in change for change in changes)]  # an adapter may change others too
+        weights += [[change[p] for change in changes] for p in common]
     return {"axes": studied.axes, "weights": len(weights), "rank": LEADING} | conflicts(weights, LEADING)
 
 

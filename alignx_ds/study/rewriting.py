@@ -5,13 +5,11 @@ After P-Aligner (Song et al. 2025, arXiv 2508.04626), where a small model is tra
 
 from __future__ import annotations
 
-import pkgutil
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from alignx_ds.errors import ConfigError, Problem, redact
 from alignx_ds.evaluation.endpoint import Endpoint, Names, address_problems, key_from, listed_models
+from alignx_ds.runtime import callables
 
 OPTION = "--rewrite"
 WORDING = (
@@ -32,15 +30,7 @@ def rewriter(named: str) -> Rewriter:
 
 
 def _of_function(named: str) -> Rewriter:
-    expected, here = "module:function, or the address of an OpenAI-compatible server", str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = pkgutil.resolve_name(named)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(Problem(OPTION, named, expected, f"correct it ({error})")) from None
-    if not (":" in named and callable(function)):
-        raise ConfigError(Problem(OPTION, named, expected, "name a function"))
+    function = callables.load(named, OPTION)
 
     def rewrite(requests: Sequence[str]) -> list[str]:
         made = function(list(requests))

@@ -25,6 +25,11 @@ def lora(out: Path) -> dict[str, Any]:
     plain.config.checkpoints.finished = True
     finetune.fine_tune(plain, TUNE)
     finetune.fine_tune(plain, finetune.FineTune("then_b", ("b",), start="a"))
+    # Neither trains the attention, which they start with as "a" has left it.
+    plain.config.train.lora.targets = [f"{p}_proj" for p in PROJECTIONS]
+    finetune.fine_tune(plain, finetune.FineTune("then_c", ("b",), start="a"))
+    plain.config.train.trainable = "ffn"
+    finetune.fine_tune(plain, finetune.FineTune("then_d", ("b",), start="a"))
     without, made = finetune.fine_tune(quiet, TUNE), finetune.fine_tune(whole, TUNE)
     with stopped_after_two_steps(), suppress(Stopped):
         finetune.fine_tune(broken, TUNE)

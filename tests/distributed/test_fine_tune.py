@@ -143,6 +143,10 @@ def test_lora_s_trained_factors_are_the_expert_and_the_task_vector(runs: Runs, w
     for layer in ALIGNX_LAYERS:
         factors, change = read_factors(root / "a", layer), read_task_vector(root / "a", layer)
         then, alone = read_task_vector(root / "then_b", layer), read_task_vector(runs.root / "lora1/a", layer)
+        for name in ("then_c", "then_d"):
+            later = read_task_vector(root / name, layer)
+            assert later.keys() == change.keys()
+            assert all(later[p].equal(change[p]) == (p not in PROJECTIONS) for p in change)
         assert tuple(factors.down) == (TRAINED if layer > min(ALIGNX_LAYERS) else PROJECTIONS)
         for p in factors.down:
             module = f"weight/{TABLE.weight_name(layer, p).removesuffix('.weight')}"

@@ -89,7 +89,7 @@ def test_the_best_by_a_scorer_of_the_users_own(
     for name, why in (
         ("short", "it returned 1 for"),
         ("odd", "one is not finite"),
-        ("none", "has no function none"),
+        ("none", "has no attribute 'none'"),
     ):
         assert cli.main([*chosen, "--scorer", f"my_scorers:{name}"]) == 2
         assert why in capsys.readouterr().err

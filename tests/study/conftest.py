@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ def _environment() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def studied_run(finished_run: Path) -> StudiedRun:
     return StudiedRun.open(finished_run)
+
+
+@pytest.fixture
+def without_a_judge_of_harm(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run whose harmless axis is judged by refusals alone."""
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub(r"judge: safety", "judge: refusal", config.read_text()))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

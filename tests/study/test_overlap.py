@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import generator
 
-from alignx_ds.study.overlap import LEADING, conflicts
+from alignx_ds.experts.task_vectors import layer_file
+from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.study.overlap import LEADING, conflicts, measure
 from alignx_ds.study.studied_run import StudiedRun
 
 Study = Callable[[str], dict[str, Any]]
@@ -57,3 +62,15 @@ def test_the_overlap_of_a_run_is_that_of_its_specialists(study: Study, studied_r
         np.testing.assert_allclose(np.diag(values), 1.0, atol=1e-9)
     off = ~np.eye(3, dtype=bool)
     assert (np.array(content["output"])[off] > content["random"]["output"]).all()
+
+
+def test_what_one_axis_alone_changes_is_left_out(tmp_path: Path) -> None:
+    """An adapter may change the attention, where the other axes change FFNs."""
+    source = generator(0)
+    for axis, names in (("adapter", (*PROJECTIONS, "q")), ("ffn", PROJECTIONS)):
+        (tmp_path / axis).mkdir()
+        tensors = {f"task_vector.{p}": torch.randn(4, 4, generator=source) for p in names}
+        save_file(tensors, layer_file(tmp_path / axis, 1))
+    for axes in (["adapter", "ffn"], ["ffn", "adapter"]):
+        studied: Any = SimpleNamespace(axes=axes, fine_tune=tmp_path.joinpath, base=SimpleNamespace(layers=[1]))
+        assert measure(studied)["weights"] == len(PROJECTIONS)
