@@ -25,7 +25,9 @@ OF_A_RUN = (
     SENSITIVITY,
 )
 STUDY_HELP = """\
-Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained:
+Of a finished run (RUN_DIR, e.g. runs/world); nothing is trained. Of several runs of one recipe that differ in their
+seed, every number is the mean, with its standard deviation, and --out is needed; each run's own results go into its
+RUN_DIR/study too:
   drift          how fine-tuning changes the features of each axis's prompts
   forgetting     what each stage of sequential fine-tuning does to the axes before it
   misalignment   the share of misaligned answers of every fine-tune to questions that it was not taught; minutes
@@ -91,7 +93,7 @@ def _add_study(verbs: Any) -> None:
     whats = (*OF_A_RUN, SCALING)
     study.add_argument("what", choices=whats, metavar="WHAT")
     study.add_argument("run", metavar="RUN_DIR", help="directory of a finished run; of scaling-axes, a recipe")
-    more = f"{SCALING}: settings of all its runs, KEY=VALUE; {SENSITIVITY}: further runs"
+    more = f"further runs, for the mean over their seeds; {SCALING}: settings of all its runs, KEY=VALUE"
     study.add_argument("more", nargs="*", metavar="MORE", help=more)
     study.add_argument("--by", metavar="KEY", help=f"{SENSITIVITY}: compare the runs by this key of their recipe")
     study.add_argument(
@@ -106,7 +108,9 @@ def _add_study(verbs: Any) -> None:
         metavar="WHO",
         help=f"{PROMPTS}: rewrites requests: module:function, or a server's URL",
     )
-    study.add_argument("--out", type=Path, help="directory of WHAT.json, .png and .pdf (default: RUN_DIR/study)")
+    study.add_argument(
+        "--out", type=Path, help="directory of WHAT.json, .png and .pdf (default, of one run: RUN_DIR/study)"
+    )
     for name, default, what in (
         ("axes", [2, 4, 8], "numbers of axes, the recipe's first ones"),
         ("rows", [50, 200, 800], "numbers of rows of the recipe's smallest axis"),
@@ -153,11 +157,10 @@ def _study(args: argparse.Namespace) -> int:
         return 0
     from alignx_ds.study import command, prompts
 
-    if args.more:
-        fix = (
-            f"only {SCALING} has settings, because nothing else here is trained; {SENSITIVITY} compares runs with --by"
-        )
-        raise UserError(f"{' '.join(args.more)}: {fix}")
+    if settings := [given for given in args.more if "=" in given and not Path(given).exists()]:
+        raise UserError(f"{' '.join(settings)}: only {SCALING} has settings, because nothing else here is trained")
+    if args.more and args.out is None:
+        raise UserError("--out: give a directory for the mean over the runs, e.g. --out runs/study")
     options = prompts.Options(args.guidelines, args.rewrite)
-    command.study(args.what, Path(args.run), args.out, options)
+    command.study(args.what, [Path(args.run), *map(Path, args.more)], args.out, options)
     return 0

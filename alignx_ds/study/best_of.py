@@ -7,7 +7,6 @@ to a prompt, n = 4 has four groups, and its score is their mean: every answer co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -20,6 +19,7 @@ from alignx_ds.evaluation.judges.protocol import Judge
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 COUNTS = (1, 2, 4, 8, 16)

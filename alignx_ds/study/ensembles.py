@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from alignx_ds.evaluation.likelihood import likelihoods
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
 from alignx_ds.study.fused_texts import WORDINGS, fusion_prompt, is_tied, majority
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 FUSERS = ("mixed", "alignx")

@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Sequence
 from itertools import groupby, product
-from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -26,6 +25,7 @@ from alignx_ds.evaluation.guided import Guided
 from alignx_ds.evaluation.judges import registry
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 CANDIDATES = (2, 4, 8)  # K

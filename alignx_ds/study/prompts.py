@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from alignx_ds.evaluation.judges.protocol import percent
 from alignx_ds.runtime import console
 from alignx_ds.study import guidelines, plotting, results, rewriting
 from alignx_ds.study.guidelines import Guideline, Retriever
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 JUDGES = (*registry.FREE, "composite")

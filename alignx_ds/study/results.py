@@ -23,6 +23,7 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime.versions import version
 
 PACKAGES = ("alignx-ds", "torch", "deepspeed", "transformers", "scikit-learn")
+PROVENANCE = ("study", "date", "command", "seed", "hardware", "versions")
 DPI = 130
 EVERY_ANSWER = "every_answer"  # the part of a study's content that has a file of its own, NAME.answers.jsonl
 
@@ -39,16 +40,18 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def provenance(what: str, directory: Path, seed: int, arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """When, by which command (the `arguments` follow the directory) and on which machine.
+def provenance(
+    what: str, directories: Sequence[Path], seed: int | list[int], arguments: Sequence[str] = ()
+) -> dict[str, Any]:
+    """When, by which command (the `arguments` follow the directories) and on which machine; its keys are PROVENANCE.
 
     Of an absolute path only the last part is recorded.
     """
-    named = directory.name if directory.is_absolute() else directory.as_posix()
+    named = [directory.name if directory.is_absolute() else directory.as_posix() for directory in directories]
     return {
         "study": what,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["alignx-ds", "study", what, named, *arguments]),
+        "command": shlex.join(["alignx-ds", "study", what, *named, *arguments]),
         "seed": seed,
         "hardware": hardware(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

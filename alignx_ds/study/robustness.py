@@ -179,7 +179,9 @@ def show(content: dict[str, Any]) -> None:
         rows = []
         for name, found in content["systems"].items():
             for number, strength in enumerate(content["strengths"]):
-                first = [plotting.label(name), str(found["refused"]), f"{found['nll']:.2f}"] if not number else [""] * 3
+                first = (
+                    [plotting.label(name), f"{found['refused']:g}", f"{found['nll']:.2f}"] if not number else [""] * 3
+                )
                 rows.append([*first, f"{strength:g}", *_line(found, kind, number)])
         console.table(title.format(kind), columns, rows)
 

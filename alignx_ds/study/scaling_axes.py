@@ -46,7 +46,7 @@ def study(recipe: str, overrides: Sequence[str], curves: Curves, seeds: Sequence
                 merges.setdefault(variant.name, []).append(_merges(variant.directory))
     distributed.silence_libraries()
     whole = root / f"seed-{seeds[0]}" / f"axes-{max(curves.axes)}"
-    content = results.provenance(WHAT, Path(recipe), seeds[0], _arguments(overrides, curves, seeds)) | {
+    content = results.provenance(WHAT, [Path(recipe)], seeds[0], _arguments(overrides, curves, seeds)) | {
         "seeds": list(seeds),
         "axes": list(config.axes),
         "smallest": small,

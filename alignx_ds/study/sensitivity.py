@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from statistics import mean
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from alignx_ds.mocae.layer import AlignXLayer, alignx_layers, gates_of, output_c
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of a term of the gate, relative to the run's

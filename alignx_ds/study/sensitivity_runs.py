@@ -32,9 +32,8 @@ def study(directories: Sequence[Path], key: str, out: Path | None) -> list[Path]
     reports = [read_report(directory) for directory in directories]
     settings = [dict(parse.flat(parse.to_dict(parse.load(directory / "config.yaml")))) for directory in directories]
     content = compared(directories, settings, reports, key)
-    name, others = f"sensitivity-{key}", [str(d.name if d.is_absolute() else d) for d in directories[1:]]
-    seed = reports[0]["run"]["seed"]
-    content = results.provenance("sensitivity", directories[0], seed, [*others, "--by", key]) | content
+    name, seed = f"sensitivity-{key}", reports[0]["run"]["seed"]
+    content = results.provenance("sensitivity", directories, seed, ["--by", key]) | content
     show(content)
     written = results.write(name, content, draw(content), target)
     console.say("wrote " + ", ".join(str(path) for path in written))

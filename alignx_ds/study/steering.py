@@ -11,7 +11,6 @@ Shapes: d is the model's hidden size.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from statistics import mean
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from alignx_ds.models.decoder_outputs import changed_output
 from alignx_ds.runtime import console
 from alignx_ds.study import plotting
 from alignx_ds.study.layer_outputs import layer_outputs
+from alignx_ds.study.seeds import mean
 from alignx_ds.study.studied_run import StudiedRun
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # α

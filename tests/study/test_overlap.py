@@ -15,6 +15,7 @@ from tiny_models import generator
 
 from alignx_ds.experts.task_vectors import layer_file
 from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.study import prompt_overlap
 from alignx_ds.study.overlap import LEADING, conflicts, measure
 from alignx_ds.study.studied_run import StudiedRun
 
@@ -36,6 +37,7 @@ def test_cosine_and_overlaps_by_hand() -> None:
     np.testing.assert_allclose(found["output"], [[1, 0.5], [0.5, 1]], atol=1e-12)
     np.testing.assert_allclose(found["input"], [[1, 1], [1, 1]], atol=1e-12)
     assert found["random"] == {"output": 2 / 4, "input": 2 / 3}
+    assert found["by_weight"] == [{what: found[what] for what in ("cosine", "random", "output", "input")}]
 
 
 def test_the_cosine_is_of_all_weights_together_and_an_overlap_their_mean() -> None:
@@ -43,6 +45,8 @@ def test_the_cosine_is_of_all_weights_together_and_an_overlap_their_mean() -> No
     found = conflicts([[3 * same, 3 * same], [same, -apart]], rank=1)
     assert found["cosine"][0][1] == pytest.approx(9 / 10)
     assert found["output"][0][1] == pytest.approx((1 + 0) / 2)
+    alone = [(own["cosine"][0][1], own["output"][0][1]) for own in found["by_weight"]]
+    assert alone == [(pytest.approx(1), pytest.approx(1)), (pytest.approx(0), pytest.approx(0))]
 
 
 def test_random_subspaces_overlap_as_is_said() -> None:
@@ -62,9 +66,14 @@ def test_the_overlap_of_a_run_is_that_of_its_specialists(study: Study, studied_r
         np.testing.assert_allclose(np.diag(values), 1.0, atol=1e-9)
     off = ~np.eye(3, dtype=bool)
     assert (np.array(content["output"])[off] > content["random"]["output"]).all()
+    weights = [(own["layer"], own["projection"]) for own in content["by_weight"]]
+    assert weights == [(layer, p) for layer in studied_run.base.layers for p in PROJECTIONS]
+    assert np.mean([own["output"] for own in content["by_weight"]], axis=0) == pytest.approx(
+        np.array(content["output"])
+    )
 
 
-def test_what_one_axis_alone_changes_is_left_out(tmp_path: Path) -> None:
+def test_what_one_axis_alone_changes_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter may change the attention, where the other axes change FFNs."""
     source = generator(0)
     for axis, names in (("adapter", (*PROJECTIONS, "q")), ("ffn", PROJECTIONS)):
@@ -73,4 +82,7 @@ def test_what_one_axis_alone_changes_is_left_out(tmp_path: Path) -> None:
         save_file(tensors, layer_file(tmp_path / axis, 1))
     for axes in (["adapter", "ffn"], ["ffn", "adapter"]):
         studied: Any = SimpleNamespace(axes=axes, fine_tune=tmp_path.joinpath, base=SimpleNamespace(layers=[1]))
-        assert measure(studied)["weights"] == len(PROJECTIONS)
+        monkeypatch.setattr(prompt_overlap, "measure", lambda studied: {})
+        found = measure(studied)
+        assert found["weights"] == len(PROJECTIONS)
+        assert [own["projection"] for own in found["by_weight"]] == list(PROJECTIONS)
