@@ -96,7 +96,7 @@ def _overlaps(bases: list[Tensor]) -> Matrix:
 def show(content: dict[str, Any]) -> None:
     axes = content["axes"]
     for what, title in TITLES.items():
-        rows = [[axis, *(f"{value:.2f}" for value in line)] for axis, line in zip(axes, content[what], strict=True)]
+        rows = [[axis, *(f"{value:z.2f}" for value in line)] for axis, line in zip(axes, content[what], strict=True)]
         console.table(_title(content, what, title), ["axis", *axes], rows)
     pairs = [(i, j) for i, j in combinations_with_replacement(range(len(axes)), 2) if i < j]
     if pairs:
@@ -114,7 +114,7 @@ def _show_weights(content: dict[str, Any], pairs: list[tuple[int, int]]) -> None
     rows = []
     for own in content["by_weight"]:
         means = {what: mean(own[what][i][j] for i, j in pairs) for what in TITLES}
-        cells = [f"{means['cosine']:.2f}"]
+        cells = [f"{means['cosine']:z.2f}"]
         for side in ("output", "input"):
             cells += [f"{means[side]:.2f}", f"{own['random'][side]:.2f}"]
         rows.append([str(own["layer"]), own["projection"], *cells])
@@ -131,7 +131,7 @@ def _show_prompts(content: dict[str, Any]) -> None:
         reference = [f"{systems['alignx'][layer][what]:.2f}" for what in ("halves", "random")]
         rows.append([layer, *cells, *reference])
     columns = ["layer", *map(plotting.label, systems), "halves of a set (AlignX)", "random (AlignX)"]
-    counts = ", ".join(f"{count:g} {kind}" for kind, count in content["prompts"].items())
+    counts = ", ".join(f"{float(count):.0f} {kind}" for kind, count in content["prompts"].items())
     console.table(f"Overlap of harmful and harmless prompts ({counts}), output of each layer", columns, rows)
 
 
@@ -171,11 +171,11 @@ def heats(plots: Any, content: dict[str, Any]) -> None:
     axes = content["axes"]
     for plot, (what, title) in zip(plots, TITLES.items(), strict=True):
         values = np.array(content[what])
-        texts = [[f"{value:.2f}".replace("0.", ".") for value in line] for line in values]
+        texts = [[f"{float(value):z.2f}".replace("0.", ".") for value in line] for line in values]
         span, colours = ((-1.0, 1.0), "RdBu") if what == "cosine" else ((0.0, 1.0), "Blues")
         plotting.heat(plot, values, axes, axes, texts=texts, span=span, colours=colours)
         plot.tick_params(axis="x", labelrotation=60)
-        plot.set_title(_title(content, what, title), fontsize=9)
+        plot.set_title(_title(content, what, title).replace(" (", "\n("), fontsize=9)
 
 
 def _title(content: dict[str, Any], what: str, title: str) -> str:

@@ -56,7 +56,9 @@ def test_a_run_s_states_are_those_of_its_last_prompt_tokens(study: Study, studie
     states = last_states(model, studied_run, examples)
     example = examples[3]
     with torch.no_grad():
-        alone = model(input_ids=torch.tensor([example.ids[: example.prompt_length]]), output_hidden_states=True).hidden_states
+        alone = model(
+            input_ids=torch.tensor([example.ids[: example.prompt_length]]), output_hidden_states=True
+        ).hidden_states
     assert states[1][3].numpy() == pytest.approx(alone[2][0, -1].float().numpy(), abs=1e-4)
     content = study("overlap")["prompts"]
     assert tuple(content["systems"]) == SYSTEMS
