@@ -160,7 +160,8 @@ def _study(args: argparse.Namespace) -> int:
     if settings := [given for given in args.more if "=" in given and not Path(given).exists()]:
         raise UserError(f"{' '.join(settings)}: only {SCALING} has settings, because nothing else here is trained")
     if args.more and args.out is None:
-        raise UserError("--out: give a directory for the mean over the runs, e.g. --out runs/study")
+        by = "; to compare runs by a setting, give --by" if args.what == SENSITIVITY else ""
+        raise UserError(f"--out: give a directory for the mean over the runs, e.g. --out runs/study{by}")
     options = prompts.Options(args.guidelines, args.rewrite)
     command.study(args.what, [Path(args.run), *map(Path, args.more)], args.out, options)
     return 0

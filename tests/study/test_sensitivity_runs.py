@@ -76,4 +76,4 @@ def test_the_options_belong_to_sensitivity(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["study", "drift", "runs/world", "--by", KEY]) == 2
     assert "--by: only sensitivity" in capsys.readouterr().err
     assert cli.main(["study", "sensitivity", "runs/a", "runs/b"]) == 2
-    assert "runs/b: " in capsys.readouterr().err
+    assert "to compare runs by a setting, give --by" in capsys.readouterr().err
