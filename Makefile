@@ -76,7 +76,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 compat: $(READY)
-	WORKERS=$(WORKERS) $(BIN)/python tests/transformers_versions.py
+	$(BIN)/python tests/transformers_versions.py
 
 faults: $(READY)
 	rm -f runs/faults.jsonl && mkdir -p runs

@@ -27,6 +27,7 @@ NEEDS += [("fused", "shared", 1, "needs", "outputs"), ("parallel", "shared", 0, 
 CHOICE = ("choice", "outputs")
 CASES = [("llama", *m, *CHOICE) for m in MODELS] + [("llama", *m) for m in NEEDS]
 CASES += [(f, *MODELS[i % 2], *CHOICE) for i, f in enumerate(FAMILIES) if f != "llama"]
+PROMPTS = random_rows([5, 9, 2, 7, 1], seed=4)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda m: "-".join(map(str, m)))
@@ -80,21 +81,27 @@ def stepwise(model: AlignXForCausalLM, prompt: list[int], count: int) -> list[in
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("lengths", [[5, 9, 2, 7, 1], [6, 6, 6], [5]], ids=["mixed", "equal", "alone"])
-def test_greedy_generation_is_the_stepwise_argmax(model: AlignXForCausalLM, lengths: list[int]) -> None:
-    prompts = random_rows(lengths, seed=4)
-    ids, mask = padded(prompts, "left")
-    made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0)
-    assert made[:, ids.shape[1] :].tolist() == [stepwise(model, p, 7) for p in prompts]
+@pytest.fixture(scope="module")
+def answers(model: AlignXForCausalLM) -> list[list[int]]:
+    """To PROMPTS."""
+    return [stepwise(model, prompt, 7) for prompt in PROMPTS]
 
 
-def test_a_row_that_ends_early_leaves_the_others_alone(model: AlignXForCausalLM) -> None:
-    prompts = random_rows([5, 9, 2, 7, 1], seed=4)
-    expected = [stepwise(model, p, 7) for p in prompts]
-    end = expected[0][1]
-    ids, mask = padded(prompts, "left")
+def test_greedy_generation_is_the_stepwise_argmax(model: AlignXForCausalLM, answers: list[list[int]]) -> None:
+    """Of rows of several lengths, of one row, and of rows of one length."""
+    equal = random_rows([6, 6, 6], seed=4)
+    cases = [(PROMPTS, answers), (PROMPTS[:1], answers[:1]), (equal, [stepwise(model, p, 7) for p in equal])]
+    for prompts, expected in cases:
+        ids, mask = padded(prompts, "left")
+        made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0)
+        assert made[:, ids.shape[1] :].tolist() == expected
+
+
+def test_a_row_that_ends_early_leaves_the_others_alone(model: AlignXForCausalLM, answers: list[list[int]]) -> None:
+    end = answers[0][1]
+    ids, mask = padded(PROMPTS, "left")
     made = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=end)
-    for row, full in zip(made[:, ids.shape[1] :].tolist(), expected, strict=True):
+    for row, full in zip(made[:, ids.shape[1] :].tolist(), answers, strict=True):
         length = full.index(end) + 1 if end in full else 7
         assert row[:length] == full[:length]
         assert all(token == 0 for token in row[length:])
@@ -111,7 +118,7 @@ def test_two_generations_share_no_decision(model: AlignXForCausalLM) -> None:
 
 def test_generation_without_the_cache_is_generation_with_it(model: AlignXForCausalLM) -> None:
     """What has been generated never counts as prompt."""
-    ids, mask = padded(random_rows([5, 9, 2, 7, 1], seed=4), "left")
+    ids, mask = padded(PROMPTS, "left")
     settings = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
     assert model.generate(ids, use_cache=False, **settings).tolist() == model.generate(ids, **settings).tolist()
 
