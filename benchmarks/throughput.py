@@ -117,14 +117,18 @@ def over_one(point: Point, points: list[Point]) -> float:
 
 def add_mfu(points: list[Point], args: argparse.Namespace) -> dict[str, Any]:
     """Add FLOPs per token and MFU to every point. Returns the card's rates in TFLOP/s."""
+    from suite.training import LEARNED
+
     setting = Setting.of(args)
     rates = {"matmul": ceilings.matmul_rate(args.device, setting.dtype), "nominal": ceilings.nominal_rate()}
     layers, experts = setting.config.num_hidden_layers, AXES + 1
     for p in points:
         p["flops_per_token"] = (
-            flops.fine_tune(setting.config, range(layers // 2, layers))
+            flops.fine_tune(setting.config, range(layers // 2, layers), learned=LEARNED)
             if p["stage"] == 1
-            else flops.mixture(setting.config, range(layers), experts, setting.rank, fused=p["ep_size"] == FUSED)
+            else flops.mixture(
+                setting.config, range(layers), experts, setting.rank, fused=p["ep_size"] == FUSED, learned=LEARNED
+            )
         )
         done = median(rate(p)) * p["flops_per_token"] / 1e12 / p["ranks"]
         p["tflop_s_per_rank"] = done

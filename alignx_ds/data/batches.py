@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from alignx_ds.data.encode import Example
 
@@ -20,6 +21,8 @@ class Batch:
     """All [B, T] int64. Labels are IGNORED outside the answers. Packed rows have `position_ids` from 0 for each row.
 
     `owners` has the number of the example that each token is of, among those of the batch; 0 in the padding.
+    `predicting` [N] int64 are the places in [B T] of the tokens whose next one has a label. They are found before the
+    batch is moved to a device, where the host would have to wait for their number.
     """
 
     input_ids: Tensor
@@ -28,11 +31,21 @@ class Batch:
     labels: Tensor
     position_ids: Tensor | None = None
     owners: Tensor | None = None
+    predicting: Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.predicting is None:
+            object.__setattr__(self, "predicting", _predicting(self.labels))
+
+    @property
+    def targets(self) -> Tensor:
+        """[N] int64: the labels of the tokens after those at `predicting`."""
+        return self.labels.flatten()[self.predicting + 1]
 
     def in_one_line(self) -> Batch:
         """Packed rows as [1, B T]. A row's first token has no label, so no line's last token predicts one."""
         assert self.position_ids is not None
-        return self._each(lambda tensor: tensor.reshape(1, -1))
+        return replace(self._each(lambda tensor: tensor.reshape(1, -1)), predicting=self.predicting)
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device))
@@ -41,6 +54,15 @@ class Batch:
         tensors: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: t if t is None else change(t) for name, t in tensors.items()}
         return Batch(**changed)
+
+    def filled(self) -> Batch:
+        """The same, after labels have been written into it."""
+        return replace(self, predicting=_predicting(self.labels))
+
+
+def _predicting(labels: Tensor) -> Tensor:
+    labelled = functional.pad(labels[:, 1:] != IGNORED, (0, 1))  # a line's last token predicts none
+    return labelled.flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ def collate(examples: list[Example], pad_id: int, side: Side = "right", multiple
     batch = _empty_batch(len(examples), width, pad_id)
     for line, example in enumerate(examples):
         _write(batch, line, width - len(example.ids) if side == "left" else 0, example, line)
-    return batch
+    return batch.filled()
 
 
 def pad(rows: Sequence[list[int]], pad_id: int, side: Side, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -99,7 +121,7 @@ def pack(examples: list[Example], pad_id: int, multiple: int = 1, limit: int = 0
             positions[number, start:end] = torch.arange(end - start)
             start = end
         positions[number, start:] = torch.arange(width - start)
-    return replace(batch, position_ids=positions)
+    return replace(batch, position_ids=positions).filled()
 
 
 def _first_fit_decreasing(examples: list[Example], width: int) -> list[list[int]]:

@@ -73,6 +73,11 @@ class LabelledExamples:
             self.sources.extend([0] * len(self.experts))
         self._check()
 
+    @property
+    def learned_share(self) -> float:
+        """Of all tokens, those that have a label."""
+        return sum(e.learned_length for e in self.examples) / max(1, sum(len(e.ids) for e in self.examples))
+
     def _check(self) -> None:
         assert len(self.examples) == len(self.experts) == len(self.needs) == len(self.sources)
         assert len(self.others) in (0, len(self.examples))

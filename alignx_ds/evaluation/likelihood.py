@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignx_ds.config.schema import RunConfig
-from alignx_ds.data.batches import IGNORED, Batch, collate
+from alignx_ds.data.batches import Batch, collate
 from alignx_ds.data.encode import Example, LabelledExamples, encode, pad_token
 from alignx_ds.data.rows import Row
 from alignx_ds.evaluation.judges.protocol import Metrics, percent
@@ -53,8 +53,8 @@ def log_probabilities(model: PreTrainedModel, b: Batch) -> Tensor:
     """Of the answer in each line of a batch, summed over its tokens (nats): [B] float64."""
     routed = {"prompt_mask": b.prompt_mask} if model.config.model_type == "alignx" else {}
     inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "use_cache": False, **routed}
-    each = forward_each_nll(model, b.labels, **inputs).double()
-    rows = (b.labels[:, 1:] != IGNORED).nonzero()[:, 0]  # of each answer token
+    each = forward_each_nll(model, b, **inputs).double()
+    rows = b.predicting // b.labels.shape[1]  # of each answer token
     return -each.new_zeros(len(b.labels)).index_add(0, rows, each)
 
 

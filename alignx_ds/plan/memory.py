@@ -12,7 +12,7 @@ from alignx_ds.config.schema import RunConfig
 from alignx_ds.models.base import BaseModel
 from alignx_ds.plan import training
 from alignx_ds.plan.zero import FP32, Held, Zero, model_of
-from alignx_ds.stages.activations import activations, tokens_of
+from alignx_ds.stages.activations import activations
 from alignx_ds.training.losses import MOST_LOGITS
 
 LOGITS_COPIES = 3  # fp32 ones of what the loss takes at once: the logits, their logarithms and the gradient
@@ -100,14 +100,14 @@ def stage_memory(
         last=0 if recompute else made.layer,
         layer=made.gradients + (made.layer if recompute else 0) + size * model.largest,
         instead=made.kept if recompute else None,
-        logits=_logits(base.config.vocab_size, size, tokens_of(key, stage, lengths, world_size), learned),
+        logits=_logits(base.config.vocab_size, size, learned),
         on_gpu=on_gpu,
     )
 
 
-def _logits(vocabulary: int, size: int, tokens: int, learned: int) -> float:
+def _logits(vocabulary: int, size: int, learned: int) -> float:
     """Bytes that the language model's loss takes (`losses.forward_nll`)."""
-    if tokens * vocabulary <= MOST_LOGITS:
-        return LOGITS_COPIES * FP32 * tokens * vocabulary
+    if learned * vocabulary <= MOST_LOGITS:
+        return LOGITS_COPIES * FP32 * learned * vocabulary
     whole = 3 * size * learned * vocabulary  # the logits, the gradients of their pieces, and these joined
-    return whole + LOGITS_COPIES * FP32 * min(MOST_LOGITS, learned * vocabulary)
+    return whole + LOGITS_COPIES * FP32 * MOST_LOGITS

@@ -133,7 +133,7 @@ def _train_spread(
     make_expert_groups(c.align.ep_size)
     groups = parameter_groups(model, c)
     job = replace(job, scalars=partial(step_scalars, c.expert_names))
-    needed = _flops(c, model.config)
+    needed = _flops(c, model.config, rows.learned_share)
     with trained(context, setup, model, groups, rows, step_loss(c), job, title="align", flops=needed) as (made, losses):
         weights = whole_state(made)
         made.forget_forward_pass()
@@ -141,13 +141,11 @@ def _train_spread(
     return weights, losses
 
 
-def _flops(c: RunConfig, model: AlignXConfig) -> float:
+def _flops(c: RunConfig, model: AlignXConfig, learned: float) -> float:
     """Of a token: in training it goes through every expert."""
     rank, fused = max(model.ranks.values()), c.align.ep_size == 0
-    trained = c.align.expert_lr_scale > 0
-    return flops.mixture(
-        model.text_config, model.layers, len(c.expert_names), rank, fused=fused, factors_trained=trained
-    )
+    how: Any = {"fused": fused, "factors_trained": c.align.expert_lr_scale > 0, "learned": learned}
+    return flops.mixture(model.text_config, model.layers, len(c.expert_names), rank, **how)
 
 
 def placement(ep_size: int) -> Placement | None:
@@ -212,7 +210,7 @@ def step_loss(config: RunConfig) -> StepLoss:
     def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
         b = part.batch
         masks = {"attention_mask": b.attention_mask, "prompt_mask": b.prompt_mask}
-        nll = forward_nll(engine, b.labels, input_ids=b.input_ids, use_cache=False, **masks)
+        nll = forward_nll(engine, b, input_ids=b.input_ids, use_cache=False, **masks)
         terms = align_terms(engine.module, nll, part.needs, part.lm_scale, part.gate_weights)
         return MicroBatchLoss(terms.total(config.align), terms.scalars(), router_sums(engine.module, part))
 

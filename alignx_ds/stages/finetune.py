@@ -233,9 +233,9 @@ def _train(context: StageContext, tune: FineTune, directory: Path, job: Training
         train_ffns_alone(model, base)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
     factors = Lora.of(config).numbers(base) // len(base.layers) if is_lora(config) else None
-    needed = flops.fine_tune(base.config, base.layers, factors)
+    needed = flops.fine_tune(base.config, base.layers, factors, learned=rows.learned_share)
     if config.trains_all("train"):
-        needed = flops.whole_model(base.config)
+        needed = flops.whole_model(base.config, rows.learned_share)
     how: Any = {"title": f"fine-tune {tune.name}", "flops": needed, "packed": True}
     loss: StepLoss = language_loss
     if settings:

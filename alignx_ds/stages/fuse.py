@@ -130,7 +130,8 @@ def _train(context: StageContext, name: str, specialists: list[Path], job: Train
     setup = set_up(context, config, f"baselines.{name}", config.steps, rows)
     groups, loss = parameter_groups(model, config), step_loss(model, config, list(context.config.axes))
     used = min(SETTINGS[name].top_k, len(specialists)) or len(specialists)
-    needed = flops.fusion(base.config, base.layers, used, experts_trained=config.expert_lr_scale > 0)
+    how: Any = {"experts_trained": config.expert_lr_scale > 0, "learned": rows.learned_share}
+    needed = flops.fusion(base.config, base.layers, used, **how)
     with trained(context, setup, model, groups, rows, loss, job, title=f"fuse {name}", flops=needed) as (made, losses):
         weights = context.out.baselines / name / WEIGHTS
         distributed.on_main(lambda: save_file(_mixtures(made, base), weights))
@@ -167,7 +168,7 @@ def step_loss(model: nn.Module, stage: FusionConfig, experts: list[str]) -> Step
 
     def loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
         b = part.batch
-        nll = forward_nll(engine, b.labels, input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
+        nll = forward_nll(engine, b, input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False)
         lm = nll * part.lm_scale
         drift = start.of(engine.module) if start else lm.new_zeros(())
         axes = part.needs[:, 1:]  # no copy for the generalist, expert 0

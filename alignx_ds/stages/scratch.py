@@ -56,7 +56,11 @@ def _train(context: StageContext, texts: list[Row], job: TrainingJob) -> dict[st
     torch.manual_seed(config.seed)
     model: nn.Module = AutoModelForCausalLM.from_config(base.config, dtype=base.dtype)
     groups = engines.decay_groups(list(model.named_parameters()), setup.plan.weight_decay)
-    how: Any = {"title": "train the base model", "flops": flops.whole_model(base.config), "packed": True}
+    how: Any = {
+        "title": "train the base model",
+        "flops": flops.whole_model(base.config, rows.learned_share),
+        "packed": True,
+    }
     with trained(context, setup, model, groups, rows, language_loss, job, **how) as (module, losses):
 
         def save() -> None:

@@ -11,7 +11,7 @@ Shapes: B rows, T tokens, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.runtime import attention
 from alignx_ds.training.metrics import MicroBatchLoss
 
-MOST_LOGITS = 2**28  # fp32 logits that are computed at once: 1 GiB
+MOST_LOGITS = 2**28  # fp32 logits that a loss takes at once: 1 GiB
 
 
 def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,41 +50,37 @@ def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def forward_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
+def forward_nll(engine: Any, b: Batch, **inputs: Any) -> Tensor:
     """`answer_nll` of the engine's forward pass with these inputs; `engine` may be a model too.
 
-    Where the logits of all tokens would be more than MOST_LOGITS, the head computes only those that predict an answer's
-    token, and their fp32 copies are made piece by piece, in the forward and in the backward pass.
+    The head computes only the logits that predict an answer's token. Where they are more than MOST_LOGITS, their fp32
+    copies are made piece by piece, in the forward and in the backward pass.
     """
-    if not _needs_pieces(engine, labels):
-        return answer_nll(engine(**inputs).logits, labels)
-    pieces = _pieces(engine, labels, inputs)
-    return torch.stack([checkpoint(_summed_nll, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return torch.stack(_by_piece(_summed_nll, engine, b, inputs)).sum()
 
 
-def forward_each_nll(engine: Any, labels: Tensor, **inputs: Any) -> Tensor:
-    """As `forward_nll`, but [N] fp32, of each of the N answer tokens in the order of `labels`."""
-    if not _needs_pieces(engine, labels):
-        wanted = labels[:, 1:] != IGNORED
-        return _each_nll(engine(**inputs).logits[:, :-1][wanted], labels[:, 1:][wanted])
-    pieces = _pieces(engine, labels, inputs)
-    return torch.cat([checkpoint(_each_nll, *piece, use_reentrant=False) for piece in pieces])
+def forward_each_nll(engine: Any, b: Batch, **inputs: Any) -> Tensor:
+    """As `forward_nll`, but [N] fp32, of each of the N answer tokens in the order of `b.targets`."""
+    return torch.cat(_by_piece(_each_nll, engine, b, inputs))
+
+
+def _by_piece(nll: Callable[..., Tensor], engine: Any, b: Batch, inputs: dict[str, Any]) -> list[Tensor]:
+    pieces = _pieces(engine, b, inputs)
+    if len(pieces) == 1:
+        return [nll(*pieces[0])]
+    return [checkpoint(nll, *piece, use_reentrant=False) for piece in pieces]
 
 
 def _head(engine: Any) -> Any:
     return getattr(engine, "module", engine).get_output_embeddings()
 
 
-def _needs_pieces(engine: Any, labels: Tensor) -> bool:
-    return bool(labels.numel() * _head(engine).out_features > MOST_LOGITS)
-
-
-def _pieces(engine: Any, labels: Tensor, inputs: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(engine: Any, b: Batch, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     """(logits, targets) of the answer tokens of a forward pass, at most MOST_LOGITS at a time."""
-    head, wanted = _head(engine), labels[:, 1:] != IGNORED
+    head = _head(engine)
 
     def select(_: Any, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][:, :-1][wanted].unsqueeze(0),)  # [1, N, d]
+        return (args[0].flatten(0, 1).index_select(0, b.predicting).unsqueeze(0),)  # [1, N, d]
 
     hook = head.register_forward_pre_hook(select)
     try:
@@ -92,21 +88,21 @@ def _pieces(engine: Any, labels: Tensor, inputs: dict[str, Any]) -> Iterator[tup
     finally:
         hook.remove()
     rows = max(1, MOST_LOGITS // head.out_features)
-    return zip(torch.split(logits, rows), torch.split(labels[:, 1:][wanted], rows), strict=True)
+    return list(zip(torch.split(logits, rows), torch.split(b.targets, rows), strict=True))
 
 
 def language_loss(engine: Any, part: MicroBatch) -> MicroBatchLoss:
     """This micro batch's share of the step's mean NLL per answer token (nats), of padded or packed rows."""
     b, inputs = model_inputs(engine, part.batch)
-    return MicroBatchLoss(forward_nll(engine, b.labels, **inputs) * part.lm_scale)
+    return MicroBatchLoss(forward_nll(engine, b, **inputs) * part.lm_scale)
 
 
 def answer_log_probabilities(engine: Any, batch: Batch, count: int) -> Tensor:
     """[count] fp32: the summed log-probability (nats) of the answer of each example of a padded or packed batch."""
     b, inputs = model_inputs(engine, batch)
-    each = forward_each_nll(engine, b.labels, **inputs)
+    each = forward_each_nll(engine, b, **inputs)
     assert b.owners is not None
-    owners = b.owners[:, 1:][b.labels[:, 1:] != IGNORED]
+    owners = b.owners.flatten()[b.predicting]
     return -each.new_zeros(count).index_add(0, owners, each)
 
 

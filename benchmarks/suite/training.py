@@ -38,6 +38,9 @@ def ep_sizes(world: int) -> list[int]:
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 
+LEARNED = 0.5  # of the tokens of random rows, on average: a prompt is a quarter to three quarters of its row
+
+
 def random_rows(count: int, vocabulary: int, length: int, seed: int = SEED) -> LabelledExamples:
     """As `ROWS` says, of greatest length L."""
     source = torch.Generator().manual_seed(seed)

@@ -129,15 +129,33 @@ def test_in_pieces_the_loss_and_its_gradient_are_the_same(
     assert not model.lm_head._forward_pre_hooks, "what selects the answers' tokens does so in training alone"
 
 
+@pytest.mark.parametrize("most", [2**28, 3 * VOCABULARY], ids=["whole", "in_pieces"])
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
-def test_in_pieces_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, family: str, most: int) -> None:
     """Also where a model caps its logits, which transformers does after the head."""
-    monkeypatch.setattr(losses, "MOST_LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr(losses, "MOST_LOGITS", most)
     model, batch = base_model(family=family), collate(EXAMPLES, 0)
     with torch.no_grad():
         loss = language_loss(model, MicroBatch(batch, LABELS, one_hot([0] * 4), 1 / ANSWER_TOKENS)).loss
         theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_the_gradient_is_that_of_the_logits_of_all_tokens(form: str) -> None:
+    """Though the head computes only those that predict an answer's token."""
+    model, rows = base_model(), []
+    batch = collate(EXAMPLES, 0) if form == "padded" else pack(EXAMPLES, 0)
+    parameters = list(model.parameters())
+    noted = model.lm_head.register_forward_hook(lambda _, args, logits: rows.append(logits.shape[:2]))
+    loss = language_loss(model, MicroBatch(batch, LABELS, one_hot([0] * 4), 1.0)).loss
+    noted.remove()
+    _, inputs = losses.model_inputs(model, batch)
+    whole = answer_nll(model(**inputs).logits, batch.labels)
+    assert rows == [(1, ANSWER_TOKENS)]
+    torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
+    for own, theirs in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(whole, parameters), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-7)
 
 
 class Fp32Logits(TorchDispatchMode):
@@ -153,7 +171,7 @@ class Fp32Logits(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("most", "rows"), [(2**28, 4 * 13), (3 * VOCABULARY, 3)])
+@pytest.mark.parametrize(("most", "rows"), [(2**28, ANSWER_TOKENS), (3 * VOCABULARY, 3)])
 def test_in_bf16_no_more_logits_are_in_fp32_than_allowed(monkeypatch: pytest.MonkeyPatch, most: int, rows: int) -> None:
     """In the forward and in the backward pass."""
     monkeypatch.setattr(losses, "MOST_LOGITS", most)

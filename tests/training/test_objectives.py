@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from alignx_ds.data.batches import Batch
@@ -23,17 +23,21 @@ PAIRS, T, V, BETA = 4, 9, 11, 0.3
 TOLERANCE = 1e-5
 
 
+class Head(nn.Identity):
+    out_features = V
+
+
 class Logits:
-    """A model that answers every batch with the same logits."""
+    """A model that answers every batch with the same logits, which are its last hidden states too."""
 
     def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+        self.logits, self.head = logits, Head()
 
-    def get_output_embeddings(self) -> Any:
-        return SimpleNamespace(out_features=V)
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def __call__(self, **inputs: Any) -> Any:
-        return SimpleNamespace(logits=self.logits)
+        return SimpleNamespace(logits=self.head(self.logits))
 
 
 @pytest.fixture(scope="module")
