@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from alignx_ds.mocae import grouped, kernels
 from alignx_ds.mocae.experts import PROJECTIONS, Factors, FeedForward
+from alignx_ds.mocae.mixed_activations import mixed_activations
 
 STACKS = ("down_in", "up_in", "down_out", "up_out")
 
@@ -248,18 +249,12 @@ class FusedMixture(nn.Module):
         latent = torch.unflatten(linear(x, self.down_in.flatten(0, 2)), -1, self.down_in.shape[:3])
         if not torch.is_grad_enabled():
             return self._every_expert_served(torch.stack([gate, up]), latent, gates)
-        weights = gates.unsqueeze(-1).unbind(-2)  # E of [B, T or 1, 1]
-        mixed, latents = weights[0] * (base.activation(gate) * up), []
-        for s, weight in enumerate(weights[1:]):
-            to_gate, to_up = latent[..., s, :].unbind(-2)
-            pre_gate, pre_up = (
-                torch.addmm(shared.flatten(0, -2), own.flatten(0, -2), factor).view_as(shared)
-                for shared, own, factor in ((gate, to_gate, self.up_in[0, s]), (up, to_up, self.up_in[1, s]))
-            )
-            act = base.activation(pre_gate) * pre_up
-            mixed = mixed + weight * act
-            latents.append(weight * linear(act, self.down_out[s]))
-        return _plus(base.down(mixed), torch.stack(latents, dim=-2), self.up_out)
+        b, t, f = gate.shape
+        flat = gates.expand(b, t, -1).reshape(b * t, -1)
+        mixed, outward = mixed_activations(
+            gate.view(-1, f), up.view(-1, f), latent.flatten(0, 1), self.up_in, self.down_out, flat, base.activation
+        )
+        return _plus(base.down(mixed.view(b, t, f)), outward.view(b, t, *outward.shape[1:]), self.up_out)
 
     def _every_expert_served(self, inward: Tensor, latent: Tensor, gates: Tensor) -> Tensor:
         """The same without gradients: inward [2, B, T, f], latent [B, T, 2, S, r]. All tokens are one batch entry."""

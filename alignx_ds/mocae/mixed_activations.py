@@ -4,7 +4,8 @@ Autograd would keep four tensors of activations for every expert. Here the backw
 base FFN's two, which all experts share, and both passes take a part of the tokens at a time, whose activations fit a
 CPU's cache: most of the time goes into reading and writing them.
 
-Shapes: N tokens, f FFN size, S specialists, E = S + 1 experts with the generalist, r rank.
+Shapes: N tokens, f FFN size, S specialists, E = S + 1 experts with the generalist, r and q ranks of their changes of
+the gate and up projections, and of the down projection.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ CACHED = 256 * 1024  # numbers of a tensor of activations: 1 MiB in fp32, so tha
 def mixed_activations(
     gate: Tensor, up: Tensor, latent: Tensor, up_in: Tensor, down_out: Tensor, weights: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor]:
-    """Σᵢ gᵢ aᵢ [N, f], the generalist's included, and gᵢ D_d,i aᵢ of every specialist, [N, S, r].
+    """Σᵢ gᵢ aᵢ [N, f], the generalist's included, and gᵢ D_d,i aᵢ of every specialist, [N, S, q].
 
     `gate`, `up` [N, f] are the base FFN's pre-activations, `latent` [N, 2, S, r] those of the specialists' changes,
-    `up_in` [2, S, r, f] and `down_out` [S, r, f] their factors (fused.FusedMixture), `weights` [N, E] the gates; all of
+    `up_in` [2, S, r, f] and `down_out` [S, q, f] their factors (fused.FusedMixture), `weights` [N, E] the gates; all of
     one dtype, which is the result's too.
     """
     found: tuple[Tensor, Tensor] = _Mixed.apply(  # type: ignore[no-untyped-call]
@@ -48,9 +49,9 @@ class _Mixed(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(gate, up, latent, up_in, down_out, weights)
         ctx.activation = activation
-        mixed, outward = torch.empty_like(gate), torch.empty_like(latent[:, 0])
+        mixed, outward = torch.empty_like(gate), gate.new_empty(len(gate), *down_out.shape[:2])
         for part in _parts(gate):
-            total = activation(gate[part]).mul_(up[part]).mul_(weights[part, :1])
+            total = (activation(gate[part]) * up[part]).mul_(weights[part, :1])
             for s, down in enumerate(down_out):
                 pre_gate = torch.addmm(gate[part], latent[part, 0, s], up_in[0, s])
                 pre_up = torch.addmm(up[part], latent[part, 1, s], up_in[1, s])
@@ -71,14 +72,14 @@ class _Mixed(torch.autograd.Function):
         for part in _parts(gate):
             whole = d_mixed[part]
             a, (g, u) = _derived(ctx.activation, gate[part], up[part], whole * weights[part, :1])
-            d_weights[part, 0] = a.mul_(up[part]).mul_(whole).sum(-1)
+            d_weights[part, 0] = (a * up[part]).mul_(whole).sum(-1)
             for s, down in enumerate(down_out):
                 pre_gate = torch.addmm(gate[part], latent[part, 0, s], up_in[0, s])
                 pre_up = torch.addmm(up[part], latent[part, 1, s], up_in[1, s])
                 weight = weights[part, s + 1, None]
                 reached = torch.addmm(whole, d_outward[part, s], down)  # the gradient of the weighted activation
                 a, (own_g, own_u) = _derived(ctx.activation, pre_gate, pre_up, reached * weight)
-                act = a.mul_(pre_up)
+                act = pre_up.mul_(a)
                 d_weights[part, s + 1] = reached.mul_(act).sum(-1)
                 if needed["down_out"]:
                     d_down_out[s].addmm_((d_outward[part, s] * weight).T, act)

@@ -29,8 +29,10 @@ class Ffn:
 
     wide: int  # times f
     narrow: int = 0  # times d, beside its input
+    passing: int = 3  # times f, beside these while its backward pass runs
     first: int | None = None  # `wide` in the lowest layer that is trained, whose input has no gradient, if it differs
-    fp32: int = 0  # more numbers, of the output calibration
+    latent: int = 0  # more numbers, of the experts' low-rank factors,
+    fp32: int = 0  # and of the output calibration
 
     @classmethod
     def of(cls, config: RunConfig, key: str) -> Ffn:
@@ -42,10 +44,13 @@ class Ffn:
             e = 1 + axes
             calibration = 2 * e * gate.scales * gate.anchors if gate.output_latent else 0
             if config.align.ep_size == 0:
-                return cls(4 * e, first=3 * e + 1 if trained else e, fp32=calibration)
-            return cls(4 * e, 2 * e, fp32=calibration) if trained else cls(3 * e, e, first=0, fp32=calibration)
+                factors, rank = 3 * axes, config.experts.rank  # a rank of 0 is a full one, at most d
+                narrow, latent = (2, factors * rank) if rank else (2 + factors, 0)
+                return cls(2, narrow, passing=9, latent=latent, fp32=calibration)  # mocae/mixed_activations.py
+            many = {"passing": 7, "fp32": calibration}
+            return cls(4 * e, 2 * e, **many) if trained else cls(3 * e, e, first=0, **many)
         experts = {"baselines.h3fusion": min(H3FUSION.top_k, axes), "baselines.trinityx": axes}.get(key, 0)
-        return cls(4 * experts, 2 * experts) if experts else DENSE
+        return cls(4 * experts, 2 * experts, passing=7) if experts else DENSE
 
 
 DENSE = Ffn(4)
@@ -78,10 +83,9 @@ class Activations:
         pairs = heads if eager else pairs  # each head has its own copy
         attention = 2 * FP32 * d + size * (2 * heads + 2 * pairs)  # both norms; q, k, v and the output
         attention += shape.num_attention_heads * eager * (FP32 + (size if size < FP32 else 0))
-        each = attention + size * (d + ffn.wide * f + ffn.narrow * d) + FP32 * ffn.fp32
+        each = attention + size * (d + ffn.wide * f + ffn.narrow * d + ffn.latent) + FP32 * ffn.fp32
         missing = attention + size * f * (0 if ffn.first is None else ffn.wide - ffn.first)  # in the lowest layer
-        sums = 4 if ffn.wide > DENSE.wide else 0  # over the experts
-        gradients = size * ((3 + sums) * f + 2 * d)
+        gradients = size * (ffn.passing * f + 2 * d)
         kept = layers * each - (0 if first is None else missing) + FP32 * d  # the last norm
         return cls(tokens * kept, tokens * layers * size * d, tokens * each, tokens * gradients)
 

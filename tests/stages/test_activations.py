@@ -288,6 +288,7 @@ def test_less_is_kept_and_the_estimate_tells_how_much(gate: str) -> None:
         sizes.append(kept(lambda m=model: m(b.input_ids, tokens, b.prompt_mask, use_cache=False).logits, model)[1])
     config = RunConfig(align=AlignConfig(ep_size=0, expert_lr_scale=0.1))
     config.axes = {name: AxisConfig() for name in "abc"}
+    config.experts.rank = max(model.config.ranks.values())
     config.gate.anchors, config.gate.scales = model.config.gate["anchors"], model.config.gate["scales"]
     count, first = b.input_ids.numel(), min(ALIGNX_LAYERS)
     estimate = Activations.estimate(model.config.text_config, 4, first, count, Ffn.of(config, "align"))
