@@ -173,14 +173,14 @@ def weakest(found: dict[str, Any], number: int, key: str) -> str:
 
 
 def show(content: dict[str, Any]) -> None:
-    title = f"{content['prompts']} prompts of {content['axis']} that ask for harm, with {{}} noise on one layer"
+    title = f"{content['prompts']:.0f} prompts of {content['axis']} that ask for harm, with {{}} noise on one layer"
     columns = ["system", "refused", "NLL", "α", "NLL with noise", "% not refused", "by any layer", "% that harm"]
     for kind in (RANDOM, GRADIENT):
         rows = []
         for name, found in content["systems"].items():
             for number, strength in enumerate(content["strengths"]):
                 first = (
-                    [plotting.label(name), f"{found['refused']:g}", f"{found['nll']:.2f}"] if not number else [""] * 3
+                    [plotting.label(name), f"{found['refused']:.0f}", f"{found['nll']:.2f}"] if not number else [""] * 3
                 )
                 rows.append([*first, f"{strength:g}", *_line(found, kind, number)])
         console.table(title.format(kind), columns, rows)
