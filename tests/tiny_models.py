@@ -28,6 +28,8 @@ from alignx_ds.mocae.settings import GateSettings
 VOCABULARY, HIDDEN, FFN, LAYERS, EXPERTS = 50, 32, 48, 3, 4
 ALIGNX_LAYERS = [1, 2]
 FAMILIES = tuple(BACKBONES)
+DENSE = tuple(family for family, table in BACKBONES.items() if table.projections)  # experts can change their FFNs
+MIXTURES = tuple(family for family in FAMILIES if family not in DENSE)
 TABLE = BACKBONES["llama"]  # of base_model()'s default family
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 ATTENTION_RANKS = {"q": 2, "o": 3}  # the largest, of `attention_experts`
@@ -48,6 +50,12 @@ PECULIARITIES: dict[str, dict[str, Any]] = {  # the windows are shorter than mos
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},  # the last layer's alone
     "qwen3": {"head_dim": 12},
     "smollm3": {"no_rope_layer_interval": 2},  # the second layer has no positions
+    "mixtral": {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.5},
+    "qwen3_moe": {  # the second layer, an AlignX layer, has a dense FFN
+        **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "mlp_only_layers": [1],
+    },
 }
 
 
@@ -124,9 +132,9 @@ def exact_factors(change: dict[str, Tensor]) -> Factors:
 
 
 def random_factors(base: PreTrainedModel, layer: int, rank: int, source: torch.Generator) -> Factors:
+    """Of the FFN's projections that an expert can change: none in a mixture of experts."""
     table = table_of(base)
-    view = table.view(table.ffn_of(base, layer))
-    weights = {p: view.projection(p).weight for p in PROJECTIONS}
+    weights = {p: table.linear(base, layer, p).weight for p in table.projections}
     down = {p: 0.3 * torch.randn(rank, w.shape[1], generator=source) for p, w in weights.items()}
     return Factors(down, {p: 0.3 * torch.randn(w.shape[0], rank, generator=source) for p, w in weights.items()})
 
@@ -186,16 +194,17 @@ def aligned(
 
     `trained` gives routers and reinjections random weights; otherwise they are what stage 2 starts from.
     """
-    ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in PROJECTIONS}
+    table = table_of(base)
+    ranks = {p: max(f.rank(p) for fs in experts.values() for f in fs) for p in table.projections}
     gate |= {"scope": scope, "top_k": top_k, "kind": kind, "combine": combine}
-    config, table = aligned_config(base, ranks, **gate), table_of(base)
+    config = aligned_config(base, ranks, **gate)
     config.floors = floors or {}
     changed = {p: [f.rank(p) for fs in experts.values() for f in fs if p in f.down] for p in ATTENTION}
     config.attention_ranks = {p: max(found) for p, found in changed.items() if found}
     settings = config.gate_settings()
     parts = {}
     for layer in ALIGNX_LAYERS:
-        generalist = Factors.zeros(table.view(table.ffn_of(base, layer)), ranks)
+        generalist = table.generalist(base, layer, ranks)
         query = query_geometry(settings.latent, seed=100 + layer) if config.gate_layer(layer) == layer else None
         output = random_geometry(settings.output_latent, seed=200 + layer) if settings.output_latent else None
         parts[layer] = LayerParts([generalist, *experts[layer]], query, output)
@@ -219,13 +228,18 @@ def aligned(
 
 
 def low_rank_experts(base: PreTrainedModel, rank: int = 3, seed: int = 3) -> dict[int, list[Factors]]:
+    """Those of a mixture of experts change its attention."""
+    return _ffn_experts(base, rank, seed) if table_of(base).projections else attention_experts(base)
+
+
+def _ffn_experts(base: PreTrainedModel, rank: int, seed: int) -> dict[int, list[Factors]]:
     source = generator(seed)
     return {i: [random_factors(base, i, rank, source) for _ in range(EXPERTS - 1)] for i in ALIGNX_LAYERS}
 
 
 def attention_experts(base: PreTrainedModel) -> dict[int, list[Factors]]:
     """Low-rank experts of which the first two also change q, and the last two o, in the upper layer."""
-    made, source, table = low_rank_experts(base), generator(21), table_of(base)
+    made, source, table = _ffn_experts(base, 3, 3), generator(21), table_of(base)
     for number, factors in enumerate(made[ALIGNX_LAYERS[-1]]):
         for p in ("q",) if number == 0 else ("q", "o") if number == 1 else ("o",):
             linear, rank = table.linear(base, ALIGNX_LAYERS[-1], p), ATTENTION_RANKS[p] - (number == 1)

@@ -196,7 +196,8 @@ class LoraConfig:
     dropout: DropRate = 0.0  # of the factors' input, in training
     rslora: bool = False  # rank-stabilised: alpha / √rank · B·A
     # By their names in LLaMA, whatever the architecture calls them. Those of the attention are trained in the AlignX
-    # layers above the lowest, whose gate decides after its own attention.
+    # layers above the lowest, whose gate decides after its own attention. Where the base model's FFNs are a mixture of
+    # experts, only those of the attention can be named.
     targets: list[Annotated[str, OneOf(LORA_TARGETS)]] = field(default_factory=lambda: list(FFN_TARGETS))
 
 

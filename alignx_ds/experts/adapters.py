@@ -153,7 +153,7 @@ class Adapter:
         found: dict[int, Factors] = {}
         for layer in base.layers:
             down, up = {}, {}
-            for p in (*PROJECTIONS, *(ATTENTION if layer > min(base.layers) else ())):
+            for p in (*base.table.projections, *(ATTENTION if layer > min(base.layers) else ())):
                 module = base.table.weight_name(layer, p).removesuffix(".weight")
                 a, b = (tensors.get(f"{PREFIX}{module}.{half}") for half in HALVES)
                 if a is not None and b is not None:
@@ -192,7 +192,7 @@ class Adapter:
 def _modules(base: BaseModel) -> dict[str, tuple[int, str]]:
     """Every decoder layer's projections: module name -> (layer, projection)."""
     layers = range(base.config.num_hidden_layers)
-    names = {(layer, p): base.table.weight_name(layer, p) for layer in layers for p in (*PROJECTIONS, *ATTENTION)}
+    names = {(layer, p): base.table.weight_name(layer, p) for layer in layers for p in _hosted(base)}
     return {name.removesuffix(".weight"): place for place, name in names.items()}
 
 
@@ -203,4 +203,9 @@ def _module(tensor: str) -> str:
 
 
 def _names(base: BaseModel) -> str:
-    return ", ".join(getattr(base.table, p) for p in (*PROJECTIONS, *ATTENTION))
+    return ", ".join(getattr(base.table, p) for p in _hosted(base))
+
+
+def _hosted(base: BaseModel) -> tuple[str, ...]:
+    """The projections that an expert of this base may change."""
+    return (*base.table.projections, *ATTENTION)

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.models.base import BaseModel
 from alignx_ds.models.sharding import add
 from alignx_ds.runtime import distributed
@@ -60,7 +59,7 @@ def add_beside(model: nn.Module, base: BaseModel, directory: Path) -> None:
 
 def _beside(model: nn.Module, base: BaseModel) -> dict[str, dict[str, nn.Parameter]]:
     """By the name of their file and their own, all parameters but the FFN weights of the AlignX layers."""
-    ffns = {base.table.weight_name(layer, p) for layer in base.layers for p in PROJECTIONS}
+    ffns = {base.table.weight_name(layer, p) for layer in base.layers for p in base.table.projections}
     of_layer = re.compile(rf"{re.escape(base.table.layers)}\.(\d+)\.")
     found: dict[str, dict[str, nn.Parameter]] = defaultdict(dict)
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ from torch import nn
 
 from alignx_ds.config.schema import WORLD_MODELS, ModelConfig
 from alignx_ds.errors import ConfigError
-from alignx_ds.mocae.experts import PROJECTIONS
+from alignx_ds.mocae.experts import ATTENTION
 from alignx_ds.models.base import WORLD_BASES, BaseModel
 
 Settings = Mapping[str, Any]
@@ -59,7 +59,7 @@ def _same_weights(directory: str, base: BaseModel) -> bool | None:
         if not other.has_weights:
             return None
         first = base.layers[0]
-        pairs = [(base.weight(first, p), other.weight(first, p)) for p in PROJECTIONS]
+        pairs = [(base.weight(first, p), other.weight(first, p)) for p in base.table.projections or ATTENTION]
     except ConfigError:
         return None
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)

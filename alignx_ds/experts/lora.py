@@ -95,7 +95,7 @@ def lora_factors(model: nn.Module, base: BaseModel) -> Iterator[tuple[int, Facto
     without LoRA has zero factors of rank 1, one of the attention has none. Collective.
     """
     for position, layer in enumerate(base.layers):
-        linears = {p: base.table.linear(model, layer, p) for p in (*PROJECTIONS, *ATTENTION)}
+        linears = {p: base.table.linear(model, layer, p) for p in (*base.table.projections, *ATTENTION)}
         changed = {p: m for p, m in linears.items() if p in PROJECTIONS or isinstance(m, LoraLinear)}
         halves = {p: _halves(module) for p, module in changed.items()}
         factors = Factors({p: down for p, (down, _) in halves.items()}, {p: up for p, (_, up) in halves.items()})

@@ -70,9 +70,10 @@ def read_factors(directory: Path, layer: int) -> Factors:
 
 
 def _by_projection(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Those whose name is `name` with a projection in it. Raises KeyError where one of the FFN's is missing."""
-    changed = [p for p in ATTENTION if name.format(p) in tensors]
-    return {p: tensors[name.format(p)] for p in (*PROJECTIONS, *changed)}
+    """Those whose name is `name` with a projection in it. Raises KeyError where some of the FFN's are missing."""
+    changed = [p for p in (*PROJECTIONS, *ATTENTION) if name.format(p) in tensors]
+    of_ffn = PROJECTIONS if set(changed) & set(PROJECTIONS) else ()
+    return {p: tensors[name.format(p)] for p in dict.fromkeys((*of_ffn, *changed))}
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from alignx_ds.errors import ConfigError, Problem
-from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, FeedForward
+from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors, FeedForward
 
 THIS_FILE = "alignx_ds/mocae/backbones.py"
 FIX = "correct the entry of the model's architecture in BACKBONES"
@@ -24,6 +25,9 @@ class Backbone:
     if any, are shared by the experts. What surrounds the FFN (attention, norms, embeddings) does not matter, except for
     experts that change the attention's projections. Where a norm follows the FFN, as in Gemma 2 and OLMo 2, the output
     calibration comes before that norm.
+
+    Where the FFN is a mixture of experts already, `expert_width` is set, and `gate` to `activation` have no meaning:
+    router and experts stay as they are, and our experts change projections of the attention alone.
     """
 
     layers: str = "model.layers"
@@ -32,11 +36,23 @@ class Backbone:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    expert_width: str = ""  # of each expert of an FFN that is a mixture, by its name in the model's config
     attention: str = "self_attn"
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Those of the FFN that experts change: none where the FFN is a mixture of experts already."""
+        return () if self.expert_width else PROJECTIONS
+
+    def active_width(self, config: PreTrainedConfig) -> int:
+        """The FFN size f that a token goes through: in a mixture, of all experts that its router picks."""
+        if self.expert_width:
+            return int(config.num_experts_per_tok * getattr(config, self.expert_width))
+        return int(config.intermediate_size)
 
     def decoder_layers(self, model: nn.Module) -> nn.ModuleList:
         """All decoder layers, lowest first. Raises ConfigError if the entry does not fit the model."""
@@ -51,9 +67,13 @@ class Backbone:
         gate, up, down = (_submodule(ffn, name, nn.Linear) for name in (self.gate, self.up, self.down))
         return FeedForward(gate, up, down, _submodule(ffn, self.activation, nn.Module))
 
+    def generalist(self, model: nn.Module, layer: int, ranks: dict[str, int]) -> Factors:
+        """The factors of the expert that changes nothing (Factors.zeros). Raises ConfigError as above."""
+        return Factors.zeros(self.view(self.ffn_of(model, layer)), ranks) if self.projections else Factors({}, {})
+
     def owner_of(self, model: nn.Module, layer: int, projection: str) -> nn.Module:
         """The FFN or the attention of a decoder layer, whichever has the projection. Raises ConfigError as above."""
-        if projection in PROJECTIONS:
+        if projection in self.projections:
             return self.ffn_of(model, layer)
         return _submodule(self.decoder_layers(model)[layer], self.attention, nn.Module)
 
@@ -63,7 +83,7 @@ class Backbone:
 
     def weight_name(self, layer: int, projection: str) -> str:
         """The key of a projection's weight [m, n] in the backbone's state dict."""
-        assert projection in (*PROJECTIONS, *ATTENTION)
+        assert projection in (*self.projections, *ATTENTION)
         part = self.ffn if projection in PROJECTIONS else self.attention
         return f"{self.layers}.{layer}.{part}.{getattr(self, projection)}.weight"
 
@@ -79,6 +99,9 @@ BACKBONES: dict[str, Backbone] = {  # by the `model_type` of the config
     "qwen2": Backbone(),
     "qwen3": Backbone(),
     "smollm3": Backbone(),
+    "mixtral": Backbone(expert_width="intermediate_size"),
+    "olmoe": Backbone(expert_width="intermediate_size"),
+    "qwen3_moe": Backbone(expert_width="moe_intermediate_size"),
 }
 
 
@@ -89,7 +112,7 @@ def backbone_of(model_type: str) -> Backbone:
         fix = (
             f"choose such a model, or add an entry for {model_type!r} to BACKBONES in {THIS_FILE}: the names of its "
             "decoder layers, their FFN, and the FFN's gate, up and down projections and activation; docs/extending.md "
-            "says what does not fit, such as mixtures of experts"
+            "says what does not fit, and what a mixture of experts needs"
         )
         raise ConfigError(Problem("model.path", model_type, f"a model whose architecture is one of {known}", fix))
     return BACKBONES[model_type]

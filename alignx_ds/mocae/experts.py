@@ -41,7 +41,8 @@ class FeedForward:
 class Factors:
     """The low-rank factors of one expert in one layer: `down[p]` [r, n] and `up[p]` [m, r] by projection p.
 
-    Those of the FFN are always there; those of the attention where the expert changes it.
+    Those of the FFN are always there, unless the FFN is a mixture of experts already; those of the attention where the
+    expert changes it.
     """
 
     down: dict[str, Tensor]
@@ -57,8 +58,8 @@ class Factors:
 
     def padded(self, ranks: dict[str, int]) -> Factors:
         """The same changes; those of the FFN have factors of these ranks, filled up with zeros, and can be stacked."""
-        down = self.down | {p: _pad(self.down[p], ranks[p], dim=0) for p in PROJECTIONS}
-        up = self.up | {p: _pad(self.up[p], ranks[p], dim=1) for p in PROJECTIONS}
+        down = self.down | {p: _pad(self.down[p], rank, dim=0) for p, rank in ranks.items()}
+        up = self.up | {p: _pad(self.up[p], rank, dim=1) for p, rank in ranks.items()}
         return Factors(down, up)
 
     @classmethod
@@ -83,7 +84,7 @@ def _pad(tensor: Tensor, size: int, dim: int) -> Tensor:
 
 def align_ranks(experts: list[Factors]) -> list[Factors]:
     """Every expert of a layer, padded to the largest rank among them, projection by projection."""
-    ranks = {p: max(e.rank(p) for e in experts) for p in PROJECTIONS}
+    ranks = {p: max(e.rank(p) for e in experts) for p in PROJECTIONS if p in experts[0].down}
     return [e.padded(ranks) for e in experts]
 
 

@@ -19,6 +19,7 @@ from alignx_ds.mocae.recomputation import is_recomputing
 from alignx_ds.mocae.routing_state import Counts, ForwardPass, Routing, prompt_summary
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
+from alignx_ds.mocae.unchanged import UnchangedFfn
 
 if TYPE_CHECKING:  # a model on one rank runs without it
     from alignx_ds.mocae.parallel import ParallelMixture
@@ -29,13 +30,14 @@ class AlignXLayer(nn.Module):
 
     The gates g come from the layer's own gate, from the gate of a lower layer, or from the caller (`forced`). This is
     the AlignX layer of arXiv 2602.07381 in our formulation (docs/method.md). Without a calibration
-    (`gate.output_latent: 0`) it returns the mixture as it is.
+    (`gate.output_latent: 0`) it returns the mixture as it is. Where the FFN is a mixture of experts already, every FFNᵢ
+    is that FFN.
     """
 
     def __init__(
         self,
         ffn: nn.Module,
-        mixture: FusedMixture | ParallelMixture,
+        mixture: FusedMixture | ParallelMixture | UnchangedFfn,
         calibration: OutputCalibration | None,
         gate: CalibratedGate | None,
         index: int,

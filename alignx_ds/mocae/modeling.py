@@ -29,6 +29,7 @@ from alignx_ds.mocae.routing_state import SUMMARIES, ForwardPass, Routing, unpad
 from alignx_ds.mocae.serving import ServingRules
 from alignx_ds.mocae.settings import GateSettings
 from alignx_ds.mocae.turns import from_column, query_mask, turn_start
+from alignx_ds.mocae.unchanged import UnchangedFfn
 
 if TYPE_CHECKING:
     from alignx_ds.mocae.parallel import ParallelMixture
@@ -168,22 +169,24 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
         table = backbone_of(text.model_type)
         parts = {}
         for index in c.layers:
-            ffn = table.view(table.ffn_of(self.backbone, index))
             gate = blank(SUMMARIES * text.hidden_size, settings.latent) if c.gate_layer(index) == index else None
             output = blank(text.hidden_size, settings.output_latent) if settings.output_latent else None
-            parts[index] = LayerParts([Factors.zeros(ffn, c.ranks)] * experts, gate, output)
+            parts[index] = LayerParts([table.generalist(self.backbone, index, c.ranks)] * experts, gate, output)
         return parts
 
     def _build_layer(self, index: int, ffn: nn.Module, parts: LayerParts, placement: Placement | None) -> AlignXLayer:
         settings, rules = self.config.gate_settings(), self.config.serving_rules()
-        view = backbone_of(self.config.text_config.model_type).view(ffn)
-        mixture: FusedMixture | ParallelMixture
-        if placement is None:
-            mixture = FusedMixture(view, parts.experts, merge=settings.combine == "weights")
+        table = backbone_of(self.config.text_config.model_type)
+        mixture: FusedMixture | ParallelMixture | UnchangedFfn
+        if not table.projections:
+            assert placement is None, "no factors of the FFN that ranks could share"
+            mixture = UnchangedFfn(ffn, len(parts.experts))
+        elif placement is None:
+            mixture = FusedMixture(table.view(ffn), parts.experts, merge=settings.combine == "weights")
         else:
             from alignx_ds.mocae.parallel import ParallelMixture
 
-            mixture = ParallelMixture(view, parts.experts, placement.ep_size, placement.ep_rank)
+            mixture = ParallelMixture(table.view(ffn), parts.experts, placement.ep_size, placement.ep_rank)
         calibration = None
         if parts.output is not None:
             calibration = OutputCalibration(parts.output, settings.fractal, settings.natural)
@@ -350,11 +353,11 @@ class AlignXForCausalLM(PreTrainedModel, GenerationMixin):
     def fused_state(self) -> dict[str, Tensor]:
         """The state dict that the same model has on the fused path. Collective where experts are spread over ranks."""
         state = {k: v for k, v in self.state_dict().items() if ".mixture." not in k}
-        prefix = f"backbone.{backbone_of(self.config.text_config.model_type).layers}"
+        table = backbone_of(self.config.text_config.model_type)
         for index, layer in zip(self.config.layers, alignx_layers(self), strict=True):
-            ffn = backbone_of(self.config.text_config.model_type).ffn
-            for name, tensor in stack(layer.mixture.factors()[1:]).items():
-                state[f"{prefix}.{index}.{ffn}.mixture.{name}"] = tensor
+            stacks = stack(layer.mixture.factors()[1:]) if table.projections else {}
+            for name, tensor in stacks.items():
+                state[f"backbone.{table.layers}.{index}.{table.ffn}.mixture.{name}"] = tensor
         return state
 
 

@@ -7,6 +7,7 @@ there or not. What finds no place would be dropped, and what is not there would 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -21,6 +23,7 @@ from transformers.integrations import deepspeed as sharding
 
 from alignx_ds.errors import ConfigError, Problem
 from alignx_ds.models.pretrained import reading
+from alignx_ds.models.stacked import Parts, is_stack, stacked
 from alignx_ds.models.stored import Stored
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -55,6 +58,9 @@ def value_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | N
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             allowed = f"a model whose {name} is at least 1{f' and at most {most}' if most else ''}"
             return Problem(key, given, allowed, f"its config.json has {value!r}; correct it")
+    if getattr(config, "output_router_logits", None):
+        fix = "set it to false in its config.json: it is for a loss of the router, which does not learn here"
+        return Problem(key, given, "a model whose output_router_logits is false", fix)
     if getattr(config, "use_bidirectional_attention", None):
         fix = "its config.json has use_bidirectional_attention, as embedding models do; give a model that generates"
         return Problem(key, given, "a model with causal attention", fix)
@@ -117,21 +123,24 @@ def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    made: set[str] = set()  # out of several stored tensors, or of parts of one
+    made: dict[str, Parts] = defaultdict(lambda: defaultdict(list))  # out of several stored tensors, or parts of one
     for tensor in tensors:
         name, source = rename_source_key(tensor.name, renamings, converters, model.base_model_prefix, state)
         if name not in state and tensor.name in state:
             name, source = tensor.name, None
-        if source is not None:
-            made.add(name)
-        elif name not in state:
+        if name not in state:
             found.dropped.append(tensor.name)
+            continue
+        if source is not None:
+            made[name][source].append(tensor)
         else:
             found.placed[name] = tensor
-            if tensor.shape != tuple(state[name].shape):
-                found.misshapen[name] = tuple(state[name].shape)
-            if tensor.dtype not in FLOATS and state[name].is_floating_point():
-                found.no_floats[name] = tensor.dtype
+        if tensor.dtype not in FLOATS and state[name].is_floating_point():
+            found.no_floats[tensor.name] = tensor.dtype
+    found.placed |= _stacks(made, converters, state)
+    for name, placed in found.placed.items():
+        if placed.shape != tuple(state[name].shape):
+            found.misshapen[name] = tuple(state[name].shape)
     there = {*found.placed, *made}
     for target, origin in tied(model).items():
         there |= {target, origin} if target in there or origin in there else {target}
@@ -139,6 +148,17 @@ def match(model: PreTrainedModel, tensors: Iterable[Stored]) -> Match:
             found.placed.setdefault(origin, found.placed[target])
     found.missing = [] if made else _kept(model, "missing", (name for name in state if name not in there))
     found.dropped = _kept(model, "unexpected", found.dropped)
+    return found
+
+
+def _stacks(made: dict[str, Parts], converters: list[WeightConverter], state: dict[str, Tensor]) -> dict[str, Stored]:
+    """The whole stacks of experts' weights among what is made of several tensors, from which all stacks are removed."""
+    of_source = {source: converter for converter in converters for source in converter.source_patterns}
+    found: dict[str, Stored] = {}
+    for name in [name for name, parts in made.items() if all(is_stack(of_source[source]) for source in parts)]:
+        parts = made.pop(name)
+        if whole := stacked(of_source[next(iter(parts))], parts, state[name].shape):
+            found[name] = whole
     return found
 
 

@@ -28,6 +28,10 @@ class Stored:
     shape: tuple[int, ...]
     dtype: str  # as safetensors writes it: F32, BF16, I8 …
 
+    def parts(self) -> list[Stored]:
+        """The tensors of files that it consists of."""
+        return [self]
+
     def read(self) -> Tensor:
         with safe_open(self.file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.name)
@@ -94,7 +98,7 @@ def _header(file: Path, key: str, given: str) -> list[Stored]:
 
 def not_finite(tensors: Iterable[Stored]) -> Stored | None:
     """The first tensor with a NaN or an infinity; None where every value is a number."""
-    for tensor in tensors:
+    for tensor in (part for whole in tensors for part in whole.parts()):
         values = tensor.read()
         if values.is_floating_point() and not _finite(values):
             return tensor

@@ -40,6 +40,10 @@ def problems(c: RunConfig, base: BaseModel, world_size: int, until: str, here: i
     if world_size == 1:
         yield Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}")
         return
+    if not base.table.projections:
+        fix = f"take devices with more memory: what our experts add to the attention is not shared by ranks: {found}"
+        yield Problem("model.path", c.model.path, "a mixture of experts that a rank can hold", fix)
+        return
     for key, given in attention.changed_by(c, base):
         fix = f"leave out those of the attention: they are not shared by ranks: {found}"
         yield Problem(key, given, "projections of the FFN, for a model that no rank holds", fix)

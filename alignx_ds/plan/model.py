@@ -19,7 +19,7 @@ from alignx_ds.models.ends import vocabulary_of
 from alignx_ds.models.shapes import shape
 from alignx_ds.models.stored import unread_weights
 from alignx_ds.models.tokenizer import vocabulary_problem
-from alignx_ds.plan import attention
+from alignx_ds.plan import attention, mixtures
 from alignx_ds.runtime.attention import FLASH
 
 BYTES = 256
@@ -91,6 +91,7 @@ def problems(c: RunConfig, base: BaseModel, weights: bool) -> Iterator[Problem]:
     for name, axis in c.axes.items():
         if axis.adapter:
             yield from _adapter(c, base, f"axes.{name}.adapter", axis.adapter)
+    yield from mixtures.problems(c, base)
     yield from attention.problems(c, base)
     if c.from_scratch:
         return

@@ -6,7 +6,7 @@ import torch
 
 from alignx_ds.config.schema import FUSIONS, REGULARISED, RESTORED, RunConfig
 from alignx_ds.experts.lora import Lora
-from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS
+from alignx_ds.mocae.experts import ATTENTION
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.lexical import Lexicon
 from alignx_ds.mocae.output_calibration import OutputCalibration
@@ -22,9 +22,8 @@ def counts(config: RunConfig, base: BaseModel) -> dict[str, int]:
     lora = Lora.of(config) if config.train.trainable == "lora" else None
     ffns = factors = 0
     for layer in base.layers:
-        ffn = base.table.view(base.table.ffn_of(model, layer))
-        for p in PROJECTIONS:
-            m, n = ffn.projection(p).weight.shape
+        for p in base.table.projections:
+            m, n = base.table.linear(model, layer, p).weight.shape
             rank = min(m, n, config.experts.rank or min(m, n)) if lora is None else lora.rank_of(p)
             ffns += m * n
             factors += rank * (m + n) * len(config.expert_names)

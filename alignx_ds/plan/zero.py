@@ -29,6 +29,7 @@ class Model:
     largest: float  # of a trained parameter
     reused: float = 0.0  # in the layers that the backward pass goes through, and the head
     copies: float = 0.0  # of trained parameters, in the model's dtype, which the loss keeps
+    fetched: float = 0.0  # of a frozen parameter, where it is large: the stack of a mixture's experts
 
     @property
     def trained(self) -> float:
@@ -52,11 +53,12 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
         sum(p.numel() for layer in layers for p in layer.parameters())
         + base.config.vocab_size * base.config.hidden_size
     )
+    fetched = 0 if base.table.projections else largest
     if config.trains_all(key):
         return Model(0, ((whole, world_size),), max(p.numel() for p in base.skeleton.parameters()), whole)
     if key == "train" and config.train.trainable == "lora":  # the factors are added to the model
         factor = config.experts.rank * max(base.config.hidden_size, base.config.intermediate_size)
-        return Model(whole, ((trained, world_size),), factor, reused + trained)
+        return Model(whole, ((trained, world_size),), factor, reused + trained, fetched=fetched)
     if key == "train":
         copies = _kept(config) * trained / world_size * FP32 / base.dtype.itemsize
         return Model(whole - trained, ((trained, world_size),), largest, reused, copies)
@@ -65,10 +67,10 @@ def model_of(config: RunConfig, base: BaseModel, key: str, world_size: int) -> M
         hosted = factors / align.ep_size if align.ep_size else factors * len(config.axes) / len(config.expert_names)
         frozen = whole + buffers(config, base)
         if align.expert_lr_scale == 0:
-            return Model(frozen + hosted, ((dense, world_size),), dense, reused + hosted + dense)
+            return Model(frozen + hosted, ((dense, world_size),), dense, reused + hosted + dense, fetched=fetched)
         stack = hosted / (2 * len(base.layers))  # two of a layer's stacks are large
         groups = ((dense, world_size), (hosted, world_size // (align.ep_size or 1)))
-        return Model(frozen, groups, stack, reused + hosted + dense)
+        return Model(frozen, groups, stack, reused + hosted + dense, fetched=fetched)
     settings, copies = getattr(config.baselines, key.removeprefix("baselines.")), n["full copies of the FFNs"]
     if settings.expert_lr_scale == 0:
         return Model(whole - ffn + copies, (), 0)
@@ -197,7 +199,8 @@ class Zero:
         """
         if self.stage < 3 or (self.world_size == 1 and not self._offloads("offload_param")):
             return 0, 0
-        whole, ahead = model.frozen + model.trained, self._setting("prefetch_bucket_size", PREFETCH) + model.largest
+        largest = max(model.largest, model.fetched)
+        whole, ahead = model.frozen + model.trained, self._setting("prefetch_bucket_size", PREFETCH) + largest
         live = min(whole, self._setting("max_live_parameters", LIVE) + ahead)
         near = min(model.reused, self._setting("max_reuse_distance", DISTANCE) / 2 + ahead)
         return self.size * max(live, near), 2 * self.size * min(whole, ahead)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from alignx_ds.baselines.fusion import H3FUSION
 from alignx_ds.config.schema import OptimizerConfig, RunConfig
 from alignx_ds.mocae import recomputation
+from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.architecture import caps_attention
 from alignx_ds.models.base import BaseModel
@@ -35,20 +36,27 @@ class Ffn:
     fp32: int = 0  # and of the output calibration
 
     @classmethod
-    def of(cls, config: RunConfig, key: str) -> Ffn:
-        """In the stage at this key of the recipe. Counted with torch's saved tensors."""
+    def of(cls, config: RunConfig, key: str, picked: int = 0) -> Ffn:
+        """In the stage at this key of the recipe; `picked`: a token's experts of an FFN that is a mixture already.
+
+        Counted with torch's saved tensors.
+        """
         if key == "train" and config.train.trainable == "lora" and config.train.lora.dropout:
             return cls(5, 2)  # each projection's factors have their own copy of its input
         axes, gate, trained = len(config.axes), config.gate, config.align.expert_lr_scale > 0
         if key == "align":
             e = 1 + axes
             calibration = 2 * e * gate.scales * gate.anchors if gate.output_latent else 0
+            if picked:
+                return cls(DENSE.wide, picked, first=0, fp32=calibration)
             if config.align.ep_size == 0:
                 factors, rank = 3 * axes, config.experts.rank  # a rank of 0 is a full one, at most d
                 narrow, latent = (2, factors * rank) if rank else (2 + factors, 0)
                 return cls(2, narrow, passing=9, latent=latent, fp32=calibration)  # mocae/mixed_activations.py
             many = {"passing": 7, "fp32": calibration}
             return cls(4 * e, 2 * e, **many) if trained else cls(3 * e, e, first=0, **many)
+        if picked:
+            return cls(DENSE.wide, picked)
         experts = {"baselines.h3fusion": min(H3FUSION.top_k, axes), "baselines.trinityx": axes}.get(key, 0)
         return cls(4 * experts, 2 * experts, passing=7) if experts else DENSE
 
@@ -77,7 +85,8 @@ class Activations:
 
         `eager`: the tokens that each attends to with eager attention, which keeps its probabilities.
         """
-        d, f, layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers - (first or 0)
+        d, f = shape.hidden_size, backbone_of(shape.model_type).active_width(shape)
+        layers = shape.num_hidden_layers - (first or 0)
         width = getattr(shape, "head_dim", None) or d // shape.num_attention_heads
         heads, pairs = shape.num_attention_heads * width, (shape.num_key_value_heads or 0) * width
         pairs = heads if eager else pairs  # each head has its own copy
@@ -106,7 +115,8 @@ def activations(
     tokens, first = tokens_of(key, stage, lengths, world_size), None if config.trains_all(key) else min(base.layers)
     is_eager = config.model.attention == "eager" or (config.model.attention == "auto" and caps_attention(base.config))
     eager = max(lengths, default=0) if is_eager else 0
-    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, Ffn.of(config, key), eager)
+    ffn = Ffn.of(config, key, 0 if base.table.projections else base.config.num_experts_per_tok)
+    return Activations.estimate(base.config, base.dtype.itemsize, first, tokens, ffn, eager)
 
 
 def tokens_of(key: str, stage: OptimizerConfig, lengths: Sequence[int], world_size: int) -> int:

@@ -142,8 +142,8 @@ def _train_spread(
 
 
 def _flops(c: RunConfig, model: AlignXConfig, learned: float) -> float:
-    """Of a token: in training it goes through every expert."""
-    rank, fused = max(model.ranks.values()), c.align.ep_size == 0
+    """Of a token, without what experts add to the attention: in training it goes through every expert."""
+    rank, fused = max(model.ranks.values(), default=0), c.align.ep_size == 0
     how: Any = {"fused": fused, "factors_trained": c.align.expert_lr_scale > 0, "learned": learned}
     return flops.mixture(model.text_config, model.layers, len(c.expert_names), rank, **how)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alignx_ds.config.schema import RunConfig
 from alignx_ds.data.user_turn import user_turn
-from alignx_ds.mocae.experts import ATTENTION, PROJECTIONS, Factors, align_ranks
+from alignx_ds.mocae.experts import ATTENTION, Factors, align_ranks
 from alignx_ds.mocae.geometry import Geometry
 from alignx_ds.mocae.layer import gates_of
 from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, LayerParts, Placement
@@ -73,8 +73,8 @@ def assemble(
     model_config, backbone = aligned_config(config, base, factors), load_backbone(base)
     parts = {}
     for layer in base.layers:
-        ffn = base.table.view(base.table.ffn_of(backbone, layer))
-        experts = align_ranks([Factors.zeros(ffn, model_config.ranks), *factors[layer]])
+        generalist = base.table.generalist(backbone, layer, model_config.ranks)
+        experts = align_ranks([generalist, *factors[layer]])
         has_gate, has_calibration = model_config.gate_layer(layer) == layer, config.gate.output_latent > 0
         if fitted is None:
             hidden = model_config.text_config.hidden_size
@@ -95,7 +95,7 @@ def assemble(
 def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -> AlignXConfig:
     """Every projection has one rank in all layers: the greatest that any expert needs there."""
     every = [f for experts in factors.values() for f in experts]
-    ranks = {p: max(f.rank(p) for f in every) for p in PROJECTIONS}
+    ranks = {p: max(f.rank(p) for f in every) for p in base.table.projections}
     attention = {p: max((f.rank(p) for f in every if p in f.down), default=0) for p in ATTENTION}
     return AlignXConfig(
         text_config=base.config,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from alignx_ds.mocae.attention import routed_linears
 from alignx_ds.mocae.fused import FusedMixture
 from alignx_ds.mocae.gate import CalibratedGate
 from alignx_ds.mocae.layer import AlignXLayer, alignx_layers, gates_of, output_calibrations
@@ -82,9 +83,11 @@ def weigh(model: AlignXForCausalLM, factor: float, term: str) -> None:
 def scale_experts(model: AlignXForCausalLM, factor: float) -> None:
     """W + up · down of every projection and axis becomes W + factor · up · down."""
     for layer in alignx_layers(model):
-        assert isinstance(layer.mixture, FusedMixture)
-        layer.mixture.up_in.mul_(factor)
-        layer.mixture.up_out.mul_(factor)
+        if isinstance(layer.mixture, FusedMixture):
+            layer.mixture.up_in.mul_(factor)
+            layer.mixture.up_out.mul_(factor)
+    for module in routed_linears(model):
+        module.experts_up.mul_(factor)
 
 
 @torch.no_grad()

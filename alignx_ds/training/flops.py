@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from alignx_ds.mocae.backbones import backbone_of
+
 
 @dataclass(frozen=True)
 class Weights:
-    """The numbers of weights in the GEMMs of one decoder layer, and in the head."""
+    """The numbers of weights in the GEMMs of one decoder layer, and in the head.
+
+    Of an FFN that is a mixture of experts, those that a token goes through, without the router's.
+    """
 
     layers: int
     attention: int
@@ -26,7 +31,7 @@ class Weights:
         """`learned` is the share of the tokens whose next one the loss counts: the head computes no others."""
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         attention = c.hidden_size * width * 2 * (c.num_attention_heads + c.num_key_value_heads)
-        ffn = 3 * c.hidden_size * c.intermediate_size
+        ffn = 3 * c.hidden_size * backbone_of(c.model_type).active_width(c)
         return cls(c.num_hidden_layers, attention, ffn, learned * c.hidden_size * c.vocab_size)
 
 

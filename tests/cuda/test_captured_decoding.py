@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import PECULIARITIES, aligned, base_model, low_rank_experts, padded, random_rows
+from tiny_models import MIXTURES, PECULIARITIES, aligned, base_model, low_rank_experts, padded, random_rows
 from transformers import PreTrainedModel
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, replace_ffns
@@ -35,7 +35,8 @@ def test_captured_answers_are_those_of_plain_steps(device: str, family: str) -> 
         for ends in ([], [END, 17, 20]):
             expected = plain.greedy(ids, mask, LIMIT, ends, PAD)
             assert torch.equal(captured.greedy(ids, mask, LIMIT, ends, PAD), expected)
-    assert captures(captured, device) or "sliding_window" in PECULIARITIES[family]
+    host = family in MIXTURES  # it may have to know which of a mixture's own experts have tokens
+    assert captures(captured, device) or "sliding_window" in PECULIARITIES[family] or host
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["one row", "two rows", "five rows"])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import (
     ALIGNX_LAYERS,
     FAMILIES,
+    MIXTURES,
     aligned,
     base_model,
     generator,
@@ -44,7 +45,7 @@ def uneven(base: PreTrainedModel) -> dict[int, list[Factors]]:
     experts = low_rank_experts(base, rank=5)
     for layer, specialists in experts.items():
         for number, f in enumerate(specialists):
-            for i, p in enumerate(PROJECTIONS):
+            for i, p in enumerate(f.down):
                 rank = 5 if (layer, number, p) == (2, 0, "up") else 1 + (layer + number + i) % 4
                 f.down[p], f.up[p] = f.down[p][:rank], f.up[p][:, :rank]
     return experts
@@ -197,6 +198,26 @@ def test_peft_s_default_targets_are_taken_but_for_the_lowest_layer(tmp_path: Pat
             for p, change_of in changes.items():
                 base.table.linear(plain, layer, p).weight += change_of
     assert relative(logits(plain), logits(expected)) < 1e-5
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_on_a_mixture_of_experts_an_adapter_changes_the_attention_alone(tmp_path: Path, family: str) -> None:
+    base_model(family=family).save_pretrained(tmp_path / "base")
+    upper: dict[str, Any] = {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [2]}
+    expected = made_by_peft(tmp_path / "own", tmp_path / "base", **upper)
+    adapter, base = read(tmp_path / "own", tmp_path / "base")
+    assert list(adapter.problems(base)) == [] and adapter.lost(base) == 0
+    factors = adapter.factors(base)
+    assert [sorted(factors[layer].down) for layer in base.layers] == [[], ["o", "q"]]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model: AlignXForCausalLM = aligned(plain, {layer: [factors[layer]] * 3 for layer in ALIGNX_LAYERS}, trained=False)
+    assert relative(logits(model, forced=one_hot([2, 2])), logits(expected)) < 1e-5
+    change(tmp_path / "own", base_model_name_or_path=str(tmp_path / "other"))
+    base_model(family=family, seed=5).save_pretrained(tmp_path / "other")
+    assert ["set model.path to that" in str(p) for p in read(tmp_path / "own", tmp_path / "base")[0].problems(base)]
+    made_by_peft(tmp_path / "router", tmp_path / "base", target_modules=["q_proj"], modules_to_save=["gate"])
+    told = [str(p) for p in read(tmp_path / "router", tmp_path / "base")[0].problems(base)]
+    assert any("an adapter of these projections: q_proj, k_proj, v_proj, o_proj;" in line for line in told), told
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

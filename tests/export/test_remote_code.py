@@ -74,6 +74,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"kind": "needs", "combine": "weights"},
     "gemma": {"kind": "needs", "top_k": 2, "output_latent": 0},
     "gemma2": {"kind": "choice", "scope": "shared"},
+    "mixtral": {"kind": "choice", "scope": "shared"},
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import (
     ALIGNX_LAYERS,
+    DENSE,
     FAMILIES,
     LAYERS,
     PECULIARITIES,
@@ -40,7 +41,7 @@ WRONG_NAMES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 def test_an_entry_names_the_weights_that_its_view_shows(family: str) -> None:
     base = base_model(family=family)
     table, weights = table_of(base), base.state_dict(keep_vars=True)
@@ -50,7 +51,7 @@ def test_an_entry_names_the_weights_that_its_view_shows(family: str) -> None:
             assert weights[table.weight_name(layer, p)] is ffn.projection(p).weight
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DENSE)
 @torch.no_grad()
 def test_the_view_computes_the_backbone_s_own_ffn(family: str) -> None:
     base = base_model(family=family)
@@ -77,6 +78,8 @@ def disabled(base: PreTrainedModel, family: str, what: str) -> PreTrainedModel:
         "final cap": {"final_logit_softcapping": None},
         "cap": {"attn_logit_softcapping": None},
         "layer without positions": {"no_rope_layers": [1] * LAYERS},
+        "clip": {"clip_qkv": None},
+        "second of the experts": {"num_experts_per_tok": 1},
     }
     model = base_model(family=family, **without.get(what, {}))
     model.load_state_dict(base.state_dict())
@@ -93,7 +96,10 @@ WHAT_IS_PECULIAR = {
     "olmo2": ["k_norm", "post_feedforward_layernorm"],
     "olmo3": ["full attention", "sliding attention"],
     "qwen2": ["window", "bias"],
+    "mixtral": ["window", "second of the experts"],
+    "olmoe": ["clip", "k_norm", "second of the experts"],
     "qwen3": ["q_norm"],
+    "qwen3_moe": ["q_norm", "second of the experts"],
     "smollm3": ["layer without positions"],
 }
 
@@ -106,7 +112,7 @@ def test_a_tiny_model_depends_on_what_is_peculiar_to_its_family(family: str, wha
     assert relative(disabled(base, family, what)(ids).logits, base(ids).logits) > 0.01
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"])
 def test_a_tiny_model_s_heads_can_be_of_their_own_width(family: str) -> None:
     config = tiny_config(family)
     assert config.head_dim * config.num_attention_heads != config.hidden_size
@@ -144,7 +150,7 @@ def test_an_unknown_architecture_is_refused_with_all_known_ones(tmp_path: Path) 
         assert BaseModel(ModelConfig(path=str(tmp_path))).table
     text = str(error.value)
     assert "\n" not in text
-    known = "gemma, gemma2, gemma3_text, llama, mistral, olmo2, olmo3, qwen2, qwen3, smollm3"
+    known = "gemma, gemma2, gemma3_text, llama, mistral, mixtral, olmo2, olmo3, olmoe, qwen2, qwen3, qwen3_moe, smollm3"
     assert f"got 'gpt2', expected a model whose architecture is one of {known};" in text
     assert "add an entry for 'gpt2' to BACKBONES in alignx_ds/mocae/backbones.py: the names of " in text
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import (
-    FAMILIES,
+    DENSE,
+    MIXTURES,
     aligned,
     attention_experts,
     base_model,
@@ -26,7 +27,8 @@ NEEDS = [("fused", "per_layer", 0, "needs", "outputs"), ("fused", "shared", 0, "
 NEEDS += [("fused", "shared", 1, "needs", "outputs"), ("parallel", "shared", 0, "needs", "outputs")]
 CHOICE = ("choice", "outputs")
 CASES = [("llama", *m, *CHOICE) for m in MODELS] + [("llama", *m) for m in NEEDS]
-CASES += [(f, *MODELS[i % 2], *CHOICE) for i, f in enumerate(FAMILIES) if f != "llama"]
+CASES += [(f, *MODELS[i % 2], *CHOICE) for i, f in enumerate(DENSE) if f != "llama"]
+CASES += [(f, *MODELS[0], *CHOICE) for f in MIXTURES]
 PROMPTS = random_rows([5, 9, 2, 7, 1], seed=4)
 
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import (
     ALIGNX_LAYERS,
-    FAMILIES,
+    DENSE,
+    MIXTURES,
     aligned,
     base_model,
     low_rank_experts,
@@ -32,7 +33,8 @@ MODELS = [
     ("parallel", "shared", 0, True, "outputs"),
 ]
 OTHERS = [("fused", "shared", 1, False), ("parallel", "per_layer", 2, False)]
-CASES = [("llama", *m) for m in MODELS] + [(f, *OTHERS[i % 2]) for i, f in enumerate(FAMILIES) if f != "llama"]
+CASES = [("llama", *m) for m in MODELS] + [(f, *OTHERS[i % 2]) for i, f in enumerate(DENSE) if f != "llama"]
+CASES += [(f, *OTHERS[0]) for f in MIXTURES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda m: "-".join(map(str, m)))

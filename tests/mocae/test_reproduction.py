@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import (
     ALIGNX_LAYERS,
+    DENSE,
     EXPERTS,
-    FAMILIES,
     aligned,
     base_model,
     exact_experts,
@@ -34,7 +34,7 @@ from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.mocae.parallel import ParallelMixture
 
 PATHS = {"fused": None, "parallel": Placement(1, 0)}
-BASES: dict[str, dict[str, Any]] = {family: {"family": family} for family in FAMILIES}
+BASES: dict[str, dict[str, Any]] = {family: {"family": family} for family in DENSE}
 BASES["llama-biased"] = {"family": "llama", "mlp_bias": True}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, aligned, base_model, low_rank_experts, padded, random_rows, relative
+from tiny_models import FAMILIES, MIXTURES, aligned, base_model, low_rank_experts, padded, random_rows, relative
 from transformers import AutoModelForCausalLM
 
 from alignx_ds.mocae.layer import gates_of, output_calibrations
@@ -15,7 +15,8 @@ from alignx_ds.mocae.modeling import AlignXConfig, AlignXForCausalLM, Placement
 
 def calibrated(family: str = "llama", tied: bool = False) -> AlignXForCausalLM:
     base = base_model(tied=tied, family=family)
-    model = aligned(base, low_rank_experts(base), scope="per_layer", top_k=2)
+    scope = "shared" if family in MIXTURES else "per_layer"
+    model = aligned(base, low_rank_experts(base), scope=scope, top_k=2)
     for gate in gates_of(model).values():
         gate.calibration_temperature.fill_(1.3)
     return model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, base_model
+from tiny_models import FAMILIES, MIXTURES, base_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -219,6 +219,70 @@ def test_a_value_that_is_no_number_is_found_when_the_weights_are_read(model: Pat
     assert problem_of(model) == "", "a header does not tell"
     with pytest.raises(ConfigError, match=r"model\.layers\.2\.mlp\.down_proj\.weight holds NaN or infinite"):
         load_backbone(BaseModel(ModelConfig(path=str(model))))
+
+
+# --- the experts of a mixture, one by one -------------------------------------------------------------------------
+
+
+@pytest.fixture(params=MIXTURES)
+def mixture(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """With twelve experts: sorted by their names, expert 10 would come before expert 2."""
+    key = "num_local_experts" if request.param == "mixtral" else "num_experts"
+    base_model(family=request.param, **{key: 12}).save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+def of_expert(number: int, change: Callable[[Tensor], Tensor] | None) -> Callable[[Path], None]:
+    """Change the last layer's first weight of an expert, or leave it out."""
+
+    def spoil(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        name = next(n for n in sorted(weights) if ".2." in n and f".experts.{number}." in n)
+        changed = {name: change(weights[name])} if change else {}
+        return {n: t for n, t in weights.items() if n != name} | changed
+
+    return lambda directory: reweigh(directory, spoil)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_the_stacks_are_read_as_transformers_stacks_them(mixture: Path, files: int) -> None:
+    if files > 1:
+        shard(mixture)
+    loaded, base = AutoModelForCausalLM.from_pretrained(mixture), BaseModel(ModelConfig(path=str(mixture)))
+    weights = loaded.state_dict()
+    assert base.tensors.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(base.start(name), weight), name
+    stack = base.tensors["model.layers.2.mlp.experts.gate_up_proj"]
+    whole = weights["model.layers.2.mlp.experts.gate_up_proj"]
+    assert torch.equal(stack.read_rows(9, 12), whole[9:12]) and stack.read_rows(12, 12).shape == (0, *whole.shape[1:])
+
+
+EXPERT_SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing": (of_expert(7, None), "it lacks model.layers.2.mlp.experts."),
+    "one more": (
+        lambda d: reweigh(d, lambda w: w | {f"{n}x": t for n, t in w.items() if "experts.3" in n}),
+        "it holds",
+    ),
+    "cut": (of_expert(11, lambda t: t[:-1]), "] as its config.json says"),
+    "flat": (of_expert(0, torch.flatten), "] as its config.json says"),
+    "integers": (of_expert(10, lambda t: t.to(torch.int8)), ".weight is of type I8"),
+    "the attention missing": (without("0.self_attn.q_proj"), "it lacks model.layers.0.self_attn.q_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", EXPERT_SPOILT)
+def test_a_spoilt_expert_is_refused_in_one_line(mixture: Path, kind: str) -> None:
+    spoil, said = EXPERT_SPOILT[kind]
+    assert problem_of(mixture) == ""
+    spoil(mixture)
+    problem = problem_of(mixture)
+    assert said in problem and problem.startswith("model.path: got ") and problem.isprintable()
+
+
+def test_an_expert_s_value_that_is_no_number_is_named(mixture: Path) -> None:
+    of_expert(10, lambda t: t.index_fill(0, torch.tensor([3]), float("nan")))(mixture)
+    with pytest.raises(ConfigError, match=r"layers\.2\..*experts\.10\..*weight holds NaN or infinite"):
+        load_backbone(BaseModel(ModelConfig(path=str(mixture))))
 
 
 # --- through the command ------------------------------------------------------------------------------------------

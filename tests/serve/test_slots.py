@@ -6,7 +6,16 @@ from random import Random
 
 import pytest
 import torch
-from tiny_models import FAMILIES, aligned, attention_experts, base_model, low_rank_experts, random_rows, relative
+from tiny_models import (
+    FAMILIES,
+    MIXTURES,
+    aligned,
+    attention_experts,
+    base_model,
+    low_rank_experts,
+    random_rows,
+    relative,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -64,6 +73,7 @@ def test_a_row_s_tokens_do_not_depend_on_the_batch(family: str, kind: str) -> No
         needs = [None] * len(PROMPTS)
     else:
         names = dict(zip(("kind", "scope", "combine"), kind.split(", "), strict=True))
+        names["scope"] = "shared" if family in MIXTURES else names["scope"]
         experts = attention_experts(model) if names["scope"] == "shared" else low_rank_experts(model)
         model = aligned(model, experts, **names)
     expected = [alone(model, *one) for one in zip(PROMPTS, needs, strict=True)]

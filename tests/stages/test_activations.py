@@ -14,9 +14,11 @@ from tiny_models import (
     ALIGNX_LAYERS,
     HIDDEN,
     LAYERS,
+    MIXTURES,
     TABLE,
     VOCABULARY,
     aligned,
+    attention_experts,
     base_model,
     low_rank_experts,
     one_hot,
@@ -294,6 +296,28 @@ def test_less_is_kept_and_the_estimate_tells_how_much(gate: str) -> None:
     estimate = Activations.estimate(model.config.text_config, 4, first, count, Ffn.of(config, "align"))
     assert sizes[1] < 0.3 * sizes[0]
     assert estimate.kept == pytest.approx(sizes[0], rel=0.25)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_over_a_mixture_of_experts_the_gradients_are_the_same_and_the_estimate_holds(family: str) -> None:
+    """Its router picks the same experts when the layers run again."""
+    base, b, results = base_model(family=family), part().batch, []
+    tokens = torch.ones_like(b.attention_mask)
+    for again in (False, True):
+        model = aligned(base, attention_experts(base)).train()
+        freeze_trunk(model)
+        if again:
+            recompute(model)
+        run = lambda m=model: m(b.input_ids, tokens, b.prompt_mask, use_cache=False).logits.square().mean()  # noqa: E731
+        loss, size = kept(run, model)
+        results.append(({"loss": loss.detach(), **gradients(model, loss)}, size))
+    assert_close(results[1][0], results[0][0])
+    assert results[1][1] < 0.5 * results[0][1]
+    config = RunConfig(align=AlignConfig(ep_size=0, expert_lr_scale=0.1), axes={n: AxisConfig() for n in "abc"})
+    config.gate.anchors, config.gate.scales = model.config.gate["anchors"], model.config.gate["scales"]
+    ffn = Ffn.of(config, "align", base.config.num_experts_per_tok)
+    estimate = Activations.estimate(base.config, 4, min(ALIGNX_LAYERS), b.input_ids.numel(), ffn)
+    assert estimate.kept == pytest.approx(results[0][1], rel=0.25)
 
 
 def test_eager_attention_keeps_its_probabilities_too() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import EXPERTS, aligned, base_model, low_rank_experts, random_rows
+from tiny_models import EXPERTS, MIXTURES, aligned, attention_experts, base_model, low_rank_experts, random_rows
 from torch import Tensor
 
 from alignx_ds.mocae.layer import gates_of
@@ -47,6 +47,15 @@ def test_without_the_experts_change_and_the_calibration_it_is_the_base_model() -
     assert (logits(model) - base).abs().max() > 1e-3
     sensitivity.scale_calibrations(model, 0.0)
     torch.testing.assert_close(logits(model), base, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", *MIXTURES])
+def test_changes_of_the_attention_are_scaled_too(family: str) -> None:
+    base = base_model(family=family)
+    model = aligned(base, attention_experts(base), top_k=2, output_latent=0)
+    assert (logits(model) - logits(base)).abs().max() > 1e-3
+    sensitivity.scale_experts(model, 0.0)
+    torch.testing.assert_close(logits(model), logits(base), rtol=1e-4, atol=1e-4)
 
 
 def test_a_scale_multiplies_every_factor_product() -> None:

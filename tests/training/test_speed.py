@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tiny_models import tiny_config
+from tiny_models import LAYERS, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -68,6 +68,20 @@ def test_the_flops_of_a_fine_tune_are_those_that_torch_counts(layers: list[int])
 def test_the_flops_of_a_whole_model_are_those_that_torch_counts() -> None:
     config = tiny_config()
     assert flops.whole_model(config) == counted(AutoModelForCausalLM.from_config(config), [], set())
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_of_a_mixture_the_experts_count_that_a_token_goes_through(family: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = tiny_config(family, **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")  # grouped GEMMs are not counted
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.tensor([[1]]), use_cache=False)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "mm" in str(op) and "bmm" not in str(op))
+    w, routers = flops.Weights.of(config), LAYERS * config.hidden_size * config.num_experts
+    assert products == 2 * (w.layers * (w.attention + w.ffn) + w.head + routers)
 
 
 def test_frozen_factors_need_no_gradients() -> None:
