@@ -194,6 +194,16 @@ def test_stage_2_runs_under_zero3_on_the_fused_path_alone(write_recipe: WriteRec
     assert problems(parse.load(sharded, ["align.ep_size=0"]), world_size=8) == {}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero3_trains_experts_in_the_gates_dtype_alone(write_recipe: WriteRecipe, dtype: str) -> None:
+    """DeepSpeed joins all trained weights in one buffer, and gates stay in fp32."""
+    recipe = write_recipe("align.deepspeed=ds_configs/stage1_zero3.json", "align.ep_size=0", f"model.dtype={dtype}")
+    assert problems(parse.load(recipe, ["align.expert_lr_scale=0"])) == {}
+    found = problems(parse.load(recipe, ["align.expert_lr_scale=0.1"]))
+    assert list(found) == (["align.deepspeed"] if dtype == "bfloat16" else [])
+    assert all("set align.expert_lr_scale=0 or model.dtype=float32" in said for said in found.values())
+
+
 def test_without_an_axis_there_is_nothing_to_align(tiny_config: RunConfig) -> None:
     tiny_config.axes = {}
     assert list(problems(tiny_config)) == ["axes"]
