@@ -28,6 +28,7 @@ from alignx_ds.models.stored import Stored
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+LEARNING_ROUTER = {"output_router_logits": "false", "router_jitter_noise": "0.0"}
 LAYERS = 2000  # more than any model has; with millions of them, building the modules would take hours
 RECOMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)masked_bias$")  # buffers of old checkpoints
 COMPILED, WRAPPED, NESTED = "_orig_mod.", "module.", "base_model.model."
@@ -58,9 +59,14 @@ def value_problem(config: PreTrainedConfig, key: str, given: str) -> Problem | N
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
             allowed = f"a model whose {name} is at least 1{f' and at most {most}' if most else ''}"
             return Problem(key, given, allowed, f"its config.json has {value!r}; correct it")
-    if getattr(config, "output_router_logits", None):
-        fix = "set it to false in its config.json: it is for a loss of the router, which does not learn here"
-        return Problem(key, given, "a model whose output_router_logits is false", fix)
+    for name, off in LEARNING_ROUTER.items():
+        if getattr(config, name, None):
+            fix = f"set it to {off} in its config.json: it is for a router that learns, which it does not here"
+            return Problem(key, given, f"a model whose {name} is {off}", fix)
+    picked, there = getattr(config, "num_experts_per_tok", None), getattr(config, "num_experts", None)
+    if isinstance(picked, int) and isinstance(there, int) and not 1 <= picked <= there:
+        fix = f"its config.json has {picked} of {there}; correct it"
+        return Problem(key, given, "a model whose num_experts_per_tok is from 1 to its number of experts", fix)
     if getattr(config, "use_bidirectional_attention", None):
         fix = "its config.json has use_bidirectional_attention, as embedding models do; give a model that generates"
         return Problem(key, given, "a model with causal attention", fix)

@@ -37,12 +37,12 @@ def problems(c: RunConfig, base: BaseModel, world_size: int, until: str, here: i
     if size <= room:
         return
     found = f"the weights take {size / 2**30:.1f} GiB, and a rank has room for {room / 2**30:.1f}"
-    if world_size == 1:
-        yield Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}")
-        return
     if not base.table.projections:
         fix = f"take devices with more memory: what our experts add to the attention is not shared by ranks: {found}"
         yield Problem("model.path", c.model.path, "a mixture of experts that a rank can hold", fix)
+        return
+    if world_size == 1:
+        yield Problem("launch.ranks", 1, "ranks that share the model under ZeRO-3", f"raise it: {found}")
         return
     for key, given in attention.changed_by(c, base):
         fix = f"leave out those of the attention: they are not shared by ranks: {found}"

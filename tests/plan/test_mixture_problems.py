@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,12 +82,23 @@ def test_the_world_s_settings_are_refused_all_at_once(recipe: Callable[..., Path
     assert all("for a mixture of experts (" in said for said in found.values())
 
 
-def test_a_loss_of_its_router_is_refused(recipe: Callable[..., Path], tmp_path: Path) -> None:
+ROUTER: dict[str, tuple[object, str]] = {
+    "output_router_logits": (True, "set it to false in its config.json"),
+    "router_jitter_noise": (0.1, "set it to 0.0 in its config.json"),
+    "num_experts_per_tok": (5, "its config.json has 5 of 4; correct it"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTER)
+def test_a_router_that_learns_or_picks_more_than_there_are_is_refused(
+    recipe: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
     config = tmp_path / "model" / "config.json"
-    written = config.read_text().replace('"output_router_logits": false', '"output_router_logits": true')
-    config.write_text(written)
-    assert '"output_router_logits": true' in written
-    assert "set it to false in its config.json" in refusals(recipe())["model.path"]
+    value, said = ROUTER[name]
+    written = json.loads(config.read_text())
+    if name in written:  # only Mixtral has noise
+        config.write_text(json.dumps(written | {name: value}))
+        assert said in refusals(recipe())["model.path"]
 
 
 def test_a_mixture_that_no_rank_holds_is_refused(
