@@ -91,10 +91,10 @@ class StageJson:
         for name, device in devices.items():
             if device == "nvme":
                 yield f"zero_optimization.{name}.device nvme", "cpu or none", "checkpoints can't read states on NVMe"
-        if isinstance(self.settings, AlignConfig) and self.settings.expert_lr_scale and stage == 3:
-            if self.dtype == "bfloat16":  # stage3.py joins all trained weights, and gates stay in float32
-                fix = "set align.expert_lr_scale=0 or model.dtype=float32, or use a lower stage"
-                yield "ZeRO stage 3", "a lower one where the experts learn in bfloat16", fix
+        learn = isinstance(self.settings, AlignConfig) and self.settings.expert_lr_scale > 0
+        if learn and stage == 3 and self.dtype == "bfloat16":  # it joins all trained weights, and gates stay in float32
+            fix = "set align.expert_lr_scale=0 or model.dtype=float32, or use a lower stage"
+            yield "ZeRO stage 3", "a lower one where the experts learn in bfloat16", fix
         if isinstance(self.settings, AlignConfig) and self.settings.ep_size:
             for name in ("contiguous_gradients", "reduce_scatter"):
                 if zero.get(name) is False:
