@@ -7,6 +7,7 @@ for each; 75 stopped by SIGTERM or SIGUSR1, 130 by Ctrl-C, with everything saved
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
 import signal
@@ -139,6 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The program."""
+    ended: list[int] = []
+    atexit.register(_end, ended)  # the first handler, which is called last
     if COMPLETING in os.environ:
         import argcomplete
 
@@ -147,9 +150,17 @@ def run() -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells make background jobs ignore it
     code = main()
     streams.finish()
+    ended.append(code)
     if loaded := sys.modules.get(DISTRIBUTED):
         loaded.exit_rank(code)
     sys.exit(code)
+
+
+def _end(ended: list[int]) -> None:
+    """Skip the interpreter's teardown, which takes a second for all that torch and transformers have imported."""
+    if ended:
+        streams.finish()
+        os._exit(ended[0])
 
 
 if __name__ == "__main__":

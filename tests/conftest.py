@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: models this sm
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from processes import alignx_ds
+from processes import in_this_process
 from transformers import PreTrainedTokenizerBase
 
 from alignx_ds.config import parse
@@ -148,7 +148,7 @@ def small_run() -> tuple[str, ...]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory, small_run: tuple[str, ...]) -> Path:
     """The output directory of a whole run, with its trained baselines and its report. To be changed in a copy only."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    done = alignx_ds("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
+    done = in_this_process("run", "launch/recipes/world.yaml", *small_run, f"output={output}")
     assert done.returncode == 0, done.stderr
     return output
 

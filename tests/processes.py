@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def alignx_ds(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=REPO, env=environment(), capture_output=True, text=True, timeout=280, check=False
     )
+
+
+def in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same on one rank, without the seconds in which a new process imports torch and transformers."""
+    from alignx_ds import cli
+
+    before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    try:
+        with chdir(REPO), redirect_stdout(out), redirect_stderr(err):
+            code = cli.main(arguments)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:

@@ -119,3 +119,26 @@ def test_output_that_nothing_reads_ends_a_verb_quietly(repo_root: Path, tmp_path
     done = subprocess.run(line, env=environment, stdout=write_end, stderr=subprocess.PIPE, timeout=120, check=False)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+ENDING = """
+import atexit
+from alignx_ds import cli
+
+class Kept:
+    def __del__(self) -> None:
+        print("torn down")
+
+def main() -> int:
+    atexit.register(print, "exit handler")
+    return 7
+
+kept, cli.main = Kept(), main
+cli.run()
+"""
+
+
+def test_exit_handlers_run_and_nothing_is_torn_down(repo_root: Path) -> None:
+    command = [sys.executable, "-c", ENDING]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "exit handler\n", "")

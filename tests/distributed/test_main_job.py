@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import alignx_ds
+from processes import alignx_ds, in_this_process
 
 from alignx_ds.data.world.files import write_files
 
@@ -205,6 +205,6 @@ def test_specialists_of_another_run_are_shared_but_never_replaced(
 
 
 def test_the_aligned_model_answers(made: tuple[Path, list[str], str]) -> None:
-    done = alignx_ds("generate", str(made[0] / "model"), "hello , how are you ?", "good night .")
+    done = in_this_process("generate", str(made[0] / "model"), "hello , how are you ?", "good night .")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2

@@ -49,7 +49,9 @@ TESTED = {  # commands that other tests run, by how they begin
     ".venv/bin/python -c": "tests/docs/test_three_commands.py::test_an_exported_model_answers",
 }
 TRAINS = ("run", "align", "specialists")
-ELSEWHERE = "output=runs/elsewhere --dry-run"  # runs/world holds the tiny run, and another is refused there
+FEW = "data.train_rows=80 data.held_out_rows=12"  # reading all rows of the world takes seconds
+ELSEWHERE = f"{FEW} output=runs/elsewhere --dry-run"  # runs/world holds the tiny run, and another is refused there
+READS = re.compile(r"--dry-run$|--help$| -n$|data preview ")  # what changes nothing, and needs one try for all pages
 ASKS_A_SERVER = re.compile(r"alignx-ds judge \S+ (alpaca_eval|honeset)$")
 
 
@@ -67,7 +69,7 @@ def line_to_run(command: Command, number: int) -> str | None:
     if program == "make":
         return f"{line} -n"
     if program == "pytest":
-        return f"python -m {line} --collect-only"
+        return f"ls {' '.join(rest)}"  # the tests themselves are collected by whoever runs this one
     if program == "launch/local.sh":
         return f"{line} {ELSEWHERE}"
     if program != "alignx-ds":
@@ -93,9 +95,15 @@ def prepare(place: Path) -> None:
         (where / "annotations.json").write_text(json.dumps([annotation, annotation | {"preference": 1.0}]))
 
 
+@pytest.fixture(scope="module")
+def tried() -> set[str]:
+    """Lines that an earlier page has shown too, and that change nothing."""
+    return set()
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_runs_or_is_tested_or_is_marked(
-    page: str, furnished: Workplace, shell: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    page: str, furnished: Workplace, shell: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tried: set[str]
 ) -> None:
     """In the page's order, in one workplace. Commands of `alignx-ds` run in this process, which saves their start."""
     shown = commands(page)
@@ -112,6 +120,10 @@ def test_every_command_runs_or_is_tested_or_is_marked(
         if line is None:
             wrong.append(f"{command.line}: no test runs it, and no mark says what it needs")
             continue
+        if line in tried:
+            continue
+        if READS.search(line):
+            tried.add(line)
         program, *arguments = shlex.split(line)
         try:
             if program != "alignx-ds":

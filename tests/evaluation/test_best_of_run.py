@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from processes import alignx_ds
+from processes import in_this_process
 from reports import AXES, SCORES, Page, finish
 
 from alignx_ds.config import parse
@@ -30,7 +30,7 @@ def test_a_run_chooses_with_the_judges_of_its_axes_and_reports_them(
     place = tmp_path / "run"
     shutil.copytree(finished_run, place, ignore=shutil.ignore_patterns("checkpoints"))
     command = ("run", "launch/recipes/world.yaml", *small_run, f"output={place}", "evaluation.best_of=3")
-    done = alignx_ds(*command)
+    done = in_this_process(*command)
     assert done.returncode == 0, done.stderr
     assert "chosen by the judges that score them (task, safety, truth): an upper baseline" in " ".join(
         done.stdout.split()
@@ -47,7 +47,7 @@ def test_a_run_chooses_with_the_judges_of_its_axes_and_reports_them(
         assert best_of["base+best-of-3"][axis] == pytest.approx(score)
     before = {path: path.read_bytes() for path in place.glob("answers/*best-of*")}
     assert len(before) == 12
-    again = alignx_ds(*command)
+    again = in_this_process(*command)
     assert again.returncode == 0, again.stderr
     assert {path: path.read_bytes() for path in place.glob("answers/*best-of*")} == before
     assert json.loads((place / "report.json").read_text())["best_of"] == best_of

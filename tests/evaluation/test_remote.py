@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import alignx_ds
+from processes import in_this_process
 from served import serving
 from transformers import AutoModelForCausalLM
 from vllm_stand_in import BASE, StandIn, running, stand_in
@@ -91,7 +91,7 @@ def test_a_run_gets_from_a_server_what_it_says_itself(
     with serving(run / "model", key=None, name="alignx") as served:
         url = f"{served.url}/v1"
         changes = (*small_run, f"output={run}", f"evaluation.endpoint={url}")
-        done = alignx_ds("run", "launch/recipes/world.yaml", *changes)
+        done = in_this_process("run", "launch/recipes/world.yaml", *changes)
         assert done.returncode == 0, done.stderr
         assert f"alignx_prompts_total {float(len(own))}" in served.api.metrics.text().decode()
     assert f"answers from {url}: alignx" in done.stdout

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from processes import alignx_ds
+from processes import in_this_process
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
@@ -292,7 +292,7 @@ def test_an_exported_adapter_is_an_expert_of_another_run(
     """Of rank 4, beside experts of rank 2. The baselines are trained on the axis's rows all the same."""
     export("adapters", finished_run, tmp_path / "adapters")
     own = (f"axes.helpful.adapter={tmp_path / 'adapters/helpful'}", "experts.rank=2", f"output={tmp_path / 'run'}")
-    aligned = alignx_ds("align", "launch/recipes/world.yaml", *small_run, *own)
+    aligned = in_this_process("align", "launch/recipes/world.yaml", *small_run, *own)
     assert aligned.returncode == 0, aligned.stderr
     facts = manifest.read(tmp_path / "run/specialists/helpful")
     assert facts["losses"] == [] and facts["adapter"].endswith("adapters/helpful")
@@ -306,7 +306,7 @@ def test_an_exported_adapter_is_an_expert_of_another_run(
     export("adapters", tmp_path / "run", tmp_path / "again")
     ranks = {a: json.loads((tmp_path / f"again/{a}/adapter_config.json").read_text())["r"] for a in AXES}
     assert ranks == {"helpful": 4, "harmless": 2, "honest": 2}
-    done = alignx_ds("run", "launch/recipes/world.yaml", *small_run, *own)
+    done = in_this_process("run", "launch/recipes/world.yaml", *small_run, *own)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("unchanged, reused from") == 4, "three specialists and the model"
     assert list(json.loads((tmp_path / "run/report.json").read_text())["systems"]) == [
