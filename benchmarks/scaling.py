@@ -12,9 +12,11 @@ slots, and efficiencies: tokens per second and rank over one rank's, with the sa
 batch per rank (weak).
 
 Modelled, for each stage by itself: seconds by token, and by message (α) and byte (β) of the collectives, which a
-microbenchmark on the same ranks measures. The largest batch on the most ranks is left out of the fit, and its error
-tests the model. The model does not include other processes, so it is fitted to the fastest rounds. Columns: the fastest
-measured step, the modelled step, the part of it that is communication, the error, and whether the point was left out.
+microbenchmark on the same ranks measures; and how much slower a rank computes while the others do too (κ), by passes of
+the same rows on every rank without communication. The largest batch on the most ranks is left out of the fit, and its
+error tests the model. The model does not include other processes, so it is fitted to the fastest rounds. Columns: the
+fastest measured step, the modelled step, the part of it that is communication, the error, and whether the point was
+left out.
 
 cluster.py draws a model of this form for many GPUs.
 """
@@ -41,6 +43,7 @@ from alignx_ds.training.speed import own_tokens
 
 STAGE1, EXPERT_PARALLEL, FUSED = "stage 1, ZeRO-3", "stage 2, expert parallel", "stage 2, fused"
 STAGES = (STAGE1, EXPERT_PARALLEL, FUSED)
+ALONE = "a pass without communication"
 MIB = 2**20
 
 
@@ -64,6 +67,7 @@ def measure(args: argparse.Namespace) -> World:
         names[n]: partial(one_step, t, repeat(next(t.stream())), spent[names[n]])  # the same step in every round
         for n, t in trainees.items()
     }
+    work[ALONE] = trainees[FUSED, max(args.rows)].alone(max(args.rows))
     turns = ranks.Turns(args.worker, args.ranks, world)
     turns.ready()
     times = interleaved(work, args.repeats, args.device, turns.turn)
@@ -71,9 +75,9 @@ def measure(args: argparse.Namespace) -> World:
         links = microbenchmark(distributed.device(), args.repeats) if world > 1 else {}
     for trainee in engines.values():
         trainee.close()
-    for point, name in zip(points, work, strict=True):
+    for point, name in zip(points, names.values(), strict=True):
         point["milliseconds"], point["cpu_milliseconds"] = times[name].rounds, spent[name][WARM_UP:]
-    return {"ranks": world, "ep_size": ep_size, "links": links, "points": points}
+    return {"ranks": world, "ep_size": ep_size, "links": links, "alone": times[ALONE].rounds, "points": points}
 
 
 def one_step(trainee: Any, steps: Any, spent: list[float]) -> None:
@@ -135,7 +139,8 @@ def show(worlds: list[World], fits: dict[str, Fit]) -> None:
         title = f"Measured: {stage}; all-to-all and padding per rank, efficiencies"
         console.table(title, columns, [measured_row(own, w, p) for w in own for p in w["points"]])
         c = fit.compute
-        title = f"Modelled: {stage}; {1000 * c.fixed:.1f} ms per step + {1e6 * c.per_slot:.0f} µs per token"
+        slower = ", ".join(f"{factor:.2f} with {n} ranks" for n, factor in fit.slower.items() if n > 1)
+        title = f"Modelled: {stage}; {1000 * c.fixed:.1f} ms per step + {1e6 * c.per_slot:.0f} µs per token; κ {slower}"
         columns = ["ranks x rows", "fastest ms", "modelled ms", "communication", "error", "in the fit"]
         console.table(title, columns, [modelled_row(fit, w["ranks"], p) for w in own for p in w["points"]])
     links = [
@@ -213,6 +218,7 @@ def modelled(worlds: list[World], stage: str, fit: Fit) -> dict[str, Any]:
     [out] = [p for w in of_stage(worlds, stage) for p in w["points"] if (w["ranks"], p["rows"]) == fit.left_out]
     return {
         "compute": asdict(fit.compute),
+        "slower": {str(n): factor for n, factor in fit.slower.items()},
         "links": {str(n): {kind: asdict(link) for kind, link in links.items()} for n, links in fit.links.items()},
         "left_out": {
             "ranks": n,

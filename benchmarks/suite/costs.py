@@ -1,10 +1,12 @@
 """A cost model of a training step: compute by token, communication by call (α) and by byte (β).
 
-    T = fixed + c·n + Σ over kinds of (α·calls + β·bytes)
+    T = κ (fixed + c·n) + Σ over kinds of (α·calls + β·bytes)
 
-n is the number of tokens that a rank computes in a step, padding included; under expert parallelism, of slots of one
-expert that it dispatches: its tokens, padded to the fullest rank's. The model is fitted to measurements and tested on
-one that is left out; `suite.cluster` extrapolates it.
+κ is how much slower a rank computes while all ranks of its world do than it does alone: ranks on one CPU share caches
+and memory, those on GPUs nothing. It is measured without communication. n is the number of tokens that a rank computes
+in a step, padding included; under expert parallelism, of slots of one expert that it dispatches: its tokens, padded to
+the fullest rank's. The model is fitted to measurements and tested on one that is left out; `suite.cluster` extrapolates
+it.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def dispatched_bytes(capacity: int, experts: int, hidden: int, element: int, dir
     return capacity * experts * hidden * element * directions
 
 
-World = dict[str, Any]  # ranks, links (the microbenchmark by kind), points
+World = dict[str, Any]  # ranks, links (the microbenchmark by kind), points, alone (milliseconds by round)
 Point = dict[str, Any]  # stage, rows, tokens, slots, traffic by kind, milliseconds of each round
 
 
@@ -101,11 +103,13 @@ class Fit:
         self.links = {
             w["ranks"]: {kind: fit_link(*zip(*seen, strict=True)) for kind, seen in w["links"].items()} for w in worlds
         }
+        passes = {w["ranks"]: float(min(w["alone"])) for w in worlds}
+        self.slower = {n: max(1.0, found / passes.get(1, found)) for n, found in passes.items()}  # κ
         most = max(worlds, key=lambda w: int(w["ranks"]))
         self.left_out = (most["ranks"], max(p["rows"] for p in most["points"]))
         points = [(w["ranks"], p) for w in worlds for p in w["points"]]
         kept = [(n, p) for n, p in points if (n, p["rows"]) != self.left_out]
-        alone = [max(fastest(p) - self.communication(n, p), 1e-6) for n, p in kept]
+        alone = [max(fastest(p) - self.communication(n, p), 1e-6) / self.slower[n] for n, p in kept]
         self.compute = fit_compute([p["slots"] for _, p in kept], alone)
 
     def communication(self, ranks: int, point: Point) -> float:
@@ -113,7 +117,7 @@ class Fit:
         return communication({k: Traffic(**t) for k, t in point["traffic"].items()}, self.links[ranks])
 
     def predicted(self, ranks: int, point: Point) -> float:
-        return self.compute.seconds(point["slots"]) + self.communication(ranks, point)
+        return self.slower[ranks] * self.compute.seconds(point["slots"]) + self.communication(ranks, point)
 
     def error(self, ranks: int, point: Point) -> float:
         return self.predicted(ranks, point) / fastest(point) - 1

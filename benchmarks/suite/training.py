@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from alignx_ds.config.schema import AlignConfig, RunConfig, TrainConfig
-from alignx_ds.data.batches import MicroBatch
+from alignx_ds.data.batches import MicroBatch, collate
 from alignx_ds.data.encode import Example, LabelledExamples
 from alignx_ds.mocae.backbones import backbone_of
 from alignx_ds.mocae.experts import PROJECTIONS
@@ -24,6 +24,7 @@ from alignx_ds.stages.activations import recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training.job import TrainingJob
 from alignx_ds.training.loop import StepLoss, micro_batches, train
+from alignx_ds.training.losses import forward_nll
 from alignx_ds.training.speed import own_tokens
 from suite.systems import AXES, Setting, alignx
 from suite.timing import WARM_UP
@@ -79,6 +80,23 @@ class Trainee:
     def with_batch(self, batch: int) -> Trainee:
         """The same engine with another batch size; the sizes in its JSON matter to DeepSpeed's reports only."""
         return replace(self, plan=replace(self.plan, batch=batch))
+
+    def alone(self, count: int) -> Callable[[], None]:
+        """A forward and a backward pass of the first `count` rows, the same on every rank, without communication.
+
+        All ranks begin at once, and it ends with the last one.
+        """
+        model = self.engine.module.train()
+        b = collate(self.rows.examples[:count], PAD).to(distributed.device())
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        inputs = {"input_ids": b.input_ids, "attention_mask": b.attention_mask, "prompt_mask": b.prompt_mask}
+
+        def run() -> None:
+            distributed.barrier()
+            torch.autograd.grad(forward_nll(model, b, use_cache=False, **inputs), trained, allow_unused=True)
+            distributed.barrier()
+
+        return run
 
     def close(self) -> None:
         engines.end(self.engine)

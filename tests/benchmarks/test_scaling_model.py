@@ -55,7 +55,7 @@ def test_communication_is_calls_by_latency_and_bytes_by_bandwidth() -> None:
 
 
 def synthetic_worlds(left_out_factor: float) -> list[dict[str, Any]]:
-    """One and two ranks that keep to the model exactly, but for the largest batch on two."""
+    """One and two ranks, which compute 1.5 x slower, that keep to the model exactly but for two's largest batch."""
     links = {ALL_TO_ALL: (2e-4, 1e-9), ALL_REDUCE: (4e-4, 2e-9)}
     worlds = []
     for ranks in (1, 2):
@@ -64,13 +64,14 @@ def synthetic_worlds(left_out_factor: float) -> list[dict[str, Any]]:
             slots, calls = 50 * rows, 12 if ranks > 1 else 0
             traffic = {kind: {"calls": calls, "size": calls * 5000.0 * rows} for kind in links}
             talk = sum(calls * a + calls * 5000 * rows * b for a, b in links.values())
-            milliseconds = 1000 * (0.02 + 0.001 * slots + talk)
+            milliseconds = 1000 * ((0.02 + 0.001 * slots) * (1.5 if ranks > 1 else 1) + talk)
             if (ranks, rows) == (2, 8):
                 milliseconds *= left_out_factor
             rounds = [3 * milliseconds, milliseconds, 2 * milliseconds]  # two of them disturbed
             points.append({"rows": ranks * rows, "slots": slots, "traffic": traffic, "milliseconds": rounds})
         measured = {kind: [(s, a + b * s) for s in SIZES] for kind, (a, b) in links.items()} if ranks > 1 else {}
-        worlds.append({"ranks": ranks, "links": measured, "points": points})
+        alone = [80.0, 40.0, 200.0] if ranks == 1 else [90.0, 60.0, 70.0]
+        worlds.append({"ranks": ranks, "links": measured, "alone": alone, "points": points})
     return worlds
 
 
@@ -78,7 +79,7 @@ def synthetic_worlds(left_out_factor: float) -> list[dict[str, Any]]:
 def test_the_point_left_out_is_predicted_and_not_fitted(factor: float) -> None:
     worlds = synthetic_worlds(factor)
     fit = Fit(worlds)
-    assert fit.left_out == (2, 16)
+    assert fit.left_out == (2, 16) and fit.slower == {1: 1.0, 2: pytest.approx(1.5)}
     assert fit.compute.fixed == pytest.approx(0.02) and fit.compute.per_slot == pytest.approx(0.001)
     for world in worlds:
         for point in world["points"]:
