@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
 # Fixtures that start a whole run or several ranks, the slowest first.
-RUNS = ("runs", "made", "furnished", "undisturbed", "finished_run", "one_node", "place", "run_dir")
+RUNS = ("runs", "made", "run_dir", "undisturbed", "finished_run", "one_node", "place")
 START_PROCESSES = (
     "distributed",
     "faults",
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """The slowest groups first."""
     if getattr(config.option, "loadgroup", False):
         items.sort(key=_group)
+
+
+def pytest_collection_finish() -> None:
+    """As in a run: the ends of models and engines search for what can be freed, and not among all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> tuple[int, str]:

@@ -63,7 +63,7 @@ def alignx_ds(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+def in_this_process(*arguments: str, place: Path = REPO) -> subprocess.CompletedProcess[str]:
     """The same on one rank, without the seconds in which a new process imports torch and transformers."""
     from alignx_ds import cli
 
@@ -71,7 +71,7 @@ def in_this_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     try:
-        with chdir(REPO), redirect_stdout(out), redirect_stderr(err):
+        with chdir(place), redirect_stdout(out), redirect_stderr(err):
             code = cli.main(arguments)
     finally:
         os.environ.clear()

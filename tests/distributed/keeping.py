@@ -32,6 +32,7 @@ from alignx_ds.training.metrics import ScalarLogger
 
 KEEP = KeepConfig(fisher=0.5, collision=200.0, rows=3)  # strong enough to be seen in three steps
 ZERO = {3: "stage1_zero3", 2: "fusion_zero2", 1: "scratch_zero1"}  # the DeepSpeed JSON of each
+STAGES = {1: (3,), 2: tuple(ZERO)}  # by world size: one rank holds all gradients whatever the stage
 FIRST = finetune.FineTune("a", ("a",), is_expert=True)
 PLAIN = finetune.FineTune("plain", ("a",), start="a")
 KEPT = replace(PLAIN, name="kept", before=(FIRST,), keep=KEEP)
@@ -39,7 +40,7 @@ KEPT = replace(PLAIN, name="kept", before=(FIRST,), keep=KEEP)
 
 def keeping(out: Path) -> dict[int, dict[str, Any]]:
     """By ZeRO stage. Every world size makes micro batches of two rows."""
-    return {stage: _trained(out, stage) for stage in ZERO}
+    return {stage: _trained(out, stage) for stage in STAGES[distributed.world_size()]}
 
 
 def _trained(out: Path, stage: int) -> dict[str, Any]:

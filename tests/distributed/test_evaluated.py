@@ -102,8 +102,7 @@ def test_one_rank_s_unfinished_job_is_finished_by_two(runs: Runs, tmp_path: Path
             assert torch.equal(made["vectors"][layer][p], changes[p])
 
 
-@WORLDS
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in OBJECTIVES.items() for name in names])
 def test_an_evaluation_of_the_training_rows_is_the_next_step_s_loss(world: int, name: str, runs: Runs) -> None:
     """Of the objective itself, with the shifts of kto and bco: each step has all rows, with the weights of then."""
     made = of(runs, world, "objectives")[name]

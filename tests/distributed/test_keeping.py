@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from keeping import KEEP, ZERO, kept_in_plain_torch
+from keeping import KEEP, STAGES, kept_in_plain_torch
 from worlds import Runs
 
 expected = cache(kept_in_plain_torch)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", list(ZERO))
+@pytest.mark.parametrize(("world", "stage"), [(world, stage) for world, stages in STAGES.items() for stage in stages])
 def test_both_terms_are_plain_torch_s(stage: int, world: int, runs: Runs) -> None:
     for part in (found[stage] for found in runs.of(world, "keeping")):
         np.testing.assert_allclose(part["losses"], expected()["losses"], rtol=1e-4)

@@ -198,7 +198,7 @@ def test_specialists_of_another_run_are_shared_but_never_replaced(
     output, arguments, _ = made
     before = snapshot(output)
     other = [f"output={tmp_path / 'other'}", f"specialists={output / 'specialists'}", "train.lr=1e-5"]
-    refused = alignx_ds("specialists", *arguments, *other)
+    refused = in_this_process("specialists", *arguments, *other)
     assert refused.returncode == 2
     assert "made from other inputs" in refused.stderr
     assert snapshot(output) == before

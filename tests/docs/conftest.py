@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import in_this_process
 
 SHOWN = (
     "launch",
@@ -63,12 +65,14 @@ def shell() -> Shell:
 
 
 @pytest.fixture(scope="session")
-def run_dir(workplace: Workplace, shell: Shell) -> Path:
+def run_dir(workplace: Workplace) -> Path:
     """The output of the page's command for a fourth axis, made tiny."""
     from pages import SMALL, command_with
 
     place = workplace()
-    shell(command_with("docs/extending.md", "axes.brief.prompt"), place, *SMALL, "output=runs/world")
+    _, *arguments = shlex.split(command_with("docs/extending.md", "axes.brief.prompt"))
+    done = in_this_process(*arguments, *SMALL, "output=runs/world", place=place)
+    assert done.returncode == 0, done.stderr
     return place / "runs/world"
 
 
