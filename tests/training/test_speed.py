@@ -11,9 +11,12 @@ from tiny_models import LAYERS, MIXTURES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from alignx_ds.data.batches import collate
+from alignx_ds.data.encode import Example
 from alignx_ds.mocae.backbones import BACKBONES
 from alignx_ds.mocae.experts import PROJECTIONS
 from alignx_ds.training import flops
+from alignx_ds.training.losses import forward_nll
 from alignx_ds.training.speed import ahead, peak_flops
 
 
@@ -68,6 +71,19 @@ def test_the_flops_of_a_fine_tune_are_those_that_torch_counts(layers: list[int])
 def test_the_flops_of_a_whole_model_are_those_that_torch_counts() -> None:
     config = tiny_config()
     assert flops.whole_model(config) == counted(AutoModelForCausalLM.from_config(config), [], set())
+
+
+def test_the_head_counts_for_the_tokens_that_predict_an_answer_s() -> None:
+    """As torch counts those of the loss that training has: 7 tokens, of which 3 predict one."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, batch = tiny_config(), collate([Example(tuple(range(1, 8)), 4)], 0)
+    model = AutoModelForCausalLM.from_config(config)
+    with FlopCounterMode(display=False) as counter:
+        forward_nll(model, batch, input_ids=batch.input_ids, use_cache=False).backward()
+    products = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    seen = sum(n for op, n in products.items() if "mm" in op and "bmm" not in op)
+    assert 7 * flops.whole_model(config, learned=3 / 7) == pytest.approx(seen, rel=1e-12)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
