@@ -1,8 +1,8 @@
 """Σᵢ gᵢ aᵢ over all experts with gradients: what training keeps for its backward pass, and how it goes through memory.
 
 Autograd would keep four tensors of activations for every expert. Here the backward pass computes them again from the
-base FFN's two, which all experts share, and both passes take a part of the tokens at a time, whose activations fit a
-CPU's cache: most of the time goes into reading and writing them.
+base FFN's two, which all experts share, and both passes take a part of the tokens at a time. On a CPU its activations
+fit the cache, because most of the time goes into reading and writing them; elsewhere they bound what is there at once.
 
 Shapes: N tokens, f FFN size, S specialists, E = S + 1 experts with the generalist, r and q ranks of their changes of
 the gate and up projections, and of the down projection.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
-CACHED = 256 * 1024  # numbers of a tensor of activations: 1 MiB in fp32, so that a few fit the cache of a core
+CACHED = 2**18  # numbers of a tensor of activations on a CPU: 1 MiB in fp32, so that a few fit the cache of a core
+AT_ONCE = 2**26  # elsewhere: 128 MiB in bf16
 
 
 def mixed_activations(
@@ -104,8 +105,8 @@ def _derived(activation: Activation, gate: Tensor, up: Tensor, grad: Tensor) -> 
 
 
 def _parts(activations: Tensor) -> Iterator[slice]:
-    """Of [N, f]: slices of the tokens; on a device other than a CPU all at once."""
+    """Of [N, f]: slices of the tokens."""
     tokens, width = activations.shape
-    size = max(1, CACHED // width) if activations.device.type == "cpu" else max(1, tokens)
+    size = max(1, (CACHED if activations.device.type == "cpu" else AT_ONCE) // width)
     for start in range(0, tokens, size):
         yield slice(start, start + size)

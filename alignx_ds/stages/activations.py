@@ -15,6 +15,7 @@ from alignx_ds.baselines.fusion import H3FUSION
 from alignx_ds.config.schema import OptimizerConfig, RunConfig
 from alignx_ds.mocae import recomputation
 from alignx_ds.mocae.backbones import backbone_of
+from alignx_ds.mocae.mixed_activations import AT_ONCE
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.architecture import caps_attention
 from alignx_ds.models.base import BaseModel
@@ -31,6 +32,7 @@ class Ffn:
     wide: int  # times f
     narrow: int = 0  # times d, beside its input
     passing: int = 3  # times f, beside these while its backward pass runs
+    of_parts: int = 0  # times f more, of as many tokens as it takes at once
     first: int | None = None  # `wide` in the lowest layer that is trained, whose input has no gradient, if it differs
     latent: int = 0  # more numbers, of the experts' low-rank factors,
     fp32: int = 0  # and of the output calibration
@@ -52,7 +54,7 @@ class Ffn:
             if config.align.ep_size == 0:
                 factors, rank = 3 * axes, config.experts.rank  # a rank of 0 is a full one, at most d
                 narrow, latent = (2, factors * rank) if rank else (2 + factors, 0)
-                return cls(2, narrow, passing=9, latent=latent, fp32=calibration)  # mocae/mixed_activations.py
+                return cls(2, narrow, of_parts=6, latent=latent, fp32=calibration)  # mocae/mixed_activations.py
             many = {"passing": 7, "fp32": calibration}
             return cls(4 * e, 2 * e, **many) if trained else cls(3 * e, e, first=0, **many)
         if picked:
@@ -94,9 +96,10 @@ class Activations:
         attention += shape.num_attention_heads * eager * (FP32 + (size if size < FP32 else 0))
         each = attention + size * (d + ffn.wide * f + ffn.narrow * d + ffn.latent) + FP32 * ffn.fp32
         missing = attention + size * f * (0 if ffn.first is None else ffn.wide - ffn.first)  # in the lowest layer
-        gradients = size * (ffn.passing * f + 2 * d)
+        of_parts = size * ffn.of_parts * min(tokens * f, AT_ONCE)
+        gradients = tokens * size * (ffn.passing * f + 2 * d) + of_parts
         kept = layers * each - (0 if first is None else missing) + FP32 * d  # the last norm
-        return cls(tokens * kept, tokens * layers * size * d, tokens * each, tokens * gradients)
+        return cls(tokens * kept, tokens * layers * size * d, tokens * each, gradients)
 
     @property
     def recomputed(self) -> float:
