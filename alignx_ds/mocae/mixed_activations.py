@@ -68,7 +68,8 @@ class _Mixed(torch.autograd.Function):
         gate, up, latent, up_in, down_out, weights = ctx.saved_tensors
         needed = dict(zip(("gate", "up", "latent", "up_in", "down_out", "weights"), ctx.needs_input_grad, strict=False))
         d_gate, d_up, d_latent = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(latent)
-        d_up_in, d_down_out = torch.zeros_like(up_in), torch.zeros_like(down_out)
+        summed = torch.promote_types(gate.dtype, torch.float32)  # over many parts, too many for bf16
+        d_up_in, d_down_out = torch.zeros_like(up_in, dtype=summed), torch.zeros_like(down_out, dtype=summed)
         d_weights = torch.empty_like(weights)
         for part in _parts(gate):
             whole = d_mixed[part]
@@ -83,14 +84,14 @@ class _Mixed(torch.autograd.Function):
                 act = pre_up.mul_(a)
                 d_weights[part, s + 1] = reached.mul_(act).sum(-1)
                 if needed["down_out"]:
-                    d_down_out[s].addmm_((d_outward[part, s] * weight).T, act)
+                    d_down_out[s] += (d_outward[part, s] * weight).T @ act
                 for p, (d_pre, total) in enumerate(((own_g, g), (own_u, u))):
                     total.add_(d_pre)
                     torch.mm(d_pre, up_in[p, s].T, out=d_latent[part, p, s])
                     if needed["up_in"]:
-                        d_up_in[p, s].addmm_(latent[part, p, s].T, d_pre)
+                        d_up_in[p, s] += latent[part, p, s].T @ d_pre
             d_gate[part], d_up[part] = g, u
-        made = (d_gate, d_up, d_latent, d_up_in, d_down_out, d_weights)
+        made = (d_gate, d_up, d_latent, d_up_in.to(up_in.dtype), d_down_out.to(down_out.dtype), d_weights)
         return *(grad if need else None for grad, need in zip(made, needed.values(), strict=True)), None
 
 

@@ -54,6 +54,18 @@ def test_sums_and_gradients_are_autograd_s(
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True)), "no input is overwritten"
 
 
+def test_in_bf16_the_gradients_of_the_factors_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, parts = generator(0), {}
+    shapes = ((4096, F), (4096, F), (4096, 2, S, R), (2, S, R, F), (S, Q, F), (4096, S + 1))
+    given = [torch.rand(*shape, generator=source).bfloat16().requires_grad_() for shape in shapes]
+    for cached in (8 * F, 2**20):
+        monkeypatch.setattr(module, "CACHED", cached)
+        mixed, outward = mixed_activations(*given, silu)
+        parts[cached] = torch.autograd.grad(mixed.sum() + outward.sum(), given[3:5])
+    for in_parts, at_once in zip(*parts.values(), strict=True):
+        torch.testing.assert_close(in_parts, at_once, rtol=2**-7, atol=0)  # a bf16 number has 8 bits
+
+
 def test_factors_that_are_not_trained_have_no_gradients() -> None:
     gate, up, latent, up_in, down_out, weights = inputs()
     frozen = (gate, up, latent.detach(), up_in.detach(), down_out.detach(), weights)
