@@ -250,7 +250,7 @@ class FusedMixture(nn.Module):
         if not torch.is_grad_enabled():
             return self._every_expert_served(torch.stack([gate, up]), latent, gates)
         b, t, f = gate.shape
-        flat = gates.expand(b, t, -1).reshape(b * t, -1)
+        flat = gates.expand(b, t, -1).flatten(0, 1)
         mixed, outward = mixed_activations(
             gate.view(-1, f), up.view(-1, f), latent.flatten(0, 1), self.up_in, self.down_out, flat, base.activation
         )
