@@ -50,16 +50,16 @@ Run = dict[str, Any]
 def measure(objective: str, lr: float, seed: int, args: argparse.Namespace) -> Run:
     """Scores, perplexity and, of pairs, entanglement by axis."""
     name, _, plus = objective.partition("+")
-    settings = [f"axes.{axis}.objective={name}" for axis in AXES]
+    settings = [f"axes.{axis}.objective={name}" for axis in args.axes]
     if plus:
-        settings += [f"axes.{axis}.sft_weight=1" for axis in AXES]
+        settings += [f"axes.{axis}.sft_weight=1" for axis in args.axes]
     output = args.runs / f"{objective}-{lr:g}-{seed}"
     shared = [f"output={output}", f"seed={seed}", f"train.steps={args.steps}", f"train.lr={lr}"]
     config = parse.load(args.recipe, [*shared, "launch.ranks=1", "align.ep_size=0", *settings, *args.set])
-    config.axes = {axis: config.axes[axis] for axis in AXES}
+    config.axes = {axis: config.axes[axis] for axis in args.axes}
     found = specialists.trained(config)
     run: Run = {"objective": objective, "lr": lr, "seed": seed}
-    for axis in AXES:
+    for axis in args.axes:
         metrics = found.judged[axis].metrics[axis]
         sets = {name: found.judged[axis].metrics[name] for name in config.evaluation.sets}
         run[axis] = {
@@ -106,14 +106,19 @@ def _gradient(model: PreTrainedModel, weights: list[nn.Parameter], answer: Any) 
 def all_seeds(objective: str, args: argparse.Namespace) -> tuple[list[Run], list[Run]]:
     """The runs of all seeds at the best rate, and the first seed's at the others."""
     first = [measure(objective, lr, args.seeds[0], args) for lr in args.lr]
-    best = max(first, key=lambda run: sum(run[axis]["score"] for axis in AXES))
+    best = max(first, key=lambda run: sum(run[axis]["score"] for axis in args.axes))
     runs = [best, *(measure(objective, best["lr"], seed, args) for seed in args.seeds[1:])]
     return runs, [run for run in first if run is not best]
 
 
+def of_run(run: Run) -> list[str]:
+    """Its axes, in their order."""
+    return [axis for axis in AXES if axis in run]
+
+
 def row(objective: str, runs: list[Run]) -> list[str]:
     cells = [objective, f"{runs[0]['lr']:g}"]
-    for axis in AXES:
+    for axis in of_run(runs[0]):
         cells.append(spread([run[axis]["score"] for run in runs]))
         if axis == "harmless":
             cells.append(spread([run[axis]["metrics"].get("benign_served", nan) for run in runs]))
@@ -127,7 +132,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def gradient_rows(objective: str, runs: list[Run]) -> Iterator[list[str]]:
-    for axis in AXES:
+    for axis in of_run(runs[0]):
         if "gradients" in runs[0][axis]:
             cells = [objective, axis]
             for when in ("before", "after"):
@@ -144,6 +149,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="world", help="a shipped one with these axes (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="NAME")
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
@@ -154,7 +160,8 @@ def main() -> None:
     found = {objective: all_seeds(objective, args) for objective in args.objectives}
     distributed.shutdown()
     best = {objective: chosen for objective, (chosen, _) in found.items()}
-    head = ["objective", "lr", "harmless", "benign served", "perplexity", "honest", "perplexity"]
+    by_axis = {"harmless": ["harmless", "benign served", "perplexity"], "honest": ["honest", "perplexity"]}
+    head = ["objective", "lr", *(column for axis in AXES if axis in args.axes for column in by_axis[axis])]
     console.table("Specialists on their own axes", head, [row(name, runs) for name, runs in best.items()])
     head = ["objective", "axis", "cosine before", "y⁺ falls", "cosine after", "y⁺ falls"]
     console.table(
