@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="world", help="a shipped one with these axes (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES, metavar="NAME")
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="NAME")
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="NAME", help="default: both")
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from alignx_ds.data.batches import IGNORED, collate
+from alignx_ds.data.batches import collate
 from alignx_ds.data.encode import Example, encode_texts, pad_token
 from alignx_ds.export.fidelity import plain, routed
 
@@ -55,12 +55,12 @@ class AlignXLM(HFLM):
     def _scored(self, examples: list[Example]) -> list[tuple[float, bool]]:
         batch = collate(examples, pad_token(self.tokenizer)).to(self.device)
         predict = routed(self.model) if self.model.config.model_type == "alignx" else plain(self.model)
-        logs = predict(batch)[:, :-1].float().log_softmax(-1)
-        labels = batch.labels[:, 1:]
-        answered = labels != IGNORED
-        own = logs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1).double()
-        greedy = ((logs.argmax(-1) == labels) | ~answered).all(-1)
-        return list(zip((own * answered).sum(-1).tolist(), greedy.tolist(), strict=True))
+        logs = predict(batch).flatten(0, 1)[batch.predicting].float().log_softmax(-1)  # of the answers' tokens, [N, V]
+        own = logs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1).double()
+        other = (logs.argmax(-1) != batch.targets).double()
+        rows = batch.predicting // batch.labels.shape[1]
+        sums, others = (own.new_zeros(len(examples)).index_add(0, rows, each) for each in (own, other))
+        return list(zip(sums.tolist(), (others == 0).tolist(), strict=True))
 
 
 if __name__ == "__main__":

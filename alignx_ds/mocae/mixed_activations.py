@@ -87,7 +87,8 @@ class _Mixed(torch.autograd.Function):
                     d_down_out[s] += (d_outward[part, s] * weight).T @ act
                 for p, (d_pre, total) in enumerate(((own_g, g), (own_u, u))):
                     total.add_(d_pre)
-                    torch.mm(d_pre, up_in[p, s].T, out=d_latent[part, p, s])
+                    if needed["latent"]:
+                        torch.mm(d_pre, up_in[p, s].T, out=d_latent[part, p, s])
                     if needed["up_in"]:
                         d_up_in[p, s] += latent[part, p, s].T @ d_pre
             d_gate[part], d_up[part] = g, u

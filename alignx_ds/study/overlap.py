@@ -33,7 +33,7 @@ Matrix = list[list[float]]  # [axes, axes]
 
 
 def measure(studied: StudiedRun) -> dict[str, Any]:
-    """Every pair of axes: the cosine of their task vectors, and the overlap of their leading subspaces. And prompts."""
+    """The cosines and shared subspaces of every pair of axes' task vectors, and the shared subspaces of prompts."""
     directories = [studied.fine_tune(axis) for axis in studied.axes]
     names: list[tuple[int, str]] = []
     weights: list[list[Tensor]] = []  # by weight, a task vector of each axis
@@ -123,7 +123,7 @@ def _show_weights(content: dict[str, Any], pairs: list[tuple[int, int]]) -> None
 
 
 def _show_prompts(content: dict[str, Any]) -> None:
-    """A layer a line: the overlap of every system, then what it is of halves of one set and at random in the last."""
+    """A layer a line: every system's overlap; for comparison AlignX's, of the halves of a set and at random."""
     systems = content["systems"]
     rows = []
     for layer in systems["base"]:

@@ -20,7 +20,7 @@ from alignx_ds.study.layer_outputs import decoder_layers, layer_outputs
 from alignx_ds.study.studied_run import SYSTEMS, StudiedRun
 
 ENERGY = 0.9
-FEWEST = 8  # prompts of a kind; of fewer, the halves of a set have no subspace worth the name
+FEWEST = 8  # prompts of a kind: half a set then spans up to three directions
 
 
 def measure(studied: StudiedRun) -> dict[str, Any]:

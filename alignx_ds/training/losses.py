@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from alignx_ds.config.schema import AlignConfig
-from alignx_ds.data.batches import IGNORED, Batch, MicroBatch
+from alignx_ds.data.batches import Batch, MicroBatch
 from alignx_ds.data.labels import set_nll
 from alignx_ds.mocae.gate import CalibratedGate, Decision, Query, need_logits
 from alignx_ds.mocae.layer import alignx_layers, output_calibrations
@@ -32,17 +32,9 @@ from alignx_ds.training.metrics import MicroBatchLoss
 MOST_LOGITS = 2**28  # fp32 logits that a loss takes at once: 1 GiB
 
 
-def answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed negative log-likelihood (nats) of the answer tokens: logits [B, T, V], labels [B, T] int64 -> fp32 scalar.
-
-    The logits at a position predict the label of the next one; labels outside the answers are IGNORED.
-    """
-    return _summed_nll(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-
-
 def _summed_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [N, V], targets [N] -> fp32 scalar."""
-    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,7 +43,9 @@ def _each_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def forward_nll(engine: Any, b: Batch, **inputs: Any) -> Tensor:
-    """`answer_nll` of the engine's forward pass with these inputs; `engine` may be a model too.
+    """The answer tokens' summed NLL (nats, fp32) in the engine's forward pass with these inputs.
+
+    `engine` may be a model too.
 
     The head computes only the logits that predict an answer's token. Where they are more than MOST_LOGITS, their fp32
     copies are made piece by piece, in the forward and in the backward pass.

@@ -53,6 +53,7 @@ from stage_contexts import stage_context
 from tiny_models import attention_experts, base_model, connect, one_hot, padded
 from transformers.integrations import HfDeepSpeedConfig
 from whole_fine_tunes import whole
+from whole_logits import answer_nll
 
 from alignx_ds.config.schema import CheckpointsConfig, RunConfig
 from alignx_ds.data.encode import LabelledExamples
@@ -73,7 +74,7 @@ from alignx_ds.runtime.console import Progress
 from alignx_ds.stages import align, finetune, fuse
 from alignx_ds.training import engine, loop
 from alignx_ds.training.job import TrainingJob
-from alignx_ds.training.losses import answer_nll, language_loss
+from alignx_ds.training.losses import language_loss
 from alignx_ds.training.manager import CheckpointManager
 from alignx_ds.training.metrics import MicroBatchLoss
 

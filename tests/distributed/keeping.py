@@ -18,6 +18,7 @@ from problems import (
 )
 from tiny_models import base_model
 from torch import Tensor, nn
+from whole_logits import answer_nll
 
 from alignx_ds.config.schema import KeepConfig
 from alignx_ds.data.batches import collate
@@ -27,7 +28,6 @@ from alignx_ds.runs import manifest
 from alignx_ds.runtime import distributed
 from alignx_ds.stages import finetune
 from alignx_ds.stages.stage import StageContext
-from alignx_ds.training.losses import answer_nll
 from alignx_ds.training.metrics import ScalarLogger
 
 KEEP = KeepConfig(fisher=0.5, collision=200.0, rows=3)  # strong enough to be seen in three steps

@@ -32,6 +32,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from transformers import PreTrainedTokenizerFast
+from whole_logits import answer_nll
 
 from alignx_ds.config.evaluation import EvaluationConfig
 from alignx_ds.config.schema import (
@@ -56,7 +57,7 @@ from alignx_ds.runs.outputs import Outputs
 from alignx_ds.runtime import signals
 from alignx_ds.stages.stage import StageContext
 from alignx_ds.training import engine
-from alignx_ds.training.losses import align_terms, answer_nll
+from alignx_ds.training.losses import align_terms
 
 PAD, SEED = 0, 3
 Penalty = Callable[[list[nn.Parameter]], Tensor]

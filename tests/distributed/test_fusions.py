@@ -15,6 +15,7 @@ import torch
 from problems import EXAMPLES, LABELS, PAD, SEED, fusion_config, fusion_context, schedule
 from tiny_models import ALIGNX_LAYERS, base_model, padded, random_changes, random_rows, relative, specialist, table_of
 from torch import Tensor
+from whole_logits import answer_nll
 from worlds import Runs
 
 from alignx_ds.baselines.fusion import FullExperts, fusion_layers, replace_ffns
@@ -26,7 +27,6 @@ from alignx_ds.models.base import BaseModel
 from alignx_ds.runs import manifest
 from alignx_ds.stages import fuse
 from alignx_ds.stages.stage import StageContext
-from alignx_ds.training.losses import answer_nll
 
 NAMES = ("h3fusion", "trinityx")
 VARIANTS = [(1, "acc1"), (1, "acc2"), (2, "acc1")]

@@ -27,6 +27,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
+from whole_logits import answer_nll
 
 from alignx_ds.baselines.fusion import H3FUSION, TRINITYX, FullExperts, FusionSettings, fusion_layers, replace_ffns
 from alignx_ds.config.schema import AlignConfig, AxisConfig, FusionConfig, ModelConfig, RunConfig, SpecialistConfig
@@ -42,7 +43,7 @@ from alignx_ds.stages import align, fuse
 from alignx_ds.stages.activations import MOST, Activations, Ffn, recompute
 from alignx_ds.training import engine as engines
 from alignx_ds.training import losses
-from alignx_ds.training.losses import align_terms, answer_nll, language_loss
+from alignx_ds.training.losses import align_terms, language_loss
 from alignx_ds.training.metrics import MicroBatchLoss
 
 LABELS = [1, 3, 0, 1]

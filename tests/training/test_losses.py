@@ -23,6 +23,7 @@ from tiny_models import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_logits import answer_nll
 
 from alignx_ds.config.schema import AlignConfig
 from alignx_ds.data.batches import IGNORED, Batch, MicroBatch, collate, pack
@@ -32,7 +33,7 @@ from alignx_ds.mocae.layer import freeze_trunk, gates_of
 from alignx_ds.mocae.modeling import AlignXForCausalLM, Placement
 from alignx_ds.runtime import attention
 from alignx_ds.training import losses
-from alignx_ds.training.losses import AlignTerms, align_terms, answer_nll, gating_terms, language_loss
+from alignx_ds.training.losses import AlignTerms, align_terms, gating_terms, language_loss
 
 TERMS = ("lm", "gating", "drift", "entropy", "prior")
 PATHS: dict[str, tuple[Placement | None, str]] = {  # where the experts are, and the kind of the gate
