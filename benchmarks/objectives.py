@@ -41,7 +41,6 @@ from alignx_ds.training.losses import answer_log_probabilities
 
 AXES = ("harmless", "honest")
 OBJECTIVES = ("sft", "poft", "dpo", "dpo+sft", "orpo", "simpo", "simpo+sft", "kto", "bco")
-PAIRS = 32  # whose gradients are compared
 PAD = 0  # masked, so any token will do
 
 Run = dict[str, Any]
@@ -69,19 +68,19 @@ def measure(objective: str, lr: float, seed: int, args: argparse.Namespace) -> R
             "perplexity": found.judged[axis].perplexity[axis],
         }
         rows = found.inputs.data.compared.get(axis)
-        if rows and rows.examples.others:
-            run[axis]["gradients"] = entangled(found, axis, rows.examples)
+        if args.pairs and rows and rows.examples.others:
+            run[axis]["gradients"] = entangled(found, axis, rows.examples, args.pairs)
     return run
 
 
-def entangled(found: Specialists, axis: str, pairs: LabelledExamples) -> dict[str, dict[str, float]]:
-    """The pairs' gradients with respect to the trained weights, before and after training."""
+def entangled(found: Specialists, axis: str, pairs: LabelledExamples, count: int) -> dict[str, dict[str, float]]:
+    """The first pairs' gradients with respect to the trained weights, before and after training."""
     base = found.inputs.base
     models = {"before": backbone.load_backbone(base), "after": load_specialist(base, found.made[axis])}
     measured = {}
     for when, model in models.items():
         train_ffns_alone(model, base)
-        products = list(_products(model, pairs))
+        products = list(_products(model, pairs, count))
         measured[when] = {
             "cosine": mean(inner / (good * bad) ** 0.5 for good, bad, inner in products),
             "good answer falls": mean(inner > good for good, _, inner in products),
@@ -89,10 +88,10 @@ def entangled(found: Specialists, axis: str, pairs: LabelledExamples) -> dict[st
     return measured
 
 
-def _products(model: PreTrainedModel, pairs: LabelledExamples) -> Iterator[tuple[float, float, float]]:
-    """(‖∇⁺‖², ‖∇⁻‖², ⟨∇⁺, ∇⁻⟩) of the first PAIRS pairs."""
+def _products(model: PreTrainedModel, pairs: LabelledExamples, count: int) -> Iterator[tuple[float, float, float]]:
+    """(‖∇⁺‖², ‖∇⁻‖², ⟨∇⁺, ∇⁻⟩) of the first pairs."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    for number in range(min(PAIRS, len(pairs.examples))):
+    for number in range(min(count, len(pairs.examples))):
         good, bad = (_gradient(model, weights, answer) for answer in pairs.at((number,)))
         yield float(good @ good), float(bad @ bad), float(good @ bad)
 
@@ -153,6 +152,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="+", default=[2e-3, 5e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--pairs", type=int, default=32, help="whose gradients are compared (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs/objectives"), help="what it holds is not trained again")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="directory of the JSON")
     args = parser.parse_args()

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -93,7 +92,7 @@ FILLED: dict[str, Value] = {
     "optimizer.params.lr": lambda plan, world, hidden: plan.lr,
     "optimizer.params.weight_decay": lambda plan, world, hidden: plan.weight_decay,
     **{f"optimizer.params.{name}": lambda plan, world, hidden, value=value: value for name, value in ADAM.items()},
-    "optimizer.params.fused": lambda plan, world, hidden: torch.cuda.is_available(),  # one pass over the states
+    "optimizer.params.fused": lambda plan, world, hidden: True,  # one pass over the states, on a CPU too
     "scheduler.params.warmup_min_lr": lambda plan, world, hidden: 0.0,
     "scheduler.params.warmup_max_lr": lambda plan, world, hidden: plan.lr,
     "scheduler.params.warmup_num_steps": lambda plan, world, hidden: plan.warmup_steps,

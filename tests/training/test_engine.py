@@ -19,7 +19,6 @@ from alignx_ds.config.schema import AlignConfig, FusionConfig, ScratchConfig, Tr
 from alignx_ds.errors import ConfigError
 from alignx_ds.training.engine import Plan, decay_groups, fill, read_template, schedule, settings_of, steps_of
 
-FUSED = torch.cuda.is_available()
 STAGES = {
     "stage1_zero3": TrainConfig(),
     "stage2_moe_zero2": AlignConfig(),
@@ -35,7 +34,7 @@ FILLED = {  # in every stage, from the settings of `plan_of`
     "bf16": {"enabled": True},
     "optimizer": {
         "type": "AdamW",
-        "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": FUSED},
+        "params": {"lr": 0.003, "weight_decay": 0.07, "betas": [0.9, 0.95], "torch_adam": True, "fused": True},
     },
     "zero_allow_untested_optimizer": True,
     "steps_per_print": 1000000000,
