@@ -13,7 +13,7 @@ from alignx_ds.evaluation.evaluate import Evaluation, Result, System
 from alignx_ds.plan.checks import check
 from alignx_ds.runs import manifest
 from alignx_ds.runs.outputs import Outputs
-from alignx_ds.stages.finetune import train_specialists
+from alignx_ds.stages.finetune import FineTune, fine_tune
 from alignx_ds.stages.stage import StageContext
 
 
@@ -31,10 +31,11 @@ class Specialists:
 
 
 def trained(config: RunConfig) -> Specialists:
-    """One specialist for each axis of the recipe; what its output directory holds is not trained again."""
+    """One specialist for each axis, without an expert's factors; what its output directory holds is not trained again."""
     inputs = read_inputs(config, check(config, 1))
     base, data, out = inputs.base, inputs.data, Outputs.of(config)
-    made = train_specialists(StageContext(config, base, data, out))
+    context = StageContext(config, base, data, out)
+    made = {axis: fine_tune(context, FineTune(axis, (axis,))) for axis in config.axes}
     systems = [
         System(axis, {"specialist": manifest.read(path)["fingerprint"]}, partial(load_specialist, base, path))
         for axis, path in made.items()
