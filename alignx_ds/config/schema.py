@@ -115,6 +115,10 @@ class AxisConfig:
     noise_layers: list[NonNegativeInt] = field(default_factory=list)
     adapter: Text = ""  # a LoRA adapter of FFN projections, used as the axis's expert; empty: train one
 
+    def imitates(self) -> bool:
+        """Whether an objective of pairs has the NLL of good answers, so that those without a bad one teach too."""
+        return self.objective == "orpo" or self.sft_weight > 0
+
     def judged_as(self) -> tuple[str, dict[str, str]]:
         """Schema and columns of the held-out rows."""
         return (self.held_out_schema, {}) if self.held_out_schema else (self.schema, self.columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
@@ -23,9 +24,9 @@ LEAST, MOST = 0.5, 10.0  # bounds of the weights that match prompts, as in TRL
 class ComparedRows:
     """An axis's rows for its objective, with its system prompt.
 
-    Pairs are good answers in `examples`, with a bad one each as their `others`. Otherwise `good` says of each answer
-    whether it is; `mismatched` has another row's answer to its prompt, for kto; and `weights`, for bco, are what each
-    answer counts.
+    Pairs are good answers in `examples`, with a bad one each as their `others`; a good answer that is `alone` has no
+    bad one, and its other counts for nothing. Otherwise `good` says of each answer whether it is; `mismatched` has
+    another row's answer to its prompt, for kto; and `weights`, for bco, are what each answer counts.
     """
 
     examples: LabelledExamples
@@ -33,6 +34,7 @@ class ComparedRows:
     mismatched: list[Example] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    alone: list[bool] = field(default_factory=list)
 
     def reasons(self) -> Counter[str]:
         return Counter(d.reason for d in self.dropped)
@@ -43,7 +45,7 @@ class ComparedRows:
     @property
     def digest(self) -> str:
         compared = digest([*self.examples.examples, *self.examples.others, *self.mismatched])
-        return compared + sha256(bytes(self.good)).hexdigest()
+        return compared + sha256(bytes(self.good or self.alone)).hexdigest()
 
 
 def compared_rows(config: RunConfig, splits: Mapping[str, SplitRows], encodings: Encodings) -> dict[str, ComparedRows]:
@@ -53,9 +55,9 @@ def compared_rows(config: RunConfig, splits: Mapping[str, SplitRows], encodings:
         settings = config.axes[axis]
         if settings.objective not in (*PAIRED, *JUDGED):
             continue
-        make = _pairs if settings.objective in PAIRED else _verdicts
+        make = partial(_pairs, imitated=settings.imitates()) if settings.objective in PAIRED else _verdicts
         rows = make(split.rows, settings.prompt, encodings, config.model.max_length)
-        if not rows.examples.examples or len(set(rows.good)) == 1:
+        if all(rows.alone) and len(set(rows.good)) < 2:
             problem = f"no answer that fits is {'good' if rows.good and not rows.good[0] else 'bad'}"
             fix = f"give rows with both, or raise model.max_length, for axes.{axis}.objective={settings.objective}"
             raise DataError(f"{split.source} ({axis}): {problem}; {fix}")
@@ -67,14 +69,40 @@ def compared_rows(config: RunConfig, splits: Mapping[str, SplitRows], encodings:
     return found
 
 
-def _pairs(rows: list[Row], system: str, encodings: Encodings, limit: int) -> ComparedRows:
-    """A row's answer beside each of the worse ones."""
-    pairs = [(row, replace(row, response=bad)) for row in rows if row.response for bad in row.worse]
-    good, bad = (encodings.encode([pair[i] for pair in pairs], system) for i in (0, 1))
-    fitting = [max(len(a.ids), len(b.ids)) <= limit for a, b in zip(good, bad, strict=True)]
-    good, bad = ([e for e, fits in zip(examples, fitting, strict=True) if fits] for examples in (good, bad))
-    dropped = [_too_long(row, limit) for (row, _), fits in zip(pairs, fitting, strict=True) if not fits]
-    return ComparedRows(LabelledExamples(good, [0] * len(good), others=bad), dropped=dropped)
+def _pairs(rows: list[Row], system: str, encodings: Encodings, limit: int, *, imitated: bool) -> ComparedRows:
+    """A row's answer beside each of the worse ones; without any, alone if it is to be `imitated`."""
+    usable: list[tuple[Row, str]] = []
+    dropped = []
+    for row in rows:
+        if reason := _unpaired(row, imitated=imitated):
+            dropped.append(Dropped(row.place, reason))
+        else:
+            usable += [(row, bad) for bad in row.worse or ("",)]
+    good = encodings.encode([row for row, _ in usable], system)
+    bad = encodings.encode([replace(row, response=bad or row.response) for row, bad in usable], system)
+    firsts: list[Example] = []
+    others: list[Example] = []
+    alone = []
+    for (row, worse), a, b in zip(usable, good, bad, strict=True):
+        if max(len(a.ids), len(b.ids)) > limit:
+            dropped.append(_too_long(row, limit))
+            continue
+        firsts.append(a)
+        others.append(b if worse else _begun(a))
+        alone.append(not worse)
+    return ComparedRows(LabelledExamples(firsts, [0] * len(firsts), others=others), dropped=dropped, alone=alone)
+
+
+def _unpaired(row: Row, *, imitated: bool) -> str:
+    """Why a row is of no use to an objective of pairs, or nothing."""
+    if not row.response:
+        return "without a good answer"
+    return "" if row.worse or imitated else "without a bad answer; sft_weight above 0 would imitate the good one"
+
+
+def _begun(example: Example) -> Example:
+    """Its prompt and the first token of its answer: as short as a second answer can be."""
+    return Example(example.ids[: example.prompt_length + 1], example.prompt_length, example.place)
 
 
 def _verdicts(rows: list[Row], system: str, encodings: Encodings, limit: int) -> ComparedRows:

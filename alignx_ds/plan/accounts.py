@@ -60,8 +60,10 @@ def compared(data: EncodedData) -> list[str]:
     """A line for each axis whose objective needs bad answers too, and one for every reason why answers are not used."""
     lines = []
     for axis, rows in data.compared.items():
-        kind = "verdicts" if rows.good else "pairs"
-        lines += [line(f"{axis}, {kind}", f"{len(rows):,}"), *_not_used(rows)]
+        alone = sum(rows.alone)
+        lines.append(line(f"{axis}, verdicts" if rows.good else f"{axis}, pairs", f"{len(rows) - alone:,}"))
+        lines += [line("", f"{alone:,}", " good answers beside them, which are imitated")] if alone else []
+        lines += _not_used(rows)
     return lines
 
 

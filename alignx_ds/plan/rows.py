@@ -70,11 +70,15 @@ def _objective(key: str, axis: AxisConfig) -> Iterator[Problem]:
         expected = "an empty list with another objective than sft, or with an adapter"
         yield Problem(f"{key}.noise_layers", axis.noise_layers, expected, "remove one of the two")
     if axis.objective in (*PAIRED, *JUDGED):
-        feeding = ", ".join(name for name, schema in SCHEMAS.items() if schema.has_bad_answers)
-        for s in training_sources(axis):
-            if s.schema in SCHEMAS and not SCHEMAS[s.schema].has_bad_answers:
-                fix = f"rows of the {s.schema} schema have no bad answers; those of {feeding} have"
-                yield Problem(f"{key}.objective", axis.objective, f"one of {', '.join(IMITATING)}", fix)
+        schemas = {s.schema for s in training_sources(axis) if s.schema in SCHEMAS}
+        alone = sorted(name for name in schemas if not SCHEMAS[name].has_bad_answers)
+        if alone and len(alone) == len(schemas):
+            feeding = ", ".join(name for name, schema in SCHEMAS.items() if schema.has_bad_answers)
+            fix = f"rows of the {alone[0]} schema have no bad answers; those of {feeding} have"
+            yield Problem(f"{key}.objective", axis.objective, f"one of {', '.join(IMITATING)}", fix)
+        elif alone and axis.objective in PAIRED and not axis.imitates():
+            fix = f"with it, rows of the {alone[0]} schema, which have no bad answers, are imitated; or remove them"
+            yield Problem(f"{key}.sft_weight", axis.sft_weight, "above 0", fix)
         if axis.join.share:
             fix = "set it to 0, or use sft: joined rows have no bad answers"
             yield Problem(f"{key}.join.share", axis.join.share, f"0 with the objective {axis.objective}", fix)

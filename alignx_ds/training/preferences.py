@@ -29,7 +29,8 @@ from alignx_ds.training.losses import answer_log_probabilities
 from alignx_ds.training.metrics import MicroBatchLoss, StepMetrics, summed
 from alignx_ds.training.objectives import Settings
 
-GOOD = "good"  # the share of good answers, among the terms
+GOOD, PAIRS = "good", "pairs"  # shares of a micro batch's rows, among the terms
+OF_ANSWERS = ("rewards/good", "rewards/bad", "log_probabilities/good", "log_probabilities/bad")
 
 
 class ObjectiveLoss:
@@ -51,6 +52,7 @@ class ObjectiveLoss:
         self.build_mismatched = self.builder(LabelledExamples(rows.mismatched, [0] * len(rows.mismatched)))
         device = distributed.device()
         self.good = torch.tensor(rows.good, device=device).float()
+        self.is_pair = 1 - torch.tensor(rows.alone or [False] * len(rows), device=device).float()
         self.weights = torch.tensor(rows.weights, device=device)
         self.reference = self.reference_mismatched = torch.zeros(0)
         self.shift = torch.zeros((), device=device)
@@ -120,10 +122,15 @@ class ObjectiveLoss:
         return self._of_verdicts(part, answers, lengths)
 
     def _of_pairs(self, part: MicroBatch, answers: Tensor, lengths: Tensor) -> MicroBatchLoss:
-        """answers, lengths [2, B]: of the good ones and of the bad ones."""
+        """answers, lengths [2, B]: of the good ones and of the bad ones. One that is alone counts by its NLL only.
+
+        Terms of answers are sums over the pairs divided by B; see `scalars`.
+        """
         s, (good, bad) = self.settings, answers
+        numbers = list(part.numbers[: len(good)])
+        is_pair = self.is_pair[numbers]
         if s.name == "dpo":
-            reference = self.reference[list(part.numbers[: len(good)])].T
+            reference = self.reference[numbers].T
             losses = objectives.dpo(good, bad, reference[0], reference[1], s.beta)
             rewards = s.beta * (answers.detach() - reference)
         else:
@@ -133,14 +140,12 @@ class ObjectiveLoss:
                 losses = objectives.orpo(per_token[0], per_token[1], s.beta)
             else:
                 losses = objectives.simpo(per_token[0], per_token[1], s.beta, s.margin)
-        loss, nll = losses.mean(), -good.sum() * part.lm_scale
-        margin, found = rewards[0] - rewards[1], answers.detach().mean(1)
-        terms = _terms(*rewards.mean(1), *found) | {
-            "objective": loss.detach(),
-            "rewards/margin": margin.mean(),
-            "rewards/accuracy": (margin > 0).float().mean(),
-            "nll": nll.detach(),
-        }
+        loss, nll = (losses * is_pair).mean(), -good.sum() * part.lm_scale
+        margin = rewards[0] - rewards[1]
+        accuracy = (margin > 0).float()
+        shares = [(values * is_pair).mean() for values in (*rewards, *answers.detach(), margin, accuracy)]
+        terms = dict(zip((*OF_ANSWERS, "rewards/margin", "rewards/accuracy"), shares, strict=True))
+        terms |= {PAIRS: is_pair.mean(), "objective": loss.detach(), "nll": nll.detach()}
         return MicroBatchLoss(loss + s.sft_weight * nll if s.sft_weight else loss, terms)
 
     def _of_verdicts(self, part: MicroBatch, answers: Tensor, lengths: Tensor) -> MicroBatchLoss:
@@ -162,7 +167,7 @@ class ObjectiveLoss:
             threshold = self.shift
         found, rewards = answers.detach(), s.beta * (answers.detach() - reference)
         shares = [(values * which).mean() for values in (rewards, found) for which in (good, 1 - good)]
-        terms = _terms(*shares) | {
+        terms = dict(zip(OF_ANSWERS, shares, strict=True)) | {
             GOOD: good.mean(),
             "rewards/accuracy": ((rewards > threshold) == good.bool()).float().mean(),
             "rewards/shift": threshold,
@@ -170,23 +175,18 @@ class ObjectiveLoss:
         return MicroBatchLoss(losses.mean(), terms)
 
     def scalars(self, metrics: StepMetrics) -> dict[str, float]:
-        """What is logged of a step: of verdicts, means over its good and over its bad answers."""
+        """What is logged of a step: means over its pairs, or over its good and over its bad answers."""
         found = metrics.scalars()
-        if not self.settings.judged:
+        if PAIRS in found:
+            return _averaged(found, dict.fromkeys(("good", "bad", "margin", "accuracy"), found.pop(PAIRS)))
+        if GOOD not in found:
             return found
-        shares = {"good": found.pop(GOOD)}
-        shares["bad"] = 1 - shares["good"]
-        for name, value in found.items():
-            kind = name.rpartition("/")[2]
-            if kind in shares:
-                found[name] = value / shares[kind] if shares[kind] else torch.nan
+        good = found.pop(GOOD)
+        found = _averaged(found, {"good": good, "bad": 1 - good})
         return found | {"rewards/margin": found["rewards/good"] - found["rewards/bad"]}
 
 
-def _terms(good_reward: Tensor, bad_reward: Tensor, good: Tensor, bad: Tensor) -> dict[str, Tensor]:
-    return {
-        "rewards/good": good_reward,
-        "rewards/bad": bad_reward,
-        "log_probabilities/good": good,
-        "log_probabilities/bad": bad,
-    }
+def _averaged(terms: dict[str, float], shares: dict[str, float]) -> dict[str, float]:
+    """Each term over the share of the rows that it is of, which the last part of its name says; NaN without any."""
+    of = {name: shares.get(name.rpartition("/")[2], 1.0) for name in terms}
+    return {name: value / of[name] if of[name] else torch.nan for name, value in terms.items()}

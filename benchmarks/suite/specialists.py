@@ -31,7 +31,7 @@ class Specialists:
 
 
 def trained(config: RunConfig) -> Specialists:
-    """One specialist for each axis, without an expert's factors; what its output directory holds is not trained again."""
+    """A specialist for each axis, without an expert's factors; what its output directory holds is not trained again."""
     inputs = read_inputs(config, check(config, 1))
     base, data, out = inputs.base, inputs.data, Outputs.of(config)
     context = StageContext(config, base, data, out)

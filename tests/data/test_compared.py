@@ -37,6 +37,25 @@ def test_a_row_is_a_pair_with_each_of_its_bad_answers(world_tokenizer: PreTraine
     assert found.lengths == [len(a.ids) + len(b.ids) for a, b in zip(found.examples, found.others, strict=True)]
 
 
+@pytest.mark.parametrize(("objective", "weight"), [("dpo", 0.5), ("orpo", 0.0), ("simpo", 1.0)])
+def test_a_good_answer_without_a_bad_one_is_alone(
+    objective: str, weight: float, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    settings = config(objective)
+    settings.axes["a"].sft_weight = weight
+    found = made(settings, [*ROWS, *OTHERS], world_tokenizer)
+    assert found.alone == [False, False, False, True]
+    last, other = found.examples.examples[-1], found.examples.others[-1]
+    assert other.ids == last.ids[: last.prompt_length + 1]
+    assert [d.reason for d in found.dropped] == ["without a good answer"]
+
+
+def test_a_row_that_makes_no_pair_is_counted(world_tokenizer: PreTrainedTokenizerBase) -> None:
+    found = made(config("dpo"), [*ROWS, *OTHERS], world_tokenizer)
+    assert not any(found.alone)
+    assert [d.reason.split(";")[0] for d in found.dropped] == ["without a good answer", "without a bad answer"]
+
+
 def test_an_answer_is_judged_once(world_tokenizer: PreTrainedTokenizerBase) -> None:
     """Also the bad answer to a prompt without a good one."""
     found = made(config("kto"), [*ROWS, *OTHERS], world_tokenizer)
@@ -57,6 +76,11 @@ def test_an_objective_that_the_schema_can_t_feed_is_refused() -> None:
         objective: [p.key for p in plan_rows.problems(config(objective, "alpaca"))] for objective in ("dpo", "poft")
     }
     assert "axes.a.objective" in keys["dpo"] and "axes.a.objective" not in keys["poft"]
+    mixed = config("dpo")
+    mixed.axes["a"].train = [{"source": "a.json"}, {"source": "b.json", "schema": "alpaca"}]
+    assert "axes.a.sft_weight" in [p.key for p in plan_rows.problems(mixed)]
+    mixed.axes["a"].sft_weight = 0.1
+    assert "axes.a.sft_weight" not in [p.key for p in plan_rows.problems(mixed)]
     joined = config("kto")
     joined.axes["a"].join.share = 0.5
     assert "axes.a.join.share" in [p.key for p in plan_rows.problems(joined)]

@@ -22,6 +22,7 @@ from alignx_ds.training.metrics import ScalarLogger
 
 OBJECTIVES = {"dpo": "stage1_zero3", "kto": "fusion_zero2", "bco": "stage1_zero3"}  # the DeepSpeed JSON of each
 GOOD = [True, False, True, True, False, True, False, True]
+ALONE = [not good for good in GOOD]  # of the pairs
 
 
 def objectives(out: Path) -> dict[str, Any]:
@@ -68,6 +69,6 @@ def compared_rows(name: str) -> ComparedRows:
     ]
     numbers = [0] * len(EXAMPLES)
     if name in PAIRED:
-        return ComparedRows(LabelledExamples(EXAMPLES, numbers, others=turned))
+        return ComparedRows(LabelledExamples(EXAMPLES, numbers, others=turned), alone=ALONE)
     weights = [1.0 if good else 0.5 + 0.25 * n for n, good in enumerate(GOOD)]
     return ComparedRows(LabelledExamples(EXAMPLES, numbers), GOOD, turned if name == "kto" else [], weights)
