@@ -55,7 +55,7 @@ def measure(objective: str, lr: float, seed: int, args: argparse.Namespace) -> R
     output = args.runs / f"{objective}-{lr:g}-{seed}"
     shared = [f"output={output}", f"seed={seed}", f"train.steps={args.steps}", f"train.lr={lr}"]
     config = parse.load(args.recipe, [*shared, "launch.ranks=1", "align.ep_size=0", *settings, *args.set])
-    config.axes = {axis: config.axes[axis] for axis in args.axes}
+    specialists.only(config, args.axes)
     found = specialists.trained(config)
     run: Run = {"objective": objective, "lr": lr, "seed": seed}
     for axis in args.axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,15 @@ class Specialists:
 
     def score(self, axis: str) -> float:
         return float(self.judged[axis].metrics[axis]["score"])
+
+
+def only(config: RunConfig, axes: Sequence[str]) -> None:
+    """Leave these axes in the recipe. Rows that need another one, which show what to leave as it is, need none then."""
+    config.axes = {axis: config.axes[axis] for axis in axes}
+    for settings in config.axes.values():
+        for source in settings.train if isinstance(settings.train, list) else ():
+            if not set(source.get("needs", [])) <= set(axes):
+                source["needs"] = ["generalist"]
 
 
 def trained(config: RunConfig) -> Specialists:
