@@ -1,7 +1,8 @@
-"""LoRA specialists beside FFN specialists of the embedded world: same rows, same steps, without stage 2.
+"""LoRA specialists beside FFN specialists of the embedded world, or another: same rows, same steps, without stage 2.
 
     python benchmarks/lora.py
     python benchmarks/lora.py --ranks 8 --of ffn attention both --seeds 0 --steps 60
+    python benchmarks/lora.py --recipe smollm2 --axes honest --ranks 16 --steps 20 --set model.path=models/smollm2
 
 Columns: each specialist's score on its own axis, their mean over axes and seeds, and the bytes that stage 1's optimizer
 holds: fp32 weights and both of Adam's moments, which are what a checkpoint holds. Targets: LoRA within 2 points of FFN,
@@ -27,10 +28,12 @@ MB, POINTS, SHARE = 1e6, 2.0, 0.1
 TARGETS = {"ffn": FFN_TARGETS, "attention": ATTENTION_TARGETS, "both": LORA_TARGETS}
 
 
-def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str, Any]:
+def measure(seed: int, settings: list[str], output: str, args: argparse.Namespace) -> dict[str, Any]:
     """Scores by axis, and bytes of the optimizer."""
-    kept = [f"checkpoints.every={steps - 1}", "checkpoints.finished=true", "launch.ranks=1", "align.ep_size=1"]
-    config = parse.load("world", [f"output={output}", f"seed={seed}", f"train.steps={steps}", *kept, *settings])
+    kept = [f"checkpoints.every={args.steps - 1}", "checkpoints.finished=true", "launch.ranks=1", "align.ep_size=0"]
+    own = [f"output={output}", f"seed={seed}", f"train.steps={args.steps}", *kept]
+    config = parse.load(args.recipe, [*own, *args.set, *settings])
+    specialists.only(config, args.axes or list(config.axes))
     found = specialists.trained(config)
     scores = {axis: found.score(axis) for axis in found.made}
     files = (found.out.checkpoints / "stage1" / next(iter(found.made))).glob("step_*/rank*.safetensors")
@@ -39,6 +42,9 @@ def measure(seed: int, steps: int, settings: list[str], output: str) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="world", help="a shipped one (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe")
+    parser.add_argument("--axes", nargs="+", metavar="NAME", help="default: all of the recipe")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32], help="of LoRA")
     parser.add_argument("--of", nargs="+", choices=TARGETS, default=["ffn"], metavar="WHAT", help=", ".join(TARGETS))
     parser.add_argument("--lr", type=float, default=5e-3, help="of LoRA; FFN specialists keep the recipe's")
@@ -57,7 +63,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, settings in kinds.items():
         name = kind.replace(",", "").replace(" ", "-")
-        found[kind] = [measure(seed, args.steps, settings, f"{args.runs}/{name}-{seed}") for seed in args.seeds]
+        found[kind] = [measure(seed, settings, f"{args.runs}/{name}-{seed}", args) for seed in args.seeds]
     distributed.shutdown()
     axes = list(found["FFN"][0]["scores"])
     means = {kind: {axis: mean(one["scores"][axis] for one in runs) for axis in axes} for kind, runs in found.items()}
@@ -72,7 +78,7 @@ def main() -> None:
         targets.append(Target(f"{kind}: points behind FFN", behind, POINTS))
         targets.append(Target(f"{kind}: optimizer memory over FFN's", size(found[kind]) / size(found["FFN"]), SHARE))
     record.print_targets(targets)
-    path = args.out / "lora-world-cpu.json"
+    path = args.out / f"lora-{args.recipe}-cpu.json"
     record.write_plain(
         path, ["python", "benchmarks/lora.py", *sys.argv[1:]], "cpu", {"steps": args.steps, "runs": found}
     )
