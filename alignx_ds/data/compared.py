@@ -45,7 +45,7 @@ class ComparedRows:
     @property
     def digest(self) -> str:
         compared = digest([*self.examples.examples, *self.examples.others, *self.mismatched])
-        return compared + sha256(bytes(self.good or self.alone)).hexdigest()
+        return compared + sha256(bytes(self.alone if any(self.alone) else self.good)).hexdigest()
 
 
 def compared_rows(config: RunConfig, splits: Mapping[str, SplitRows], encodings: Encodings) -> dict[str, ComparedRows]:
