@@ -56,6 +56,7 @@ PECULIARITIES: dict[str, dict[str, Any]] = {  # the windows are shorter than mos
         **{"head_dim": 12, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
         "mlp_only_layers": [1],
     },
+    "phi3": {"sliding_window": 6},  # read as Mistral (FUSED)
 }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from alignx_ds.export.measured import measured
 from alignx_ds.export.merged import backbone_with, changes_of, factors_of, sum_of
 from alignx_ds.export.prompts import prompts_of
 from alignx_ds.export.weights import Weights, described, parse_weights
-from alignx_ds.mocae.backbones import Backbone, backbone_of
+from alignx_ds.mocae.attention import padded
+from alignx_ds.mocae.backbones import FUSED, Backbone, backbone_of
 from alignx_ds.mocae.experts import Factors
 from alignx_ds.mocae.modeling import AlignXForCausalLM
 from alignx_ds.models.ends import ends_of
@@ -64,13 +66,14 @@ def export(
     every = [prompt for group in prompts_of(run, prompts, count).values() for prompt in group]
     examples, pad_id = answered(model, tokenizer, every, limit), pad_token(tokenizer)
     ends = ", ".join(f"`{tokenizer.convert_ids_to_tokens(i)}` ({i})" for i in ends_of(model, tokenizer))
-    table = backbone_of(model.config.text_config.model_type)
+    table = table_of_files(model)
     with new_directory(out) as directory:
         for name, weights in made.items():
             target = directory / name
             target.mkdir(exist_ok=True)
             factors = sum_of([(w, factors_of(model, run.experts.index(axis))) for axis, w in weights.items()])
             found = dict(_differences(model, weights, factors, examples, pad_id)) if examples else {}
+            factors = with_neighbours(factors, table, model)
             settings = config_of(factors, table, cards.base_name(run, published))
             save_file(tensors_of(factors, table), target / WEIGHTS, metadata={"format": "pt"})
             manifest.write_text(target / CONFIG, json.dumps(settings, indent=2) + "\n")
@@ -102,21 +105,52 @@ def _differences(
         yield OUTPUTS, compare(adapted, forced, examples, pad_id)
 
 
+def table_of_files(model: AlignXForCausalLM) -> Backbone:
+    """The names in the base model's own files, which may have one weight for several projections (FUSED)."""
+    return FUSED.get(model.config.fused) or backbone_of(model.config.text_config.model_type)
+
+
+def with_neighbours(factors: dict[int, Factors], table: Backbone, model: AlignXForCausalLM) -> dict[int, Factors]:
+    """With factors of rank 0 for what is not changed, but has its weight in one with a projection that is."""
+    own, made = backbone_of(model.config.text_config.model_type), {}
+    for layer, f in factors.items():
+        down, up = dict(f.down), dict(f.up)
+        for other in (other for p in f.down for other in table.sharing(getattr(table, p)) if other not in f.down):
+            down[other], up[other] = padded(f, other, 0, own.linear(model.backbone, layer, other))
+        made[layer] = Factors(down, up)
+    return made
+
+
+def _modules(layer: int, f: Factors, table: Backbone) -> dict[str, list[str]]:
+    """By module: the projections whose weight it has, in the order of its rows."""
+    return {table.weight_name(layer, p).removesuffix(".weight"): table.sharing(getattr(table, p)) for p in f.down}
+
+
 def tensors_of(factors: dict[int, Factors], table: Backbone) -> dict[str, Tensor]:
-    """By PEFT's names: lora_A [r, n], lora_B [m, r]; on the CPU."""
+    """By PEFT's names: lora_A [r, n], lora_B [m, r]; on the CPU.
+
+    Where several projections have one weight, their ranks add up, and lora_B is block-diagonal: the same change.
+    """
     named = {}
     for layer, f in factors.items():
-        for p in f.down:
-            module = PREFIX + table.weight_name(layer, p).removesuffix(".weight")
-            for half, tensor in zip(HALVES, (f.down[p], f.up[p]), strict=True):
-                named[f"{module}.{half}"] = tensor.cpu().contiguous()
+        for module, projections in _modules(layer, f, table).items():
+            a, b = torch.cat([f.down[p] for p in projections]), _block_diagonal([f.up[p] for p in projections])
+            for half, tensor in zip(HALVES, (a, b), strict=True):
+                named[f"{PREFIX}{module}.{half}"] = tensor.cpu().contiguous()
     return named
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    made: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return made
 
 
 def config_of(factors: dict[int, Factors], table: Backbone, base: str) -> dict[str, Any]:
     """The adapter_config.json that PEFT and vLLM read. Every module has alpha = r, so that nothing is scaled."""
     ranks = {
-        table.weight_name(layer, p).removesuffix(".weight"): f.rank(p) for layer, f in factors.items() for p in f.down
+        module: sum(map(f.rank, projections))
+        for layer, f in factors.items()
+        for module, projections in _modules(layer, f, table).items()
     }
     rank = max(ranks.values())
     smaller = {module: r for module, r in ranks.items() if r != rank}

@@ -42,6 +42,7 @@ class Backbone:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    same_as: str = ""  # in FUSED: the architecture of BACKBONES that computes the same
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -81,6 +82,10 @@ class Backbone:
         """A projection of a decoder layer, one of PROJECTIONS or ATTENTION. Raises ConfigError as above."""
         return _submodule(self.owner_of(model, layer, projection), getattr(self, projection), nn.Linear)
 
+    def sharing(self, module: str) -> list[str]:
+        """The projections in the module of this name; where several are, their weight's rows have this order."""
+        return [p for p in (*self.projections, *ATTENTION) if getattr(self, p) == module]
+
     def weight_name(self, layer: int, projection: str) -> str:
         """The key of a projection's weight [m, n] in the backbone's state dict."""
         assert projection in (*self.projections, *ATTENTION)
@@ -103,12 +108,17 @@ BACKBONES: dict[str, Backbone] = {  # by the `model_type` of the config
     "olmoe": Backbone(expert_width="intermediate_size"),
     "qwen3_moe": Backbone(expert_width="moe_intermediate_size"),
 }
+FUSED: dict[str, Backbone] = {  # whose checkpoints have one weight for several projections (models/fused.py)
+    "phi3": Backbone(  # Phi-4 too
+        gate="gate_up_proj", up="gate_up_proj", q="qkv_proj", k="qkv_proj", v="qkv_proj", same_as="mistral"
+    ),
+}
 
 
 def backbone_of(model_type: str) -> Backbone:
     """The entry of a `model_type`. Raises ConfigError, with the known architectures, where there is none."""
     if model_type not in BACKBONES:
-        known = ", ".join(sorted(BACKBONES))
+        known = ", ".join(sorted((*BACKBONES, *FUSED)))
         fix = (
             f"choose such a model, or add an entry for {model_type!r} to BACKBONES in {THIS_FILE}: the names of its "
             "decoder layers, their FFN, and the FFN's gate, up and down projections and activation; docs/extending.md "

@@ -51,9 +51,12 @@ class AlignXConfig(PreTrainedConfig):
         user_turn: list[int] | None = None,
         floors: dict[str, float] | None = None,
         attention_ranks: dict[str, int] | None = None,
+        fused: str = "",
         **kwargs: Any,
     ) -> None:
-        """`user_turn` are the tokens that begin a user turn; without them the whole prompt is the gates' query."""
+        """`user_turn` are the tokens that begin a user turn; without them the whole prompt is the gates' query. `fused`
+        is the architecture of the base model's own files, where it is one of FUSED (backbones.py).
+        """
         # A copy: transformers resets the attention implementation of a nested config, which a live model may share.
         given = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else copy.deepcopy(text_config)
         self.text_config: Any = given
@@ -61,6 +64,7 @@ class AlignXConfig(PreTrainedConfig):
         self.layers = layers or []
         self.ranks = ranks or {}
         self.attention_ranks = attention_ranks or {}  # by projection that some expert changes; empty: none does
+        self.fused = fused
         self.user_turn = list(user_turn or [])
         self.floors = floors or {}  # least gates when it serves, or least needs, by axis
         self.gate = (gate if isinstance(gate, GateSettings) else GateSettings(**(gate or {}))).as_dict()

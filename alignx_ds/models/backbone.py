@@ -47,9 +47,24 @@ def load_causal_lm(directory: Path, key: str, given: str, dtype: torch.dtype | s
     """
     attention.avoid_planning()
     with reading(key, given, "model"):
-        found: tuple[PreTrainedModel, dict[str, Any]]
-        found = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True, **NO_PICKLE)
-    model, info = found
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, output_loading_info=True, **NO_PICKLE
+        )
+    return _whole(model, info, key, given)
+
+
+def _separated(base: BaseModel) -> PreTrainedModel:
+    """The whole model, of weights that its files hold in one with others (models/fused.py), on the CPU."""
+    with reading(KEY, base.settings.path, "model"):
+        given: Any = {"config": base.config, "state_dict": {name: t.read() for name, t in base.tensors.items()}}
+        model, info = type(base.skeleton).from_pretrained(
+            None, **given, dtype=base.dtype, output_loading_info=True, **NO_PICKLE
+        )
+    return _whole(model, info, KEY, base.settings.path)
+
+
+def _whole(model: PreTrainedModel, info: dict[str, Any], key: str, given: str) -> PreTrainedModel:
+    """The model, if nothing of it is random or no number. Raises ConfigError."""
     if missing := sorted(info["missing_keys"]):
         fix = f"it lacks {missing[0]}, which would be random numbers; give a whole checkpoint"
         raise ConfigError(Problem(key, given, MODEL, fix))
@@ -80,11 +95,14 @@ def load_backbone(base: BaseModel) -> PreTrainedModel:
     ConfigError where a weight is not finite. Collective: each rank looks at a part of them.
     """
     base.check_finite()
-    if not sharding.is_too_large(base.size):
+    large = sharding.is_too_large(base.size)
+    if not large and not base.fused:
         return load_causal_lm(base.path, KEY, base.settings.path, base.dtype)
     attention.avoid_planning()
     if is_deepspeed_zero3_enabled():
         model = _partitioned(base)
+    elif not large:
+        model = _separated(base)
     else:
         model = sharding.skeleton(base.config, base.dtype)
         sharding.fill(model, base.tensors)

@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from alignx_ds.config.schema import WORLD_MODELS, ModelConfig
 from alignx_ds.errors import ConfigError, Problem, UnreachableError
-from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
-from alignx_ds.models import architecture, content, pretrained, stored
+from alignx_ds.mocae.backbones import BACKBONES, FUSED, Backbone, backbone_of
+from alignx_ds.models import architecture, content, fused, pretrained, stored
 from alignx_ds.models import tokenizer as tokenizers
 from alignx_ds.models.pretrained import INDEX, NO_CODE, reading
 from alignx_ds.models.stored import Stored
@@ -55,6 +55,7 @@ class BaseModel:
     def __init__(self, settings: ModelConfig, planned: Planned | None = None, *, weights: bool = True) -> None:
         """Without `weights` none are downloaded. Raises ConfigError or UnreachableError."""
         self.settings, self._planned, self._finite = settings, planned, False
+        self.fused = ""  # its architecture, where that is one of FUSED and it is read as another
         if planned is not None:
             self.path = planned.path
             return
@@ -63,7 +64,10 @@ class BaseModel:
         if kind not in BACKBONES and self.written("text_config"):
             fix = f"it is a {kind}, with a language model as one part; save that part alone, see docs/extending.md"
             raise ConfigError(Problem(KEY, settings.path, "a language model", fix))
-        backbone_of(kind)
+        if kind in FUSED:
+            self.fused = kind
+        else:
+            backbone_of(kind)
 
     @property
     def is_local(self) -> bool:
@@ -87,10 +91,13 @@ class BaseModel:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """The model's own config."""
+        """The model's own config; of a model in FUSED that of the architecture that it is read as."""
         if self._planned is not None:
             return self._planned.config
         config = pretrained.read_config(self.path, KEY, self.settings.path)
+        if self.fused:
+            with reading(KEY, self.settings.path, "config.json"):
+                config = fused.separate_config(config, FUSED[self.fused], KEY, self.settings.path)
         if problem := architecture.value_problem(config, KEY, self.settings.path):
             raise ConfigError(problem)
         return config
@@ -135,6 +142,8 @@ class BaseModel:
     def _stored(self) -> architecture.Match:
         """What its checkpoint holds, by the headers of its files."""
         tensors = stored.read_headers(stored.weight_files(self.path), KEY, self.settings.path)
+        if self.fused:
+            tensors = fused.separate(tensors, FUSED[self.fused], self.skeleton)
         return architecture.match(self.skeleton, tensors.values())
 
     @property

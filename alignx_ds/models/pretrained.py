@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from alignx_ds.errors import ConfigError, Problem, Stopped, UserError
+from alignx_ds.mocae.backbones import FUSED
 from alignx_ds.models.registration import AUTO_MAP, MODEL_TYPE
 from alignx_ds.runtime.failures import is_out_of_memory
 
@@ -59,7 +62,8 @@ def check(directory: Path, key: str, given: str) -> Path:
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         content = read_object(directory / name, key, given)
         ours = content.get("model_type") == MODEL_TYPE and content.get("auto_map") == AUTO_MAP
-        if "auto_map" in content and not ours:  # ours names what this package registers, and the file is not read
+        # Ours names what this package registers, and the file is not read; nor is code that transformers took over.
+        if "auto_map" in content and not ours and not _taken_over(content):
             fix = f"its {name} names code of its own (auto_map), which is never run; take a known architecture"
             raise ConfigError(Problem(key, given, "a model without code", fix))
     files = read_object(directory / INDEX, key, given).get("weight_map", {})
@@ -70,6 +74,18 @@ def check(directory: Path, key: str, given: str) -> Path:
         fix = f"its {INDEX} names {leaving[0]!r}, which lies elsewhere; save it again"
         raise ConfigError(Problem(key, given, "a model with its weights beside it", fix))
     return directory
+
+
+def _taken_over(content: dict[str, Any]) -> bool:
+    """Whether its code has the names of transformers' own for an architecture of FUSED, which is what is run then."""
+    kind, named = content.get("model_type"), content["auto_map"]
+    if not isinstance(kind, str) or kind not in FUSED or not isinstance(named, dict):
+        return False
+    own = {
+        "AutoConfig": f"configuration_{kind}.{CONFIG_MAPPING_NAMES[kind]}",
+        "AutoModelForCausalLM": f"modeling_{kind}.{MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]}",
+    }  # a copy that was fine-tuned names the original's repository before it
+    return all(str(path).rpartition("--")[2] == own.get(name) for name, path in named.items())
 
 
 def model_type(directory: Path, key: str, given: str) -> str:

@@ -106,6 +106,7 @@ def aligned_config(config: RunConfig, base: BaseModel, factors: ExpertFactors) -
         user_turn=user_turn(base.tokenizer),
         floors=floors(config),
         attention_ranks={p: rank for p, rank in attention.items() if rank},
+        fused=base.fused,
     )
 
 

@@ -20,7 +20,6 @@ from tiny_models import (
     tiny_config,
 )
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -31,12 +30,11 @@ from alignx_ds.config.schema import ModelConfig
 from alignx_ds.data.batches import collate, pack
 from alignx_ds.data.encode import Example
 from alignx_ds.errors import ConfigError
-from alignx_ds.mocae.backbones import BACKBONES, Backbone, backbone_of
+from alignx_ds.mocae.backbones import BACKBONES, FUSED, Backbone, backbone_of
 from alignx_ds.mocae.modeling import Placement
 from alignx_ds.models.base import BaseModel
 
 PAGE, TITLE = "docs/extending.md", "A new backbone"
-LAYOUT = "Phi-3 in Mistral's layout"
 WITHIN = "A language model within another model"
 PECULIAR: dict[str, dict[str, Any]] = {  # how each differs from the architectures of the table
     "granite": {"residual_multiplier": 0.5, "logits_scaling": 2.0},
@@ -62,7 +60,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def test_the_page_s_entry_is_new_and_the_others_are_named() -> None:
     assert set(entries()) == {"granite"} and not set(PECULIAR) & set(BACKBONES)
-    assert all(f"`{name}`" in text(PAGE, TITLE) for name in (*PECULIAR, *BACKBONES))
+    assert all(f"`{name}`" in text(PAGE, TITLE) for name in (*PECULIAR, *BACKBONES, *FUSED))
 
 
 @torch.no_grad()
@@ -141,20 +139,7 @@ def taken(title: str, source: Path) -> str:
     return str(base.config.model_type)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_phi_3_can_be_cut_into_a_mistral_model(
-    tmp_path: Path, world_tokenizer: PreTrainedTokenizerBase, window: int | None
-) -> None:
-    sizes = tiny_config(vocab_size=len(world_tokenizer)).to_dict()
-    kept = {n: v for n, v in sizes.items() if n not in ("model_type", "head_dim", "architectures")}
-    torch.manual_seed(0)
-    phi = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **kept, sliding_window=window))
-    phi.save_pretrained(tmp_path / "phi")
-    world_tokenizer.save_pretrained(tmp_path / "phi")
-    assert taken(LAYOUT, tmp_path / "phi") == "mistral"
-
-
-@pytest.mark.parametrize("kind", ["qwen2_moe", "glm4", "phi3"])
+@pytest.mark.parametrize("kind", ["qwen2_moe", "glm4"])
 def test_what_does_not_fit_is_refused_with_the_page(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"docs/extending\.md says what does not fit"):
         backbone_of(kind)
