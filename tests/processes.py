@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from alignx_ds.runtime.distributed import free_port
 
@@ -64,19 +64,38 @@ def alignx_ds(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def in_this_process(*arguments: str, place: Path = REPO) -> subprocess.CompletedProcess[str]:
-    """The same on one rank, without the seconds in which a new process imports torch and transformers."""
+    """The same without the seconds in which a new process imports torch and transformers; ranks are its children."""
     from alignx_ds import cli
 
-    before, out, err = dict(os.environ), io.StringIO(), io.StringIO()
-    for name in LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
+    before, inside = dict(os.environ), environment()
     try:
-        with chdir(place), redirect_stdout(out), redirect_stderr(err):
+        os.environ.clear()
+        os.environ.update(inside)
+        with chdir(place), _written() as (out, err):
             code = cli.main(arguments)
+            for file in (out, err):
+                file.seek(0)
+            printed = out.read(), err.read()
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, code, *printed)
+
+
+@contextmanager
+def _written() -> Iterator[tuple[TextIO, TextIO]]:
+    """What this process and those that it starts write to their output and error streams."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        before = os.dup(1), os.dup(2)
+        for file, stream in ((out, 1), (err, 2)):
+            os.dup2(file.fileno(), stream)
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                yield out, err
+        finally:
+            for copy, stream in zip(before, (1, 2), strict=True):
+                os.dup2(copy, stream)
+                os.close(copy)
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from alignx_ds import cli
 from alignx_ds.config.parse import load
 from alignx_ds.runs import manifest, outputs
+from alignx_ds.runtime import launcher
 
 WriteRecipe = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -58,6 +59,17 @@ def test_several_problems_are_reported_at_once(refused: Refused, write_recipe: W
     assert any("align.ep_size: got 3" in line and "choose one of 1, 2, 4" in line for line in found)
     assert any("axes.helpful.train: got 'nowhere.json'" in line for line in found)
     assert any("align.deepspeed" in line and "ZeRO stage 3" in line for line in found)
+
+
+def test_settings_that_do_not_fit_two_ranks_are_all_refused(
+    refused: Refused, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command itself, before it starts them."""
+    monkeypatch.setattr(launcher, "start_ranks", lambda *_: pytest.fail("ranks are started"))
+    wrong = ("align.ep_size=3", "align.deepspeed=ds_configs/stage1_zero3.json", "axes.honest.train=nowhere.csv")
+    found = refused("run", write_recipe("launch.ranks=2", *wrong))
+    for key in ("align.ep_size", "align.deepspeed", "axes.honest.train"):
+        assert any(line.startswith(f"{key}:") for line in found)
 
 
 @pytest.mark.parametrize(

@@ -58,19 +58,6 @@ def test_unknown_keys_are_refused_with_what_was_meant(
     assert snapshot(tmp_path) == before
 
 
-def test_settings_that_do_not_fit_are_all_refused(
-    command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
-) -> None:
-    """Two ranks: refused by the command itself, before it starts them."""
-    wrong = ("align.ep_size=3", "align.deepspeed=ds_configs/stage1_zero3.json", "axes.honest.train=nowhere.csv")
-    recipe = write_recipe("launch.ranks=2", *wrong)
-    before = snapshot(tmp_path)
-    found = problems(command("run", recipe))
-    for key in ("align.ep_size", "align.deepspeed", "axes.honest.train"):
-        assert any(line.startswith(f"{key}:") for line in found)
-    assert snapshot(tmp_path) == before
-
-
 def test_rows_without_a_column_are_named(
     command: Command, write_recipe: WriteRecipe, tmp_path: Path, snapshot: Snapshot
 ) -> None:

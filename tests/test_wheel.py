@@ -14,12 +14,16 @@ import pytest
 from processes import environment
 
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "alignx_ds", "launch", "ds_configs")
-# What is imported from where. The other packages come from this environment's folder, whose own .pth files, such as
-# the one that leads to a checkout, are not read there.
-ORIGINS = """
-import sys, alignx_ds.cli, alignx_ds.pipeline
+# A command, and then what was imported for it from where. The other packages come from this environment's folder, whose
+# own .pth files, such as the one that leads to a checkout, are not read there.
+COMMAND = """
+import sys
+from alignx_ds import cli
+code = cli.main(sys.argv[1:])
+print()
 print(*(module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "alignx_ds"))
 print(*sys.path)
+sys.exit(code)
 """
 
 
@@ -73,13 +77,13 @@ def test_a_run_from_an_empty_directory(
     installed: Path, small_run: tuple[str, ...], tmp_path: Path, repo_root: Path
 ) -> None:
     """By a shipped recipe's name, on two ranks, with nothing imported from the checkout."""
-    done = run([installed / "python", "-c", ORIGINS], tmp_path)
+    done = run([installed / "alignx-ds", "--version"], tmp_path)
     assert done.returncode == 0, done.stderr
-    files, path = map(str.split, done.stdout.splitlines())
+    fewer = ("launch.ranks=2", "train.steps=1", "train.warmup_steps=0", "align.steps=1", "align.warmup_steps=0")
+    done = run([installed / "python", "-c", COMMAND, "run", "world", *small_run, *fewer], tmp_path)
+    assert done.returncode == 0, done.stderr
+    files, path = map(str.split, done.stdout.splitlines()[-2:])
     assert len(files) > 50 and all(Path(file).is_relative_to(installed.parent) for file in files)
     assert str(repo_root) not in path
-    fewer = ("launch.ranks=2", "train.steps=1", "train.warmup_steps=0", "align.steps=1", "align.warmup_steps=0")
-    done = run([installed / "alignx-ds", "run", "world", *small_run, *fewer], tmp_path)
-    assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     assert (tmp_path / "runs/world/report.html").is_file()

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ def _other_versions(directory: Path) -> str:
 def training_job(stage: Stage, context: StageContext) -> TrainingJob:
     """Its checkpoints, its curve, and its policy for non-finite steps, as the recipe asks for them."""
     c, out = context.config, context.out
-    checkpoints = CheckpointManager(stage.job, stage.inputs, out.checkpoints, c.checkpoints, c.seed, to_yaml(c))
+    resolved = cache(partial(to_yaml, c))  # costs more than a small job's step, and many jobs save no checkpoint
+    checkpoints = CheckpointManager(stage.job, stage.inputs, out.checkpoints, c.checkpoints, c.seed, resolved)
     decode = context.base.tokenizer.decode
     nonfinite = NonFiniteSteps(out.nonfinite / stage.job, c.nonfinite == "skip", lambda ids: str(decode(ids)))
     return TrainingJob(stage.job, checkpoints, nonfinite, context.logger(out.tensorboard / stage.job))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class CheckpointManager:
     root: Path
     settings: CheckpointsConfig
     seed: int
-    config: str = ""  # the resolved config, saved in every checkpoint
+    config: Callable[[], str] = str  # gives the resolved config, which is saved in every checkpoint
     evaluations: Evaluations | None = None  # saved and restored, and added to by the job; None: it is not evaluated
 
     @property
@@ -58,7 +59,7 @@ class CheckpointManager:
         """
         recent = [loss for loss in losses[-(self.settings.every or 1) :] if loss is not None]
         mean = sum(recent) / len(recent) if recent else None
-        facts: dict[str, Any] = {"losses": losses, "loss": mean, "config": self.config}
+        facts: dict[str, Any] = {"losses": losses, "loss": mean, "config": self.config()}
         if self.evaluations is not None:
             found = self.evaluations
             facts |= {"evaluations": [*map(list, found.items())], "evaluation": found.get(len(losses))}

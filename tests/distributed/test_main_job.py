@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import alignx_ds, in_this_process
+from processes import in_this_process
 
 from alignx_ds.data.world.files import write_files
 
@@ -90,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str
         f"evaluation.sets.unasked={{source: {root / 'xs'}.json, schema: xstest, only: safe, needs: [harmless]}}"
     )
     arguments = ["launch/recipes/world.yaml", *SMALL, *data, *needs, *sets, f"output={root / 'run'}"]
-    done = alignx_ds("run", *arguments)
+    done = in_this_process("run", *arguments)
     assert done.returncode == 0, done.stderr
     return root / "run", arguments, done.stdout
 
@@ -169,7 +169,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[P
     kept = output / "answers" / "base.helpful.jsonl"
     untouched = kept.stat().st_mtime_ns
     (output / "likelihoods" / "honest.json").unlink()
-    again = alignx_ds("run", *arguments)
+    again = in_this_process("run", *arguments)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("unchanged, reused from") == 9
     assert (output / "model" / "model.safetensors").read_bytes() == weights
@@ -183,7 +183,7 @@ def test_a_second_run_reuses_and_agrees_and_a_torn_file_is_refused(made: tuple[P
     torn = output / "specialists" / "harmless" / "layer_003.safetensors"
     content = torn.read_bytes()
     torn.write_bytes(content[: len(content) // 2])
-    refused = alignx_ds("run", *arguments)
+    refused = in_this_process("run", *arguments)
     torn.write_bytes(content)
     assert refused.returncode == 2
     assert "differs from its manifest" in refused.stderr

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import alignx_ds
+from processes import in_this_process
 
 from alignx_ds.data.world.files import write_files
 from alignx_ds.runs import manifest
@@ -65,7 +65,7 @@ def recipe(root: Path) -> Path:
 
 @pytest.mark.timeout(300)
 def test_a_run_from_scratch(tmp_path: Path) -> None:
-    done = alignx_ds("run", str(recipe(tmp_path)))
+    done = in_this_process("run", str(recipe(tmp_path)))
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     report: dict[str, Any] = json.loads((run / "report.json").read_text())

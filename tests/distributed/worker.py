@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
+
+gc.disable()  # imports make no garbage, and the search for it takes a second
 
 
 def main(directory: Path, names: list[str]) -> None:
@@ -17,6 +20,7 @@ def main(directory: Path, names: list[str]) -> None:
     import torch
     from jobs import JOBS
 
+    gc.enable()
     memory.keep()  # as in a run, which has imported everything when its process group starts
     rank, world = distributed.rank(), distributed.world_size()
     for name in names:

@@ -9,6 +9,7 @@ ep_size: "3", "2 ep4".
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -126,6 +127,7 @@ def main(root: Path, kind: str, how: str, source: str, target: str, steps: int, 
 
 if __name__ == "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    gc.disable()  # imports make no garbage, and the search for it takes a second
     from alignx_ds.config.schema import LaunchConfig
     from alignx_ds.runtime import distributed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import alignx_ds
+from processes import in_this_process
 from tiny_models import base_model
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, PreTrainedTokenizerBase
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, world_tokenizer: PreTrainedTo
 @pytest.fixture(scope="module")
 def run(base: Path, small_run: tuple[str, ...]) -> Path:
     output = base.with_name("run")
-    done = alignx_ds(
+    done = in_this_process(
         "run", "launch/recipes/world.yaml", *small_run, f"model.path={base}", *SETTINGS, f"output={output}"
     )
     assert done.returncode == 0, done.stderr

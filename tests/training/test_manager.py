@@ -27,7 +27,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> Saved:
 
 
 def manager(root: Path, **settings: Any) -> CheckpointManager:
-    return CheckpointManager("stage1/helpful", {"lr": 0.1}, root, CheckpointsConfig(**settings), 7, "seed: 7")
+    return CheckpointManager("stage1/helpful", {"lr": 0.1}, root, CheckpointsConfig(**settings), 7, lambda: "seed: 7")
 
 
 def test_checkpoints_are_saved_at_every_nth_step(tmp_path: Path, saved: Saved) -> None:
