@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from math import nan
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -126,6 +126,8 @@ def row(objective: str, runs: list[Run]) -> list[str]:
 
 
 def spread(values: list[float], digits: int = 1) -> str:
+    if any(map(isnan, values)):
+        return "–"
     shown = f"{mean(values):.{digits}f}"
     return f"{shown} ± {stdev(values):.{digits}f}" if len(values) > 1 else shown
 
@@ -159,6 +161,12 @@ def main() -> None:
     distributed.init_process_group(600)
     found = {objective: all_seeds(objective, args) for objective in args.objectives}
     distributed.shutdown()
+    axes = "" if set(args.axes) == set(AXES) else "-".join(["", *args.axes])
+    path = args.out / f"objectives-{args.recipe}{axes}-cpu.json"
+    command = ["python", "benchmarks/objectives.py", *sys.argv[1:]]
+    runs = {objective: {"best rate": chosen, "other rates": others} for objective, (chosen, others) in found.items()}
+    record.write_plain(path, command, "cpu", {"steps": args.steps, "runs": runs})
+    console.say(f"written: {path}")
     best = {objective: chosen for objective, (chosen, _) in found.items()}
     by_axis = {"harmless": ["harmless", "benign served", "perplexity"], "honest": ["honest", "perplexity"]}
     head = ["objective", "lr", *(column for axis in AXES if axis in args.axes for column in by_axis[axis])]
@@ -167,11 +175,6 @@ def main() -> None:
     console.table(
         "Gradients of both answers", head, [r for name, runs in best.items() for r in gradient_rows(name, runs)]
     )
-    path = args.out / f"objectives-{args.recipe}-cpu.json"
-    command = ["python", "benchmarks/objectives.py", *sys.argv[1:]]
-    runs = {objective: {"best rate": chosen, "other rates": others} for objective, (chosen, others) in found.items()}
-    record.write_plain(path, command, "cpu", {"steps": args.steps, "runs": runs})
-    console.say(f"written: {path}")
 
 
 if __name__ == "__main__":
