@@ -64,13 +64,14 @@ def _systems(out: Path, directory: Path) -> dict[str, Any]:
     assembly.load_backbone = load_backbone
     assert len(loaded) == 4, "for geometries, for routers, for training, and for what is saved"
     align.save(aligned, base, context.out.model)
-    tied = BaseModel(ModelConfig(path=str(bases / "tied"), dtype="bfloat16"))
+    tied, fused = (BaseModel(ModelConfig(path=str(bases / name), dtype="bfloat16")) for name in ("tied", "fused"))
     return {
         "losses": losses,
         "trained": _used(aligned, base),
         "merged": _used(compared.load_merged(base, specialists, lambda v, _: task_arithmetic(v, 0.4)), base),
         "alignx": _used(compared.load_aligned(base, context.out.model), base),
         "tied, bfloat16": _used(compared.load_base(tied), tied),
+        "fused, bfloat16": _used(compared.load_base(fused), fused),
     }
 
 
@@ -82,8 +83,9 @@ def _load_alone(loaded: list[weakref.ref[PreTrainedModel]], base: BaseModel) -> 
 
 
 def _write_bases(out: Path) -> None:
-    """Two base models with a tokenizer that reads numbers; all other words are unknown to it."""
-    for name, model in (("plain", base_model()), ("tied", base_model(tied=True, family="gemma"))):
+    """Three base models with a tokenizer that reads numbers; all other words are unknown to it."""
+    made = {"plain": base_model(), "tied": base_model(tied=True, family="gemma"), "fused": base_model(family="phi3")}
+    for name, model in made.items():
         model.save_pretrained(out / name)
         if name == "tied":  # as some store it: under the head's name alone
             weights = load_file(out / name / "model.safetensors")

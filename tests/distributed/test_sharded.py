@@ -8,7 +8,7 @@ import pytest
 import torch
 from worlds import Runs
 
-SYSTEMS = ("merged", "trained", "alignx", "tied, bfloat16")
+SYSTEMS = ("merged", "trained", "alignx", "tied, bfloat16", "fused, bfloat16")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

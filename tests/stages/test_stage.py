@@ -122,7 +122,7 @@ def test_a_stage_s_job_follows_the_recipe(context: StageContext, stage: Stage) -
     job = training_job(stage, context)
     assert job.checkpoints is not None
     assert (job.name, job.checkpoints.inputs, job.checkpoints.settings.every) == ("stage1/helpful", {"lr": 0.1}, 7)
-    assert "nonfinite: skip" in job.checkpoints.config
+    assert "nonfinite: skip" in job.checkpoints.config()
     assert job.nonfinite.skip and job.nonfinite.directory == context.out.nonfinite / "stage1/helpful"
     token = context.base.tokenizer("dog")["input_ids"][-1]
     assert job.nonfinite.decode([token]).strip() == "dog"
